@@ -1,0 +1,280 @@
+"""The `sdd` command."""
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NoReturn
+
+from sdd import config_io
+from sdd.errors import Interrupted, RunFailed, UserError
+
+#: Options with a short name of their own; every other field goes by its dotted name.
+SHORT = {
+    "placement": "model.placement",
+    "init_scale": "model.init_scale",
+    "lr": "optim.lr",
+    "warmup": "optim.warmup",
+    "data": "data.path",
+    "steps": "steps",
+    "seed": "seed",
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse with one clear line for a mistake, and the nearest right name."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
+    def parse_known(self, args: Sequence[str]) -> argparse.Namespace:
+        namespace, unknown = self.parse_known_args(args)
+        if unknown:
+            options = [option for action in self._actions for option in action.option_strings]
+            word = unknown[0].split("=")[0]
+            raise UserError(f"unknown argument {word}{config_io.nearest(word, options)}; see {self.prog} --help")
+        return namespace
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns its exit code: 0 done, 2 the user's mistake, 3 the run failed, 130 interrupted."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        return _dispatch(args)
+    except UserError as error:
+        print(f"sdd: {error}", file=sys.stderr)
+        return 2
+    except RunFailed as error:
+        print(f"sdd: the run failed: {error}", file=sys.stderr)
+        return 3
+    except Interrupted as error:
+        print(f"sdd: {error}", file=sys.stderr)
+        return 130
+    except KeyboardInterrupt:
+        print("sdd: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return 0
+
+
+def _dispatch(args: list[str]) -> int:
+    commands = {
+        "train": (_train, "train a preset"),
+        "resume": (_resume, "go on with an interrupted run"),
+        "report": (_report, "a page with curves, settings and samples of one or more runs"),
+        "generate": (_generate, "continue a text with a trained run"),
+        "eval": (_eval, "held-out loss and bits per byte of a run"),
+        "presets": (_presets, "list the presets and placements, or show one"),
+        "study": (_study, "run a study and write its page"),
+    }
+    if not args or args[0] in ("-h", "--help"):
+        width = max(map(len, commands))
+        print("usage: sdd COMMAND ...   (sdd COMMAND --help explains)\n")
+        for name, (_, about) in commands.items():
+            print(f"  {name:{width}}  {about}")
+        return 0 if args else 2
+    if args[0] == "--version":
+        from sdd import __version__
+
+        print(__version__)
+        return 0
+    if args[0] not in commands:
+        raise UserError(f"no command {args[0]!r}{config_io.nearest(args[0], list(commands))}; see sdd --help")
+    return commands[args[0]][0](args[1:])
+
+
+def _train(args: list[str]) -> int:
+    from sdd.models import model_presets
+    from sdd.train import preset
+
+    parser = _Parser(
+        prog="sdd train",
+        description="Train a preset. Every field of the run can be set; what is not set comes from the preset.",
+        usage="sdd train PRESET [--out RUN] [--placement NAME] [--steps N] [--lr X] [OPTIONS]",
+        allow_abbrev=False,
+    )
+    parser.add_argument("preset", metavar="PRESET", help=", ".join(model_presets) + "; or the path of a config.json")
+    parser.add_argument("--out", type=Path, metavar="RUN", help="run directory (default: runs/PRESET-PLACEMENT)")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    parser.add_argument("--printed-shape", action="store_true", help="581m to 2b: 8 kv heads and 100,278 tokens")
+    _add_fields(parser)
+    options = vars(parser.parse_known(args))
+    base = _base_config(options.pop("preset"), options.pop("printed_shape"), preset)
+    out, as_json = options.pop("out"), options.pop("json")
+    overrides = {SHORT.get(name, name): _value(text) for name, text in options.items() if text is not None}
+    config = config_io.with_overrides(base, overrides)
+    return _run_new(config, out or _free_directory(args[0], config), as_json, "model.vocab_size" in overrides)
+
+
+def _base_config(name: str, printed: bool, preset: Any) -> Any:
+    from sdd.models import as_printed, model_presets
+
+    if Path(name).suffix == ".json":
+        return config_io.load(Path(name))
+    if name not in model_presets:
+        raise UserError(
+            f"no preset {name!r}{config_io.nearest(name, list(model_presets))}; choose one of {', '.join(model_presets)}"
+        )
+    if not printed:
+        return preset(name)
+    try:
+        return replace(preset(name), model=as_printed(name))
+    except KeyError:
+        raise UserError(f"--printed-shape is for the published shapes, {name} is not one") from None
+
+
+def _run_new(config: Any, out: Path, as_json: bool, own_vocabulary: bool) -> int:
+    from sdd.data import resolve_data
+    from sdd.train.loop import fit_vocabulary, start
+
+    if not own_vocabulary:
+        data = resolve_data(config.data.path, config.data.tokenizer, context=config.model.context)
+        config = fit_vocabulary(config, data)
+    return _finish(start(config, out), as_json)
+
+
+def _resume(args: list[str]) -> int:
+    from sdd.train.loop import reopen
+
+    parser = _Parser(prog="sdd resume", description="Go on with a run from its newest whole checkpoint.")
+    parser.add_argument("run", metavar="RUN", type=Path, help="run directory")
+    parser.add_argument("--steps", type=_positive_int, help="a new total number of steps")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    options = parser.parse_known(args)
+    return _finish(reopen(options.run, options.steps), options.json)
+
+
+def _finish(trainer: Any, as_json: bool) -> int:
+    result = trainer.run()
+    if as_json:
+        print(json.dumps(result))
+        return 0
+    bits = result["eval_bits_per_byte"]
+    print(
+        f"done: {result['steps']:,} steps, held-out loss {result['eval_loss']:.4f}"
+        + (f", {bits:.4f} bits per byte" if bits is not None else "")
+        + f"; see it with: sdd report {trainer.run_dir.path}"
+    )
+    return 0
+
+
+def _report(args: list[str]) -> int:
+    from sdd.lab.report import write_report
+
+    parser = _Parser(prog="sdd report", description="Write one self-contained page about one or more runs.")
+    parser.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="run directories")
+    parser.add_argument("--out", type=Path, help="the page (default: report.html in the first run)")
+    options = parser.parse_known(args)
+    out = options.out or options.runs[0] / "report.html"
+    write_report(options.runs, out)
+    print(f"wrote {out}")
+    return 0
+
+
+def _generate(args: list[str]) -> int:
+    from sdd.evals.text import continue_text
+
+    parser = _Parser(prog="sdd generate", description="Continue a text with a trained run.")
+    parser.add_argument("run", metavar="RUN", type=Path, help="run directory")
+    parser.add_argument("--prompt", required=True, help="the text to continue")
+    parser.add_argument("--tokens", type=_positive_int, default=100, help="how many tokens to add (default 100)")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the most likely token (default 0.8)")
+    parser.add_argument("--top-k", type=_positive_int, help="sample among the k most likely tokens")
+    parser.add_argument("--top-p", type=float, help="sample among the most likely tokens of this total probability")
+    parser.add_argument("--seed", type=int, default=0, help="of the draws (default 0)")
+    parser.add_argument("--json", action="store_true", help="print prompt and text as JSON")
+    options = parser.parse_known(args)
+    settings = {"temperature": options.temperature, "top_k": options.top_k, "top_p": options.top_p}
+    try:
+        text = continue_text(options.run, options.prompt, options.tokens, options.seed, **settings)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    print(json.dumps({"prompt": options.prompt, "text": text}) if options.json else options.prompt + text)
+    return 0
+
+
+def _eval(args: list[str]) -> int:
+    from sdd.evals.text import evaluate_run
+
+    parser = _Parser(prog="sdd eval", description="Loss and bits per byte of a run on held-out text.")
+    parser.add_argument("run", metavar="RUN", type=Path, help="run directory")
+    parser.add_argument("--text", type=Path, help="a UTF-8 text file (default: all of the run's own held-out data)")
+    parser.add_argument("--json", action="store_true", help="print the numbers as JSON")
+    options = parser.parse_known(args)
+    result = evaluate_run(options.run, options.text)
+    if options.json:
+        print(json.dumps(result))
+    else:
+        print("\n".join(f"{name:15} {value}" for name, value in result.items()))
+    return 0
+
+
+def _presets(args: list[str]) -> int:
+    from sdd.models.describe import list_presets, show_preset
+
+    parser = _Parser(prog="sdd presets", description="List presets and placements, or show one preset.")
+    parser.add_argument("name", metavar="PRESET", nargs="?", help="a preset to show")
+    parser.add_argument("--placement", default="sdd", help="the placement to show it with (default sdd)")
+    parser.add_argument("--json", action="store_true", help="print the config as JSON")
+    options = parser.parse_known(args)
+    if options.name is None:
+        print(list_presets())
+        return 0
+    from sdd.train import preset
+
+    base = _base_config(options.name, False, preset)
+    config = replace(base, model=replace(base.model, placement=config_io.find_placement(options.placement)))
+    print(json.dumps(config_io.to_dict(config), indent=2) if options.json else show_preset(options.name, config.model))
+    return 0
+
+
+def _study(args: list[str]) -> int:
+    from sdd.lab import run_study, studies
+
+    parser = _Parser(prog="sdd study", description="Run a study: a grid of runs, a table, figures and a page.")
+    parser.add_argument("name", metavar="NAME", help=", ".join(studies))
+    parser.add_argument("--out", type=Path, help="folder of its runs, figures and page (default: studies/NAME)")
+    parser.add_argument("--seeds", type=_positive_int, default=1, help="seeds a setting (default 1)")
+    parser.add_argument("--workers", type=_positive_int, help="runs at once (default: one a core, at most four)")
+    options = parser.parse_known(args)
+    if options.name not in studies:
+        near = config_io.nearest(options.name, list(studies))
+        raise UserError(f"no study {options.name!r}{near}; choose one of {', '.join(studies)}")
+    return run_study(options.name, options.out or Path("studies") / options.name, options.seeds, options.workers)
+
+
+def _add_fields(parser: argparse.ArgumentParser) -> None:
+    """One option for every field of the config; values stay text and are checked against the field's type."""
+    short = {dotted: name for name, dotted in SHORT.items()}
+    for dotted, hint, about in config_io.fields():
+        name = short.get(dotted)
+        flags = [f"--{name.replace('_', '-')}"] if name else []
+        if dotted != name:
+            flags.append(f"--{dotted}")
+        parser.add_argument(
+            *flags,
+            dest=name or dotted,
+            metavar=config_io.describe_type(hint),
+            help=about.replace("%", "%%"),
+        )
+
+
+def _value(text: str) -> Any:
+    return None if text.lower() == "none" else text
+
+
+def _positive_int(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def _free_directory(preset: str, config: Any) -> Path:
+    """runs/PRESET-PLACEMENT, with a number if that is taken."""
+    name = f"{Path(preset).stem}-{config.model.placement.name or 'own'}"
+    candidates = [Path("runs") / name, *(Path("runs") / f"{name}-{number}" for number in range(2, 10_000))]
+    return next(path for path in candidates if not path.exists())

@@ -1,0 +1,182 @@
+"""Which tokens make batch number s: a pure function of the data, the seed and s.
+
+There is no state to save and no list of samples to shuffle: the order of an epoch is a pseudo-random permutation that
+is computed where it is needed. A resumed run needs its step, a run on other hardware any split of the same rows.
+"""
+
+from collections.abc import Sequence
+from math import isqrt
+
+import numpy as np
+import torch
+
+from sdd.data.token_file import TokenFile
+from sdd.errors import UserError
+
+_ROUNDS = 8
+
+
+class Loader:
+    """Batches of windows of `context` + 1 tokens.
+
+    The files are cut into windows at stride `context`, so that every token but a file's first is a target once an
+    epoch. Sample i of the run is window permutation(seed, i // n_windows)[i % n_windows]; batch b holds samples
+    [b * batch_size, (b + 1) * batch_size). Every epoch visits each window exactly once.
+
+    Args:
+        files: the training data; windows do not reach from one file into another.
+        batch_size: rows of the global batch.
+        context: tokens of input in a row.
+        seed: of the order, any integer.
+        rank: which of `world_size` equal, consecutive blocks of the global batch's rows to return; all ranks'
+            blocks in order are the batch that a single process sees.
+        world_size: how many blocks.
+        skipped: batch numbers that are passed over, each later step taking the next batch instead. Appending a batch
+            not yet reached, or the current one, leaves all earlier steps as they were.
+
+    Raises:
+        UserError: no file has one full window, or `world_size` does not divide `batch_size`.
+    """
+
+    def __init__(
+        self,
+        files: Sequence[TokenFile],
+        batch_size: int,
+        context: int,
+        seed: int = 0,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        skipped: Sequence[int] = (),
+    ) -> None:
+        if batch_size % world_size:
+            raise UserError(f"a batch of {batch_size} rows does not divide among {world_size} processes")
+        self.files = list(files)
+        self.batch_size = batch_size
+        self.context = context
+        self.seed = seed
+        counts = [file.n_windows(context) for file in self.files]
+        self._first_window = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+        if not self.n_windows:
+            longest = max((len(file) for file in self.files), default=0)
+            raise UserError(
+                f"too little data: a context of {context} needs {context + 1} tokens in a file, the longest has "
+                f"{longest}; bring more text or shorten the context"
+            )
+        rows = batch_size // world_size
+        self._rows = np.arange(rank * rows, (rank + 1) * rows, dtype=np.int64)
+        passed = np.unique(np.asarray(skipped, np.int64))
+        self._passed = passed - np.arange(len(passed))  # as many batches are used before the skipped one
+
+    @property
+    def n_windows(self) -> int:
+        """Samples in an epoch."""
+        return int(self._first_window[-1])
+
+    def epoch(self, step: int) -> float:
+        """Epochs that are behind at the start of a step."""
+        return self.batch_index(step) * self.batch_size / self.n_windows
+
+    def batch_index(self, step: int) -> int:
+        """The batch that a step takes: the step's own number, moved on by the skipped ones up to it."""
+        return step + int(np.searchsorted(self._passed, step, side="right"))
+
+    def windows(self, step: int) -> np.ndarray:
+        """Numbers of the windows in this rank's rows at a step, int64 [batch_size / world_size]."""
+        samples = self.batch_index(step) * self.batch_size + self._rows
+        epochs = samples // self.n_windows
+        windows = np.empty_like(samples)
+        for epoch in np.unique(epochs):
+            of_epoch = epochs == epoch
+            (key,) = _keys(self.seed, np.array([epoch]))
+            places = samples[of_epoch] % self.n_windows
+            windows[of_epoch] = permute(places, self.n_windows, int(key))
+        return windows
+
+    def batch(self, step: int) -> torch.Tensor:
+        """This rank's rows of a step's batch.
+
+        Returns:
+            int64 [batch_size / world_size, context + 1]: input is [:, :-1], target [:, 1:].
+
+        Raises:
+            UserError: a token id that the file's vocabulary does not have.
+        """
+        windows = self.windows(step)
+        which = np.searchsorted(self._first_window, windows, side="right") - 1
+        starts = (windows - self._first_window[which]) * self.context
+        batch = np.empty((len(windows), self.context + 1), np.int64)
+        for index in np.unique(which):
+            rows = which == index
+            batch[rows] = self.files[index].read(starts[rows], self.context + 1)
+        return torch.from_numpy(batch)
+
+
+def eval_windows(file: TokenFile, n: int | None, context: int) -> torch.Tensor:
+    """Fixed windows spread evenly over a file, no token a target twice.
+
+    Args:
+        file: where from.
+        n: how many; None, or more than there are, means all.
+        context: tokens of input in a row.
+
+    Returns:
+        int64 [n, context + 1]: input is [:, :-1], target [:, 1:].
+
+    Raises:
+        UserError: the file has no full window, or a token id outside its vocabulary.
+    """
+    count = file.n_windows(context)
+    if not count:
+        raise UserError(
+            f"{file.path}: too little data, a context of {context} needs {context + 1} tokens, here are {len(file)}; "
+            "bring more text or shorten the context"
+        )
+    n = count if n is None else min(n, count)
+    return torch.from_numpy(file.read(np.arange(n) * count // n * context, context + 1))
+
+
+def permute(index: np.ndarray, n: int, key: int) -> np.ndarray:
+    """A pseudo-random permutation of range(n), evaluated at `index`, in memory proportional to `index` alone.
+
+    A Feistel network: write i = left * b + right with a * b >= n, and add to each half in turn a hash of the other,
+    which can be undone, so it permutes range(a * b). Where the image is not below n, walk on along the cycle until it
+    is: a cycle through a point of range(n) comes back to range(n), and the walk can be undone as well.
+
+    Args:
+        index: integers in [0, n), any one-dimensional array.
+        n: size of the permuted range, at least 1.
+        key: which permutation, in [0, 2**64).
+
+    Returns:
+        int64, the shape of `index`.
+    """
+    a = isqrt(n - 1) + 1
+    b = -(-n // a)  # so that a * b exceeds n by less than sqrt(n) + 1, and walks are rare
+    out = _feistel(np.asarray(index).astype(np.uint64), a, b, key)
+    while (outside := out >= n).any():
+        out[outside] = _feistel(out[outside], a, b, key)
+    return out.astype(np.int64)
+
+
+def _feistel(x: np.ndarray, a: int, b: int, key: int) -> np.ndarray:
+    size_left, size_right = np.uint64(a), np.uint64(b)
+    left, right = x // size_right, x % size_right
+    keys = _keys(key, np.arange(_ROUNDS))
+    for even, odd in zip(keys[::2], keys[1::2], strict=True):
+        left = (left + _mix(right + even) % size_left) % size_left
+        right = (right + _mix(left + odd) % size_right) % size_right
+    return left * size_right + right
+
+
+def _keys(key: int, numbers: np.ndarray) -> np.ndarray:
+    """A family of 64-bit keys, one for each number: splitmix64 seeded by the mixed key, at those places."""
+    seed = _mix(np.array([key % 2**64], np.uint64))
+    return _mix(seed + (numbers.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15))
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """The finaliser of splitmix64 (Steele, Lea and Flood 2014): every input bit reaches every output bit."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))

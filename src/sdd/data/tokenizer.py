@@ -1,0 +1,121 @@
+"""A thin wrapper around `tokenizers.Tokenizer`: exact round trips, the end-of-text token, bytes per token."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+
+from sdd.errors import UserError
+
+EOS_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]")
+
+
+class Tokenizer:
+    """A tokenizer read from the bytes of a Hugging Face `tokenizer.json`.
+
+    Text is always text: a special token's name inside a text (`<|endoftext|>`) is encoded as the characters it is
+    written with, never as the special token, and nothing is added around the text. So for a byte-level tokenizer
+    without normaliser `decode(encode(text)) == text` for any text.
+
+    Attributes:
+        path: the file it came from.
+        sha256: hash of that file, which identifies the tokenizer.
+        vocab_size: one more than the greatest token id.
+        eos: id of the end-of-text token, or None where the vocabulary has none of the usual names.
+    """
+
+    path: Path
+    sha256: str
+    vocab_size: int
+    eos: int | None
+
+    def __init__(self, path: Path, data: bytes) -> None:
+        self.path = path
+        self.sha256 = hashlib.sha256(data).hexdigest()
+        self._data = data
+        self._backend = tokenizers.Tokenizer.from_buffer(data)
+        self._backend.encode_special_tokens = True
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        vocabulary = self._backend.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(vocabulary.values(), default=-1) + 1
+        self.eos = next((vocabulary[name] for name in EOS_NAMES if name in vocabulary), None)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Tokenizer":
+        """Read a `tokenizer.json`, or the one inside a directory.
+
+        Raises:
+            UserError: no such file, or not a tokenizer.
+        """
+        path = Path(path)
+        if path.is_dir():
+            path = path / "tokenizer.json"
+        if not path.is_file():
+            raise UserError(f"no tokenizer at {path}: expected a tokenizer.json of the Hugging Face tokenizers library")
+        try:
+            return cls(path, path.read_bytes())
+        except Exception as error:  # the library raises plain Exception
+            raise UserError(f"{path} is not a tokenizer.json of the tokenizers library: {error}") from error
+
+    def save(self, path: Path) -> None:
+        """Write the very bytes it was read from, so that the hash stays."""
+        path.write_bytes(self._data)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text."""
+        return self._backend.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text, computed by several threads."""
+        return [e.ids for e in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of token ids; special tokens give no text, bytes that are not UTF-8 give U+FFFD."""
+        return self._backend.decode(list(ids), skip_special_tokens=True)
+
+    def token_bytes(self) -> np.ndarray | None:
+        """Number of UTF-8 bytes that each token stands for, which makes bits per byte exact.
+
+        Returns:
+            int32 [vocab_size], 0 for special tokens; None where the tokenizer is not byte-level, so that a token's
+            bytes depend on its neighbours.
+        """
+        spec = json.loads(self._data)
+        decoder = spec.get("decoder") or {}
+        if "ByteLevel" not in {decoder.get("type"), *(part.get("type") for part in decoder.get("decoders", ()))}:
+            return None
+        sizes = np.zeros(self.vocab_size, np.int32)
+        for token, index in self._backend.get_vocab(with_added_tokens=False).items():
+            sizes[index] = len(token)  # in the byte-level alphabet one character is one byte
+        for index, added in self._backend.get_added_tokens_decoder().items():  # these are kept as plain text
+            sizes[index] = 0 if added.special else len(added.content.encode())
+        return sizes
+
+
+def _quiet_fork() -> None:
+    """Make a later fork silent and safe.
+
+    The library's threads do not survive a fork. Left to itself it prints a warning in the child and turns its threads
+    off there; saying so beforehand, for the child only, has the effect without the warning.
+    """
+    name = "TOKENIZERS_PARALLELISM"
+    ours: list[bool] = []
+
+    def before() -> None:
+        ours.append(name not in os.environ)
+        os.environ.setdefault(name, "false")
+
+    def after_in_parent() -> None:
+        if ours.pop():
+            del os.environ[name]
+
+    if hasattr(os, "register_at_fork"):  # absent where processes cannot fork
+        os.register_at_fork(before=before, after_in_parent=after_in_parent)
+
+
+_quiet_fork()

@@ -1,0 +1,278 @@
+"""The mathematics in plain PyTorch, each function beside its equation.
+
+This file is the reference: every fused kernel is tested for equality with it.
+
+Notation (arXiv 2502.15499, section 3): `z = V x`, `norm(z) = z / sqrt(mean(z^2) + eps)`, `y = alpha * norm(z) + b`.
+Statistics, alpha and bias are applied in at least float32 whatever the dtype of the activations; float64 stays float64.
+Every statistic is taken along the last dimension, so tokens never mix.
+
+Shape suffixes: N features, G width of a norm group, T tokens, H heads, D head_dim.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+#: The `group` argument: None (one group), a group width, or consecutive `(width, group_width)` parts.
+Group = int | Sequence[tuple[int, int]] | None
+#: The same, resolved: consecutive `(width, group_width)` parts, `group_width` 0 for a plain part.
+Parts = tuple[tuple[int, int], ...]
+
+
+def resolve_group(group: Group, width: int) -> Parts:
+    """Turn a `group` argument into consecutive `(width, group_width)` parts that sum to `width`.
+
+    Args:
+        group: None for one group of full width, an int for groups of that width (heads), or a list of
+            `(width, group_width)` for consecutive parts; group_width 0 marks a plain part (neither norm nor alpha).
+        width: the number of output features N.
+
+    Raises:
+        ValueError: if the parts do not add up to `width` or a part is not a whole number of groups.
+    """
+    if group is None:
+        return ((width, width),)
+    if isinstance(group, int):
+        if group <= 0 or width % group:
+            raise ValueError(
+                f"group={group} does not divide the {width} output features: give a divisor, or None for one group"
+            )
+        return ((width, group),)
+    parts = tuple((int(part), int(group_width)) for part, group_width in group)
+    for part, group_width in parts:
+        if part <= 0 or group_width < 0 or (group_width and part % group_width):
+            raise ValueError(
+                f"part ({part}, {group_width}) is not a whole number of groups: give (width, group_width) with "
+                "group_width dividing width, or 0 for a plain part"
+            )
+    total = sum(part for part, _ in parts)
+    if total != width:
+        raise ValueError(f"the parts {list(parts)} add up to {total}, expected the {width} output features")
+    return parts
+
+
+def alpha_size(parts: Parts, shared: bool) -> int:
+    """Number of elements of alpha: one a normed feature, or one group width a normed part if `shared`."""
+    return sum(group_width if shared else width for width, group_width in parts if group_width)
+
+
+def norm(z: Tensor, eps: float = 1e-6, group: int | None = None) -> Tensor:
+    r"""Root-mean-square normalisation, `norm(z) = z / sqrt(mean(z^2) + eps)`.
+
+    Args:
+        z: `[..., N]`, any floating dtype.
+        eps: added to the mean square, inside the root.
+        group: width G of the groups along the last dimension over which the mean is taken; None for one group.
+
+    Returns:
+        `[..., N]` in at least float32 (float64 stays float64).
+    """
+    z = z.to(_statistics_dtype(z.dtype))
+    if group is not None and group != z.shape[-1]:
+        return norm(z.unflatten(-1, (-1, group)), eps).flatten(-2)
+    return z * torch.rsqrt(z.square().mean(-1, keepdim=True) + eps)
+
+
+def scaled_norm(
+    z: Tensor, alpha: Tensor, bias: Tensor | None = None, *, group: Group = None, eps: float = 1e-6
+) -> Tensor:
+    """The part of SDD after the matrix product, `y = alpha * norm(z) + b`; with one group, also RMSNorm.
+
+    Args:
+        z: `[..., N]`, any floating dtype.
+        alpha: `[N_normed]`, one scale a normed feature; or one group width for each normed part, shared by its groups.
+        bias: `[N]` or None, added after the scale.
+        group: see `resolve_group`.
+        eps: added to the mean square, inside the root.
+
+    Returns:
+        `[..., N]` in the dtype of z; alpha and bias are applied in at least float32 before the cast.
+
+    Raises:
+        ValueError: if alpha has neither of the two sizes that the groups allow.
+    """
+    parts = resolve_group(group, z.shape[-1])
+    if len(parts) == 1 and parts[0][1]:
+        y = _scale_part(z, alpha, parts[0][1], eps)
+    else:
+        widths = [width for width, _ in parts]
+        alphas = _split_alpha(alpha, parts)
+        y = torch.cat(
+            [
+                _scale_part(part, part_alpha, group_width, eps) if group_width else part.to(_statistics_dtype(z.dtype))
+                for part, part_alpha, (_, group_width) in zip(z.split(widths, -1), alphas, parts, strict=True)
+            ],
+            -1,
+        )
+    if bias is not None:
+        y = y + bias
+    return y.to(z.dtype)
+
+
+def sdd_linear(
+    x: Tensor, weight: Tensor, alpha: Tensor, bias: Tensor | None = None, *, group: Group = None, eps: float = 1e-6
+) -> Tensor:
+    r"""A fully-connected layer with Scale-Distribution Decoupling, `y = alpha * norm(V x) + b`.
+
+    With z = V x, n = norm(z), r = 1/sqrt(mean(z^2) + eps) and the incoming gradient dy, autograd gives
+
+        dalpha = sum over tokens of dy * n
+        dz     = r * (alpha*dy - n * mean(alpha*dy * n))
+        dV     = dz^T x,   dx = dz V
+
+    so that at eps = 0 the layer does not see the scale of V: V -> c V leaves y unchanged and divides dV by c.
+
+    Args:
+        x: `[..., in_features]` (one to any number of dimensions).
+        weight: V, `[out_features, in_features]`.
+        alpha: one scale an output feature that has a norm; or one group width a normed part, shared by its groups.
+        bias: `[out_features]` or None, added after the scale: `alpha * norm(V x) + b`, not `alpha * norm(V x + b)`.
+        group: norm groups along the output features: None one group; int groups of that width (heads); a list of
+            `(width, group_width)` consecutive parts, e.g. fused q|k|v `[(2048, 64), (512, 64), (512, 0)]`, where
+            group_width 0 is a plain part with neither norm nor alpha.
+        eps: added to the mean square, inside the root.
+
+    Returns:
+        `[..., out_features]` in the dtype of `V x`; statistics, alpha and bias in at least float32 before that cast.
+
+    Raises:
+        ValueError: if group does not fit out_features or alpha does not fit group.
+
+    Source: arXiv 2502.15499, equations 3 and 4.
+    """
+    return scaled_norm(F.linear(x, weight), alpha, bias, group=group, eps=eps)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """Gated linear unit with SiLU, `silu(gate) * up` (arXiv 2002.05202); all `[..., d_ff]`."""
+    return F.silu(gate) * up
+
+
+def sdd_swiglu(
+    z_gate: Tensor,
+    z_up: Tensor,
+    alpha_gate: Tensor,
+    alpha_up: Tensor,
+    *,
+    joint: bool = False,
+    eps: float = 1e-6,
+) -> Tensor:
+    """SwiGLU of two SDD projections, `silu(alpha_g * norm(z_g)) * (alpha_u * norm(z_u))`.
+
+    Args:
+        z_gate: `V_gate x`, `[..., d_ff]`.
+        z_up: `V_up x`, `[..., d_ff]`.
+        alpha_gate: `[d_ff]`.
+        alpha_up: `[d_ff]`.
+        joint: one norm group over the concatenated `z_gate | z_up` (the released dense code) instead of one each.
+        eps: added to the mean square, inside the root.
+
+    Returns:
+        `[..., d_ff]` in the dtype of z_gate.
+    """
+    if not joint:
+        return swiglu(scaled_norm(z_gate, alpha_gate, eps=eps), scaled_norm(z_up, alpha_up, eps=eps))
+    gate, up = norm(torch.cat([z_gate, z_up], -1), eps).chunk(2, -1)
+    return swiglu((alpha_gate * gate).to(z_gate.dtype), (alpha_up * up).to(z_up.dtype))
+
+
+def rope_tables(
+    length: int, head_dim: int, theta: float = 500_000.0, device: torch.device | str | None = None
+) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of rotary position embedding (arXiv 2104.09864), both `[length, head_dim]`, float32.
+
+    Position t rotates the pair (i, i + head_dim/2) by the angle `t * theta^(-2i/head_dim)`.
+    """
+    # float64 keeps the angles of late positions exact to float32
+    frequency = theta ** (-torch.arange(0, head_dim, 2, device=device, dtype=torch.float64) / head_dim)
+    angle = torch.outer(torch.arange(length, device=device, dtype=torch.float64), frequency).repeat(1, 2)
+    return angle.cos().float(), angle.sin().float()
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate `x` `[..., T, D]` by position, `x * cos + rotate_half(x) * sin`; tables `[T, D]` from `rope_tables`."""
+    first, second = x.chunk(2, -1)
+    rotated = torch.cat([-second, first], -1)
+    return (x * cos + rotated * sin).to(x.dtype)
+
+
+def residual_norm(
+    z: Tensor,
+    residual: Tensor,
+    alpha: Tensor,
+    post_alpha: Tensor | None = None,
+    *,
+    residual_scale: float = 1.0,
+    eps: float = 1e-6,
+    post_eps: float = 1e-6,
+) -> Tensor:
+    """An SDD output projection added to the residual stream, with or without the post-norm.
+
+    `s = residual_scale * residual + alpha * norm(z)`, and `post_alpha * norm(s)` if post_alpha is given.
+
+    Args:
+        z: `V x` of the output projection, `[..., d_model]`.
+        residual: the residual stream, `[..., d_model]`.
+        alpha: `[d_model]`.
+        post_alpha: `[d_model]` or None for no post-norm.
+        residual_scale: DeepNorm's factor on the stream, 1 elsewhere.
+        eps: of the projection's norm.
+        post_eps: of the post-norm.
+
+    Returns:
+        `[..., d_model]` in the dtype of the residual stream.
+    """
+    stream = torch.add(scaled_norm(z, alpha, eps=eps), residual, alpha=residual_scale).to(residual.dtype)
+    return stream if post_alpha is None else scaled_norm(stream, post_alpha, eps=post_eps)
+
+
+def qk_norm_rope(
+    z: Tensor, alpha: Tensor, cos: Tensor, sin: Tensor, *, n_heads: int, group: int | None = None, eps: float = 1e-6
+) -> Tensor:
+    """Normed queries or keys, rotated: `rope(alpha * norm(z))`.
+
+    Args:
+        z: `V x` of the q or k projection, `[B, T, H*D]`.
+        alpha: `[H*D]`, or `[D]` shared by the heads.
+        cos: `[T, D]`.
+        sin: `[T, D]`.
+        n_heads: H.
+        group: D for a norm per head, None for full width.
+        eps: added to the mean square, inside the root.
+
+    Returns:
+        `[B, H, T, D]` in the dtype of z.
+    """
+    heads = scaled_norm(z, alpha, group=group, eps=eps).unflatten(-1, (n_heads, -1)).transpose(-3, -2)
+    return apply_rope(heads, cos, sin)
+
+
+def _statistics_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _scale_part(z: Tensor, alpha: Tensor, group: int, eps: float) -> Tensor:
+    """`alpha * norm(z)` in the statistics dtype; alpha holds one scale a feature, or one group shared by all."""
+    width = z.shape[-1]
+    if alpha.shape == (width,):
+        return norm(z, eps, group) * alpha
+    if alpha.shape != (group,):
+        raise ValueError(
+            f"alpha has shape {list(alpha.shape)}, expected [{width}] (one scale a feature) "
+            f"or [{group}] (shared by all groups of width {group})"
+        )
+    return (norm(z.unflatten(-1, (-1, group)), eps) * alpha).flatten(-2)
+
+
+def _split_alpha(alpha: Tensor, parts: Parts) -> list[Tensor]:
+    """Alpha's piece for each part (empty for a plain one); whether it is shared shows in its size."""
+    for shared in (False, True):
+        if alpha.shape == (alpha_size(parts, shared),):
+            sizes = [(group_width if shared else width) if group_width else 0 for width, group_width in parts]
+            return list(alpha.split(sizes))
+    raise ValueError(
+        f"alpha has shape {list(alpha.shape)}, expected [{alpha_size(parts, False)}] (one scale a normed feature) "
+        f"or [{alpha_size(parts, True)}] (shared by the groups of each part) for the parts {list(parts)}"
+    )

@@ -1,0 +1,62 @@
+"""The shape of a language model."""
+
+from dataclasses import dataclass, field
+
+from sdd.placement import Placement, placements
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A decoder-only Transformer with RoPE, grouped-query attention and SwiGLU.
+
+    Attributes:
+        n_layers: number of blocks L.
+        d_model: width of the residual stream.
+        d_ff: hidden width of the feed-forward network.
+        n_heads: number of query heads.
+        n_kv_heads: number of key and value heads; divides n_heads.
+        vocab_size: number of tokens.
+        context: longest sequence in tokens.
+        rope_theta: base of the rotary angles.
+        tie_embeddings: use the embedding matrix as the head.
+        init_scale: multiplies the initial std of every matrix and of the embedding.
+        placement: where the norms stand; a name on the command line, the whole definition in config.json.
+    """
+
+    n_layers: int
+    d_model: int
+    d_ff: int
+    n_heads: int
+    n_kv_heads: int
+    vocab_size: int
+    context: int
+    rope_theta: float = 500_000.0
+    tie_embeddings: bool = False
+    init_scale: float = 1.0
+    placement: Placement = field(default_factory=lambda: placements["sdd"])
+
+    def __post_init__(self) -> None:
+        for name in ("n_layers", "d_model", "d_ff", "n_heads", "n_kv_heads", "vocab_size", "context"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.d_model % self.n_heads:
+            raise ValueError(f"n_heads={self.n_heads} does not divide d_model={self.d_model}: heads need one width")
+        if self.n_heads % self.n_kv_heads:
+            raise ValueError(f"n_kv_heads={self.n_kv_heads} does not divide n_heads={self.n_heads}")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim={self.head_dim} (d_model / n_heads) must be even: RoPE rotates pairs")
+        if not 0 < self.init_scale < float("inf") or not 0 < self.rope_theta < float("inf"):
+            raise ValueError(
+                f"init_scale={self.init_scale} and rope_theta={self.rope_theta} must be positive and finite"
+            )
+        self.placement.check_depth(self.n_layers)
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one head, d_model / n_heads."""
+        return self.d_model // self.n_heads
+
+    @property
+    def kv_width(self) -> int:
+        """Width of all key heads together."""
+        return self.n_kv_heads * self.head_dim

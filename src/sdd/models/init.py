@@ -1,0 +1,84 @@
+"""Named init rules: the standard deviation with which each matrix is drawn.
+
+All draws are normal, truncated at three standard deviations. The rules are
+
+    base              1/sqrt(2.5 d_model) everywhere (arXiv 2502.15499)
+    base-unit-embed   the same with a standard normal embedding
+    megatron          base, with the output and down projections divided by sqrt(2L) (arXiv 1909.08053)
+    normal-0.02       0.02 everywhere (arXiv 2501.00656, OLMo 2)
+    deepnorm          Xavier, sqrt(2 / (fan_in + fan_out)), times the gain (8L)^(-1/4) on v, o, up and down
+                      (arXiv 2203.00555). The gate of the GLU keeps gain 1, as in its authors' own GLU, so that the
+                      product of the two gained matrices on the linear path is the paper's; embedding 1/sqrt(d_model).
+"""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from sdd.models.config import ModelConfig
+from sdd.nn import RMSNorm, SDDLinear
+from sdd.placement import SCALES
+
+if TYPE_CHECKING:
+    from sdd.models.transformer import LanguageModel
+
+_OUTPUTS = ("o_proj", "down_proj")
+_DEEPNORM_GAINED = ("v_proj", "o_proj", "up_proj", "down_proj")
+
+
+def init_std(config: ModelConfig, role: str, fan_in: int, fan_out: int) -> float:
+    """Standard deviation of one matrix before init_scale.
+
+    Args:
+        config: gives the rule, d_model and the depth.
+        role: "embed", "head" or the projection's name ("q_proj", ..., "down_proj").
+        fan_in: number of input features.
+        fan_out: number of output features.
+    """
+    base = (2.5 * config.d_model) ** -0.5
+    match config.placement.init:
+        case "base":
+            return base
+        case "base-unit-embed":
+            return 1.0 if role == "embed" else base
+        case "megatron":
+            return base * (SCALES["1/sqrt(2L)"](config.n_layers) if role in _OUTPUTS else 1.0)
+        case "normal-0.02":
+            return 0.02
+        case "deepnorm":
+            if role == "embed":
+                return config.d_model**-0.5
+            gain = SCALES["(8L)^(-1/4)"](config.n_layers) if role in _DEEPNORM_GAINED else 1.0
+            return gain * (2 / (fan_in + fan_out)) ** 0.5
+        case rule:
+            raise ValueError(f"init={rule!r} is not an init rule: see sdd.models.init")
+
+
+@torch.no_grad()
+def init_weights(model: "LanguageModel") -> None:
+    """Draw every matrix by the placement's init rule, times init_scale, and set every alpha to its initial value.
+
+    Draws come from torch's default generator, in an order that does not depend on the norms: two placements with one
+    init rule start from the same matrices.
+    """
+    config = model.config
+    for role, weight in _matrices(model):
+        fan_out, fan_in = weight.shape
+        std = config.init_scale * init_std(config, role, fan_in, fan_out)
+        nn.init.trunc_normal_(weight, std=std, a=-3 * std, b=3 * std)
+    for module in model.modules():
+        if isinstance(module, SDDLinear):
+            nn.init.constant_(module.alpha, module.alpha_init)
+        elif isinstance(module, RMSNorm):
+            module.reset_parameters()
+
+
+def _matrices(model: "LanguageModel") -> Iterator[tuple[str, torch.Tensor]]:
+    yield "embed", model.embed.weight
+    for name, module in model.blocks.named_modules():
+        if isinstance(module, nn.Linear):
+            yield name.rsplit(".", 1)[-1], module.weight
+    if model.head is not None:
+        yield "head", model.head.weight

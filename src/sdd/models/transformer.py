@@ -1,0 +1,263 @@
+"""The language model: one Block for every placement.
+
+Shape suffixes: B batch, T tokens, C d_model, H query heads, K key-value heads, D head_dim, F d_ff, V vocabulary.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from sdd import functional as sdd_F
+from sdd.models.config import ModelConfig
+from sdd.models.init import init_weights
+from sdd.nn import RMSNorm, SDDLinear
+from sdd.placement import SCALES, Norm, Site
+
+Rope = tuple[Tensor, Tensor]
+
+
+class Block(nn.Module):
+    """One block: `x = attn_post(c*x + attn(attn_in(x)))`, then the same with the feed-forward network."""
+
+    def __init__(self, config: ModelConfig, index: int, device: torch.device | str | None = None) -> None:
+        super().__init__()
+        norms = config.placement.layer(index, config.n_layers)
+        self.residual_scale = SCALES[config.placement.residual_scale](config.n_layers)
+        self.attn_in = _norm(norms.get("attn_in"), config, config.d_model, device)
+        self.attn = Attention(config, norms, device)
+        self.attn_post = _norm(norms.get("attn_post"), config, config.d_model, device)
+        self.ffn_in = _norm(norms.get("ffn_in"), config, config.d_model, device)
+        self.ffn = FeedForward(config, norms, device)
+        self.ffn_post = _norm(norms.get("ffn_post"), config, config.d_model, device)
+
+    def forward(self, x_BTC: Tensor, rope: Rope, mask: Tensor | None = None) -> Tensor:
+        """`[B, T, C]` to `[B, T, C]`."""
+        x_BTC = self.attn_post(self._add(x_BTC, self.attn(self.attn_in(x_BTC), rope, mask)))
+        return self.ffn_post(self._add(x_BTC, self.ffn(self.ffn_in(x_BTC))))
+
+    def _add(self, x: Tensor, branch: Tensor) -> Tensor:
+        """`c*x + branch`, one operation whatever c."""
+        return torch.add(branch, x, alpha=self.residual_scale)
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention with RoPE: `o_proj(ctx(softmax(q k^T / sqrt(D)) v))`."""
+
+    def __init__(self, config: ModelConfig, norms: dict[Site, Norm], device: torch.device | str | None = None) -> None:
+        super().__init__()
+        C, KD = config.d_model, config.kv_width
+        self.head_dim = config.head_dim
+        self.grouped = config.n_kv_heads != config.n_heads
+        self.q_proj = _projection(C, C, norms.get("q"), config, device)
+        self.k_proj = _projection(C, KD, norms.get("k"), config, device)
+        self.v_proj = _projection(C, KD, norms.get("v"), config, device)
+        self.ctx = _norm(norms.get("ctx"), config, C, device)
+        self.o_proj = _projection(C, C, norms.get("attn_out"), config, device)
+
+    def forward(self, x_BTC: Tensor, rope: Rope, mask: Tensor | None = None) -> Tensor:
+        """`[B, T, C]` to `[B, T, C]`; mask `[B, 1, T, T]` is True where attention is allowed, None for causal."""
+        q_BHTD = sdd_F.apply_rope(self._heads(self.q_proj(x_BTC)), *rope)
+        k_BKTD = sdd_F.apply_rope(self._heads(self.k_proj(x_BTC)), *rope)
+        v_BKTD = self._heads(self.v_proj(x_BTC))
+        y_BHTD = F.scaled_dot_product_attention(
+            q_BHTD, k_BKTD, v_BKTD, attn_mask=mask, is_causal=mask is None, enable_gqa=self.grouped
+        )
+        return self.o_proj(self.ctx(y_BHTD.transpose(1, 2).flatten(2)))
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: `down(silu(gate x) * up x)`."""
+
+    def __init__(self, config: ModelConfig, norms: dict[Site, Norm], device: torch.device | str | None = None) -> None:
+        super().__init__()
+        C, F_ = config.d_model, config.d_ff
+        self.joint = config.placement.joint_gate_up and {"gate", "up"} <= norms.keys()
+        self.gate_proj = _projection(C, F_, norms.get("gate"), config, device)
+        self.up_proj = _projection(C, F_, norms.get("up"), config, device)
+        self.down_proj = _projection(F_, C, norms.get("ffn_out"), config, device)
+
+    def forward(self, x_BTC: Tensor) -> Tensor:
+        """`[B, T, C]` to `[B, T, C]`."""
+        return self.down_proj(self._joint(x_BTC) if self.joint else self._separate(x_BTC))
+
+    def _separate(self, x_BTC: Tensor) -> Tensor:
+        return sdd_F.swiglu(self.gate_proj(x_BTC), self.up_proj(x_BTC))
+
+    def _joint(self, x_BTC: Tensor) -> Tensor:
+        gate, up = self.gate_proj, self.up_proj
+        assert isinstance(gate, SDDLinear)
+        assert isinstance(up, SDDLinear)
+        z_gate, z_up = F.linear(x_BTC, gate.weight), F.linear(x_BTC, up.weight)
+        return sdd_F.sdd_swiglu(z_gate, z_up, gate.alpha, up.alpha, joint=True, eps=gate.eps)
+
+
+class LanguageModel(nn.Module):
+    """A decoder-only language model; where its norms stand is `config.placement`.
+
+    Args:
+        config: the shape and the placement.
+        device: where parameters are made; on "meta" they have no storage and are not drawn (call `to_empty` and
+            `init_weights` later).
+
+    Attributes:
+        checkpoint_blocks: recompute each block's activations in the backward pass instead of keeping them.
+        chunked_loss: compute the loss without ever holding all logits, where torch has that (see `cross_entropy`).
+    """
+
+    def __init__(self, config: ModelConfig, device: torch.device | str | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.checkpoint_blocks = False
+        self.chunked_loss = False
+        self.embed = nn.Embedding(config.vocab_size, config.d_model, device=device)
+        self.embed_norm = _norm(config.placement.norms.get("embed"), config, config.d_model, device)
+        self.blocks = nn.ModuleList(Block(config, index, device) for index in range(config.n_layers))
+        self.final_norm = _norm(config.placement.norms.get("final"), config, config.d_model, device)
+        self.head = (
+            None if config.tie_embeddings else nn.Linear(config.d_model, config.vocab_size, bias=False, device=device)
+        )
+        cos, sin = sdd_F.rope_tables(config.context, config.head_dim, config.rope_theta, device)
+        self.register_buffer("rope_cos", cos, persistent=False)
+        self.register_buffer("rope_sin", sin, persistent=False)
+        if not self.embed.weight.is_meta:
+            init_weights(self)
+
+    def init_weights(self) -> None:
+        """Draw all parameters and fill the RoPE tables, e.g. after `to_empty`; see `sdd.models.init`."""
+        device = self.embed.weight.device
+        self.rope_cos, self.rope_sin = sdd_F.rope_tables(
+            self.config.context, self.config.head_dim, self.config.rope_theta, device
+        )
+        init_weights(self)
+
+    def forward(
+        self,
+        tokens_BT: Tensor,
+        targets_BT: Tensor | None = None,
+        *,
+        document_eos: int | None = None,
+        z_loss: float = 0.0,
+        reduction: str = "mean",
+    ) -> Tensor:
+        """Logits `[B, T, V]`, or the loss if targets are given.
+
+        Args:
+            tokens_BT: int64 `[B, T]`, T at most `config.context`.
+            targets_BT: int64 `[B, T]`, the token after each.
+            document_eos: the end-of-document token; if given, attention does not cross it.
+            z_loss: weight of `logsumexp(logits)^2` (arXiv 2204.02311) added to the cross-entropy.
+            reduction: "mean" or "none" (`[B, T]`); z_loss needs "mean".
+
+        Returns:
+            The logits, or cross-entropy in nats a token, float32.
+
+        Raises:
+            ValueError: if the sequence is longer than the context.
+        """
+        T = tokens_BT.shape[1]
+        if self.config.context < T:
+            raise ValueError(f"a sequence of {T} tokens was given, the model's context is {self.config.context}")
+        x_BTC = self.hidden(tokens_BT, None if document_eos is None else document_mask(tokens_BT, document_eos))
+        if targets_BT is None:
+            return F.linear(x_BTC, self.head_weight)
+        return cross_entropy(
+            x_BTC, self.head_weight, targets_BT, z_loss=z_loss, reduction=reduction, chunked=self.chunked_loss
+        )
+
+    def hidden(self, tokens_BT: Tensor, mask: Tensor | None = None) -> Tensor:
+        """What the head reads: `[B, T]` to `[B, T, C]`."""
+        T = tokens_BT.shape[1]
+        rope = (self.rope_cos[:T], self.rope_sin[:T])
+        x_BTC = self.embed_norm(self.embed(tokens_BT))
+        for block in self.blocks:
+            if self.checkpoint_blocks and torch.is_grad_enabled():
+                x_BTC = checkpoint(block, x_BTC, rope, mask, use_reentrant=False)
+            else:
+                x_BTC = block(x_BTC, rope, mask)
+        return self.final_norm(x_BTC)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The matrix that turns the last hidden state into logits, `[V, C]`."""
+        return self.embed.weight if self.head is None else self.head.weight
+
+
+def document_mask(tokens_BT: Tensor, eos: int) -> Tensor:
+    """Causal attention within documents: bool `[B, 1, T, T]`, True where allowed; EOS closes its document."""
+    ends = tokens_BT == eos
+    document = ends.cumsum(-1) - ends.long()
+    same = document[:, None, :, None] == document[:, None, None, :]
+    return same.tril()
+
+
+def cross_entropy(
+    x_BTC: Tensor,
+    head_weight: Tensor,
+    targets_BT: Tensor,
+    *,
+    z_loss: float = 0.0,
+    reduction: str = "mean",
+    chunked: bool = False,
+) -> Tensor:
+    """Cross-entropy of `softmax(head x)` in nats a token, in float32.
+
+    Args:
+        x_BTC: the last hidden state.
+        head_weight: `[V, C]`.
+        targets_BT: int64.
+        z_loss: weight of the mean `logsumexp(logits)^2` added to the loss (arXiv 2204.02311).
+        reduction: "mean", or "none" for `[B, T]` (without z_loss).
+        chunked: use torch's chunked `linear_cross_entropy` (torch >= 2.13), which never holds all logits. It knows
+            no z_loss and no second derivative.
+
+    Raises:
+        ValueError: if z_loss is asked for together with reduction "none" or chunked.
+    """
+    if z_loss and (chunked or reduction != "mean"):
+        raise ValueError("z_loss needs all logits and reduction='mean': leave out chunked and reduction='none'")
+    x_NC, targets_N = x_BTC.flatten(0, 1), targets_BT.flatten()
+    if chunked and reduction == "mean":
+        options = nn.LinearCrossEntropyOptions()  # pyright: ignore[reportAttributeAccessIssue]
+        return F.linear_cross_entropy(x_NC, head_weight, targets_N, options=options)  # pyright: ignore[reportAttributeAccessIssue]
+    logits_NV = F.linear(x_NC, head_weight).float()
+    loss = F.cross_entropy(logits_NV, targets_N, reduction=reduction)
+    if z_loss:
+        loss = loss + z_loss * logits_NV.logsumexp(-1).square().mean()
+    return loss if reduction == "mean" else loss.view_as(targets_BT)
+
+
+#: Whether this torch has the chunked loss.
+HAS_CHUNKED_LOSS = hasattr(F, "linear_cross_entropy") and hasattr(nn, "LinearCrossEntropyOptions")
+
+
+def _group(norm: Norm, config: ModelConfig) -> int | None:
+    return config.head_dim if norm.group == "head" else None
+
+
+def _projection(
+    in_features: int, out_features: int, norm: Norm | None, config: ModelConfig, device: torch.device | str | None
+) -> nn.Linear:
+    """A plain Linear, or with a norm at its site an SDDLinear."""
+    if norm is None:
+        return nn.Linear(in_features, out_features, bias=False, device=device)
+    return SDDLinear(
+        in_features,
+        out_features,
+        bias=False,
+        device=device,
+        group=_group(norm, config),
+        shared_alpha=norm.shared_alpha,
+        alpha_init=norm.alpha(config.n_layers),
+        eps=norm.eps,
+    )
+
+
+def _norm(norm: Norm | None, config: ModelConfig, width: int, device: torch.device | str | None) -> nn.Module:
+    """The norm of a site that is no projection; an absent one is the identity, which costs nothing."""
+    if norm is None:
+        return nn.Identity()
+    return RMSNorm(width, norm.alpha(config.n_layers), norm.eps, device, group=_group(norm, config))

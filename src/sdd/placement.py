@@ -1,0 +1,228 @@
+"""Where the norms stand: every method compared here is data.
+
+A block of a decoder has the sites
+
+    embed | attn_in  q k v  ctx  attn_out  attn_post | ffn_in  gate up  ffn_out  ffn_post | final
+
+and computes, with every absent norm left out and c the residual scale,
+
+    x = embed(E[tokens])
+    x = attn_post(c*x + attn_out(ctx(attention(q(h), k(h), v(h)))))      h = attn_in(x)
+    x = ffn_post(c*x + ffn_out(silu(gate(h)) * up(h)))                   h = ffn_in(x)
+    logits = head(final(x))
+
+A norm on q, k, v, attn_out, gate, up or ffn_out makes that projection an `SDDLinear`; the other sites are RMSNorms.
+A `Placement` names the norms, a residual rule and an init rule; rules are named (`1/sqrt(2L)`), not numbers, so that
+one placement fits any depth. `placements` holds the methods by name; a new one is a few lines of data.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import Literal, get_args
+
+Site = Literal[
+    "embed",
+    "attn_in",
+    "q",
+    "k",
+    "v",
+    "ctx",
+    "attn_out",
+    "attn_post",
+    "ffn_in",
+    "gate",
+    "up",
+    "ffn_out",
+    "ffn_post",
+    "final",
+]
+SITES: tuple[Site, ...] = get_args(Site)
+#: Sites at which a norm makes the projection an SDDLinear.
+PROJECTIONS: tuple[Site, ...] = ("q", "k", "v", "attn_out", "gate", "up", "ffn_out")
+#: Sites that stand once in a model, not in every block.
+MODEL_SITES: tuple[Site, ...] = ("embed", "final")
+
+#: Named scales as functions of L, the number of blocks.
+SCALES: Mapping[str, Callable[[int], float]] = MappingProxyType(
+    {
+        "one": lambda L: 1.0,
+        "1/sqrt(L)": lambda L: L**-0.5,
+        "1/sqrt(2L)": lambda L: (2 * L) ** -0.5,
+        "(2L)^(1/4)": lambda L: (2 * L) ** 0.25,
+        "(8L)^(-1/4)": lambda L: (8 * L) ** -0.25,
+    }
+)
+ScaleName = Literal["one", "1/sqrt(L)", "1/sqrt(2L)", "(2L)^(1/4)", "(8L)^(-1/4)"]
+InitName = Literal["base", "base-unit-embed", "megatron", "deepnorm", "normal-0.02"]
+
+
+@dataclass(frozen=True)
+class Norm:
+    """One norm at one site, `y = alpha * norm(z)`.
+
+    Attributes:
+        group: "full" takes the mean square over the site's whole width, "head" over each head.
+        shared_alpha: one alpha of head_dim for all heads (with group "head").
+        alpha_init: named initial value of alpha, see `SCALES`.
+        alpha_factor: multiplies the named initial value.
+        eps: added to the mean square, inside the root.
+    """
+
+    group: Literal["full", "head"] = "full"
+    shared_alpha: bool = False
+    alpha_init: ScaleName = "one"
+    alpha_factor: float = 1.0
+    eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        if self.alpha_init not in SCALES:
+            raise ValueError(f"alpha_init={self.alpha_init!r} is not a named scale: choose one of {list(SCALES)}")
+        if self.group not in ("full", "head"):
+            raise ValueError(f"group={self.group!r}: choose 'full' or 'head'")
+        if self.shared_alpha and self.group != "head":
+            raise ValueError("shared_alpha=True shares one alpha among heads: it needs group='head'")
+        if not (math.isfinite(self.eps) and self.eps >= 0):
+            raise ValueError(f"eps={self.eps} must be finite and not negative")
+        if not math.isfinite(self.alpha_factor):
+            raise ValueError(f"alpha_factor={self.alpha_factor} must be finite")
+
+    def alpha(self, n_layers: int) -> float:
+        """The initial value of alpha in a model of `n_layers` blocks."""
+        return self.alpha_factor * SCALES[self.alpha_init](n_layers)
+
+
+@dataclass(frozen=True)
+class Placement:
+    """A normalisation method: norms by site, a residual rule and an init rule.
+
+    Attributes:
+        norms: the norm at each site; an absent site has none.
+        name: what tables and figures call it.
+        joint_gate_up: one norm group over the concatenated gate|up vector instead of one each.
+        residual_scale: named factor on the residual stream before each addition, see `SCALES` (DeepNorm).
+        init: named init rule, see `sdd.models.init`.
+        overrides: for single blocks (by index, negative from the end), sites to change; None removes the norm.
+        source: where the definition comes from.
+    """
+
+    norms: dict[Site, Norm]
+    name: str = ""
+    joint_gate_up: bool = False
+    residual_scale: ScaleName = "one"
+    init: InitName = "megatron"
+    overrides: dict[int, dict[Site, Norm | None]] = field(default_factory=dict)
+    source: str = ""
+
+    def __post_init__(self) -> None:
+        for sites in (self.norms, *self.overrides.values()):
+            for site, norm in sites.items():
+                if site not in SITES:
+                    raise ValueError(f"{site!r} is not a norm site: choose from {list(SITES)}")
+                if norm is not None and norm.group == "head" and site not in ("q", "k", "v", "ctx"):
+                    raise ValueError(f"site {site!r} has no heads: group='head' fits q, k, v and ctx only")
+        for layer, sites in self.overrides.items():
+            misplaced = [site for site in sites if site in MODEL_SITES]
+            if misplaced:
+                raise ValueError(f"overrides[{layer}] names {misplaced}: these sites stand once in a model, in norms")
+        if self.joint_gate_up and not {"gate", "up"} <= self.norms.keys():
+            raise ValueError("joint_gate_up=True joins the norms of gate and up: give both in norms")
+        if self.residual_scale not in SCALES:
+            raise ValueError(f"residual_scale={self.residual_scale!r}: choose one of {list(SCALES)}")
+
+    def layer(self, index: int, n_layers: int) -> dict[Site, Norm]:
+        """The norms of block `index` of `n_layers`, overrides applied."""
+        norms: dict[Site, Norm | None] = {site: norm for site, norm in self.norms.items() if site not in MODEL_SITES}
+        for layer in (index, index - n_layers):
+            norms |= self.overrides.get(layer, {})
+        return {site: norm for site, norm in norms.items() if norm is not None}
+
+    def check_depth(self, n_layers: int) -> None:
+        """Raise ValueError if an override names a block that a model of `n_layers` blocks does not have."""
+        outside = [layer for layer in self.overrides if not -n_layers <= layer < n_layers]
+        if outside:
+            raise ValueError(f"overrides name the blocks {outside}, but the model has {n_layers} blocks")
+
+    def replace_eps(self, eps: float) -> "Placement":
+        """The same placement with another eps at every site."""
+        return replace(
+            self,
+            norms={site: replace(norm, eps=eps) for site, norm in self.norms.items()},
+            overrides={
+                layer: {site: norm and replace(norm, eps=eps) for site, norm in sites.items()}
+                for layer, sites in self.overrides.items()
+            },
+        )
+
+
+_ONE = Norm()
+_HEAD = Norm(group="head")
+_QK_HEAD: dict[Site, Norm] = {"q": Norm(group="head", shared_alpha=True), "k": Norm(group="head", shared_alpha=True)}
+_PRE: dict[Site, Norm] = {"attn_in": _ONE, "ffn_in": _ONE, "final": _ONE}
+# As released: the embedding is normed too, and the last ffn_post is the norm before the head.
+_POST: dict[Site, Norm] = {"embed": _ONE, "attn_post": _ONE, "ffn_post": _ONE}
+_OUT_2L = Norm(alpha_init="1/sqrt(2L)")
+_OUT_L = Norm(alpha_init="1/sqrt(L)")
+_PAPER_SITES: dict[Site, Norm] = {
+    "q": _ONE,
+    "k": _ONE,
+    "v": _ONE,
+    "attn_out": _OUT_L,
+    "gate": _ONE,
+    "up": _ONE,
+    "ffn_out": _OUT_L,
+}
+_RELEASED_SITES: dict[Site, Norm] = {
+    **_QK_HEAD,
+    "ctx": _ONE,
+    "attn_out": _OUT_2L,
+    "gate": _ONE,
+    "up": _ONE,
+    "ffn_out": _OUT_2L,
+}
+
+_PLACEMENTS: dict[str, Placement] = {
+    "sdd": Placement(
+        {**_POST, **_QK_HEAD, "attn_out": _OUT_2L, "ffn_out": _OUT_2L},
+        init="base",
+        source="this project: SDD where it matters, at the two projections that write to the residual stream",
+    ),
+    "sdd-paper": Placement(
+        {**_POST, **_PAPER_SITES}, init="base", source="arXiv 2502.15499, figure 2: every fully-connected layer"
+    ),
+    "sdd-released": Placement(
+        {**_POST, **_RELEASED_SITES},
+        joint_gate_up=True,
+        init="base",
+        source="the dense code released with arXiv 2502.15499 (eps 1e-5 there)",
+    ).replace_eps(1e-5),
+    "sdd-prenorm": Placement(
+        {**_PRE, **_PAPER_SITES}, init="base", source="arXiv 2502.15499, figure 8: SDD on Pre-Norm"
+    ),
+    "prenorm": Placement(_PRE, source="arXiv 2002.04745; Llama"),
+    "prenorm-qk": Placement({**_PRE, **_QK_HEAD}, source="arXiv 2302.05442, 2309.14322; Qwen3"),
+    "postnorm": Placement(_POST, source="arXiv 1706.03762, with the norm on the embedding of the released wiring"),
+    "deepnorm": Placement(_POST, residual_scale="(2L)^(1/4)", init="deepnorm", source="arXiv 2203.00555, decoder-only"),
+    "olmo2": Placement(
+        {"q": _ONE, "k": _ONE, "attn_out": _ONE, "ffn_out": _ONE, "final": _ONE},
+        init="normal-0.02",
+        source="arXiv 2501.00656, section 3",
+    ),
+    "peri": Placement(
+        {**_PRE, "embed": _ONE, "attn_out": _ONE, "ffn_out": _ONE},
+        init="normal-0.02",
+        source="arXiv 2502.02732, with the norm on the embedding",
+    ),
+    "hybrid": Placement(
+        {"q": _HEAD, "k": _HEAD, "v": _HEAD, "attn_post": _ONE, "final": _ONE}, source="arXiv 2503.04598, HybridNorm"
+    ),
+    "qkv-norm": Placement(
+        {"q": _ONE, "k": _ONE, "v": _ONE, "ffn_in": _ONE, "final": _ONE},
+        source="arXiv 2410.16682: norms on q, k, v in place of the norm before the attention",
+    ),
+}
+#: The methods by name; see docs/placements.md for the table.
+placements: Mapping[str, Placement] = MappingProxyType(
+    {name: replace(placement, name=name) for name, placement in _PLACEMENTS.items()}
+)

@@ -1,0 +1,66 @@
+"""Held-out loss and bits per byte."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from sdd.models import LanguageModel
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The result of an evaluation.
+
+    Attributes:
+        loss: mean cross-entropy in nats a token.
+        bits_per_byte: the same text's code length a byte of UTF-8, comparable between tokenizers; None if the
+            tokens' lengths are not known.
+        tokens: number of predicted tokens.
+    """
+
+    loss: float
+    bits_per_byte: float | None
+    tokens: int
+
+
+@torch.no_grad()
+def evaluate(
+    model: LanguageModel,
+    windows: torch.Tensor,
+    batch_size: int,
+    *,
+    token_bytes: np.ndarray | None = None,
+    document_eos: int | None = None,
+    autocast_dtype: torch.dtype | None = None,
+) -> Evaluation:
+    """Loss of a model on fixed windows.
+
+    `loss = sum(nll) / n_tokens` and `bits_per_byte = sum(nll) / (ln 2 * bytes of the predicted tokens)`.
+
+    Args:
+        model: the model; left in the mode it was in.
+        windows: int64 `[N, T + 1]`.
+        batch_size: windows a forward pass.
+        token_bytes: int `[vocab_size]`, bytes of UTF-8 each token stands for; None if unknown.
+        document_eos: see `LanguageModel.forward`.
+        autocast_dtype: bfloat16, or None for the model's own precision.
+    """
+    device = model.embed.weight.device
+    was_training = model.training
+    model.eval()
+    total = 0.0
+    for batch in windows.split(batch_size):
+        tokens = batch.to(device)
+        with torch.autocast(device.type, autocast_dtype, enabled=autocast_dtype is not None):
+            losses = model(tokens[:, :-1], tokens[:, 1:], document_eos=document_eos, reduction="none")
+        total += losses.double().sum().item()
+    model.train(was_training)
+    targets = windows[:, 1:]
+    n_bytes = None if token_bytes is None else int(token_bytes[targets.numpy()].sum())
+    return Evaluation(
+        loss=total / targets.numel(),
+        bits_per_byte=total / math.log(2) / n_bytes if n_bytes else None,
+        tokens=targets.numel(),
+    )

@@ -1,0 +1,157 @@
+"""The files of a run.
+
+config.json        every field; feeds back in
+environment.json   versions, device, threads
+metrics.jsonl      one object a step, and one an evaluation
+samples.jsonl      generated text
+result.json        how it ended
+checkpoints/       see sdd.train.checkpoint
+"""
+
+import json
+import math
+import os
+import platform
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from sdd.errors import UserError
+
+try:
+    import fcntl
+except ImportError:  # Windows has no flock; there nothing guards a run against a second process
+    fcntl = None
+
+
+class RunDir:
+    """A run directory, and the lock that keeps a second process out of it.
+
+    Args:
+        path: the directory; made if missing.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock: IO[str] | None = None
+
+    @property
+    def config(self) -> Path:
+        """config.json."""
+        return self.path / "config.json"
+
+    @property
+    def metrics(self) -> Path:
+        """metrics.jsonl."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of the checkpoints."""
+        return self.path / "checkpoints"
+
+    def create(self) -> None:
+        """Make the directory.
+
+        Raises:
+            UserError: if it holds a run or other files already, or cannot be made.
+        """
+        if self.config.exists():
+            raise UserError(f"{self.path} holds a run already: go on with it (sdd resume {self.path}), or name another")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            other = next(self.path.iterdir(), None)
+        except OSError as error:
+            raise UserError(f"cannot make the run directory {self.path}: {error.strerror}") from None
+        if other is not None:
+            raise UserError(f"{self.path} is not empty (it holds {other.name}) and is no run: name a new directory")
+
+    def lock(self) -> None:
+        """Keep other processes from writing into this run until this process ends.
+
+        Raises:
+            UserError: if another process has it.
+        """
+        try:
+            self._lock = (self.path / "lock").open("a")
+        except OSError as error:
+            raise UserError(f"cannot write into {self.path}: {error.strerror}") from None
+        try:
+            if fcntl:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._lock.close()
+            raise UserError(f"another process is writing into {self.path}: wait for it or stop it") from None
+
+    def unlock(self) -> None:
+        """Let other processes in again."""
+        if self._lock:
+            self._lock.close()
+            self._lock = None
+
+    def write_json(self, name: str, values: dict[str, Any]) -> None:
+        """Write a small JSON file aside and rename it."""
+        aside = self.path / f".tmp-{name}"
+        aside.write_text(json.dumps(_finite(values), indent=2) + "\n", encoding="utf-8")
+        aside.rename(self.path / name)
+
+    def append(self, name: str, values: dict[str, Any]) -> None:
+        """Append one object to a JSON-lines file."""
+        with (self.path / name).open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(_finite(values)) + "\n")
+
+    def drop_after(self, step: int) -> None:
+        """Remove from metrics and samples what comes after `step`: a resumed run writes it again."""
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            file = self.path / name
+            if file.exists():
+                kept = [row for row in read_jsonl(file) if row.get("step", 0) <= step]
+                aside = self.path / f".tmp-{name}"
+                aside.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+                aside.rename(file)
+
+
+def read_jsonl(file: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a JSON-lines file; a last line that a killed process left unfinished is passed over."""
+    with file.open(encoding="utf-8") as stream:
+        for line in stream:
+            try:
+                row = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(row, dict):
+                yield row
+
+
+def environment(device: torch.device, precision: str) -> dict[str, Any]:
+    """What a result depends on beside its config."""
+    from sdd import __version__
+
+    cuda = device.type == "cuda"
+    return {
+        "sdd": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "machine": platform.machine(),
+        "device": torch.cuda.get_device_name(device) if cuda else device.type,
+        "cuda": torch.version.cuda if cuda else None,
+        "precision": precision,
+        "threads": torch.get_num_threads(),
+        "cpus": os.cpu_count(),
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+    }
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: they become the strings "nan", "inf" and "-inf"."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value
