@@ -31,12 +31,19 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(message)
 
     def parse_known(self, args: Sequence[str]) -> argparse.Namespace:
-        namespace, unknown = self.parse_known_args(args)
+        """Parse; `--optim.weight-decay` is taken for `--optim.weight_decay` too."""
+        namespace, unknown = self.parse_known_args([self._known_spelling(word) for word in args])
         if unknown:
             options = [option for action in self._actions for option in action.option_strings]
             word = unknown[0].split("=")[0]
             raise UserError(f"unknown argument {word}{config_io.nearest(word, options)}; see {self.prog} --help")
         return namespace
+
+    def _known_spelling(self, word: str) -> str:
+        name, equals, value = word.partition("=")
+        other = "--" + name[2:].replace("-", "_")
+        known = self._option_string_actions
+        return other + equals + value if name.startswith("--") and name not in known and other in known else word
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -116,9 +123,8 @@ def _base_config(name: str, printed: bool, preset: Any) -> Any:
     if Path(name).suffix == ".json":
         return config_io.load(Path(name))
     if name not in model_presets:
-        raise UserError(
-            f"no preset {name!r}{config_io.nearest(name, list(model_presets))}; choose one of {', '.join(model_presets)}"
-        )
+        near = config_io.nearest(name, list(model_presets))
+        raise UserError(f"no preset {name!r}{near}; choose one of {', '.join(model_presets)}")
     if not printed:
         return preset(name)
     try:

@@ -116,14 +116,14 @@ class RMSNorm(nn.Module):
     `SDDLinear`. (`torch.nn.RMSNorm` wants weight and input of one dtype.)
 
     Args:
-        width: number of features.
+        width: size of the scale: the number of features, or `group` for one scale shared by the groups.
         weight_init: initial value of the scale.
         eps: added to the mean square, inside the root.
         device: as in every module.
         group: width of the norm groups (heads); None for one group.
 
     Shapes:
-        input and output `[..., width]`.
+        input and output `[..., features]`.
     """
 
     def __init__(
@@ -145,7 +145,7 @@ class RMSNorm(nn.Module):
         nn.init.constant_(self.weight, self.weight_init)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise and scale; `[..., width]` to `[..., width]`."""
+        """Normalise and scale; `[..., features]` to `[..., features]`."""
         return sdd_F.scaled_norm(x, self.weight, group=self.group, eps=self.eps)
 
     def extra_repr(self) -> str:

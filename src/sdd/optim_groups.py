@@ -63,16 +63,15 @@ def param_groups(
 
 def _special_roles(model: nn.Module) -> dict[nn.Parameter, Role]:
     """The parameters whose role their owner decides."""
-    scales: dict[nn.Parameter, Role] = {}
-    embeddings: dict[nn.Parameter, Role] = {}
+    roles: dict[nn.Parameter, Role] = {}
     for module in model.modules():
         weight = module._parameters.get("weight")
         if isinstance(module, SDDLinear):
-            scales[module.alpha] = "alpha"
+            roles[module.alpha] = "alpha"
         elif weight is None:
             continue
         elif isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
-            embeddings[weight] = "embedding"
+            roles[weight] = "embedding"
         elif "norm" in type(module).__name__.lower() and weight.ndim == 1:
-            scales[weight] = "alpha"
-    return scales | embeddings
+            roles[weight] = "alpha"
+    return roles

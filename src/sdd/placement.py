@@ -128,6 +128,12 @@ class Placement:
                 raise ValueError(f"overrides[{layer}] names {misplaced}: these sites stand once in a model, in norms")
         if self.joint_gate_up and not {"gate", "up"} <= self.norms.keys():
             raise ValueError("joint_gate_up=True joins the norms of gate and up: give both in norms")
+        for sites in (self.norms, *(self.norms | changes for changes in self.overrides.values())):
+            gate, up = sites.get("gate"), sites.get("up")
+            if self.joint_gate_up and gate and up and gate.eps != up.eps:
+                raise ValueError(f"joint_gate_up=True has one eps: gate has {gate.eps} and up has {up.eps}")
+        if self.init not in get_args(InitName):
+            raise ValueError(f"init={self.init!r} is not an init rule: choose one of {list(get_args(InitName))}")
         if self.residual_scale not in SCALES:
             raise ValueError(f"residual_scale={self.residual_scale!r}: choose one of {list(SCALES)}")
 

@@ -38,7 +38,7 @@ def generate(
     Raises:
         ValueError: if the prompt is empty or a setting is out of range.
     """
-    _check_settings(prompt_BT, temperature, top_k, top_p)
+    _check_settings(prompt_BT, max_new_tokens, temperature, top_k, top_p)
     tokens_BT = prompt_BT
     finished_B1 = torch.zeros_like(tokens_BT[:, :1], dtype=torch.bool)
     for _ in range(max_new_tokens):
@@ -73,9 +73,13 @@ def sample(
     return order.gather(-1, torch.multinomial(probabilities, 1, generator=generator))
 
 
-def _check_settings(prompt: Tensor, temperature: float, top_k: int | None, top_p: float | None) -> None:
+def _check_settings(
+    prompt: Tensor, max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None
+) -> None:
     if prompt.ndim != 2 or prompt.shape[1] == 0:
         raise ValueError(f"the prompt has shape {list(prompt.shape)}, expected [batch, at least one token]")
+    if max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens={max_new_tokens} must not be negative")
     if not 0 <= temperature < float("inf"):
         raise ValueError(f"temperature={temperature} must be finite and not negative")
     if top_k is not None and top_k < 1:

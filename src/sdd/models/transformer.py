@@ -110,21 +110,24 @@ class LanguageModel(nn.Module):
 
     def __init__(self, config: ModelConfig, device: torch.device | str | None = None) -> None:
         super().__init__()
+        device = torch.get_default_device() if device is None else torch.device(device)
         self.config = config
         self.checkpoint_blocks = False
         self.chunked_loss = False
-        self.embed = nn.Embedding(config.vocab_size, config.d_model, device=device)
-        self.embed_norm = _norm(config.placement.norms.get("embed"), config, config.d_model, device)
-        self.blocks = nn.ModuleList(Block(config, index, device) for index in range(config.n_layers))
-        self.final_norm = _norm(config.placement.norms.get("final"), config, config.d_model, device)
+        # without storage first: weights are drawn once, the same from one seed whether or not built on "meta"
+        self.embed = nn.Embedding(config.vocab_size, config.d_model, device="meta")
+        self.embed_norm = _norm(config.placement.norms.get("embed"), config, config.d_model, "meta")
+        self.blocks = nn.ModuleList(Block(config, index, "meta") for index in range(config.n_layers))
+        self.final_norm = _norm(config.placement.norms.get("final"), config, config.d_model, "meta")
         self.head = (
-            None if config.tie_embeddings else nn.Linear(config.d_model, config.vocab_size, bias=False, device=device)
+            None if config.tie_embeddings else nn.Linear(config.d_model, config.vocab_size, bias=False, device="meta")
         )
-        cos, sin = sdd_F.rope_tables(config.context, config.head_dim, config.rope_theta, device)
+        cos, sin = sdd_F.rope_tables(config.context, config.head_dim, config.rope_theta, "meta")
         self.register_buffer("rope_cos", cos, persistent=False)
         self.register_buffer("rope_sin", sin, persistent=False)
-        if not self.embed.weight.is_meta:
-            init_weights(self)
+        if device.type != "meta":
+            self.to_empty(device=device)
+            self.init_weights()
 
     def init_weights(self) -> None:
         """Draw all parameters and fill the RoPE tables, e.g. after `to_empty`; see `sdd.models.init`."""
@@ -153,7 +156,7 @@ class LanguageModel(nn.Module):
             reduction: "mean" or "none" (`[B, T]`); z_loss needs "mean".
 
         Returns:
-            The logits, or cross-entropy in nats a token, float32.
+            The logits, or cross-entropy in nats a token, in at least float32.
 
         Raises:
             ValueError: if the sequence is longer than the context.
@@ -203,7 +206,7 @@ def cross_entropy(
     reduction: str = "mean",
     chunked: bool = False,
 ) -> Tensor:
-    """Cross-entropy of `softmax(head x)` in nats a token, in float32.
+    """Cross-entropy of `softmax(head x)` in nats a token, in at least float32.
 
     Args:
         x_BTC: the last hidden state.
@@ -223,7 +226,8 @@ def cross_entropy(
     if chunked and reduction == "mean":
         options = nn.LinearCrossEntropyOptions()  # pyright: ignore[reportAttributeAccessIssue]
         return F.linear_cross_entropy(x_NC, head_weight, targets_N, options=options)  # pyright: ignore[reportAttributeAccessIssue]
-    logits_NV = F.linear(x_NC, head_weight).float()
+    logits_NV = F.linear(x_NC, head_weight)
+    logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
     loss = F.cross_entropy(logits_NV, targets_N, reduction=reduction)
     if z_loss:
         loss = loss + z_loss * logits_NV.logsumexp(-1).square().mean()
@@ -260,4 +264,5 @@ def _norm(norm: Norm | None, config: ModelConfig, width: int, device: torch.devi
     """The norm of a site that is no projection; an absent one is the identity, which costs nothing."""
     if norm is None:
         return nn.Identity()
+    width = config.head_dim if norm.shared_alpha else width
     return RMSNorm(width, norm.alpha(config.n_layers), norm.eps, device, group=_group(norm, config))

@@ -1,6 +1,7 @@
 """Everything that defines a run, as plain dataclasses; config.json is this, complete, and feeds back in."""
 
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Literal
 
 from sdd.models import ModelConfig, model_presets
@@ -29,8 +30,8 @@ class DataConfig:
     """What is trained on.
 
     Attributes:
-        path: token files, plain text files or a folder of either; None for the built-in classics.
-        tokenizer: a tokenizer.json for plain text; None for the built-in one.
+        path: token files, plain text files or a folder of either; none for the built-in classics.
+        tokenizer: a tokenizer.json for plain text; none for the built-in one.
         batch_size: sequences a step, over all accumulation steps and processes.
         document_mask: attention does not cross the end of a document.
     """
@@ -42,6 +43,13 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _positive(self, "batch_size")
+
+    def absolute(self) -> "DataConfig":
+        """The same with absolute paths, so that a run resumes from any folder."""
+        path = self.path
+        if path not in (None, "classics"):
+            path = ",".join(str(Path(part).absolute()) for part in path.split(","))
+        return replace(self, path=path, tokenizer=self.tokenizer and str(Path(self.tokenizer).absolute()))
 
 
 @dataclass(frozen=True)

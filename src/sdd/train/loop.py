@@ -84,7 +84,7 @@ class Trainer:
         self.run_dir.drop_after(self.step)
 
     def run(self) -> dict[str, Any]:
-        """Train to the last step.
+        """Train to the last step, then let go of the run directory.
 
         Returns:
             What result.json holds.
@@ -93,6 +93,12 @@ class Trainer:
             RunFailed: if the loss or a gradient is no longer finite, or a checkpoint cannot be written.
             Interrupted: after Ctrl-C or SIGTERM, with everything saved.
         """
+        try:
+            return self._run()
+        finally:
+            self.run_dir.unlock()
+
+    def _run(self) -> dict[str, Any]:
         self.run_dir.write_json("environment.json", environment(self.device, self._precision_name))
         tensorboard = TensorBoard.if_present(self.run_dir.path, self.step)
         with self._signals(), Reporter(self.config.steps, self.step) as reporter, tensorboard:
@@ -185,6 +191,7 @@ class Trainer:
                 "lr": self.optimizer.param_groups[0]["lr"],
                 "tokens": self.step * self.config.tokens_per_step,
                 "seconds": self.seconds,
+                "time": time.time(),
                 "tokens_per_second": self.config.tokens_per_step / (time.perf_counter() - began),
             }
             self.run_dir.append("metrics.jsonl", row)
@@ -338,6 +345,7 @@ def start(config: RunConfig, out: Path) -> Trainer:
     run_dir = RunDir(out)
     if run_dir.config.exists():
         run_dir.create()  # says so, before the data are touched
+    config = replace(config, data=config.data.absolute())
     data = resolve_data(config.data.path, config.data.tokenizer, context=config.model.context)
     trainer = Trainer(config, run_dir, data)
     run_dir.create()
@@ -363,12 +371,16 @@ def reopen(out: Path, steps: int | None = None) -> Trainer:
     if steps is not None:
         config = replace(config, steps=steps)
     run_dir.lock()
-    trainer = Trainer(config, run_dir)
-    _resume_newest(trainer, run_dir)
-    if trainer.step >= config.steps and (out / "result.json").exists():
-        raise UserError(f"{out} is complete at step {trainer.step}: give more with --steps N to go on")
-    if steps is not None:
-        config_io.save(config, run_dir.config)
+    try:
+        trainer = Trainer(config, run_dir)
+        _resume_newest(trainer, run_dir)
+        if trainer.step >= config.steps and (out / "result.json").exists():
+            raise UserError(f"{out} is complete at step {trainer.step}: give more with --steps N to go on")
+        if steps is not None:
+            config_io.save(config, run_dir.config)
+    except BaseException:
+        run_dir.unlock()
+        raise
     return trainer
 
 

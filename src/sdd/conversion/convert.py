@@ -1,0 +1,177 @@
+"""`sdd.convert`: SDD for a model that was written without it."""
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import torch
+from torch import nn
+
+from sdd.conversion.match import OUTPUTS, Selection, as_patterns, check_patterns, matches, select
+from sdd.conversion.report import ConversionReport, ConvertedLayer, KeptLayer
+from sdd.nn import SDDLinear
+from sdd.placement import SCALES
+
+
+def convert(
+    model: nn.Module,
+    include: str | Sequence[str] | None = None,
+    exclude: str | Sequence[str] | None = None,
+    mode: Literal["reinit"] = "reinit",
+    *,
+    output: str | Sequence[str] | None = None,
+    alpha_init: float | str = "one",
+    output_alpha_init: float | str = "1/sqrt(L)",
+    n_layers: int | None = None,
+    eps: float = 1e-6,
+    generator: torch.Generator | None = None,
+) -> ConversionReport:
+    r"""Turn the `nn.Linear` layers of a model into `SDDLinear`, in place, redrawn for training from scratch.
+
+    Each converted layer computes `alpha * norm(V x) + b` where it computed `W x + b`. With in_features N,
+
+        V ~ N(0, 1/sqrt(2.5 N)) truncated at 3 std,    b = 0,    alpha = alpha_init, or output_alpha_init
+
+    as arXiv 2502.15499 does. Embeddings, norms and the layers that stay keep their values: give a new model, and
+    convert it before building the optimiser, compiling, or sharding. `print(sdd.convert(model))` shows what was done.
+
+    A layer stays an `nn.Linear`, with the reason in the report, if
+
+    - it is the head: `model.get_output_embeddings()`, or named like one (lm_head, head, classifier, ...) outside the
+      blocks; or an MoE router: named so, or a `gate` beside experts. These are guesses: naming the layer in `include`
+      by its full name, without wildcards, overrules them;
+    - another module owns its weight or bias too (tied to the embedding);
+    - it is of a subclass of `nn.Linear` (quantised, LoRA, the out-projection of `nn.MultiheadAttention`), is
+      parametrised, holds something else than a plain floating parameter, or had its forward replaced: all of these
+      compute something else than `W x + b` from the parameters;
+    - it has one output feature, of which a norm would keep only the sign.
+
+    Every converted layer remains the same object: its parameters, hooks, training flag, device, dtype and second
+    names stay, only its class changes and alpha is added (float32 in a half-precision model, requires_grad as the
+    weight's). Code that reads `.weight` without calling the layer is not seen by convert; the one such case in torch,
+    the fused inference path of `nn.TransformerEncoder`, is switched off where it would read a converted layer. On the
+    meta device nothing is drawn.
+
+    Args:
+        model: any module.
+        include: glob patterns (`fnmatch`, `*` crosses dots) of the layers to convert; None for all. A pattern fits a
+            full dotted name or its ending after a dot: "q_proj", "mlp.*", "*.layers.0.*".
+        exclude: patterns of the layers to leave; stronger than `include`.
+        mode: "reinit", the only one in this version.
+        output: patterns of the projections that write to the residual stream; None for the names that published
+            models give them (o_proj, down_proj, c_proj, fc2, ...).
+        alpha_init: initial alpha of the other layers: a number, or a named function of L (`sdd.placement.SCALES`).
+        output_alpha_init: initial alpha of the output projections, likewise.
+        n_layers: L; None for the length of the longest list of blocks of one type.
+        eps: added to the mean square of `V x`, inside the root.
+        generator: for a reproducible draw; layers are drawn in the model's order, on the generator's device.
+
+    Returns:
+        The report: converted and kept layers, L, and notes.
+
+    Raises:
+        ValueError: if mode or a named scale is unknown, n_layers is below 1, a pattern fits no `nn.Linear`, or nothing
+            is left to convert; the model is then unchanged.
+    """
+    if mode != "reinit":
+        raise ValueError(f"mode={mode!r}: this version offers 'reinit' (new values, for training from scratch)")
+    chosen = {"include": include, "exclude": exclude, "output": output}
+    patterns = {argument: as_patterns(given) for argument, given in chosen.items() if given is not None}
+    for argument, given in patterns.items():
+        check_patterns(argument, given, model)
+    if n_layers is not None and n_layers < 1:
+        raise ValueError(f"n_layers={n_layers}: give the number of blocks, at least 1, or None to count them")
+    selection = select(model, patterns.get("include"), patterns.get("exclude", ()))
+    if not selection.linears:
+        raise ValueError(f"nothing to convert in this {type(model).__name__}: {_summary(selection.kept)}")
+    depth = n_layers if n_layers is not None else max(selection.blocks.values(), default=1)
+    scales = (_scale("alpha_init", alpha_init, depth), _scale("output_alpha_init", output_alpha_init, depth))
+    converted = []
+    for name, linear in selection.linears.items():
+        is_output = matches(name, patterns.get("output", OUTPUTS))
+        _become_sdd(linear, scales[is_output], eps)
+        _reinit(linear, generator)
+        converted.append(ConvertedLayer(name, (linear.out_features, linear.in_features), scales[is_output], is_output))
+    _leave_fused_inference(model)
+    depth_guessed = n_layers is None and any(layer.is_output for layer in converted)
+    notes = _notes(model, selection, depth_guessed)
+    return ConversionReport(tuple(converted), tuple(selection.kept), depth, tuple(notes))
+
+
+def _scale(argument: str, value: float | str, n_layers: int) -> float:
+    if isinstance(value, str):
+        if value not in SCALES:
+            raise ValueError(f"{argument}={value!r} is not a named scale: give a number or one of {list(SCALES)}")
+        return SCALES[value](n_layers)
+    return float(value)
+
+
+def _become_sdd(linear: nn.Linear, alpha_init: float, eps: float) -> None:
+    """Change the layer's class in place, as torch's parametrisations do.
+
+    A new module would lose hooks, second names, and references held outside the module tree.
+    """
+    weight = linear.weight
+    alpha = torch.full(
+        (linear.out_features,),
+        alpha_init,
+        device=weight.device,
+        dtype=torch.promote_types(weight.dtype, torch.float32),
+    )
+    linear.__class__ = SDDLinear
+    vars(linear).update(group=None, shared_alpha=False, alpha_init=alpha_init, eps=eps)
+    linear.register_parameter("alpha", nn.Parameter(alpha, requires_grad=weight.requires_grad))
+
+
+@torch.no_grad()
+def _reinit(linear: nn.Linear, generator: torch.Generator | None) -> None:
+    std = 1 / math.sqrt(2.5 * linear.in_features)
+    weight = linear.weight
+    # drawn before rounding: a seed gives a half-precision model the values of the float32 one
+    drawn = torch.empty(
+        weight.shape,
+        dtype=torch.promote_types(weight.dtype, torch.float32),
+        device=weight.device if generator is None else generator.device,
+    )
+    weight.copy_(nn.init.trunc_normal_(drawn, std=std, a=-3 * std, b=3 * std, generator=generator))
+    if linear.bias is not None:
+        linear.bias.zero_()
+
+
+def _leave_fused_inference(model: nn.Module) -> None:
+    """Keep nn.TransformerEncoder from its fused inference path, which reads converted weights as plain ones."""
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer) and _has_sdd(module):
+            module.activation_relu_or_gelu = 0  # one of the conditions of the path
+        elif isinstance(module, nn.TransformerEncoder) and _has_sdd(module):
+            module.use_nested_tensor = False
+
+
+def _has_sdd(module: nn.Module) -> bool:
+    return any(isinstance(inner, SDDLinear) for inner in module.modules())
+
+
+def _notes(model: nn.Module, selection: Selection, depth_guessed: bool) -> list[str]:
+    notes = []
+    if depth_guessed and not selection.blocks:
+        notes.append("no list of blocks found, so L = 1: give n_layers if the model has blocks")
+    if not selection.has_head:
+        notes.append("no head found: if a converted layer gives the model's outputs, name it in exclude")
+    if any(isinstance(module, nn.MultiheadAttention) for module in model.modules()):
+        notes.append(
+            "nn.MultiheadAttention reads its matrices without calling a layer, so none of them is converted: "
+            "write q, k, v and the output projection as nn.Linear to convert them"
+        )
+    if any(linear.weight.is_meta for linear in selection.linears.values()):
+        notes.append(
+            "some layers are on the meta device, where nothing is drawn: convert after materialising the model"
+        )
+    return notes
+
+
+def _summary(kept: Sequence[KeptLayer]) -> str:
+    counts: Mapping[str, int] = Counter(layer.reason for layer in kept)
+    if not counts:
+        return "it has no nn.Linear and no other matrix"
+    return "; ".join(f"{count} x {reason}" for reason, count in counts.items())

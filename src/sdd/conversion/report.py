@@ -1,0 +1,129 @@
+"""What a conversion did, layer by layer, as data and as a table."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class ConvertedLayer:
+    """One `nn.Linear` that became an `SDDLinear`.
+
+    Attributes:
+        name: dotted name in the model.
+        shape: of V, `(out_features, in_features)`.
+        alpha_init: initial value of every element of alpha.
+        is_output: whether it was taken for a projection that writes to the residual stream.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    alpha_init: float
+    is_output: bool
+
+
+@dataclass(frozen=True)
+class KeptLayer:
+    """One `nn.Linear`, or one matrix outside any `nn.Linear`, that stays as it was.
+
+    Attributes:
+        name: dotted name of the layer, or of the parameter.
+        reason: why it stays.
+    """
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class ConversionReport:
+    """What `sdd.convert` did; `print` shows it as a table in which repeated blocks share a line.
+
+    Attributes:
+        converted: the layers that became `SDDLinear`, in the model's order.
+        kept: the layers and bare matrices that stay, with the reason; embeddings are not listed.
+        n_layers: L, the number of blocks that the named initial values of alpha refer to.
+        notes: what else the user should know.
+    """
+
+    converted: tuple[ConvertedLayer, ...]
+    kept: tuple[KeptLayer, ...]
+    n_layers: int
+    notes: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as dicts, lists, strings and numbers, ready for json."""
+        return {
+            "n_layers": self.n_layers,
+            "converted": [{**asdict(layer), "shape": list(layer.shape)} for layer in self.converted],
+            "kept": [asdict(layer) for layer in self.kept],
+            "notes": list(self.notes),
+        }
+
+    def __str__(self) -> str:
+        outputs = sum(layer.is_output for layer in self.converted)
+        lines = [
+            f"{_count(len(self.converted), 'layer')} converted, {outputs} of them output projections; "
+            f"L = {_count(self.n_layers, 'block')}",
+            "",
+        ]
+        rows = [
+            (layer.name, str(list(layer.shape)), f"{layer.alpha_init:.4g}", "output" if layer.is_output else "")
+            for layer in self.converted
+        ]
+        lines += _table(("converted", "V [out, in]", "alpha", ""), collapse(rows))
+        if self.kept:
+            lines += ["", *_table(("kept", "reason"), collapse([(layer.name, layer.reason) for layer in self.kept]))]
+        if self.notes:
+            lines += ["", *(f"note: {note}" for note in self.notes)]
+        return "\n".join(lines)
+
+
+def collapse(rows: Iterable[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """Merge rows that differ in the numbers of their dotted name only: `layers.{0..29}.q_proj`.
+
+    Args:
+        rows: tuples of which the first element is a dotted name.
+
+    Returns:
+        The merged rows, each where its first member stood.
+    """
+    split = [(tuple(name.split(".")), columns) for name, *columns in rows]
+    for position in reversed(range(max((len(parts) for parts, _ in split), default=0))):
+        merged: dict[tuple[tuple[str | None, ...], tuple[str, ...]], list[int]] = {}
+        for parts, columns in split:
+            if position < len(parts) and parts[position].isdecimal():
+                hole = (*parts[:position], None, *parts[position + 1 :])
+                merged.setdefault((hole, tuple(columns)), []).append(int(parts[position]))
+            else:
+                merged[(parts, tuple(columns))] = []
+        split = [
+            (tuple(_ranges(numbers) if part is None else part for part in parts), list(columns))
+            for (parts, columns), numbers in merged.items()
+        ]
+    return [(".".join(parts), *columns) for parts, columns in split]
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """`3`, `{0..29}`, or `{0..3,5}`."""
+    runs: list[list[int]] = []
+    for number in sorted(set(numbers)):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    text = ",".join(f"{run[0]}..{run[-1]}" if len(run) > 2 else ",".join(map(str, run)) for run in runs)
+    return text if text.isdecimal() else f"{{{text}}}"
+
+
+def _table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """Lines of left-aligned columns."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in (header, *rows)
+    ]

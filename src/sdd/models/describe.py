@@ -1,0 +1,190 @@
+"""Presets and placements in words, for `sdd presets`."""
+
+from collections.abc import Collection, Sequence
+
+from sdd.models.config import ModelConfig
+from sdd.models.init import init_std
+from sdd.models.presets import count_parameters, model_presets
+from sdd.placement import MODEL_SITES, PROJECTIONS, SCALES, SITES, Norm, Placement, Site, placements
+
+
+def list_presets() -> str:
+    """Two tables: the presets with shape and parameters, the placements with their sites and source."""
+    presets = [
+        (
+            name,
+            config.n_layers,
+            config.d_model,
+            config.d_ff,
+            f"{config.n_heads}/{config.n_kv_heads}",
+            f"{config.vocab_size:,}",
+            config.context,
+            "tied" if config.tie_embeddings else "untied",
+            f"{count_parameters(config).published:,}",
+        )
+        for name, config in model_presets.items()
+    ]
+    heading = ("preset", "layers", "d_model", "d_ff", "heads/kv", "vocabulary", "context", "embeddings", "parameters")
+    methods: list[tuple[str, str]] = []
+    for name, placement in placements.items():
+        methods += [(name, _sites(placement)), ("", placement.source)]
+    return "\n".join(
+        [
+            *_aligned([heading, *presets], right=(1, 2, 3, 4, 5, 6, 8)),
+            "",
+            "Parameters: matrices and embeddings, a tied one once, without norms and alphas, as published labels count.",
+            "--printed-shape gives 581m to 2b the 8 kv heads and 100,278 tokens that their table prints.",
+            "",
+            *_aligned([("placement", "norms at, and source"), *methods]),
+            "",
+            f"A norm at {', '.join(PROJECTIONS)} makes that projection an SDD layer; :h is per head.",
+            "One in full: sdd presets PRESET --placement NAME",
+        ]
+    )
+
+
+def show_preset(name: str, config: ModelConfig) -> str:
+    """One preset with one placement: shape, parameters, FLOPs, init and residual rule, and the norm of every site."""
+    placement = config.placement
+    sections = [
+        [f"{name} with {placement.name or 'own placement'}", *([placement.source] if placement.source else [])],
+        ["Shape", *_indented(_shape(config))],
+        ["Parameters", *_indented(_parameters(config))],
+        [f"FLOPs of training a token, at a context of {config.context}", *_indented(_flops(config))],
+        [f"Init rule {placement.init}, times init_scale {config.init_scale:g}", *_indented(_stds(config))],
+        ["Residual stream", f"  {_residual(config)}"],
+        *_norm_sections(config),
+    ]
+    return "\n\n".join("\n".join(section) for section in sections)
+
+
+def _shape(config: ModelConfig) -> list[str]:
+    return _aligned(
+        [
+            ("blocks", config.n_layers),
+            ("d_model", config.d_model),
+            ("d_ff", config.d_ff),
+            ("heads", f"{config.n_heads} of {config.head_dim}, {config.n_kv_heads} for keys and values"),
+            ("vocabulary", f"{config.vocab_size:,}"),
+            ("context", f"{config.context:,}"),
+            ("rope theta", f"{config.rope_theta:,.0f}"),
+        ]
+    )
+
+
+def _parameters(config: ModelConfig) -> list[str]:
+    count = count_parameters(config)
+    rows = [
+        ("matrices in the blocks", f"{count.matrices:,}", ""),
+        ("embedding", f"{count.embedding:,}", "also the head" if config.tie_embeddings else ""),
+        ("head", f"{count.head:,}", "tied to the embedding" if config.tie_embeddings else ""),
+        ("norms and alphas", f"{count.scales:,}", ""),
+        ("all", f"{count.total:,}", ""),
+        ("as published labels count", f"{count.published:,}", "without norms and alphas"),
+    ]
+    return _aligned(rows, right=(1,))
+
+
+def _flops(config: ModelConfig) -> list[str]:
+    matmul = count_parameters(config).matrices + config.vocab_size * config.d_model
+    products = 6 * matmul
+    attention = 12 * config.n_layers * config.d_model * config.context
+    rows = [
+        ("matrix products", f"{products:,}", f"6 * {matmul:,} parameters: blocks and head, no look-up of embeddings"),
+        ("attention", f"{attention:,}", "12 * blocks * d_model * context: the causal half not subtracted"),
+        ("together", f"{products + attention:,}", "norms not counted"),
+    ]
+    return _aligned(rows, right=(1,))
+
+
+def _stds(config: ModelConfig) -> list[str]:
+    C, F, KV = config.d_model, config.d_ff, config.kv_width
+    shapes = {
+        "embed": (config.vocab_size, C),
+        "q_proj": (C, C),
+        "k_proj": (C, KV),
+        "v_proj": (C, KV),
+        "o_proj": (C, C),
+        "gate_proj": (C, F),
+        "up_proj": (C, F),
+        "down_proj": (F, C),
+        "head": (C, config.vocab_size),
+    }
+    stds = {role: config.init_scale * init_std(config, role, *shape) for role, shape in shapes.items()}
+    if config.tie_embeddings:
+        del stds["head"]
+    return _aligned([(role, f"std {std:.4g}") for role, std in stds.items()])
+
+
+def _residual(config: ModelConfig) -> str:
+    name = config.placement.residual_scale
+    scale = SCALES[name](config.n_layers)
+    return "x + branch" if scale == 1 else f"c*x + branch, c = {name} = {scale:.4g}"
+
+
+def _norm_sections(config: ModelConfig) -> list[list[str]]:
+    """One table for the sites that stand once, one for each kind of block."""
+    once = {site: norm for site, norm in config.placement.norms.items() if site in MODEL_SITES}
+    layers = [config.placement.layer(index, config.n_layers) for index in range(config.n_layers)]
+    sections = [["Norms that stand once", *_indented(_norms(once, config, MODEL_SITES))]]
+    done: list[dict[Site, Norm]] = []
+    for norms in layers:
+        if norms not in done:
+            done.append(norms)
+            which = [str(index) for index, other in enumerate(layers) if other == norms]
+            title = "Norms in every block" if len(which) == len(layers) else f"Norms in block {', '.join(which)}"
+            sites = [site for site in SITES if site not in MODEL_SITES]
+            sections.append([title, *_indented(_norms(norms, config, sites))])
+    return sections
+
+
+def _norms(norms: dict[Site, Norm], config: ModelConfig, sites: Collection[Site]) -> list[str]:
+    rows: list[Sequence[object]] = [("site", "norm", "over", "alpha at first", "eps")]
+    for site in sites:
+        norm = norms.get(site)
+        if norm is None:
+            rows.append((site, "-", "", "", ""))
+            continue
+        kind = "SDD layer" if site in PROJECTIONS else "RMSNorm"
+        rows.append((site, kind, _group(site, norm, config), _alpha(norm, config), f"{norm.eps:g}"))
+    return _aligned(rows)
+
+
+def _group(site: Site, norm: Norm, config: ModelConfig) -> str:
+    if norm.group == "head":
+        return f"each head of {config.head_dim}" + (", one alpha for all heads" if norm.shared_alpha else "")
+    if site in ("gate", "up") and config.placement.joint_gate_up:
+        return f"gate|up together, {2 * config.d_ff}"
+    width = {"k": config.kv_width, "v": config.kv_width, "gate": config.d_ff, "up": config.d_ff}
+    return f"full width, {width.get(site, config.d_model)}"
+
+
+def _alpha(norm: Norm, config: ModelConfig) -> str:
+    value = f"{norm.alpha(config.n_layers):.4g}"
+    if norm.alpha_init == "one":
+        return value
+    factor = "" if norm.alpha_factor == 1 else f"{norm.alpha_factor:g} * "
+    return f"{value} = {factor}{norm.alpha_init}"
+
+
+def _sites(placement: Placement) -> str:
+    return " ".join(
+        f"{site}:h" if norm.group == "head" else site for site in SITES if (norm := placement.norms.get(site))
+    ) + (" (gate|up joint)" if placement.joint_gate_up else "")
+
+
+def _aligned(rows: Sequence[Sequence[object]], right: Collection[int] = ()) -> list[str]:
+    """Rows as lines with aligned columns; those in `right` are flushed right."""
+    text = [[str(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*text, strict=True)]
+    return [
+        "  ".join(
+            cell.rjust(width) if index in right else cell.ljust(width)
+            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in text
+    ]
+
+
+def _indented(lines: Sequence[str]) -> list[str]:
+    return [f"  {line}" for line in lines]

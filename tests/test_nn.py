@@ -1,0 +1,223 @@
+"""SDDLinear as a drop-in nn.Linear, and RMSNorm."""
+
+import copy
+import io
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from sdd import SDDLinear
+from sdd.functional import sdd_linear
+from sdd.nn import RMSNorm
+
+GROUPS = [None, 4, ((8, 4), (4, 0))]
+
+
+def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def round_trip(module: nn.Module) -> dict[str, Tensor]:
+    """The state dict after torch.save and a safe torch.load."""
+    file = io.BytesIO()
+    torch.save(module.state_dict(), file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+# --- construction ---
+
+
+def test_takes_the_place_of_a_linear():
+    layer = SDDLinear(5, 12, False, "cpu", torch.float64)
+    assert isinstance(layer, nn.Linear)
+    assert layer.bias is None
+    assert layer.weight.shape == (12, 5)
+    assert layer.weight.dtype == layer.alpha.dtype == torch.float64
+    assert [name for name, _ in SDDLinear(5, 12).named_parameters()] == ["weight", "bias", "alpha"]
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    group=st.sampled_from(GROUPS),
+    shared=st.booleans(),
+    bias=st.booleans(),
+    eps=st.sampled_from([1e-6, 1e-1]),
+    dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
+)
+def test_forward_is_the_function_of_its_parameters(group, shared, bias, eps, dtype):
+    layer = SDDLinear(5, 12, bias, dtype=dtype, group=group, shared_alpha=shared, alpha_init=0.5, eps=eps)
+    size = {None: 12, 4: 4 if shared else 12}.get(group, 4 if shared else 8)
+    assert layer.alpha.shape == (size,)
+    assert (layer.alpha == 0.5).all()
+    with torch.no_grad():
+        layer.alpha.copy_(torch.linspace(-1, 1, size))
+    x = randn(2, 3, 5, dtype=dtype)
+    expected = sdd_linear(x, layer.weight, layer.alpha, layer.bias, group=group, eps=eps)
+    assert torch.equal(layer(x), expected)
+    assert layer(x).dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_alpha_is_float32_in_a_half_precision_layer(dtype):
+    layer = SDDLinear(5, 12, dtype=dtype, alpha_init=1 / 3)
+    assert layer.weight.dtype == layer.bias.dtype == dtype
+    assert torch.equal(layer.alpha, torch.full((12,), 1 / 3))
+    layer(randn(4, 5, dtype=dtype)).float().sum().backward()
+    assert layer.alpha.grad.dtype == torch.float32
+
+
+def test_draws_weight_and_bias_as_a_linear_does():
+    torch.manual_seed(3)
+    linear = nn.Linear(5, 12)
+    torch.manual_seed(3)
+    layer = SDDLinear(5, 12)
+    assert torch.equal(layer.weight, linear.weight)
+    assert torch.equal(layer.bias, linear.bias)
+
+
+@pytest.mark.parametrize(
+    ("group", "message"),
+    [
+        (5, r"group=5 does not divide the 12 output features"),
+        ([(8, 4)], r"\[\(8, 4\)\] add up to 8, expected the 12"),
+        ([(8, 3), (4, 4)], r"part \(8, 3\)"),
+    ],
+)
+def test_a_group_that_does_not_fit_says_so(group, message):
+    with pytest.raises(ValueError, match=message):
+        SDDLinear(5, 12, group=group)
+
+
+def test_meta_device_then_materialised():
+    layer = SDDLinear(5, 12, device="meta", group=4, shared_alpha=True, alpha_init=0.25)
+    assert all(parameter.is_meta for parameter in layer.parameters())
+    assert layer(torch.empty(3, 5, device="meta")).shape == (3, 12)
+    layer.to_empty(device="cpu")
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.fill_(torch.nan)
+    layer.reset_parameters()
+    assert torch.equal(layer.alpha, torch.full((4,), 0.25))
+    assert 0 < layer.weight.abs().max() <= 5**-0.5
+    assert layer.bias.abs().max() <= 5**-0.5
+
+
+def test_repr_shows_what_differs_from_the_defaults():
+    assert repr(SDDLinear(4, 8)) == "SDDLinear(in_features=4, out_features=8, bias=True, alpha_init=1, eps=1e-06)"
+    text = repr(SDDLinear(4, 8, group=[(4, 2), (4, 0)], shared_alpha=True, alpha_init=0.5))
+    assert "group=((4, 2), (4, 0)), shared_alpha=True, alpha_init=0.5" in text
+
+
+# --- state dicts and copies ---
+
+
+def test_a_linear_state_dict_loads_strictly_and_keeps_alpha():
+    linears = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3, bias=False))
+    layers = nn.Sequential(SDDLinear(4, 6, alpha_init=0.5), nn.ReLU(), SDDLinear(6, 3, bias=False, alpha_init=2.0))
+    with torch.no_grad():
+        layers[0].alpha[0] = 7.0
+    layers.load_state_dict(round_trip(linears), strict=True)
+    assert torch.equal(layers[0].weight, linears[0].weight)
+    assert torch.equal(layers[0].bias, linears[0].bias)
+    assert torch.equal(layers[2].weight, linears[2].weight)
+    assert layers[0].alpha.tolist() == [7.0, 0.5, 0.5, 0.5, 0.5, 0.5]
+    assert layers[2].alpha.tolist() == [2.0, 2.0, 2.0]
+
+
+def test_an_sdd_state_dict_must_hold_alpha():
+    layers = nn.Sequential(SDDLinear(4, 6))
+    state = round_trip(layers)
+    del state["0.alpha"]
+    with pytest.raises(RuntimeError, match=r"Missing key.*0\.alpha"):
+        layers.load_state_dict(state)
+
+
+@pytest.mark.parametrize("missing", ["0.weight", "0.bias"])
+def test_a_linear_state_dict_must_hold_the_rest(missing):
+    state = nn.Sequential(nn.Linear(4, 6)).state_dict()
+    del state[missing]
+    with pytest.raises(RuntimeError, match=rf"Missing key.*{missing}"):
+        nn.Sequential(SDDLinear(4, 6)).load_state_dict(state)
+
+
+def test_a_state_dict_with_an_alpha_of_another_size_fails():
+    with pytest.raises(RuntimeError, match=r"size mismatch for alpha"):
+        SDDLinear(4, 6, group=3, shared_alpha=True).load_state_dict(SDDLinear(4, 6).state_dict())
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_save_load_and_copy_keep_the_function(group):
+    layer = SDDLinear(5, 12, group=group, eps=1e-2)
+    with torch.no_grad():
+        layer.alpha.uniform_(-1, 1)
+    x = randn(3, 5)
+    y = layer(x)
+    loaded = SDDLinear(5, 12, group=group, eps=1e-2)
+    loaded.load_state_dict(round_trip(layer))
+    assert torch.equal(loaded(x), y)
+    twin = copy.deepcopy(layer)
+    with torch.no_grad():
+        layer.alpha.zero_()
+        layer.weight.zero_()
+    assert torch.equal(twin(x), y)
+
+
+# --- transformations ---
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_compiles_to_one_graph_with_the_same_gradients(group):
+    layer = SDDLinear(5, 12, group=group)
+    compiled = torch.compile(copy.deepcopy(layer), backend="aot_eager", fullgraph=True)
+    x = randn(2, 3, 5)
+    for run in (layer, compiled):
+        run(x).square().sum().backward()
+    torch.testing.assert_close(compiled(x), layer(x))
+    for compiled_parameter, parameter in zip(compiled.parameters(), layer.parameters(), strict=True):
+        torch.testing.assert_close(compiled_parameter.grad, parameter.grad)
+
+
+def test_exports_with_a_free_number_of_tokens():
+    layer = SDDLinear(5, 12, group=4, shared_alpha=True)
+    tokens = torch.export.Dim("tokens", min=2, max=64)
+    exported = torch.export.export(layer, (randn(3, 5),), dynamic_shapes=({0: tokens},), strict=True).module()
+    x = randn(9, 5, seed=1)
+    torch.testing.assert_close(exported(x), layer(x))
+
+
+# --- RMSNorm ---
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_rms_norm_is_torchs(dtype):
+    module = RMSNorm(8, eps=1e-2)
+    with torch.no_grad():
+        module.weight.copy_(torch.linspace(-1, 2, 8))
+    x = randn(2, 3, 8, dtype=dtype)
+    wide = torch.promote_types(dtype, torch.float32)
+    expected = F.rms_norm(x.to(wide), (8,), module.weight.to(wide), eps=1e-2).to(dtype)
+    torch.testing.assert_close(module(x), expected)
+    assert module(x).dtype == dtype
+
+
+def test_rms_norm_by_head_and_its_reset():
+    module = RMSNorm(8, weight_init=0.5, group=4, eps=1e-2)
+    x = randn(3, 8)
+    halves = [0.5 * F.rms_norm(half, (4,), eps=1e-2) for half in x.split(4, -1)]
+    torch.testing.assert_close(module(x), torch.cat(halves, -1))
+    meta = RMSNorm(8, weight_init=0.5, device="meta").to_empty(device="cpu")
+    meta.reset_parameters()
+    assert torch.equal(meta.weight, torch.full((8,), 0.5))
+
+
+def test_rms_norm_with_one_scale_for_all_heads():
+    shared, full = RMSNorm(4, group=4), RMSNorm(8, group=4)
+    with torch.no_grad():
+        shared.weight.copy_(torch.linspace(-1, 2, 4))
+        full.weight.copy_(shared.weight.repeat(2))
+    torch.testing.assert_close(shared(randn(3, 8)), full(randn(3, 8)))

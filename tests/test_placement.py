@@ -1,0 +1,187 @@
+"""Placements as data: what they hold, what they refuse, and the way through JSON."""
+
+import json
+import math
+from dataclasses import replace
+from typing import get_args
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sdd import config_io
+from sdd.errors import UserError
+from sdd.models import ModelConfig
+from sdd.placement import MODEL_SITES, SCALES, SITES, InitName, Norm, Placement, ScaleName, placements
+from sdd.train.config import RunConfig
+
+SHAPE = {"d_model": 16, "d_ff": 20, "n_heads": 4, "n_kv_heads": 2, "vocab_size": 29, "context": 12}
+BLOCK_SITES = [site for site in SITES if site not in MODEL_SITES]
+HEAD_SITES = ("q", "k", "v", "ctx")
+
+
+def run_of(placement: Placement, n_layers: int = 6) -> RunConfig:
+    return RunConfig(ModelConfig(n_layers=n_layers, placement=placement, **SHAPE))
+
+
+@st.composite
+def norms(draw: st.DrawFn, site: str) -> Norm:
+    group = draw(st.sampled_from(["full", "head"])) if site in HEAD_SITES else "full"
+    return Norm(
+        group=group,
+        shared_alpha=group == "head" and draw(st.booleans()),
+        alpha_init=draw(st.sampled_from(list(SCALES))),
+        alpha_factor=draw(st.floats(-1e3, 1e3)),
+        eps=draw(st.floats(0, 1)),
+    )
+
+
+def sites_of(names: list[str], absent: bool = False) -> st.SearchStrategy[dict]:
+    none = st.none() if absent else st.nothing()
+    return st.fixed_dictionaries({}, optional={site: none | norms(site) for site in names})
+
+
+drawn_placements = st.builds(
+    Placement,
+    norms=sites_of(list(SITES)),
+    name=st.text(max_size=5),
+    residual_scale=st.sampled_from(list(SCALES)),
+    init=st.sampled_from(get_args(InitName)),
+    overrides=st.dictionaries(st.integers(-6, 5), sites_of(BLOCK_SITES, absent=True), max_size=3),
+    source=st.text(max_size=5),
+)
+
+# --- through JSON ---
+
+
+@given(drawn_placements)
+def test_a_placement_survives_json(placement: Placement):
+    run = run_of(placement)
+    assert config_io.from_dict(json.loads(json.dumps(config_io.to_dict(run)))) == run
+
+
+@pytest.mark.parametrize("name", placements)
+def test_a_name_stands_for_its_definition(name: str):
+    values = config_io.to_dict(run_of(placements["prenorm"]))
+    values["model"]["placement"] = name
+    assert config_io.from_dict(values).model.placement == placements[name]
+    assert placements[name].name == name
+    assert placements[name].source
+
+
+def test_an_unknown_name_is_answered_with_the_nearest():
+    values = config_io.to_dict(run_of(placements["prenorm"]))
+    values["model"]["placement"] = "sdd-relaesed"
+    with pytest.raises(UserError, match=r"no placement 'sdd-relaesed' \(did you mean 'sdd-released'\?\)"):
+        config_io.from_dict(values)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (("norms", "qq"), {}, "norms.qq"),
+        (("norms", "q", "group"), "half", "norms.q.group"),
+        (("norms", "q", "alpha_init"), "1/L", "norms.q.alpha_init"),
+        (("norms", "q", "epsilon"), 1e-5, "epsilon"),
+        (("init",), "xavier", "init"),
+        (("overrides", "9"), {"q": None}, r"overrides name the blocks \[9\], but the model has 6 blocks"),
+    ],
+)
+def test_a_mistake_in_a_file_is_named(path: tuple[str, ...], value: object, message: str):
+    values = config_io.to_dict(run_of(placements["sdd"]))
+    target = values["model"]["placement"]
+    for key in path[:-1]:
+        target = target[key]
+    target[path[-1]] = value
+    with pytest.raises(UserError, match=message):
+        config_io.from_dict(values)
+
+
+# --- what is refused ---
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"alpha_init": "1/L"}, "not a named scale"),
+        ({"group": "half"}, "choose 'full' or 'head'"),
+        ({"shared_alpha": True}, "needs group='head'"),
+        ({"eps": -1e-6}, "eps=-1e-06"),
+        ({"eps": math.nan}, "eps=nan"),
+        ({"alpha_factor": math.inf}, "alpha_factor=inf"),
+    ],
+)
+def test_a_norm_refuses(arguments: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        Norm(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"norms": {"out": Norm()}}, "'out' is not a norm site"),
+        ({"norms": {}, "overrides": {0: {"out": None}}}, "'out' is not a norm site"),
+        ({"norms": {"gate": Norm(group="head")}}, "'gate' has no heads"),
+        ({"norms": {}, "overrides": {1: {"attn_out": Norm(group="head")}}}, "'attn_out' has no heads"),
+        ({"norms": {}, "overrides": {0: {"final": None}}}, "stand once in a model"),
+        ({"norms": {"gate": Norm()}, "joint_gate_up": True}, "give both"),
+        ({"norms": {"gate": Norm(), "up": Norm(eps=1e-5)}, "joint_gate_up": True}, "one eps"),
+        (
+            {"norms": {"gate": Norm(), "up": Norm()}, "joint_gate_up": True, "overrides": {1: {"up": Norm(eps=1.0)}}},
+            "one eps",
+        ),
+        ({"norms": {}, "residual_scale": "2"}, "residual_scale='2'"),
+        ({"norms": {}, "init": "xavier"}, "init='xavier' is not an init rule"),
+    ],
+)
+def test_a_placement_refuses(arguments: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        Placement(**arguments)
+
+
+# --- what is meant ---
+
+
+def test_named_scales_are_what_they_say():
+    assert set(SCALES) == set(get_args(ScaleName))
+    for L in (1, 2, 7, 32):
+        assert SCALES["one"](L) == 1
+        assert SCALES["1/sqrt(L)"](L) == pytest.approx(1 / math.sqrt(L))
+        assert SCALES["1/sqrt(2L)"](L) == pytest.approx(1 / math.sqrt(2 * L))
+        assert SCALES["(2L)^(1/4)"](L) == pytest.approx(math.sqrt(math.sqrt(2 * L)))
+        assert SCALES["(8L)^(-1/4)"](L) == pytest.approx(1 / math.sqrt(math.sqrt(8 * L)))
+    assert Norm(alpha_init="1/sqrt(2L)", alpha_factor=8.0).alpha(32) == pytest.approx(1.0)
+
+
+@given(drawn_placements)
+def test_overrides_change_their_blocks_and_no_other(placement: Placement):
+    plain = {site: norm for site, norm in placement.norms.items() if site not in MODEL_SITES}
+    for index in range(6):
+        expected = plain | placement.overrides.get(index, {}) | placement.overrides.get(index - 6, {})
+        assert placement.layer(index, 6) == {site: norm for site, norm in expected.items() if norm}
+
+
+def test_an_override_counts_from_the_end_and_none_removes():
+    changed = Norm(alpha_init="1/sqrt(L)")
+    placement = replace(placements["peri"], overrides={-1: {"attn_out": changed, "ffn_out": None}})
+    layers = [placement.layer(index, 3) for index in range(3)]
+    assert layers[0] == layers[1] == placements["peri"].layer(0, 3)
+    assert layers[2] == {**{s: n for s, n in layers[0].items() if s != "ffn_out"}, "attn_out": changed}
+
+
+@pytest.mark.parametrize("layer", [3, -4])
+def test_an_override_of_a_block_that_is_not_there_is_refused(layer: int):
+    placement = replace(placements["peri"], overrides={layer: {"ffn_out": None}})
+    with pytest.raises(ValueError, match="the model has 3 blocks"):
+        placement.check_depth(3)
+    with pytest.raises(ValueError, match="the model has 3 blocks"):
+        run_of(placement, n_layers=3)
+    run_of(placement, n_layers=4)
+
+
+def test_replace_eps_reaches_every_norm_and_nothing_else():
+    placement = replace(placements["sdd-released"], overrides={0: {"q": Norm(), "k": None}})
+    changed = placement.replace_eps(0.25)
+    assert {norm.eps for norm in changed.norms.values()} == {0.25}
+    assert changed.overrides == {0: {"q": Norm(eps=0.25), "k": None}}
+    assert changed.replace_eps(1e-5) == replace(placement, overrides={0: {"q": Norm(eps=1e-5), "k": None}})
