@@ -69,6 +69,13 @@ def test_a_name_stands_for_its_definition(name: str):
     assert placements[name].source
 
 
+def test_each_method_has_its_own_init_rule_and_eps():
+    own = {"deepnorm": "deepnorm", "olmo2": "normal-0.02", "peri": "normal-0.02"}
+    for name, placement in placements.items():
+        assert placement.init == own.get(name, "base" if name.startswith("sdd") else "megatron")
+        assert {norm.eps for norm in placement.norms.values()} == {1e-5 if name == "sdd-released" else 1e-6}
+
+
 def test_an_unknown_name_is_answered_with_the_nearest():
     values = config_io.to_dict(run_of(placements["prenorm"]))
     values["model"]["placement"] = "sdd-relaesed"

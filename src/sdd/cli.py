@@ -7,10 +7,12 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from sdd import config_io
+from sdd.cli_parser import Parser, base_config, positive_int
 from sdd.errors import Interrupted, RunFailed, UserError
+from sdd.train.parallel import joined, recorded, speaks, tell
 
 #: Options with a short name of their own; every other field goes by its dotted name.
 SHORT = {
@@ -24,45 +26,27 @@ SHORT = {
 }
 
 
-class _Parser(argparse.ArgumentParser):
-    """argparse with one clear line for a mistake, and the nearest right name."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message)
-
-    def parse_known(self, args: Sequence[str]) -> argparse.Namespace:
-        """Parse; `--optim.weight-decay` is taken for `--optim.weight_decay` too."""
-        namespace, unknown = self.parse_known_args([self._known_spelling(word) for word in args])
-        if unknown:
-            options = [option for action in self._actions for option in action.option_strings]
-            word = unknown[0].split("=")[0]
-            raise UserError(f"unknown argument {word}{config_io.nearest(word, options)}; see {self.prog} --help")
-        return namespace
-
-    def _known_spelling(self, word: str) -> str:
-        name, equals, value = word.partition("=")
-        other = "--" + name[2:].replace("-", "_")
-        known = self._option_string_actions
-        return other + equals + value if name.startswith("--") and name not in known and other in known else word
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit code: 0 done, 2 the user's mistake, 3 the run failed, 130 interrupted."""
     args = list(sys.argv[1:] if argv is None else argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.basicConfig(level=logging.INFO if speaks() else logging.ERROR, format="%(message)s")
+    return recorded(lambda: _exit_code(args))()
+
+
+def _exit_code(args: list[str]) -> int:
     try:
         return _dispatch(args)
     except UserError as error:
-        print(f"sdd: {error}", file=sys.stderr)
+        tell(f"sdd: {error}", error.rank)
         return 2
     except RunFailed as error:
-        print(f"sdd: the run failed: {error}", file=sys.stderr)
+        tell(f"sdd: the run failed: {error}", error.rank)
         return 3
     except Interrupted as error:
-        print(f"sdd: {error}", file=sys.stderr)
+        tell(f"sdd: {error}")
         return 130
     except KeyboardInterrupt:
-        print("sdd: interrupted", file=sys.stderr)
+        tell("sdd: interrupted")
         return 130
     except BrokenPipeError:
         return 0
@@ -75,8 +59,10 @@ def _dispatch(args: list[str]) -> int:
         "report": (_report, "a page with curves, settings and samples of one or more runs"),
         "generate": (_generate, "continue a text with a trained run"),
         "eval": (_eval, "held-out loss and bits per byte of a run"),
+        "plan": (_plan, "memory, time and GPU-hours of a preset on given GPUs, before anything is run"),
         "presets": (_presets, "list the presets and placements, or show one"),
         "study": (_study, "run a study and write its page"),
+        "tokenize": (_tokenize, "turn text, JSON lines, parquet or a dataset into token files"),
     }
     if not args or args[0] in ("-h", "--help"):
         width = max(map(len, commands))
@@ -95,10 +81,24 @@ def _dispatch(args: list[str]) -> int:
 
 
 def _train(args: list[str]) -> int:
-    from sdd.models import model_presets
-    from sdd.train import preset
+    from sdd.train.data import resolve
+    from sdd.train.loop import fit_vocabulary, start
 
-    parser = _Parser(
+    with joined() as world:
+        config, out, as_json, own_vocabulary = world.together(lambda: _train_request(args))
+        if out is None and world.may_restart:
+            raise UserError("torchrun --max-restarts needs --out RUN, by which a restarted job finds its run")
+        out = out or world.on_main(lambda: _free_directory(args[0], config))
+        if not own_vocabulary:
+            config = fit_vocabulary(config, world.in_turn(lambda: resolve(config)))
+        return _finish(start(config, out, world), as_json)
+
+
+def _train_request(args: list[str]) -> tuple[Any, Path | None, bool, bool]:
+    """The run, its directory if named, whether to answer in JSON, and whether the vocabulary was given."""
+    from sdd.models import model_presets
+
+    parser = Parser(
         prog="sdd train",
         description="Train a preset. Every field of the run can be set; what is not set comes from the preset.",
         usage="sdd train PRESET [--out RUN] [--placement NAME] [--steps N] [--lr X] [OPTIONS]",
@@ -110,52 +110,32 @@ def _train(args: list[str]) -> int:
     parser.add_argument("--printed-shape", action="store_true", help="581m to 2b: 8 kv heads and 100,278 tokens")
     _add_fields(parser)
     options = vars(parser.parse_known(args))
-    base = _base_config(options.pop("preset"), options.pop("printed_shape"), preset)
+    base = base_config(options.pop("preset"), options.pop("printed_shape"))
     out, as_json = options.pop("out"), options.pop("json")
     overrides = {SHORT.get(name, name): _value(text) for name, text in options.items() if text is not None}
-    config = config_io.with_overrides(base, overrides)
-    return _run_new(config, out or _free_directory(args[0], config), as_json, "model.vocab_size" in overrides)
-
-
-def _base_config(name: str, printed: bool, preset: Any) -> Any:
-    from sdd.models import as_printed, model_presets
-
-    if Path(name).suffix == ".json":
-        return config_io.load(Path(name))
-    if name not in model_presets:
-        near = config_io.nearest(name, list(model_presets))
-        raise UserError(f"no preset {name!r}{near}; choose one of {', '.join(model_presets)}")
-    if not printed:
-        return preset(name)
-    try:
-        return replace(preset(name), model=as_printed(name))
-    except KeyError:
-        raise UserError(f"--printed-shape is for the published shapes, {name} is not one") from None
-
-
-def _run_new(config: Any, out: Path, as_json: bool, own_vocabulary: bool) -> int:
-    from sdd.data import resolve_data
-    from sdd.train.loop import fit_vocabulary, start
-
-    if not own_vocabulary:
-        data = resolve_data(config.data.path, config.data.tokenizer, context=config.model.context)
-        config = fit_vocabulary(config, data)
-    return _finish(start(config, out), as_json)
+    return config_io.with_overrides(base, overrides), out, as_json, "model.vocab_size" in overrides
 
 
 def _resume(args: list[str]) -> int:
     from sdd.train.loop import reopen
 
-    parser = _Parser(prog="sdd resume", description="Go on with a run from its newest whole checkpoint.")
+    with joined() as world:
+        options = world.together(lambda: _resume_request(args))
+        return _finish(reopen(options.run, options.steps, world), options.json)
+
+
+def _resume_request(args: list[str]) -> argparse.Namespace:
+    parser = Parser(prog="sdd resume", description="Go on with a run from its newest whole checkpoint.")
     parser.add_argument("run", metavar="RUN", type=Path, help="run directory")
-    parser.add_argument("--steps", type=_positive_int, help="a new total number of steps")
+    parser.add_argument("--steps", type=positive_int, help="a new total number of steps")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
-    options = parser.parse_known(args)
-    return _finish(reopen(options.run, options.steps), options.json)
+    return parser.parse_known(args)
 
 
 def _finish(trainer: Any, as_json: bool) -> int:
     result = trainer.run()
+    if not trainer.world.is_main:
+        return 0
     if as_json:
         print(json.dumps(result))
         return 0
@@ -171,7 +151,7 @@ def _finish(trainer: Any, as_json: bool) -> int:
 def _report(args: list[str]) -> int:
     from sdd.lab.report import write_report
 
-    parser = _Parser(prog="sdd report", description="Write one self-contained page about one or more runs.")
+    parser = Parser(prog="sdd report", description="Write one self-contained page about one or more runs.")
     parser.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="run directories")
     parser.add_argument("--out", type=Path, help="the page (default: report.html in the first run)")
     options = parser.parse_known(args)
@@ -184,12 +164,12 @@ def _report(args: list[str]) -> int:
 def _generate(args: list[str]) -> int:
     from sdd.evals.text import continue_text
 
-    parser = _Parser(prog="sdd generate", description="Continue a text with a trained run.")
+    parser = Parser(prog="sdd generate", description="Continue a text with a trained run.")
     parser.add_argument("run", metavar="RUN", type=Path, help="run directory")
     parser.add_argument("--prompt", required=True, help="the text to continue")
-    parser.add_argument("--tokens", type=_positive_int, default=100, help="how many tokens to add (default 100)")
+    parser.add_argument("--tokens", type=positive_int, default=100, help="how many tokens to add (default 100)")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the most likely token (default 0.8)")
-    parser.add_argument("--top-k", type=_positive_int, help="sample among the k most likely tokens")
+    parser.add_argument("--top-k", type=positive_int, help="sample among the k most likely tokens")
     parser.add_argument("--top-p", type=float, help="sample among the most likely tokens of this total probability")
     parser.add_argument("--seed", type=int, default=0, help="of the draws (default 0)")
     parser.add_argument("--json", action="store_true", help="print prompt and text as JSON")
@@ -206,7 +186,7 @@ def _generate(args: list[str]) -> int:
 def _eval(args: list[str]) -> int:
     from sdd.evals.text import evaluate_run
 
-    parser = _Parser(prog="sdd eval", description="Loss and bits per byte of a run on held-out text.")
+    parser = Parser(prog="sdd eval", description="Loss and bits per byte of a run on held-out text.")
     parser.add_argument("run", metavar="RUN", type=Path, help="run directory")
     parser.add_argument("--text", type=Path, help="a UTF-8 text file (default: all of the run's own held-out data)")
     parser.add_argument("--json", action="store_true", help="print the numbers as JSON")
@@ -219,10 +199,16 @@ def _eval(args: list[str]) -> int:
     return 0
 
 
+def _plan(args: list[str]) -> int:
+    from sdd.plan.command import run
+
+    return run(args)
+
+
 def _presets(args: list[str]) -> int:
     from sdd.models.describe import list_presets, show_preset
 
-    parser = _Parser(prog="sdd presets", description="List presets and placements, or show one preset.")
+    parser = Parser(prog="sdd presets", description="List presets and placements, or show one preset.")
     parser.add_argument("name", metavar="PRESET", nargs="?", help="a preset to show")
     parser.add_argument("--placement", default="sdd", help="the placement to show it with (default sdd)")
     parser.add_argument("--json", action="store_true", help="print the config as JSON")
@@ -230,22 +216,26 @@ def _presets(args: list[str]) -> int:
     if options.name is None:
         print(list_presets())
         return 0
-    from sdd.train import preset
-
-    base = _base_config(options.name, False, preset)
+    base = base_config(options.name)
     config = replace(base, model=replace(base.model, placement=config_io.find_placement(options.placement)))
     print(json.dumps(config_io.to_dict(config), indent=2) if options.json else show_preset(options.name, config.model))
     return 0
 
 
+def _tokenize(args: list[str]) -> int:
+    from sdd.data.cli import main as tokenize
+
+    return tokenize(args)
+
+
 def _study(args: list[str]) -> int:
     from sdd.lab import run_study, studies
 
-    parser = _Parser(prog="sdd study", description="Run a study: a grid of runs, a table, figures and a page.")
+    parser = Parser(prog="sdd study", description="Run a study: a grid of runs, a table, figures and a page.")
     parser.add_argument("name", metavar="NAME", help=", ".join(studies))
     parser.add_argument("--out", type=Path, help="folder of its runs, figures and page (default: studies/NAME)")
-    parser.add_argument("--seeds", type=_positive_int, default=1, help="seeds a setting (default 1)")
-    parser.add_argument("--workers", type=_positive_int, help="runs at once (default: one a core, at most four)")
+    parser.add_argument("--seeds", type=positive_int, default=1, help="seeds a setting (default 1)")
+    parser.add_argument("--workers", type=positive_int, help="runs at once (default: one a core, at most four)")
     options = parser.parse_known(args)
     if options.name not in studies:
         near = config_io.nearest(options.name, list(studies))
@@ -271,12 +261,6 @@ def _add_fields(parser: argparse.ArgumentParser) -> None:
 
 def _value(text: str) -> Any:
     return None if text.lower() == "none" else text
-
-
-def _positive_int(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return int(text)
 
 
 def _free_directory(preset: str, config: Any) -> Path:

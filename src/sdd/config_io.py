@@ -6,7 +6,7 @@ import json
 import types
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
@@ -129,7 +129,7 @@ def describe_type(hint: Any) -> str:
     """How a field's type is named to users: `int`, `float`, `cosine|wsd|constant`, `text or none`."""
     if get_origin(hint) is Literal:
         return "|".join(map(str, get_args(hint)))
-    if get_origin(hint) in (types.UnionType,):
+    if get_origin(hint) in (types.UnionType, Union):
         return " or ".join(describe_type(arg) for arg in get_args(hint))
     if hint is types.NoneType:
         return "none"

@@ -1,16 +1,26 @@
 """The exceptions that `sdd` raises on purpose."""
 
 
-class UserError(Exception):
+class SddError(Exception):
+    """Any of them.
+
+    Attributes:
+        rank: which process of a run of several tells it: the first, if all of them meet it.
+    """
+
+    rank = 0
+
+
+class UserError(SddError):
     """A mistake of the user, told in one line: what was given, what was expected, what to do.
 
     The command line prints the message without a traceback and exits with code 2.
     """
 
 
-class RunFailed(Exception):
+class RunFailed(SddError):
     """A run that cannot go on, told in one line; the command line exits with code 3."""
 
 
-class Interrupted(Exception):
+class Interrupted(SddError):
     """A run that Ctrl-C or SIGTERM ended after saving; the command line exits with code 130."""

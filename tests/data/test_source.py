@@ -4,10 +4,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from sdd.data import Loader, TokenWriter, builtin_tokenizer, resolve_data, tokenize_files
+from sdd.data.spec import absolute
 from sdd.errors import UserError
 
 PROSE = "It is a truth universally acknowledged, that a single man must be in want of a wife.\n"
@@ -160,3 +161,67 @@ def test_directories_without_data_and_mixtures(tmp_path: Path, prose: Path, toke
         resolve_data(f"{prose},{tokens}", context=8)
     with pytest.raises(UserError, match=r"at most one validation\.npy"):
         resolve_data(tokens / "validation.npy", context=8)
+
+
+def test_files_of_others_are_read_given_dtype_eos_and_vocabulary(tmp_path: Path):
+    ids = np.random.default_rng(0).integers(0, 50_000, 5000).astype(np.uint16)
+    for name in ("train.bin", "val.bin", "corpus.u16"):
+        ids.tofile(tmp_path / name)
+    for spec in (tmp_path, tmp_path / "train.bin"):
+        source = resolve_data(spec, context=8, dtype="uint16", eos=49_999, vocab_size=50_000)
+        assert [file.path.name for file in source.train] == ["train.bin"]
+        assert source.validation.path.name == "val.bin"
+        assert (source.eos, source.vocab_size, source.tokenizer) == (49_999, 50_000, None)
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    shutil.copy(tmp_path / "corpus.u16", alone)
+    source = resolve_data(alone / "corpus.u16", context=8, dtype="uint16", vocab_size=50_000)
+    assert [*source.train[0].tokens, *source.validation.tokens] == ids.tolist()
+    with pytest.raises(UserError, match="eos 50000 is outside its vocabulary of 50000 tokens"):
+        resolve_data(tmp_path, context=8, dtype="uint16", eos=50_000, vocab_size=50_000)
+    wrong = resolve_data(tmp_path, context=8, dtype="uint16", vocab_size=40_000)
+    with pytest.raises(UserError, match=r"token id 4\d{4}, but its vocabulary has 40000 tokens: wrong dtype"):
+        [Loader(wrong.parts, 8, 8).batch(step) for step in range(20)]
+
+
+def test_dtype_and_eos_may_not_contradict(tokens: Path, prose: Path):
+    with pytest.raises(UserError, match="the json says uint16, the caller says uint32: which is it"):
+        resolve_data(tokens, context=8, dtype="uint32")
+    with pytest.raises(UserError, match=r"eos 3 was given, but .*json says 0"):
+        resolve_data(tokens, context=8, eos=3)
+    with pytest.raises(UserError, match="prose is text: its end-of-text token is that of the tokenizer, 0, not 3"):
+        resolve_data(prose, context=8, eos=3)
+
+
+@given(st.text(max_size=60))
+@example("a\x00b")
+@example("x" * 5000)
+@example(",,,")
+@example("a:1,b:2")
+@example("\ud800")
+def test_any_text_for_a_path_is_one_line(spec: str):
+    try:
+        resolve_data(f"/nonexistent/{spec}", context=8)
+    except UserError as error:
+        assert "\n" not in str(error)
+    else:
+        pytest.fail(spec)
+
+
+@given(st.lists(st.sampled_from(["classics", "a.npy", "b", "/c/d.npy"]), min_size=1, max_size=3), st.booleans())
+def test_a_spec_made_absolute_is_the_same_from_anywhere(names: list[str], weighted: bool):
+    spec = ",".join(f"{name}:0.5" if weighted else name for name in names)
+    once = absolute(spec)
+    assert absolute(once) == once
+    expected = [name if name == "classics" else str(Path(name).absolute()) for name in names]
+    assert once == ",".join(f"{name}:0.5" if weighted else name for name in expected)
+
+
+def test_a_name_with_a_comma_or_a_number_after_a_colon_is_a_name_where_it_exists(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a,b.txt", "c:2"):
+        (tmp_path / name).write_text(PROSE * 100)
+        assert absolute(name) == str(tmp_path / name)
+        assert resolve_data(name, context=8).parts[0].weight == 1

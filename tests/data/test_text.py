@@ -10,7 +10,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from sdd.data import builtin_tokenizer, text
-from sdd.data.text import SMALLEST_TAIL, Document, TailSplit, documents, split_point
+from sdd.data.text import SMALLEST_TAIL, Document, TailSplit, documents, smallest_tail, split_point
 from sdd.errors import UserError
 
 words = st.text("abcAB'1.,é", min_size=1, max_size=8)
@@ -57,7 +57,7 @@ def test_cuts_are_between_lines_before_sentences_before_words():
 @given(st.lists(st.integers(1, 30_000), min_size=1, max_size=60), st.sampled_from([0.05, 0.2]))
 def test_the_held_out_share_is_kept_whatever_the_sizes(sizes: list[int], fraction: float):
     total = sum(sizes)
-    split = TailSplit(fraction, total)
+    split = TailSplit(fraction, smallest_tail(fraction, total))
     tails = [size - split.cut(document("some words " * (size // 11) + "." * (size % 11))) for size in sizes]
     assert sum(tails) <= fraction * total
     assert sum(tails) >= fraction * total / 2 - SMALLEST_TAIL
@@ -65,7 +65,7 @@ def test_the_held_out_share_is_kept_whatever_the_sizes(sizes: list[int], fractio
 
 
 def test_large_documents_each_give_their_own_tail():
-    split = TailSplit(0.05, 10**6)
+    split = TailSplit(0.05, SMALLEST_TAIL)
     for _ in range(10):
         assert 94_000 < split.cut(document("word " * 20_000)) < 97_500
 

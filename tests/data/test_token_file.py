@@ -3,10 +3,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
-from sdd.data import TokenFile, TokenizerRef, TokenWriter
+from sdd.data import Loader, TokenFile, TokenInfo, TokenizerRef, TokenWriter, resolve_data
 from sdd.errors import UserError
 
 EOS = 0
@@ -159,3 +159,64 @@ def test_the_fingerprint_knows_content_not_layout(tmp_path: Path, file: TokenFil
 def test_no_file(tmp_path: Path):
     with pytest.raises(UserError, match="no token file"):
         TokenFile.open(tmp_path / "none.npy")
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=6,
+)
+json_fields = st.sampled_from([*TokenInfo.model_fields, "unknown"])
+fuzzed_info = st.one_of(
+    st.binary(max_size=60),
+    json_values.map(json.dumps).map(str.encode),
+    st.dictionaries(json_fields, json_values).map(lambda d: json.dumps({"dtype": "uint16", **d}).encode()),
+    st.text(max_size=300).map(lambda name: json.dumps({"dtype": "uint16", "tokenizer": {"sha256": "x", "file": name}})),
+)
+
+
+@example(b'{"dtype": "uint16", "tokenizer": {"sha256": "", "file": "../tokenizer.json"}}')
+@example(b'{"dtype": "uint16", "tokenizer": {"sha256": "", "file": "a\\u0000b"}}')
+@example(b'{"dtype": "uint16", "tokenizer": {"sha256": "", "file": "' + b"a" * 256 + b'"}}')
+@example(b"[" * 100_000)
+@example(b'{"dtype": "uint16", "eos": 7, "vocab_size": 7}')
+@example(b'{"dtype": "uint16", "vocab_size": 1' + b"0" * 5000 + b"}")
+@given(fuzzed_info)
+def test_a_fuzzed_json_is_read_or_refused_in_one_line(tmp_path_factory: pytest.TempPathFactory, info: bytes | str):
+    path = tmp_path_factory.mktemp("fuzz") / "train.npy"
+    np.arange(200, dtype=np.uint16).tofile(path)
+    path.with_suffix(".json").write_bytes(info.encode() if isinstance(info, str) else info)
+    try:
+        source = resolve_data(path, context=8, vocab_size=300)
+        assert Loader(source.parts, 2, 8).batch(0).shape == (2, 9)
+    except UserError as error:
+        assert "\n" not in str(error)
+        assert len(str(error)) < 1500
+
+
+npy_headers = st.text("{}[]()'descrfotan_shp: ,<u24OTrueFls1-+*.#\\\n\t ", max_size=120)
+
+
+@example("{'descr': '|O', 'fortran_order': False, 'shape': (20,), }")
+@example("{'descr': '<u2', 'fortran_order': False, 'shape': (-20,), }")
+@example("{'descr': '|V0', 'fortran_order': False, 'shape': (20,), }")
+@example("__import__('os').system('false')")
+@example("(" * 500)
+@given(npy_headers)
+def test_a_fuzzed_npy_header_is_read_or_refused_in_one_line(tmp_path_factory: pytest.TempPathFactory, header: str):
+    path = tmp_path_factory.mktemp("fuzz") / "train.npy"
+    text = header.encode("latin1")
+    path.write_bytes(b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text + bytes(40))
+    try:
+        assert len(TokenFile.open(path)) == 20
+    except UserError as error:
+        assert "\n" not in str(error)
+
+
+def test_what_may_not_be_read_is_one_line(tmp_path: Path, file: TokenFile, monkeypatch: pytest.MonkeyPatch):
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied", str(tmp_path / "train.json"))
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    with pytest.raises(UserError, match=r"cannot read .*train\.json: Permission denied"):
+        TokenFile.open(file.path)

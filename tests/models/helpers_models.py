@@ -1,4 +1,4 @@
-"""Models small enough to test, with alphas and norm weights spread so that a misplaced one shows."""
+"""Models small enough to test, drawn so that a misplaced norm or alpha shows."""
 
 from typing import Any
 
@@ -29,15 +29,20 @@ def tiny_model(
 ) -> LanguageModel:
     torch.manual_seed(seed)
     model = LanguageModel(tiny_config(placement, **changes))
-    return spread_scales(model).to(dtype)
+    return redraw(model).to(dtype)
 
 
 @torch.no_grad()
-def spread_scales(model: LanguageModel) -> LanguageModel:
-    """Multiply every alpha and norm weight by its own factor in [0.5, 1.5]."""
-    for parameter in model.parameters():
+def redraw(model: LanguageModel) -> LanguageModel:
+    """Multiply every alpha and norm weight by its own factor in [0.5, 1.5]; draw matrices so that outputs are about 1.
+
+    (With std 0.02 and a width of 16, eps would outweigh every statistic.)
+    """
+    for name, parameter in model.named_parameters():
         if parameter.ndim == 1:
             parameter.mul_(torch.rand_like(parameter) + 0.5)
+        else:
+            parameter.normal_(std=1.0 if name == "embed.weight" else parameter.shape[1] ** -0.5)
     return model
 
 

@@ -3,6 +3,7 @@
 from sdd.data.cache import Notify
 from sdd.data.corpora import builtin_tokenizer, classics
 from sdd.data.loader import Loader, eval_windows, permute
+from sdd.data.mixture import Part
 from sdd.data.prepare import cached_token_files, tokenize_files
 from sdd.data.source import DataSource, resolve_data
 from sdd.data.token_file import TokenFile, TokenInfo, TokenizerRef, TokenWriter
@@ -12,6 +13,7 @@ __all__ = [
     "DataSource",
     "Loader",
     "Notify",
+    "Part",
     "TokenFile",
     "TokenInfo",
     "TokenWriter",

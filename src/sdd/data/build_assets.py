@@ -9,7 +9,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 
 from sdd.data.corpora import CLASSICS, CLASSICS_TOKENIZER
 from sdd.data.prepare import VALIDATION_FRACTION
-from sdd.data.text import TailSplit, documents
+from sdd.data.text import TailSplit, documents, smallest_tail
 
 VOCAB_SIZE = 4096
 EOS = "<|endoftext|>"
@@ -30,7 +30,7 @@ PATTERN = "|".join(
 
 def training_text() -> Iterator[str]:
     """The classics without what is held out."""
-    split = TailSplit(VALIDATION_FRACTION, CLASSICS.stat().st_size)
+    split = TailSplit(VALIDATION_FRACTION, smallest_tail(VALIDATION_FRACTION, CLASSICS.stat().st_size))
     for document in documents(CLASSICS):
         yield "".join(text for text, _ in document.pieces(0, split.cut(document)))
 

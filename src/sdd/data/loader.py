@@ -10,10 +10,12 @@ from math import isqrt
 import numpy as np
 import torch
 
+from sdd.data.mixture import Interleaving, Part
 from sdd.data.token_file import TokenFile
 from sdd.errors import UserError
 
 _ROUNDS = 8
+_PART_KEYS = 2**63  # apart from the numbers of epochs
 
 
 class Loader:
@@ -23,8 +25,12 @@ class Loader:
     epoch. Sample i of the run is window permutation(seed, i // n_windows)[i % n_windows]; batch b holds samples
     [b * batch_size, (b + 1) * batch_size). Every epoch visits each window exactly once.
 
+    Of a mixture, sample i is sample j of a source, both given by `Interleaving`; each source has epochs and an order
+    of its own.
+
     Args:
-        files: the training data; windows do not reach from one file into another.
+        files: the training data, token files or the parts of a mixture; windows do not reach from one file into
+            another.
         batch_size: rows of the global batch.
         context: tokens of input in a row.
         seed: of the order, any integer.
@@ -35,12 +41,12 @@ class Loader:
             not yet reached, or the current one, leaves all earlier steps as they were.
 
     Raises:
-        UserError: no file has one full window, or `world_size` does not divide `batch_size`.
+        UserError: no file of a part has one full window, or `world_size` does not divide `batch_size`.
     """
 
     def __init__(
         self,
-        files: Sequence[TokenFile],
+        files: Sequence[TokenFile] | Sequence[Part],
         batch_size: int,
         context: int,
         seed: int = 0,
@@ -51,18 +57,17 @@ class Loader:
     ) -> None:
         if batch_size % world_size:
             raise UserError(f"a batch of {batch_size} rows does not divide among {world_size} processes")
-        self.files = list(files)
+        self.parts = _parts(files)
+        self.files = [file for part in self.parts for file in part.files]
         self.batch_size = batch_size
         self.context = context
         self.seed = seed
-        counts = [file.n_windows(context) for file in self.files]
-        self._first_window = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
-        if not self.n_windows:
-            longest = max((len(file) for file in self.files), default=0)
-            raise UserError(
-                f"too little data: a context of {context} needs {context + 1} tokens in a file, the longest has "
-                f"{longest}; bring more text or shorten the context"
-            )
+        self._first_window = _starts([file.n_windows(context) for file in self.files])
+        for part in self.parts:
+            _check_length(part, context)
+        self._part_windows = [sum(file.n_windows(context) for file in part.files) for part in self.parts]
+        self._part_start = _starts(self._part_windows)
+        self._interleaving = Interleaving([part.weight for part in self.parts])
         rows = batch_size // world_size
         self._rows = np.arange(rank * rows, (rank + 1) * rows, dtype=np.int64)
         passed = np.unique(np.asarray(skipped, np.int64))
@@ -70,12 +75,23 @@ class Loader:
 
     @property
     def n_windows(self) -> int:
-        """Samples in an epoch."""
+        """Windows that there are; of data that are no mixture, samples in an epoch."""
         return int(self._first_window[-1])
 
     def epoch(self, step: int) -> float:
-        """Epochs that are behind at the start of a step."""
+        """Samples that are behind at the start of a step, as a multiple of the windows that there are."""
         return self.batch_index(step) * self.batch_size / self.n_windows
+
+    def describe(self, steps: int) -> list[str]:
+        """Of a mixture, one line for each source: its share, and its epochs in a run of so many steps."""
+        if len(self.parts) == 1:
+            return []
+        taken = self._interleaving.taken(self.batch_index(steps) * self.batch_size)
+        shares = self._interleaving.shares
+        return [
+            f"{part.name}: {share:.2%} of the tokens, {n / windows:.2g} epochs"
+            for part, share, n, windows in zip(self.parts, shares, taken, self._part_windows, strict=True)
+        ]
 
     def batch_index(self, step: int) -> int:
         """The batch that a step takes: the step's own number, moved on by the skipped ones up to it."""
@@ -84,13 +100,25 @@ class Loader:
     def windows(self, step: int) -> np.ndarray:
         """Numbers of the windows in this rank's rows at a step, int64 [batch_size / world_size]."""
         samples = self.batch_index(step) * self.batch_size + self._rows
-        epochs = samples // self.n_windows
+        sources, numbers = self._interleaving.assign(samples)
         windows = np.empty_like(samples)
+        for part in np.unique(sources).tolist():
+            of_part = sources == part
+            windows[of_part] = self._part_start[part] + self._visited(part, numbers[of_part])
+        return windows
+
+    def _visited(self, part: int, numbers: np.ndarray) -> np.ndarray:
+        """Which of a part's windows its samples of those numbers are."""
+        seed = self.seed
+        if len(self.parts) > 1:  # else two sources of the same size would go in step
+            seed = int(_keys(seed, np.array([_PART_KEYS + part], np.uint64))[0])
+        n_windows = self._part_windows[part]
+        epochs, places = np.divmod(numbers, n_windows)
+        windows = np.empty_like(numbers)
         for epoch in np.unique(epochs):
             of_epoch = epochs == epoch
-            (key,) = _keys(self.seed, np.array([epoch]))
-            places = samples[of_epoch] % self.n_windows
-            windows[of_epoch] = permute(places, self.n_windows, int(key))
+            (key,) = _keys(seed, np.array([epoch]))
+            windows[of_epoch] = permute(places[of_epoch], n_windows, int(key))
         return windows
 
     def batch(self, step: int) -> torch.Tensor:
@@ -101,6 +129,7 @@ class Loader:
 
         Raises:
             UserError: a token id that the file's vocabulary does not have.
+            RunFailed: a file has been cut off since it was opened.
         """
         windows = self.windows(step)
         which = np.searchsorted(self._first_window, windows, side="right") - 1
@@ -110,6 +139,24 @@ class Loader:
             rows = which == index
             batch[rows] = self.files[index].read(starts[rows], self.context + 1)
         return torch.from_numpy(batch)
+
+
+def _parts(files: Sequence[TokenFile] | Sequence[Part]) -> list[Part]:
+    parts = [item for item in files if isinstance(item, Part)]
+    return parts or [Part("the data", tuple(item for item in files if isinstance(item, TokenFile)))]
+
+
+def _starts(counts: Sequence[int]) -> np.ndarray:
+    return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+
+
+def _check_length(part: Part, context: int) -> None:
+    longest = max((len(file) for file in part.files), default=0)
+    if longest <= context:
+        raise UserError(
+            f"{part.name}: too little, a context of {context} needs {context + 1} tokens in a file, the longest has "
+            f"{longest}; bring more text or shorten the context"
+        )
 
 
 def eval_windows(file: TokenFile, n: int | None, context: int) -> torch.Tensor:

@@ -2,11 +2,12 @@
 
 import hashlib
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from sdd.data.cache import Notify, cached
-from sdd.data.text import JSONL_SUFFIXES, PIECE_BYTES, TailSplit, documents
+from sdd.data.encoder import Encoder
+from sdd.data.text import JSONL_SUFFIXES, PIECE_BYTES, TailSplit, documents, smallest_tail
 from sdd.data.token_file import TokenFile, TokenizerRef, TokenWriter
 from sdd.data.tokenizer import Tokenizer
 from sdd.errors import UserError
@@ -34,9 +35,11 @@ def tokenize_files(
         UserError: a file that is not UTF-8 or not in its format, or too little text.
     """
     tokenizer.save(out / "tokenizer.json")
-    split = TailSplit(validation_fraction, total=sum(file.stat().st_size for file in files))
+    size = sum(file.stat().st_size for file in files)  # compressed ones are larger, which does no harm
+    split = TailSplit(validation_fraction, smallest_tail(validation_fraction, size))
     with _writer(out / "train.npy", tokenizer) as train, _writer(out / "validation.npy", tokenizer) as validation:
-        heads, tails = _Encoder(tokenizer, train), _Encoder(tokenizer, validation)
+        heads = Encoder(tokenizer, train, _BATCH_BYTES)
+        tails = Encoder(tokenizer, validation, _BATCH_BYTES)
         for file in files:
             for document in documents(file):
                 cut = split.cut(document)
@@ -83,39 +86,3 @@ def cached_token_files(
 def _writer(path: Path, tokenizer: Tokenizer) -> TokenWriter:
     reference = TokenizerRef(sha256=tokenizer.sha256, file="tokenizer.json")
     return TokenWriter(path, tokenizer.vocab_size, tokenizer.eos, reference)
-
-
-class _Encoder:
-    """Collects pieces of documents and encodes many at once, so that the tokenizer's threads are busy."""
-
-    def __init__(self, tokenizer: Tokenizer, writer: TokenWriter) -> None:
-        self._tokenizer = tokenizer
-        self._writer = writer
-        self._pending: list[tuple[str, int, bool]] = []
-        self._pending_bytes = 0
-
-    def add(self, pieces: Iterable[tuple[str, int]]) -> None:
-        """Take one document, or the part of one."""
-        last = None
-        for piece in pieces:
-            if last:
-                self._queue(*last, ends_document=False)
-            last = piece
-        if last:
-            self._queue(*last, ends_document=True)
-
-    def _queue(self, text: str, n_bytes: int, ends_document: bool) -> None:
-        self._pending.append((text, n_bytes, ends_document))
-        self._pending_bytes += n_bytes
-        if self._pending_bytes >= _BATCH_BYTES:
-            self.flush()
-
-    def flush(self) -> None:
-        """Encode and write what is pending."""
-        ids = self._tokenizer.encode_batch([text for text, _, _ in self._pending])
-        for (_, n_bytes, ends_document), piece_ids in zip(self._pending, ids, strict=True):
-            self._writer.write(piece_ids, n_bytes)
-            if ends_document:
-                self._writer.end_document()
-        self._pending.clear()
-        self._pending_bytes = 0

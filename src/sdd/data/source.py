@@ -1,46 +1,92 @@
 """From what the user names (`--data`) to token files."""
 
-import difflib
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from sdd.data.cache import Notify
 from sdd.data.corpora import builtin_tokenizer, classics
+from sdd.data.mixture import Part, mixed_validation
 from sdd.data.prepare import cached_token_files
+from sdd.data.spec import CLASSICS, Entry, entries, existing
 from sdd.data.text import TEXT_SUFFIXES
 from sdd.data.token_file import TokenFile
 from sdd.data.tokenizer import Tokenizer
 from sdd.errors import UserError
 
 TOKEN_SUFFIXES = (".npy", ".bin")
+VALIDATION_STEMS = ("validation", "val")
 HELD_OUT_WINDOWS = 0.01
+PROGRESS_FILE = "progress.json"  # lies in a folder that `sdd tokenize` has not finished
 
 
 @dataclass(frozen=True, eq=False)
 class DataSource:
     """Tokens to train on and to validate with, and what they mean.
 
-    `tokenizer` is None where only tokens are known; `eos` where the vocabulary has no end-of-text token.
+    `parts` are the sources of a mixture, a single one where there is none. `tokenizer` is None where only tokens are
+    known; `eos` where the vocabulary has no end-of-text token.
     """
 
     name: str
-    train: list[TokenFile]
+    parts: tuple[Part, ...]
     validation: TokenFile
     tokenizer: Tokenizer | None
     vocab_size: int
     eos: int | None
 
     @property
+    def train(self) -> list[TokenFile]:
+        """The files that are trained on, of all parts."""
+        return [file for part in self.parts for file in part.files]
+
+    @property
     def n_tokens(self) -> int:
         """Training tokens."""
         return sum(len(file) for file in self.train)
 
+    @cached_property
+    def listing(self) -> list[dict[str, Any]]:
+        """Name, number of tokens and hash of each file as they were first found, ready for JSON."""
+        files = [(f"{part.name}/{file.path.name}", file) for part in self.parts for file in part.files]
+        files.append((f"held out/{self.validation.path.name}", self.validation))
+        return [{"file": name, "tokens": len(file), "hash": file.fingerprint()} for name, file in files]
+
     def fingerprint(self) -> str:
         """A cheap hash of the tokens, by which a resumed run knows that its data are still the same."""
-        parts = [file.fingerprint() for file in (*self.train, self.validation)]
-        return hashlib.sha256("".join(parts).encode()).hexdigest()
+        text = "".join(entry["hash"] for entry in self.listing)
+        if len(self.parts) > 1:
+            text += "".join(f" {part.weight}x{len(part.files)}" for part in self.parts)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def changes(self, before: Any) -> str:
+        """What is not as it was in an earlier `listing`, in a few words."""
+        try:
+            then = {entry["file"]: (entry["tokens"], entry["hash"]) for entry in before}
+        except (TypeError, KeyError):
+            return "they differ"
+        now = {entry["file"]: (entry["tokens"], entry["hash"]) for entry in self.listing}
+        found = [f"{name} is missing" for name in then if name not in now]
+        found += [f"{name} is new" for name in now if name not in then]
+        for name in [name for name in now if now[name] != then.get(name, now[name])]:
+            (had, _), (has, _) = then[name], now[name]
+            found.append(f"{name} had {had} tokens, has {has}" if had != has else f"{name} holds other tokens")
+        return "; ".join(found[:3]) + "; ..." * (len(found) > 3) if found else "order or weights differ"
+
+
+@dataclass(frozen=True)
+class _Given:
+    """What the caller says of all sources."""
+
+    tokenizer: Tokenizer | None
+    context: int
+    dtype: str | None
+    eos: int | None
+    vocab_size: int | None
+    notify: Notify | None
 
 
 def resolve_data(
@@ -49,56 +95,95 @@ def resolve_data(
     *,
     context: int,
     dtype: str | None = None,
+    eos: int | None = None,
+    vocab_size: int | None = None,
     notify: Notify | None = None,
 ) -> DataSource:
     """Find, and if need be tokenise, the data that `spec` names.
 
     Args:
         spec: None or "classics" for the built-in corpus; or one path, or several separated by commas, of
-            - token files (.npy, .bin), or a directory of them: `validation.npy`, among them or beside them, is the
-              validation part, all others are trained on; without it the last 1% of the last file's windows (at
-              least one) is held out;
+            - token files (.npy, .bin; any name where `dtype` is given), or a directory of them: `validation.npy` or
+              `val.bin`, among them or beside them, is the validation part, all others are trained on; without it the
+              last 1% of the last file's windows (at least one) is held out;
             - text files (any UTF-8 file; .jsonl, .jsonl.zst and .jsonl.gz hold one document a line under "text"), or a
               directory of them: tokenised into the cache, about 5% held out (see `sdd.data.text.TailSplit`).
+            A mixture is such paths with weights, `a.npy:0.7,texts:0.3`, or a .json file `{"sources": [{"path": ...,
+            "weight": ...}, ...]}` with paths relative to it, or a directory that holds it as mixture.json. Weights are
+            shares of the tokens; held out is a part of each source, put together in the same shares.
         tokenizer: path of a tokenizer.json; by default the token files' own, or the built-in one for text.
         context: tokens of input in a sample; both parts must have room for one.
         dtype: of token files without a json.
+        eos: id of the end-of-text token, for token files whose json does not say.
+        vocab_size: of token files where neither a json nor a tokenizer tells.
         notify: receives one line before work that takes a while; by default it is logged.
 
     Raises:
         UserError: nothing there, not readable as what it is, or too little of it.
     """
     own = Tokenizer.load(tokenizer) if tokenizer else None
-    if spec in (None, "classics"):
-        train, validation = classics(own, notify)
-        return _checked(_text_source("classics", train, validation, own or builtin_tokenizer()), context)
-    paths = _paths(str(spec))
+    given = _Given(own, context, dtype, eos, vocab_size, notify)
+    named = entries(CLASSICS if spec is None else str(spec))
+    if named[0].weight is None:
+        return _resolve(named, given)
+    sources = [_resolve([entry], given) for entry in named]
+    return sources[0] if len(sources) == 1 else _mixed(named, sources, context)
+
+
+def _resolve(named: Sequence[Entry], given: _Given) -> DataSource:
+    """The data of one or more entries as one source."""
+    if [entry.path for entry in named] == [CLASSICS]:
+        train, validation = classics(given.tokenizer, given.notify)
+        source = _text_source(CLASSICS, train, validation, given.tokenizer or builtin_tokenizer())
+        return _checked(source, given)
+    if CLASSICS in [entry.path for entry in named]:
+        raise UserError(f"{CLASSICS} and other data need weights: {CLASSICS}:0.5,PATH:0.5")
+    paths = [existing(entry.path) for entry in named]
     name = paths[0].resolve().stem + (f"+{len(paths) - 1}" if len(paths) > 1 else "")
-    files = _expanded(paths)
-    tokens = [file for file in files if file.suffix in TOKEN_SUFFIXES]
+    try:
+        files = _expanded(paths)
+    except OSError as error:
+        raise UserError(f"cannot read {error.filename}: {error.strerror}") from None
+    tokens = [file for file in files if file.suffix in TOKEN_SUFFIXES or _is_foreign(file, given)]
     if tokens and len(tokens) < len(files):
         (text, *_) = set(files) - set(tokens)
-        raise UserError(f"{spec} mixes token files ({tokens[0].name}) and text ({text.name}): give one or the other")
+        raise UserError(
+            f"{','.join(map(str, paths))} mixes token files ({tokens[0].name}) and text ({text.name}): give one or the "
+            "other, or each a weight, PATH:WEIGHT"
+        )
     if tokens:
-        return _checked(_token_source(name, tokens, own, context, dtype), context)
-    own = own or builtin_tokenizer()
-    return _checked(_text_source(name, *cached_token_files(name, files, own, notify), own), context)
+        return _checked(_token_source(name, tokens, given), given)
+    own = given.tokenizer or builtin_tokenizer()
+    if given.eos not in (None, own.eos):
+        raise UserError(f"{name} is text: its end-of-text token is that of the tokenizer, {own.eos}, not {given.eos}")
+    return _checked(_text_source(name, *cached_token_files(name, files, own, given.notify), own), given)
 
 
-def _paths(spec: str) -> list[Path]:
-    whole = Path(spec).expanduser()
-    if whole.exists() or "," not in spec:
-        return [_existing(whole)]
-    return [_existing(Path(part.strip()).expanduser()) for part in spec.split(",") if part.strip()]
+def _is_foreign(file: Path, given: _Given) -> bool:
+    """Whether a file of an unknown kind is one of tokens: the caller says of which dtype."""
+    return given.dtype is not None and not file.name.endswith(TEXT_SUFFIXES)
 
 
-def _existing(path: Path) -> Path:
-    if path.exists():
-        return path
-    there = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-    close = difflib.get_close_matches(path.name, [*there, "classics"], n=3)
-    hint = f"did you mean {' or '.join(close)}?" if close else "expected classics, token files (.npy) or text files"
-    raise UserError(f"no data at {path}: {hint}")
+def _mixed(named: Sequence[Entry], sources: Sequence[DataSource], context: int) -> DataSource:
+    weights = [entry.share() for entry in named]
+    first = sources[0]
+    for source in sources:
+        _check_same_vocabulary(source, first)
+    parts = [replace(source.parts[0], weight=weight) for source, weight in zip(sources, weights, strict=True)]
+    validation = mixed_validation([source.validation for source in sources], weights, context)
+    name = ",".join(f"{source.name}:{entry.weight}" for source, entry in zip(sources, named, strict=True))
+    tokenizer = next((source.tokenizer for source in sources if source.tokenizer), None)
+    return DataSource(name, tuple(parts), validation, tokenizer, first.vocab_size, first.eos)
+
+
+def _check_same_vocabulary(source: DataSource, first: DataSource) -> None:
+    hashes = {s.tokenizer.sha256 for s in (source, first) if s.tokenizer}
+    if len(hashes) > 1 or (source.vocab_size, source.eos) != (first.vocab_size, first.eos):
+        raise UserError(
+            f"{source.name} (vocab_size {source.vocab_size}, eos {source.eos}) and {first.name} (vocab_size "
+            f"{first.vocab_size}, eos {first.eos}) were made with two tokenizers: sources of a mixture need one; for "
+            "text, name it as data.tokenizer"
+        )
 
 
 def _expanded(paths: Sequence[Path]) -> list[Path]:
@@ -110,6 +195,8 @@ def _expanded(paths: Sequence[Path]) -> list[Path]:
                 raise UserError(f"{path} is empty")
             files.append(path)
             continue
+        if (path / PROGRESS_FILE).is_file():
+            raise UserError(f"{path} is not complete: give the same sdd tokenize command again, it goes on")
         inside = sorted(file for file in path.rglob("*") if file.is_file() and file.stat().st_size)
         found = [file for file in inside if file.suffix in TOKEN_SUFFIXES]
         found = found or [file for file in inside if file.name.endswith(TEXT_SUFFIXES)]
@@ -120,35 +207,33 @@ def _expanded(paths: Sequence[Path]) -> list[Path]:
 
 
 def _text_source(name: str, train: TokenFile, validation: TokenFile, tokenizer: Tokenizer) -> DataSource:
-    return DataSource(name, [train], validation, tokenizer, tokenizer.vocab_size, tokenizer.eos)
+    return DataSource(name, (Part(name, (train,)),), validation, tokenizer, tokenizer.vocab_size, tokenizer.eos)
 
 
-def _token_source(
-    name: str, paths: Sequence[Path], tokenizer: Tokenizer | None, context: int, dtype: str | None
-) -> DataSource:
-    beside = paths[-1].with_stem("validation")
-    if beside.is_file() and beside not in paths:
-        paths = [*paths, beside]
-    files = [TokenFile.open(path, dtype) for path in paths]
-    tokenizer = tokenizer or _tokenizer_of(files[0])
+def _token_source(name: str, paths: Sequence[Path], given: _Given) -> DataSource:
+    if not any(path.stem in VALIDATION_STEMS for path in paths):
+        beside = (paths[-1].with_stem(stem) for stem in VALIDATION_STEMS)
+        paths = [*paths, *(path for path in beside if path.is_file())]
+    files = [TokenFile.open(path, given.dtype, given.eos) for path in paths]
+    tokenizer = given.tokenizer or _tokenizer_of(files[0])
     for file in files:
         _check_same_tokens(file, files[0], tokenizer)
-    vocab_size = files[0].vocab_size or (tokenizer and tokenizer.vocab_size)
+    vocab_size = files[0].vocab_size or (tokenizer and tokenizer.vocab_size) or given.vocab_size
     if not vocab_size:
         raise UserError(
             f'{files[0].path}: the size of its vocabulary is unknown, put "vocab_size" into '
             f"{files[0].path.with_suffix('.json').name} or name the tokenizer"
         )
     eos = files[0].eos if files[0].eos is not None else tokenizer and tokenizer.eos
-    files = [TokenFile.open(path, dtype, eos, vocab_size) for path in paths]
-    validation = [file for file in files if file.path.stem == "validation"]
-    train = [file for file in files if file.path.stem != "validation"]
+    files = [TokenFile.open(path, given.dtype, eos, vocab_size) for path in paths]
+    validation = [file for file in files if file.path.stem in VALIDATION_STEMS]
+    train = [file for file in files if file not in validation]
     if not train or len(validation) > 1:
         raise UserError(f"{name}: expected token files to train on and at most one validation.npy")
     if not validation:
-        train[-1], held_out = _hold_out(train[-1], context)
+        train[-1], held_out = _hold_out(train[-1], given.context)
         validation = [held_out]
-    return DataSource(name, train, validation[0], tokenizer, vocab_size, eos)
+    return DataSource(name, (Part(name, tuple(train)),), validation[0], tokenizer, vocab_size, eos)
 
 
 def _tokenizer_of(file: TokenFile) -> Tokenizer | None:
@@ -183,12 +268,12 @@ def _hold_out(file: TokenFile, context: int) -> tuple[TokenFile, TokenFile]:
     return file.slice(0, cut), file.slice(cut, len(file))
 
 
-def _checked(source: DataSource, context: int) -> DataSource:
+def _checked(source: DataSource, given: _Given) -> DataSource:
     train = max(source.train, key=len)
     for part, file in (("training", train), ("validation", source.validation)):
-        if not file.n_windows(context):
+        if not file.n_windows(given.context):
             raise UserError(
                 f"{source.name}: too little data, the {part} part has {len(file)} tokens in one file and a context of "
-                f"{context} needs {context + 1}; bring more text or shorten the context"
+                f"{given.context} needs {given.context + 1}; bring more text or shorten the context"
             )
     return source

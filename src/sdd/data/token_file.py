@@ -1,13 +1,12 @@
 """Token files: the OLMo layout, a headerless array of token ids, and a small json that says what they are.
 
 `train.npy` holds the documents one after the other, an end-of-text token after each; `train.json` beside it holds a
-`TokenInfo`. Files are memory-mapped, so a corpus may be larger than memory.
+`TokenInfo`. Files are read where they lie, so a corpus may be larger than memory.
 """
 
 import hashlib
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Literal
@@ -15,6 +14,7 @@ from typing import Literal
 import numpy as np
 import pydantic
 
+from sdd.data.stored import StoredTokens
 from sdd.errors import UserError
 
 FORMAT = 1
@@ -28,6 +28,14 @@ class TokenizerRef(pydantic.BaseModel, frozen=True):
     sha256: str
     file: str | None = None
 
+    @pydantic.field_validator("file")
+    @classmethod
+    def _plain_name(cls, name: str | None) -> str | None:
+        # The json may come from anywhere: it must not lead out of its folder, nor to what the system cannot look up.
+        if name is not None and (Path(name).name != name or not name.isprintable() or len(name.encode()) > 255):
+            raise ValueError("not the name of a file beside it")
+        return name
+
 
 class TokenInfo(pydantic.BaseModel, frozen=True):
     """The json beside a token file; only `dtype` is needed to read one.
@@ -37,33 +45,32 @@ class TokenInfo(pydantic.BaseModel, frozen=True):
 
     format: int = FORMAT
     dtype: DtypeName
-    n_tokens: int | None = None
-    n_bytes: int | None = None
-    n_documents: int | None = None
-    eos: int | None = None
-    vocab_size: int | None = None
+    n_tokens: int | None = pydantic.Field(default=None, ge=0)
+    n_bytes: int | None = pydantic.Field(default=None, ge=0)
+    n_documents: int | None = pydantic.Field(default=None, ge=0)
+    eos: int | None = pydantic.Field(default=None, ge=0, lt=2**32)
+    vocab_size: int | None = pydantic.Field(default=None, ge=0, le=2**32)
     tokenizer: TokenizerRef | None = None
 
 
-@dataclass(frozen=True, eq=False)
 class TokenFile:
-    """Token ids on disk, memory-mapped: a whole file or a part of one.
+    """Token ids on disk: a whole file or a part of one.
 
-    Attributes:
+    Args:
         path: the file.
-        tokens: its ids, a read-only array [n_tokens] of unsigned integers.
+        tokens: its ids, in memory or on disk.
         info: what the json beside it says, checked against the file; of a part, what still holds.
     """
 
-    path: Path
-    tokens: np.ndarray
-    info: TokenInfo
+    def __init__(self, path: Path, tokens: np.ndarray | StoredTokens, info: TokenInfo) -> None:
+        self.path, self.info = path, info
+        self._tokens = tokens
 
     @classmethod
     def open(
         cls, path: str | Path, dtype: str | None = None, eos: int | None = None, vocab_size: int | None = None
     ) -> "TokenFile":
-        """Map a token file into memory.
+        """Open a token file; nothing but its header is read.
 
         A real `.npy` with a header is read as well. `dtype`, `eos` and `vocab_size` stand in for what the json does
         not say.
@@ -72,8 +79,15 @@ class TokenFile:
             UserError: no such file, no way to know the dtype, or a file that contradicts its json.
         """
         path = Path(path)
-        if not path.is_file():
-            raise UserError(f"no token file {path}")
+        try:
+            if not path.is_file():
+                raise UserError(f"no token file {path}")
+            return cls._open(path, dtype, eos, vocab_size)
+        except OSError as error:
+            raise UserError(f"cannot read {error.filename or path}: {error.strerror}") from None
+
+    @classmethod
+    def _open(cls, path: Path, dtype: str | None, eos: int | None, vocab_size: int | None) -> "TokenFile":
         info = _read_info(path)
         header = _npy_header(path)
         known = {
@@ -88,12 +102,17 @@ class TokenFile:
                 f"{path} holds {n_tokens} {dtype} tokens, but {path.with_suffix('.json').name} says {info.n_tokens}: "
                 "the file is incomplete or the json belongs to another; write both again"
             )
-        tokens = np.asarray(np.memmap(path, array_dtype, "r", offset, shape=(n_tokens,)))
         info = info or TokenInfo.model_validate({"dtype": dtype})
-        return cls(path, tokens, _completed(path, info, n_tokens=n_tokens, eos=eos, vocab_size=vocab_size))
+        info = _completed(path, info, n_tokens=n_tokens, eos=eos, vocab_size=vocab_size)
+        return cls(path, StoredTokens(path, array_dtype, offset, n_tokens), info)
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """All ids, a read-only array [n_tokens] of unsigned integers, memory-mapped where they are on disk."""
+        return self._tokens if isinstance(self._tokens, np.ndarray) else self._tokens.mapped()
 
     def __len__(self) -> int:
-        return len(self.tokens)
+        return len(self._tokens)
 
     @property
     def eos(self) -> int | None:
@@ -111,9 +130,10 @@ class TokenFile:
 
     def slice(self, start: int, stop: int) -> "TokenFile":
         """The part [start, stop) as a token file of its own, on the same memory."""
-        tokens = self.tokens[start:stop]
+        stored = self._tokens
+        tokens = stored[start:stop] if isinstance(stored, np.ndarray) else stored.part(start, stop)
         info = self.info.model_copy(update={"n_tokens": len(tokens), "n_bytes": None, "n_documents": None})
-        return replace(self, tokens=tokens, info=info)
+        return TokenFile(self.path, tokens, info)
 
     def read(self, starts: Sequence[int] | np.ndarray, length: int) -> np.ndarray:
         """Tokens [start, start + length) for every start.
@@ -123,10 +143,11 @@ class TokenFile:
 
         Raises:
             UserError: an id that the vocabulary does not have.
+            RunFailed: the file has been cut off since it was opened.
         """
         out = np.empty((len(starts), length), np.int64)
-        for row, start in zip(out, starts, strict=True):  # a slice is copied faster than it is gathered by index
-            row[:] = self.tokens[start : start + length]
+        for row, start in zip(out, starts, strict=True):
+            row[:] = self._block(int(start), int(start) + length)
         if self.vocab_size is not None and out.size and (worst := int(out.max())) >= self.vocab_size:
             raise UserError(
                 f"{self.path} holds token id {worst}, but its vocabulary has {self.vocab_size} tokens: "
@@ -138,9 +159,14 @@ class TokenFile:
         """Hash of the number of tokens and of 16 blocks spread over them: cheap, and new for any ordinary change."""
         n_tokens = len(self)
         digest = hashlib.sha256(str(n_tokens).encode())
-        for start in np.linspace(0, max(0, n_tokens - _FINGERPRINT_TOKENS), _FINGERPRINT_BLOCKS, dtype=np.int64):
-            digest.update(self.tokens[start : start + _FINGERPRINT_TOKENS].astype("<u4").tobytes())
+        last = max(0, n_tokens - _FINGERPRINT_TOKENS)
+        for start in np.linspace(0, last, _FINGERPRINT_BLOCKS, dtype=np.int64).tolist():
+            digest.update(self._block(start, start + _FINGERPRINT_TOKENS).astype("<u4").tobytes())
         return digest.hexdigest()
+
+    def _block(self, start: int, stop: int) -> np.ndarray:
+        stored = self._tokens
+        return stored[start:stop] if isinstance(stored, np.ndarray) else stored.read(start, stop)
 
 
 class TokenWriter:
@@ -217,7 +243,8 @@ def _read_info(path: Path) -> TokenInfo | None:
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the file"
-        raise UserError(f'{json_path}: {where}: {first["msg"]}; expected e.g. {{"dtype": "uint16"}}') from error
+        message = " ".join(first["msg"].split())
+        raise UserError(f'{json_path}: {where}: {message}; expected e.g. {{"dtype": "uint16"}}') from None
     if info.format > FORMAT:
         raise UserError(f"{json_path} has format {info.format}, this version reads up to {FORMAT}: update sdd")
     return info
@@ -228,7 +255,10 @@ def _completed(path: Path, info: TokenInfo, **given: int | None) -> TokenInfo:
         stated = getattr(info, name)
         if value is not None and stated not in (None, value):
             raise UserError(f"{path}: {name} {value} was given, but {path.with_suffix('.json').name} says {stated}")
-    return info.model_copy(update={name: value for name, value in given.items() if value is not None})
+    info = info.model_copy(update={name: value for name, value in given.items() if value is not None})
+    if info.eos is not None and info.vocab_size is not None and info.eos >= info.vocab_size:
+        raise UserError(f"{path}: eos {info.eos} is outside its vocabulary of {info.vocab_size} tokens")
+    return info
 
 
 def _agreed_dtype(path: Path, known: dict[str, str]) -> DtypeName:
@@ -265,8 +295,9 @@ def _npy_header(path: Path) -> tuple[int, np.dtype, int] | None:
         try:
             reads = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
             shape, _, dtype = reads[np.lib.format.read_magic(file)](file)
-        except (ValueError, KeyError) as error:
-            raise UserError(f"{path} has a damaged .npy header: {error}") from error
+        except Exception as error:  # numpy evaluates the header as a Python literal, which fails in a dozen ways
+            why = " ".join(str(error).split())[:200] or type(error).__name__
+            raise UserError(f"{path} has a damaged .npy header: {why}") from None
         offset = file.tell()
     size = path.stat().st_size
     if len(shape) != 1 or not shape[0] or size != offset + shape[0] * dtype.itemsize:

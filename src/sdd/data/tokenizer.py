@@ -23,12 +23,14 @@ class Tokenizer:
 
     Attributes:
         path: the file it came from.
+        data: that file's content.
         sha256: hash of that file, which identifies the tokenizer.
         vocab_size: one more than the greatest token id.
         eos: id of the end-of-text token, or None where the vocabulary has none of the usual names.
     """
 
     path: Path
+    data: bytes
     sha256: str
     vocab_size: int
     eos: int | None
@@ -36,7 +38,7 @@ class Tokenizer:
     def __init__(self, path: Path, data: bytes) -> None:
         self.path = path
         self.sha256 = hashlib.sha256(data).hexdigest()
-        self._data = data
+        self.data = data
         self._backend = tokenizers.Tokenizer.from_buffer(data)
         self._backend.encode_special_tokens = True
         self._backend.no_truncation()
@@ -62,9 +64,13 @@ class Tokenizer:
         except Exception as error:  # the library raises plain Exception
             raise UserError(f"{path} is not a tokenizer.json of the tokenizers library: {error}") from error
 
+    def token_id(self, name: str) -> int | None:
+        """Id of the token that is written so, special ones included."""
+        return self._backend.token_to_id(name)
+
     def save(self, path: Path) -> None:
         """Write the very bytes it was read from, so that the hash stays."""
-        path.write_bytes(self._data)
+        path.write_bytes(self.data)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text."""
@@ -85,7 +91,7 @@ class Tokenizer:
             int32 [vocab_size], 0 for special tokens; None where the tokenizer is not byte-level, so that a token's
             bytes depend on its neighbours.
         """
-        spec = json.loads(self._data)
+        spec = json.loads(self.data)
         decoder = spec.get("decoder") or {}
         if "ByteLevel" not in {decoder.get("type"), *(part.get("type") for part in decoder.get("decoders", ()))}:
             return None

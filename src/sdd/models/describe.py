@@ -3,9 +3,11 @@
 from collections.abc import Collection, Sequence
 
 from sdd.models.config import ModelConfig
+from sdd.models.flops import training_flops
 from sdd.models.init import init_std
 from sdd.models.presets import count_parameters, model_presets
 from sdd.placement import MODEL_SITES, PROJECTIONS, SCALES, SITES, Norm, Placement, Site, placements
+from sdd.text_table import aligned, indented
 
 
 def list_presets() -> str:
@@ -30,12 +32,12 @@ def list_presets() -> str:
         methods += [(name, _sites(placement)), ("", placement.source)]
     return "\n".join(
         [
-            *_aligned([heading, *presets], right=(1, 2, 3, 4, 5, 6, 8)),
+            *aligned([heading, *presets], right=(1, 2, 3, 4, 5, 6, 8)),
             "",
-            "Parameters: matrices and embeddings, a tied one once, without norms and alphas, as published labels count.",
-            "--printed-shape gives 581m to 2b the 8 kv heads and 100,278 tokens that their table prints.",
+            "Parameters: matrices and embeddings, a tied one once; without norms and alphas, as published labels count",
+            "them. --printed-shape gives 581m to 2b the 8 kv heads and 100,278 tokens that their table prints.",
             "",
-            *_aligned([("placement", "norms at, and source"), *methods]),
+            *aligned([("placement", "norms at, and source"), *methods]),
             "",
             f"A norm at {', '.join(PROJECTIONS)} makes that projection an SDD layer; :h is per head.",
             "One in full: sdd presets PRESET --placement NAME",
@@ -48,10 +50,10 @@ def show_preset(name: str, config: ModelConfig) -> str:
     placement = config.placement
     sections = [
         [f"{name} with {placement.name or 'own placement'}", *([placement.source] if placement.source else [])],
-        ["Shape", *_indented(_shape(config))],
-        ["Parameters", *_indented(_parameters(config))],
-        [f"FLOPs of training a token, at a context of {config.context}", *_indented(_flops(config))],
-        [f"Init rule {placement.init}, times init_scale {config.init_scale:g}", *_indented(_stds(config))],
+        ["Shape", *indented(_shape(config))],
+        ["Parameters", *indented(_parameters(config))],
+        [f"FLOPs of training a token, at a context of {config.context}", *indented(_flops(config))],
+        [f"Init rule {placement.init}, times init_scale {config.init_scale:g}", *indented(_stds(config))],
         ["Residual stream", f"  {_residual(config)}"],
         *_norm_sections(config),
     ]
@@ -59,7 +61,7 @@ def show_preset(name: str, config: ModelConfig) -> str:
 
 
 def _shape(config: ModelConfig) -> list[str]:
-    return _aligned(
+    return aligned(
         [
             ("blocks", config.n_layers),
             ("d_model", config.d_model),
@@ -82,19 +84,21 @@ def _parameters(config: ModelConfig) -> list[str]:
         ("all", f"{count.total:,}", ""),
         ("as published labels count", f"{count.published:,}", "without norms and alphas"),
     ]
-    return _aligned(rows, right=(1,))
+    return aligned(rows, right=(1,))
 
 
 def _flops(config: ModelConfig) -> list[str]:
-    matmul = count_parameters(config).matrices + config.vocab_size * config.d_model
-    products = 6 * matmul
-    attention = 12 * config.n_layers * config.d_model * config.context
+    flops = training_flops(config)
     rows = [
-        ("matrix products", f"{products:,}", f"6 * {matmul:,} parameters: blocks and head, no look-up of embeddings"),
-        ("attention", f"{attention:,}", "12 * blocks * d_model * context: the causal half not subtracted"),
-        ("together", f"{products + attention:,}", "norms not counted"),
+        (
+            "matrix products",
+            f"{flops.matmul:,}",
+            f"6 * {flops.matmul_parameters:,} parameters: blocks and head, no look-up of embeddings",
+        ),
+        ("attention", f"{flops.attention:,}", "12 * blocks * d_model * context: the causal half not subtracted"),
+        ("together", f"{flops.model:,}", "norms not counted"),
     ]
-    return _aligned(rows, right=(1,))
+    return aligned(rows, right=(1,))
 
 
 def _stds(config: ModelConfig) -> list[str]:
@@ -113,7 +117,7 @@ def _stds(config: ModelConfig) -> list[str]:
     stds = {role: config.init_scale * init_std(config, role, *shape) for role, shape in shapes.items()}
     if config.tie_embeddings:
         del stds["head"]
-    return _aligned([(role, f"std {std:.4g}") for role, std in stds.items()])
+    return aligned([(role, f"std {std:.4g}") for role, std in stds.items()])
 
 
 def _residual(config: ModelConfig) -> str:
@@ -124,17 +128,17 @@ def _residual(config: ModelConfig) -> str:
 
 def _norm_sections(config: ModelConfig) -> list[list[str]]:
     """One table for the sites that stand once, one for each kind of block."""
-    once = {site: norm for site, norm in config.placement.norms.items() if site in MODEL_SITES}
+    once: dict[Site, Norm] = {site: norm for site, norm in config.placement.norms.items() if site in MODEL_SITES}
     layers = [config.placement.layer(index, config.n_layers) for index in range(config.n_layers)]
-    sections = [["Norms that stand once", *_indented(_norms(once, config, MODEL_SITES))]]
+    sections = [["Norms that stand once", *indented(_norms(once, config, MODEL_SITES))]]
     done: list[dict[Site, Norm]] = []
     for norms in layers:
         if norms not in done:
             done.append(norms)
             which = [str(index) for index, other in enumerate(layers) if other == norms]
             title = "Norms in every block" if len(which) == len(layers) else f"Norms in block {', '.join(which)}"
-            sites = [site for site in SITES if site not in MODEL_SITES]
-            sections.append([title, *_indented(_norms(norms, config, sites))])
+            sites: list[Site] = [site for site in SITES if site not in MODEL_SITES]
+            sections.append([title, *indented(_norms(norms, config, sites))])
     return sections
 
 
@@ -147,7 +151,7 @@ def _norms(norms: dict[Site, Norm], config: ModelConfig, sites: Collection[Site]
             continue
         kind = "SDD layer" if site in PROJECTIONS else "RMSNorm"
         rows.append((site, kind, _group(site, norm, config), _alpha(norm, config), f"{norm.eps:g}"))
-    return _aligned(rows)
+    return aligned(rows)
 
 
 def _group(site: Site, norm: Norm, config: ModelConfig) -> str:
@@ -171,20 +175,3 @@ def _sites(placement: Placement) -> str:
     return " ".join(
         f"{site}:h" if norm.group == "head" else site for site in SITES if (norm := placement.norms.get(site))
     ) + (" (gate|up joint)" if placement.joint_gate_up else "")
-
-
-def _aligned(rows: Sequence[Sequence[object]], right: Collection[int] = ()) -> list[str]:
-    """Rows as lines with aligned columns; those in `right` are flushed right."""
-    text = [[str(cell) for cell in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*text, strict=True)]
-    return [
-        "  ".join(
-            cell.rjust(width) if index in right else cell.ljust(width)
-            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in text
-    ]
-
-
-def _indented(lines: Sequence[str]) -> list[str]:
-    return [f"  {line}" for line in lines]

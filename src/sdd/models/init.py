@@ -67,12 +67,25 @@ def init_weights(model: "LanguageModel") -> None:
     for role, weight in _matrices(model):
         fan_out, fan_in = weight.shape
         std = config.init_scale * init_std(config, role, fan_in, fan_out)
-        nn.init.trunc_normal_(weight, std=std, a=-3 * std, b=3 * std)
+        _draw(weight, std)
     for module in model.modules():
         if isinstance(module, SDDLinear):
             nn.init.constant_(module.alpha, module.alpha_init)
         elif isinstance(module, RMSNorm):
             module.reset_parameters()
+
+
+def _draw(weight: torch.Tensor, std: float) -> None:
+    """A matrix of which this process holds a part (a DTensor) is drawn whole, as one process draws it, and cut."""
+    if not hasattr(weight, "device_mesh"):
+        nn.init.trunc_normal_(weight, std=std, a=-3 * std, b=3 * std)
+        return
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    assert isinstance(weight, DTensor)
+    whole = torch.empty(weight.shape, dtype=weight.dtype, device="cpu")
+    _draw(whole, std)
+    weight.copy_(distribute_tensor(whole, weight.device_mesh, weight.placements, src_data_rank=None))
 
 
 def _matrices(model: "LanguageModel") -> Iterator[tuple[str, torch.Tensor]]:

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
+from sdd.data.spec import absolute as absolute_spec
 from sdd.models import ModelConfig, model_presets
 
 
@@ -30,25 +31,30 @@ class DataConfig:
     """What is trained on.
 
     Attributes:
-        path: token files, plain text files or a folder of either; none for the built-in classics.
+        path: token files, plain text files or a folder of either; none for the built-in classics. A mixture is
+            PATH:WEIGHT,PATH:WEIGHT or a mixture.json.
         tokenizer: a tokenizer.json for plain text; none for the built-in one.
+        dtype: of token files that have no json.
+        eos: id of the end-of-document token of token files whose json does not say.
         batch_size: sequences a step, over all accumulation steps and processes.
         document_mask: attention does not cross the end of a document.
     """
 
     path: str | None = None
     tokenizer: str | None = None
+    dtype: Literal["uint16", "uint32"] | None = None
+    eos: int | None = None
     batch_size: int = 8
     document_mask: bool = False
 
     def __post_init__(self) -> None:
         _positive(self, "batch_size")
+        if self.eos is not None and self.eos < 0:
+            raise ValueError(f"eos={self.eos} must not be negative")
 
     def absolute(self) -> "DataConfig":
         """The same with absolute paths, so that a run resumes from any folder."""
-        path = self.path
-        if path not in (None, "classics"):
-            path = ",".join(str(Path(part).absolute()) for part in path.split(","))
+        path = None if self.path is None else absolute_spec(self.path)
         return replace(self, path=path, tokenizer=self.tokenizer and str(Path(self.tokenizer).absolute()))
 
 
@@ -114,7 +120,8 @@ class RunConfig:
         optim: optimiser and schedule.
         steps: optimiser steps.
         seed: of the initial weights and of the order of the data.
-        accumulate: forward and backward passes a step; divides data.batch_size.
+        accumulate: equal parts of a step's batch, of which one at a time is in memory; divides data.batch_size. Several
+            processes share them out.
         precision: "auto" is bfloat16 autocast on a GPU that has it and float32 elsewhere.
         compile: torch.compile the model.
         activation_checkpointing: recompute each block in the backward pass to save memory.

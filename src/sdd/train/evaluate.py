@@ -7,6 +7,8 @@ import numpy as np
 import torch
 
 from sdd.models import LanguageModel
+from sdd.train.parallel import ALONE, World
+from sdd.train.sharding import gathered
 
 
 @dataclass(frozen=True)
@@ -34,28 +36,32 @@ def evaluate(
     token_bytes: np.ndarray | None = None,
     document_eos: int | None = None,
     autocast_dtype: torch.dtype | None = None,
+    world: World = ALONE,
 ) -> Evaluation:
-    """Loss of a model on fixed windows.
+    """Loss of a model on fixed windows; several processes share them.
 
     `loss = sum(nll) / n_tokens` and `bits_per_byte = sum(nll) / (ln 2 * bytes of the predicted tokens)`.
 
     Args:
         model: the model; left in the mode it was in.
         windows: int64 `[N, T + 1]`.
-        batch_size: windows a forward pass.
+        batch_size: windows a forward pass, in each process.
         token_bytes: int `[vocab_size]`, bytes of UTF-8 each token stands for; None if unknown.
         document_eos: see `LanguageModel.forward`.
         autocast_dtype: bfloat16, or None for the model's own precision.
+        world: the processes that hold the model.
     """
     device = model.embed.weight.device
     was_training = model.training
     model.eval()
     total = 0.0
-    for batch in windows.split(batch_size):
-        tokens = batch.to(device)
-        with torch.autocast(device.type, autocast_dtype, enabled=autocast_dtype is not None):
-            losses = model(tokens[:, :-1], tokens[:, 1:], document_eos=document_eos, reduction="none")
-        total += losses.double().sum().item()
+    with gathered(model):
+        for rows in world.share(len(windows)).split(batch_size):
+            tokens = windows[rows].to(device)  # -1 repeats the last one: every process must take as many passes
+            with torch.autocast(device.type, autocast_dtype, enabled=autocast_dtype is not None):
+                losses = model(tokens[:, :-1], tokens[:, 1:], document_eos=document_eos, reduction="none")
+            total += losses[rows >= 0].double().sum().item()
+    total = world.sum(total)
     model.train(was_training)
     targets = windows[:, 1:]
     n_bytes = None if token_bytes is None else int(token_bytes[targets.numpy()].sum())

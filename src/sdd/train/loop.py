@@ -1,13 +1,9 @@
 """The training loop."""
 
 import math
-import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -15,18 +11,24 @@ import torch
 from torch import Tensor
 
 from sdd import config_io
-from sdd.data import DataSource, Loader, eval_windows, resolve_data
+from sdd.data import DataSource, Loader, eval_windows
 from sdd.errors import Interrupted, RunFailed, UserError
-from sdd.models import LanguageModel, count_parameters, generate
+from sdd.models import LanguageModel, count_parameters
 from sdd.models.transformer import HAS_CHUNKED_LOSS
 from sdd.train import checkpoint as ckpt
 from sdd.train.config import RunConfig
+from sdd.train.data import resolve
+from sdd.train.device import pick_autocast, pick_device
 from sdd.train.evaluate import Evaluation, evaluate
-from sdd.train.optim import build_optimizer, set_learning_rate
+from sdd.train.optim import build_optimizer, clip_gradients, set_learning_rate
+from sdd.train.parallel import ALONE, World
 from sdd.train.progress import Reporter
 from sdd.train.run_dir import RunDir, environment
 from sdd.train.schedule import learning_rate
+from sdd.train.sharding import average_gradients, build_model, compile_model
+from sdd.train.signals import StopSignals
 from sdd.train.tensorboard import TensorBoard
+from sdd.train.words import opening, sample
 
 
 class Trainer:
@@ -38,7 +40,8 @@ class Trainer:
     Args:
         config: the run.
         run_dir: where its files go; must exist.
-        data: what `resolve_data(config.data.path, ...)` gave; found anew if None.
+        data: what `resolve(config)` gave; found anew if None.
+        world: the processes that share the run.
 
     Attributes:
         model, optimizer, loader: the parts.
@@ -46,30 +49,32 @@ class Trainer:
         seconds: spent in training steps, evaluation and saving excluded, over all sessions of the run.
     """
 
-    def __init__(self, config: RunConfig, run_dir: RunDir, data: DataSource | None = None) -> None:
-        self.config, self.run_dir = config, run_dir
-        self.device = pick_device(config.device)
-        self.autocast_dtype = pick_autocast(config.precision, self.device)
+    def __init__(
+        self, config: RunConfig, run_dir: RunDir, data: DataSource | None = None, world: World = ALONE
+    ) -> None:
+        self.config, self.run_dir, self.world = config, run_dir, world
+        self.device = world.together(lambda: world.place(pick_device(config.device)))
+        self.autocast_dtype = world.together(lambda: pick_autocast(config.precision, self.device))
         if config.threads:
             torch.set_num_threads(config.threads)
-        self.data = data or resolve_data(config.data.path, config.data.tokenizer, context=config.model.context)
-        _check_vocabulary(config, self.data)
+        self.data = data or world.in_turn(lambda: resolve(config))
+        self.loader = world.together(self._build_loader)
+        if len(set(world.gather(self.data.fingerprint()))) > 1:
+            raise UserError("the processes do not see the same training data: give every machine the same files")
         torch.manual_seed(config.seed)
-        self.model = LanguageModel(config.model).to(self.device)
+        self.model = build_model(LanguageModel(config.model, "meta"), self.device, self.autocast_dtype, world)
         self.model.checkpoint_blocks = config.activation_checkpointing
         self.model.chunked_loss = config.chunked_loss and HAS_CHUNKED_LOSS
         self.optimizer = build_optimizer(self.model, config.optim)
-        self.loader = Loader(self.data.train, config.data.batch_size, config.model.context, config.seed)
         self.step = 0
         self.seconds = 0.0
+        self._passes = world.passes(config.data.batch_size, config.accumulate)
         self._eval_windows = eval_windows(self.data.validation, config.eval_sequences, config.model.context)
         self._token_bytes = self._token_lengths()
         self._document_eos = self.data.eos if config.data.document_mask else None
-        self._stop: int | None = None
-        if config.data.document_mask and self.data.eos is None:
-            raise UserError("data.document_mask=true needs to know the end-of-document token, and these data name none")
+        self._signals = StopSignals()
         if config.compile:
-            self.model.compile()
+            compile_model(self.model)
 
     def resume(self, path: Path) -> None:
         """Go on from a checkpoint.
@@ -77,11 +82,14 @@ class Trainer:
         Raises:
             UserError: if it is damaged, belongs to another model, or the data changed since it was written.
         """
-        state = ckpt.load_checkpoint(path, self.model, self.optimizer)
+        state = ckpt.load_checkpoint(path, self.model, self.optimizer, self.world)
         if state.get("data") != self.data.fingerprint():
-            raise UserError(f"the training data are not those that {path.name} was trained on: bring them back")
+            raise UserError(
+                f"the training data are not those that {path.name} was trained on "
+                f"({self.data.changes(state.get('data_files'))}): bring those back, or start a new run"
+            )
         self.step, self.seconds = state["step"], state["seconds"]
-        self.run_dir.drop_after(self.step)
+        self.world.on_main(lambda: self.run_dir.drop_after(self.step))
 
     def run(self) -> dict[str, Any]:
         """Train to the last step, then let go of the run directory.
@@ -99,15 +107,22 @@ class Trainer:
             self.run_dir.unlock()
 
     def _run(self) -> dict[str, Any]:
-        self.run_dir.write_json("environment.json", environment(self.device, self._precision_name))
-        tensorboard = TensorBoard.if_present(self.run_dir.path, self.step)
-        with self._signals(), Reporter(self.config.steps, self.step) as reporter, tensorboard:
-            self._announce(reporter)
+        self.run_dir.write_json("environment.json", self._environment())
+        tensorboard = TensorBoard.if_present(self.run_dir.path, self.step) if self.world.is_main else TensorBoard()
+        reporter = Reporter(self.config.steps, self.step, quiet=not self.world.is_main)
+        with self._signals, reporter, tensorboard:
+            for line in opening(self):
+                reporter.say(line)
             try:
                 evaluation = self._train(reporter, tensorboard)
             except FloatingPointError as error:
                 self._save_result("failed", reason=str(error))
                 raise RunFailed(f"{error}; the last checkpoint is {self._newest()}") from None
+            except RunFailed as error:
+                self._save_result("failed", reason=str(error))
+                failure = RunFailed(f"step {self.step}: {error}; the last checkpoint is {self._newest()}")
+                failure.rank = error.rank
+                raise failure from None
             except OSError as error:
                 raise RunFailed(
                     f"step {self.step}: cannot write {error.filename or self.run_dir.path}: {error.strerror}; "
@@ -118,7 +133,8 @@ class Trainer:
                 raise Interrupted(
                     f"interrupted at step {self.step} and saved; go on with: sdd resume {self.run_dir.path}"
                 )
-            self._sample()
+            if row := sample(self, self._eval_windows):
+                self.run_dir.append("samples.jsonl", row)
         return self._save_result(
             "done",
             eval_loss=evaluation.loss,
@@ -127,33 +143,38 @@ class Trainer:
         )
 
     def train_step(self, step: int) -> tuple[Tensor, Tensor]:
-        """One optimiser step on the batch of that number (from 0).
+        """One optimiser step on the batch of that number (from 0); all processes take it together.
 
         Returns:
-            Loss (nats a token, of the batch before the step) and global gradient norm, still on the device.
+            Loss (nats a token, of the whole batch before the step) and global gradient norm, still on the device;
+            the same on every process.
         """
         set_learning_rate(self.optimizer, learning_rate(self.config.optim, step + 1, self.config.steps))
-        batch = self.loader.batch(step)
-        if self.device.type == "cuda":
-            batch = batch.pin_memory()
-        tokens = batch.to(self.device, non_blocking=True)
+        parts = self._batch(step).chunk(self._passes)
         total = torch.zeros((), device=self.device)
-        for part in tokens.chunk(self.config.accumulate):
+        for part in parts:
             with torch.autocast(self.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
                 loss = self.model(
                     part[:, :-1], part[:, 1:], document_eos=self._document_eos, z_loss=self.config.optim.z_loss
                 )
-            (loss / self.config.accumulate).backward()
-            total += loss.detach() / self.config.accumulate
-        clip = self.config.optim.grad_clip or math.inf
-        grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), clip)
+            (loss / len(parts)).backward()
+            total += loss.detach() / len(parts)
+        average_gradients(self.model, self.world)
+        grad_norm = clip_gradients(self.model, self.config.optim.grad_clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return total, grad_norm
+        return self.world.mean(total), grad_norm
+
+    def _batch(self, step: int) -> Tensor:
+        """This process's rows of a batch, on the device."""
+        batch = self.world.alone(lambda: self.loader.batch(step))
+        if self.device.type == "cuda":
+            batch = batch.pin_memory()
+        return batch.to(self.device, non_blocking=True)
 
     def evaluate(self) -> Evaluation:
         """Held-out loss on the run's fixed windows."""
-        rows = max(1, self.config.data.batch_size // self.config.accumulate)
+        rows = self.config.data.batch_size // (self.world.size * self._passes)
         return evaluate(
             self.model,
             self._eval_windows,
@@ -161,6 +182,7 @@ class Trainer:
             token_bytes=self._token_bytes,
             document_eos=self._document_eos,
             autocast_dtype=self.autocast_dtype,
+            world=self.world,
         )
 
     def save(self) -> Path:
@@ -170,10 +192,11 @@ class Trainer:
             "seconds": self.seconds,
             "tokens": self.step * self.config.tokens_per_step,
             "data": self.data.fingerprint(),
-            "environment": environment(self.device, self._precision_name),
+            "data_files": self.data.listing,
+            "environment": self._environment(),
         }
-        path = ckpt.save_checkpoint(self.run_dir.checkpoints, self.model, self.optimizer, state)
-        ckpt.prune(self.run_dir.checkpoints, self.config.keep_checkpoints)
+        path = ckpt.save_checkpoint(self.run_dir.checkpoints, self.model, self.optimizer, state, self.world)
+        self.world.on_main(lambda: ckpt.prune(self.run_dir.checkpoints, self.config.keep_checkpoints))
         return path
 
     def _train(self, reporter: Reporter, tensorboard: TensorBoard) -> Evaluation | None:
@@ -202,9 +225,10 @@ class Trainer:
             last = self.step == self.config.steps
             if last or _due(self.step, self.config.eval_every):
                 evaluation = self._log_evaluation(reporter, tensorboard)
-            if last or _due(self.step, self.config.checkpoint_every) or self._stop:
+            stop = self.world.any(self._signals.received)
+            if last or _due(self.step, self.config.checkpoint_every) or stop:
                 self.save()
-            if self._stop and not last:
+            if stop and not last:
                 return None
         return evaluation or self.evaluate()
 
@@ -221,23 +245,6 @@ class Trainer:
         reporter.say(f"step {self.step}   held-out {_describe(evaluation)}")
         return evaluation
 
-    def _sample(self) -> None:
-        """Continue the start of the held-out text, for a human eye."""
-        if not self.config.sample_tokens or self.data.tokenizer is None:
-            return
-        prompt = self._eval_windows[:1, : min(24, self.config.model.context)].to(self.device)
-        generator = torch.Generator(self.device).manual_seed(self.config.seed)
-        self.model.eval()
-        tokens = generate(
-            self.model, prompt, self.config.sample_tokens, temperature=0.8, top_p=0.95, generator=generator
-        )[0].tolist()
-        self.model.train()
-        decode = self.data.tokenizer.decode
-        cut = prompt.shape[1]
-        self.run_dir.append(
-            "samples.jsonl", {"step": self.step, "prompt": decode(tokens[:cut]), "text": decode(tokens[cut:])}
-        )
-
     def _save_result(self, status: str, **values: Any) -> dict[str, Any]:
         result = {
             "status": status,
@@ -252,26 +259,22 @@ class Trainer:
         self.run_dir.write_json("result.json", result)
         return result
 
-    def _announce(self, reporter: Reporter) -> None:
-        count = count_parameters(self.config.model)
-        model = self.config.model
-        reporter.say(
-            f"{model.placement.name or 'own placement'}: {model.n_layers} layers, d_model {model.d_model}, "
-            f"{count.total:,} parameters ({count.scales:,} of them alphas and norms)"
-        )
-        epochs = self.config.steps * self.config.data.batch_size / self.loader.n_windows
-        reporter.say(
-            f"{self.config.steps:,} steps of {self.config.data.batch_size} x {model.context} tokens of "
-            f"{self.data.name} ({epochs:.2g} epochs), {self._precision_name} on {self.device}, into {self.run_dir.path}"
-        )
-        if self.step:
-            reporter.say(f"going on from step {self.step}")
-        if self.config.chunked_loss and not HAS_CHUNKED_LOSS:
-            reporter.say(f"torch {torch.__version__} has no chunked loss: the plain one is used")
-
     @property
-    def _precision_name(self) -> str:
+    def precision_name(self) -> str:
+        """Of the matrix products."""
         return str(self.autocast_dtype or torch.float32).removeprefix("torch.")
+
+    def _build_loader(self) -> Loader:
+        """The loader, if the config fits the data."""
+        config, data, world = self.config, self.data, self.world
+        _check_vocabulary(config, data)
+        if config.data.document_mask and data.eos is None:
+            raise UserError("data.document_mask=true needs to know the end-of-document token, and these data name none")
+        batch_size, context = config.data.batch_size, config.model.context
+        return Loader(data.parts, batch_size, context, config.seed, rank=world.rank, world_size=world.size)
+
+    def _environment(self) -> dict[str, Any]:
+        return environment(self.device, self.precision_name, self.world.size, self.world.job)
 
     def _token_lengths(self) -> np.ndarray | None:
         return None if self.data.tokenizer is None else self.data.tokenizer.token_bytes()
@@ -279,54 +282,6 @@ class Trainer:
     def _newest(self) -> str:
         found = ckpt.list_checkpoints(self.run_dir.checkpoints)
         return str(found[-1]) if found else "none"
-
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
-        """Ctrl-C and SIGTERM end the run after the step in hand; a second Ctrl-C ends it at once."""
-
-        def handle(number: int, _frame: FrameType | None) -> None:
-            if self._stop:
-                raise KeyboardInterrupt
-            self._stop = number
-
-        try:
-            before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-        except ValueError:  # not the main thread: whoever owns it owns the signals
-            before = {}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-
-def pick_device(name: str) -> torch.device:
-    """The device that a config's `device` names; "auto" is the first that exists of cuda, mps (untested) and cpu.
-
-    Raises:
-        UserError: if it does not exist here.
-    """
-    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        name = next(kind for kind, there in present.items() if there)
-    if not present[name]:
-        there = ", ".join(kind for kind, found in present.items() if found)
-        raise UserError(f"device={name!r} is not available here: choose from {there}, or auto")
-    return torch.device(name)
-
-
-def pick_autocast(precision: str, device: torch.device) -> torch.dtype | None:
-    """The dtype of autocast, None for float32.
-
-    Raises:
-        UserError: if bfloat16 was asked for on a GPU that has none.
-    """
-    has_bfloat16 = device.type != "cuda" or torch.cuda.is_bf16_supported()
-    if precision == "bfloat16" and not has_bfloat16:
-        raise UserError("precision=bfloat16: this GPU has no bfloat16; choose float32")
-    if precision == "auto":
-        return torch.bfloat16 if device.type == "cuda" and has_bfloat16 else None
-    return torch.bfloat16 if precision == "bfloat16" else None
 
 
 def fit_vocabulary(config: RunConfig, data: DataSource) -> RunConfig:
@@ -336,64 +291,92 @@ def fit_vocabulary(config: RunConfig, data: DataSource) -> RunConfig:
     return replace(config, model=replace(config.model, vocab_size=data.vocab_size))
 
 
-def start(config: RunConfig, out: Path) -> Trainer:
-    """A trainer for a new run in `out`.
+def start(config: RunConfig, out: Path, world: World = ALONE) -> Trainer:
+    """A trainer for a new run in `out`; if torchrun has restarted the job, for the run that it left there.
+
+    Args:
+        config: the run.
+        out: the run directory.
+        world: the processes that share the run.
 
     Raises:
         UserError: if `out` holds a run already, or the config does not fit machine or data.
     """
-    run_dir = RunDir(out)
-    if run_dir.config.exists():
-        run_dir.create()  # says so, before the data are touched
+    run_dir = RunDir(out, world.is_main)
     config = replace(config, data=config.data.absolute())
-    data = resolve_data(config.data.path, config.data.tokenizer, context=config.model.context)
-    trainer = Trainer(config, run_dir, data)
-    run_dir.create()
-    run_dir.lock()
-    config_io.save(config, run_dir.config)
+    if world.on_main(run_dir.config.exists):
+        if world.on_main(lambda: _is_left_by_job(run_dir, config, world)):
+            return reopen(out, world=world)
+        world.on_main(run_dir.create)  # says so, before the data are touched
+    trainer = Trainer(config, run_dir, world.in_turn(lambda: resolve(config)), world)
+    world.on_main(lambda: _claim(run_dir, config))
     return trainer
 
 
-def reopen(out: Path, steps: int | None = None) -> Trainer:
+def _is_left_by_job(run_dir: RunDir, config: RunConfig, world: World) -> bool:
+    """Whether an earlier attempt at this job made the run: torchrun repeats the command after a failure.
+
+    It repeats it too, uncounted, when machines come or go; the job's name is then the same.
+    """
+    if not world.restarted and (world.job is None or run_dir.environment().get("job") != world.job):
+        return False
+    return config_io.load(run_dir.config) == config
+
+
+def _claim(run_dir: RunDir, config: RunConfig) -> None:
+    run_dir.create()
+    run_dir.lock()
+    config_io.save(config, run_dir.config)
+
+
+def reopen(out: Path, steps: int | None = None, world: World = ALONE) -> Trainer:
     """A trainer that goes on with the run in `out` from its newest whole checkpoint.
 
     Args:
         out: the run directory.
         steps: a new length of the run; None keeps it.
+        world: the processes that share the run; their number may differ from before.
 
     Raises:
         UserError: if there is no run, no whole checkpoint and the run was started under other code, or nothing to do.
     """
-    run_dir = RunDir(out)
-    if not run_dir.config.exists():
-        raise UserError(f"{out} holds no run (no config.json): start one with sdd train PRESET --out {out}")
-    config = config_io.load(run_dir.config)
-    if steps is not None:
-        config = replace(config, steps=steps)
-    run_dir.lock()
+    run_dir = RunDir(out, world.is_main)
+    world.on_main(lambda: _lock_existing(run_dir))
     try:
-        trainer = Trainer(config, run_dir)
-        _resume_newest(trainer, run_dir)
+        config = world.together(lambda: config_io.load(run_dir.config))
+        if steps is not None:
+            config = replace(config, steps=steps)
+        trainer = Trainer(config, run_dir, world=world)
+        _resume_newest(trainer)
         if trainer.step >= config.steps and (out / "result.json").exists():
             raise UserError(f"{out} is complete at step {trainer.step}: give more with --steps N to go on")
         if steps is not None:
-            config_io.save(config, run_dir.config)
+            world.on_main(lambda: config_io.save(config, run_dir.config))
     except BaseException:
         run_dir.unlock()
         raise
     return trainer
 
 
-def _resume_newest(trainer: Trainer, run_dir: RunDir) -> None:
+def _lock_existing(run_dir: RunDir) -> None:
+    if not run_dir.config.exists():
+        raise UserError(
+            f"{run_dir.path} holds no run (no config.json): start one with sdd train PRESET --out {run_dir.path}"
+        )
+    run_dir.lock()
+
+
+def _resume_newest(trainer: Trainer) -> None:
     """Load the newest whole checkpoint; damaged ones are named and passed over; with none, start at step 0."""
-    for path in reversed(ckpt.list_checkpoints(run_dir.checkpoints)):
+    run_dir, world = trainer.run_dir, trainer.world
+    for path in reversed(world.on_main(lambda: ckpt.list_checkpoints(run_dir.checkpoints))):
         try:
             trainer.resume(path)
         except ckpt.DamagedCheckpoint as error:
-            Reporter(1).say(f"passed over: {error}")
+            Reporter(1, quiet=not world.is_main).say(f"passed over: {error}")
         else:
             return
-    run_dir.drop_after(0)
+    world.on_main(lambda: run_dir.drop_after(0))
 
 
 def _check_vocabulary(config: RunConfig, data: DataSource) -> None:

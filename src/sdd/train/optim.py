@@ -1,9 +1,11 @@
 """AdamW with groups by role, and its state as named tensors."""
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from sdd.optim_groups import param_groups
 from sdd.train.config import OptimConfig
@@ -19,6 +21,29 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """Give every group one learning rate."""
     for group in optimizer.param_groups:
         group["lr"] = lr
+
+
+def clip_gradients(model: nn.Module, limit: float) -> Tensor:
+    """Scale all gradients so that their global norm is at most `limit`.
+
+    Args:
+        model: whose gradients; of a sharded model, each process holds a part.
+        limit: 0 leaves the gradients as they are.
+
+    Returns:
+        The norm before; the same on every process.
+    """
+    limit = limit or math.inf
+    parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
+    sharded = [parameter for parameter in parameters if isinstance(parameter.grad, DTensor)]
+    if not sharded:
+        return nn.utils.clip_grad_norm_(parameters, limit)
+    whole = [parameter for parameter in parameters if not isinstance(parameter.grad, DTensor)]
+    norms = [nn.utils.get_total_norm([p.grad for p in part if p.grad is not None]) for part in (sharded, whole)]
+    norm = torch.stack([part.full_tensor() if isinstance(part, DTensor) else part for part in norms]).norm()
+    for part in (sharded, whole):  # an operation on many tensors takes one kind of them
+        nn.utils.clip_grads_with_norm_(part, limit, norm)
+    return norm
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

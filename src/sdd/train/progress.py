@@ -17,10 +17,11 @@ class Reporter:
         steps: length of the run.
         start: steps already done.
         console: where to; stderr by default, so that a command's answer can be piped.
+        quiet: show nothing.
     """
 
-    def __init__(self, steps: int, start: int = 0, console: Console | None = None) -> None:
-        self.console = console or Console(stderr=True, highlight=False, soft_wrap=not sys.stderr.isatty())
+    def __init__(self, steps: int, start: int = 0, console: Console | None = None, *, quiet: bool = False) -> None:
+        self.console = console or Console(stderr=True, highlight=False, soft_wrap=not sys.stderr.isatty(), quiet=quiet)
         self.steps = steps
         self._shown = time.monotonic()
         self._began = time.monotonic()
@@ -33,7 +34,7 @@ class Reporter:
             TimeRemainingColumn(),
             TextColumn("left"),
             console=self.console,
-            disable=not self.console.is_terminal,
+            disable=quiet or not self.console.is_terminal,
         )
         self._task = self._progress.add_task("train", total=steps, completed=start, numbers="")
 

@@ -32,10 +32,12 @@ class RunDir:
 
     Args:
         path: the directory; made if missing.
+        writes: false in those processes of a run of several that leave writing to the first.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, writes: bool = True) -> None:
         self.path = path
+        self.writes = writes
         self._lock: IO[str] | None = None
 
     @property
@@ -94,12 +96,24 @@ class RunDir:
 
     def write_json(self, name: str, values: dict[str, Any]) -> None:
         """Write a small JSON file aside and rename it."""
+        if not self.writes:
+            return
         aside = self.path / f".tmp-{name}"
         aside.write_text(json.dumps(_finite(values), indent=2) + "\n", encoding="utf-8")
         aside.rename(self.path / name)
 
+    def environment(self) -> dict[str, Any]:
+        """What environment.json says; empty if there is none."""
+        try:
+            found = json.loads((self.path / "environment.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return found if isinstance(found, dict) else {}
+
     def append(self, name: str, values: dict[str, Any]) -> None:
         """Append one object to a JSON-lines file."""
+        if not self.writes:
+            return
         with (self.path / name).open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(_finite(values)) + "\n")
 
@@ -126,7 +140,7 @@ def read_jsonl(file: Path) -> Iterator[dict[str, Any]]:
                 yield row
 
 
-def environment(device: torch.device, precision: str) -> dict[str, Any]:
+def environment(device: torch.device, precision: str, processes: int = 1, job: str | None = None) -> dict[str, Any]:
     """What a result depends on beside its config."""
     from sdd import __version__
 
@@ -140,6 +154,8 @@ def environment(device: torch.device, precision: str) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device) if cuda else device.type,
         "cuda": torch.version.cuda if cuda else None,
         "precision": precision,
+        "processes": processes,
+        "job": job,
         "threads": torch.get_num_threads(),
         "cpus": os.cpu_count(),
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],

@@ -1,0 +1,136 @@
+"""What the user writes for `--data`, taken apart: paths, and weights where it is a mixture."""
+
+import difflib
+import re
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+import pydantic
+
+from sdd.errors import UserError
+
+CLASSICS = "classics"
+MIXTURE_FILE = "mixture.json"
+_WEIGHTED = re.compile(r"(.+):([0-9]*\.?[0-9]+(?:[eE][-+]?[0-9]+)?)", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One thing named: a path or "classics", and its weight as it was written, if it has one."""
+
+    path: str
+    weight: str | None = None
+
+    def share(self) -> Fraction:
+        """The weight as an exact number; 1 where there is none.
+
+        Raises:
+            UserError: a weight that is not positive, or out of all proportion.
+        """
+        weight = Fraction(self.weight or "1")
+        if not 0 < weight < 10**12:
+            raise UserError(f"{self.path}: the weight {self.weight} must be above 0 and below 1e12")
+        return weight
+
+
+def entries(spec: str) -> list[Entry]:
+    """The entries that `spec` names: one path, several separated by commas, PATH:WEIGHT, or a mixture file.
+
+    Raises:
+        UserError: nothing there, or weights for some entries and none for others.
+    """
+    found = _split(spec)
+    if len(found) == 1 and found[0].weight is None and (file := _mixture_file(existing(found[0].path))):
+        found = _read_mixture(file)
+    for entry in found:
+        if entry.path != CLASSICS and _mixture_file(existing(entry.path)):
+            raise UserError(f"{entry.path} is a mixture itself: name its sources instead")
+    unweighted = [entry.path for entry in found if entry.weight is None]
+    if unweighted and len(unweighted) < len(found):
+        raise UserError(f"{unweighted[0]} has no weight and others have: give PATH:WEIGHT for all or for none")
+    return found
+
+
+def absolute(spec: str) -> str:
+    """The same spec with absolute paths, so that it means the same from any folder."""
+    return ",".join(
+        (entry.path if entry.path == CLASSICS else str(Path(entry.path).expanduser().absolute()))
+        + (f":{entry.weight}" if entry.weight else "")
+        for entry in _split(spec)
+    )
+
+
+def existing(name: str) -> Path:
+    """The path of that name.
+
+    Raises:
+        UserError: there is none, with the nearest names that there are.
+    """
+    path = Path(name).expanduser()
+    if name == CLASSICS or _exists(path):
+        return path
+    there = [p.name for p in path.parent.iterdir()] if _exists(path.parent) and path.parent.is_dir() else []
+    close = difflib.get_close_matches(path.name, [*there, CLASSICS], n=3)
+    hint = f"did you mean {' or '.join(close)}?" if close else "expected classics, token files (.npy) or text files"
+    raise UserError(f"no data at {_printable(path)}: {hint}")
+
+
+def _split(spec: str) -> list[Entry]:
+    if spec == CLASSICS or _exists(Path(spec).expanduser()):
+        return [Entry(spec)]
+    parts = [part.strip() for part in spec.split(",") if part.strip()]
+    return [_entry(part) for part in parts] or [Entry(spec)]
+
+
+def _entry(text: str) -> Entry:
+    weighted = _WEIGHTED.fullmatch(text)
+    if weighted is None or _exists(Path(text).expanduser()):
+        return Entry(text)
+    return Entry(*weighted.groups())
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # a name that is too long or holds a NUL
+        return False
+
+
+def _printable(path: Path) -> str:
+    text = str(path)
+    return text if text.isprintable() and len(text) < 1000 else repr(text[:1000])
+
+
+def _mixture_file(path: Path) -> Path | None:
+    if path.is_dir():
+        path = path / MIXTURE_FILE
+    return path if path.suffix == ".json" and path.is_file() else None
+
+
+class _Source(pydantic.BaseModel, extra="forbid"):
+    path: str
+    weight: float = pydantic.Field(gt=0, allow_inf_nan=False)
+
+
+class _Mixture(pydantic.BaseModel, extra="forbid"):
+    sources: list[_Source] = pydantic.Field(min_length=1)
+
+
+def _read_mixture(file: Path) -> list[Entry]:
+    try:
+        mixture = _Mixture.model_validate_json(file.read_bytes())
+    except OSError as error:
+        raise UserError(f"cannot read {file}: {error.strerror}") from None
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the file"
+        message = " ".join(f"{where}: {first['msg']}".split())[:300]
+        raise UserError(
+            f'{file}: {message}; expected e.g. {{"sources": [{{"path": "a.npy", "weight": 0.7}}, ...]}}'
+        ) from None
+    folder = file.absolute().parent
+    return [
+        Entry(s.path if s.path == CLASSICS else str(folder / Path(s.path).expanduser()), repr(s.weight))
+        for s in mixture.sources
+    ]

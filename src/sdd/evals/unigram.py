@@ -1,0 +1,39 @@
+"""The loss that token frequencies alone reach: a model that ends there has learned nothing from the context."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from sdd.data import DataSource, eval_windows
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Losses on the same held-out windows without any context.
+
+    Attributes:
+        loss: cross-entropy in nats a token, each token having its frequency in the training tokens.
+        bits_per_byte: the same a byte of UTF-8; None if the tokens' lengths are unknown.
+    """
+
+    loss: float
+    bits_per_byte: float | None
+
+
+def token_frequencies(data: DataSource, eval_sequences: int, context: int) -> Reference:
+    """`-mean(log((count(token) + 1) / sum(count + 1)))` over the held-out windows that a run evaluates on.
+
+    Args:
+        data: counts come from its training tokens.
+        eval_sequences: as in the run's config.
+        context: as in the run's model.
+    """
+    counts = np.ones(data.vocab_size, np.int64)
+    for file in data.train:
+        counts += np.bincount(file.tokens, minlength=data.vocab_size)
+    targets = eval_windows(data.validation, eval_sequences, context)[:, 1:].numpy()
+    nats = float(-np.log(counts / counts.sum())[targets].sum())
+    token_bytes = None if data.tokenizer is None else data.tokenizer.token_bytes()
+    bits = None if token_bytes is None else nats / math.log(2) / int(token_bytes[targets].sum())
+    return Reference(nats / targets.size, bits)

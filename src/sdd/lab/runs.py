@@ -1,0 +1,214 @@
+"""Run directories read back, whatever state they are in: everything drawn is drawn from these."""
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from sdd.errors import UserError
+from sdd.train.run_dir import read_jsonl
+
+#: A run "did not converge" if it became non-finite, or ended by this share above its own lowest held-out loss, or not
+#: by this share below the loss of its first step.
+CONVERGENCE_SHARE = 0.1
+
+Status = Literal["done", "did not converge", "failed", "interrupted", "unfinished"]
+_STEP_FIELDS = ("step", "tokens", "loss", "grad_norm", "lr", "seconds")
+_EVAL_FIELDS = ("step", "eval_loss", "eval_bits_per_byte")
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the files of a run directory say. Files that are missing leave their part empty.
+
+    Attributes:
+        path: the directory.
+        name: what tables and figures call it.
+        config: config.json with dotted names, the placement left whole.
+        environment: environment.json.
+        result: result.json, empty if the run has not ended (or went on after it was written).
+        steps: columns of metrics.jsonl, one entry a step: step, tokens, loss, grad_norm, lr, seconds.
+        evals: the same for evaluations: step, tokens, eval_loss, eval_bits_per_byte.
+        samples: rows of samples.jsonl.
+    """
+
+    path: Path
+    name: str
+    config: dict[str, Any]
+    environment: dict[str, Any]
+    result: dict[str, Any]
+    steps: dict[str, np.ndarray]
+    evals: dict[str, np.ndarray]
+    samples: list[dict[str, Any]]
+
+    @property
+    def placement(self) -> str:
+        """The placement's name."""
+        value = self.config.get("model.placement")
+        name = value.get("name") if isinstance(value, dict) else value
+        return str(name or "own placement")
+
+    @property
+    def step(self) -> int:
+        """Steps done."""
+        return int(_last(self.steps["step"], 0))
+
+    @property
+    def tokens(self) -> int:
+        """Tokens trained on."""
+        return int(_last(self.steps["tokens"], 0))
+
+    @property
+    def seconds(self) -> float:
+        """Seconds in training steps."""
+        return _last(self.steps["seconds"], math.nan)
+
+    @property
+    def eval_loss(self) -> float:
+        """The last held-out loss in nats a token, nan if there is none."""
+        return _last(self.evals["eval_loss"], math.nan)
+
+    @property
+    def bits_per_byte(self) -> float:
+        """The last held-out bits per byte, nan if there is none or the tokens' lengths are unknown."""
+        return _last(self.evals["eval_bits_per_byte"], math.nan)
+
+    @property
+    def status(self) -> Status:
+        """How the run ended; see `CONVERGENCE_SHARE` for "did not converge"."""
+        match self.result.get("status"):
+            case "failed":
+                return "did not converge" if self._non_finite() else "failed"
+            case "interrupted":
+                return "interrupted"
+            case "done":
+                return "did not converge" if self._unconverged() else "done"
+            case _:
+                return "unfinished"
+
+    @property
+    def reason(self) -> str:
+        """Why it has that status, empty for "done"."""
+        match self.status:
+            case "done":
+                return ""
+            case "interrupted" | "unfinished":
+                planned = self.config.get("steps")
+                where = f"at step {self.step} of {planned}"
+                return where if self.status == "interrupted" else f"running, or killed, {where}"
+            case _:
+                return str(self.result.get("reason") or self._unconverged())
+
+    def _non_finite(self) -> bool:
+        last = [_last(self.steps[name], math.nan) for name in ("loss", "grad_norm")]
+        return bool(self.step) and not all(map(math.isfinite, last))
+
+    def _unconverged(self) -> str:
+        """Why a run that reached its end did not converge; empty if it did."""
+        last, first = self.eval_loss, self.steps["loss"][:1]
+        if not math.isfinite(last):
+            return "the last held-out loss is not finite"
+        best = np.nanmin(self.evals["eval_loss"])
+        if last > (1 + CONVERGENCE_SHARE) * best:
+            return f"ended at a held-out loss of {last:.3f}, after {best:.3f}"
+        if len(first) and last > (1 - CONVERGENCE_SHARE) * first[0]:
+            return f"ended at a held-out loss of {last:.3f}, begun at {first[0]:.3f}"
+        return ""
+
+
+def load_run(path: Path, name: str | None = None) -> Run:
+    """Read a run directory.
+
+    Raises:
+        UserError: if it is none, i.e. holds no readable config.json.
+    """
+    if not (path / "config.json").is_file():
+        what = "holds no config.json" if path.is_dir() else "is no directory"
+        raise UserError(f"{path} is no run: it {what}; runs are made by sdd train PRESET --out RUN")
+    config = _read_object(path / "config.json")
+    if not config:
+        raise UserError(f"{path} is no run: its config.json is not a JSON object")
+    rows = _rows(path / "metrics.jsonl")
+    steps = _columns([row for row in rows if "loss" in row], _STEP_FIELDS)
+    evals = _columns([row for row in rows if "eval_loss" in row], _EVAL_FIELDS)
+    evals["tokens"] = np.interp(evals["step"], steps["step"], steps["tokens"]) if len(steps["step"]) else evals["step"]
+    result = _read_object(path / "result.json")
+    if result.get("step") != _last(steps["step"], 0):  # written before the run went on
+        result = {}
+    return Run(
+        path=path,
+        name=name or path.resolve().name,
+        config=flatten(config),
+        environment=_read_object(path / "environment.json"),
+        result=result,
+        steps=steps,
+        evals=evals,
+        samples=_rows(path / "samples.jsonl"),
+    )
+
+
+def load_runs(paths: Iterable[Path]) -> list[Run]:
+    """Several runs, each named by as much of the end of its path as tells it from the others.
+
+    Raises:
+        UserError: if one is no run, or named twice.
+    """
+    paths = list(paths)
+    resolved = [path.resolve() for path in paths]
+    for path in resolved:
+        if resolved.count(path) > 1:
+            raise UserError(f"the run {path} is named twice")
+    return [load_run(path, _short_name(full, resolved)) for path, full in zip(paths, resolved, strict=True)]
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as one with dotted names; the placement stays whole."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict) and name != "model.placement":
+            flat |= flatten(value, f"{name}.")
+        else:
+            flat[name] = value
+    return flat
+
+
+def number(value: Any) -> float:
+    """A number of a JSON file as float; "nan", "inf" and "-inf" are numbers, anything else is nan."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return math.nan
+
+
+def _short_name(path: Path, others: Sequence[Path]) -> str:
+    for count in range(1, len(path.parts) + 1):
+        tail = path.parts[-count:]
+        if sum(other.parts[-count:] == tail for other in others) == 1:
+            return "/".join(tail)
+    return str(path)
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty if there is none, as after a kill."""
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def _rows(file: Path) -> list[dict[str, Any]]:
+    return list(read_jsonl(file)) if file.is_file() else []
+
+
+def _columns(rows: list[dict[str, Any]], names: Sequence[str]) -> dict[str, np.ndarray]:
+    return {name: np.array([number(row.get(name)) for row in rows]) for name in names}
+
+
+def _last(column: np.ndarray, default: float) -> float:
+    return float(column[-1]) if len(column) and not math.isnan(column[-1]) else default

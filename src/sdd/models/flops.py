@@ -1,0 +1,72 @@
+"""Floating-point operations of training, a token.
+
+A multiplication and an addition are two operations, and a matrix product's backward costs twice its forward:
+
+    matrix products   6 * N                  N: parameters of the blocks' matrices and of the head
+    attention         12 * L * d_model * T   q k^T and weights * v, T the context, no part of it masked
+
+The look-up of embeddings, norms and other elementwise work are not counted (arXiv 2204.02311, appendix B).
+"""
+
+from dataclasses import dataclass
+
+from sdd.models.config import ModelConfig
+from sdd.models.presets import count_parameters
+
+
+@dataclass(frozen=True)
+class TrainingFlops:
+    """FLOPs of forward and backward, a token.
+
+    Attributes:
+        matmul_parameters: N, the parameters that a token is multiplied with: the blocks' matrices and the head.
+        matmul: `6 * N`.
+        attention: `12 * L * d_model * T`: every token against all T, as model FLOPs are counted by convention.
+        recomputed: forward work that the backward pass does again; no part of the model's FLOPs.
+    """
+
+    matmul_parameters: int
+    matmul: int
+    attention: int
+    recomputed: int
+
+    @property
+    def model(self) -> int:
+        """What model FLOPs utilisation (MFU) counts: matrix products and attention, nothing twice."""
+        return self.matmul + self.attention
+
+    @property
+    def causal(self) -> int:
+        """The same with the half of the attention that a causal mask leaves."""
+        return self.matmul + self.attention // 2
+
+    @property
+    def hardware(self) -> int:
+        """What the machine is made to do: the model's FLOPs and those of recomputation."""
+        return self.model + self.recomputed
+
+
+def training_flops(
+    config: ModelConfig, *, checkpoint_blocks: bool = False, fused_attention: bool = False
+) -> TrainingFlops:
+    """FLOPs of one training token at the model's context.
+
+    Args:
+        config: the model.
+        checkpoint_blocks: each block's forward is done again in the backward pass: `2 * N_blocks + 4 * L * d_model * T`
+            more, less the down projections whose output nothing keeps (no norm reads it).
+        fused_attention: the attention kernel does `q k^T` again in its backward pass: `2 * L * d_model * T` more.
+    """
+    count = count_parameters(config)
+    matmul_parameters = count.matrices + config.vocab_size * config.d_model
+    product = 2 * config.n_layers * config.d_model * config.context
+    recomputed = product if fused_attention else 0
+    if checkpoint_blocks:
+        recomputed += 2 * (count.matrices - _not_recomputed(config)) + 2 * product
+    return TrainingFlops(matmul_parameters, 6 * matmul_parameters, 6 * product, recomputed)
+
+
+def _not_recomputed(config: ModelConfig) -> int:
+    """Parameters of down projections that end their block: recomputation stops when all kept tensors are there."""
+    layers = (config.placement.layer(index, config.n_layers) for index in range(config.n_layers))
+    return sum(config.d_model * config.d_ff for norms in layers if not {"ffn_out", "ffn_post"} & norms.keys())

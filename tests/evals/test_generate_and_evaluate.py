@@ -1,0 +1,153 @@
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from sdd import config_io
+from sdd.data import builtin_tokenizer, resolve_data
+from sdd.errors import UserError
+from sdd.evals import text as evals
+from sdd.evals.unigram import token_frequencies
+from sdd.models import ModelConfig
+from sdd.train import DataConfig, OptimConfig, RunConfig
+from sdd.train.data import resolve
+from sdd.train.loop import start
+
+CONTEXT = 16
+WORDS = "It is a truth universally acknowledged, that a single man must be in want of a wife."
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("evals")
+    text = folder / "numbers.txt"
+    text.write_text("\n".join(f"Line {number} says {number * number}." for number in range(2000)))
+    config = RunConfig(
+        model=ModelConfig(n_layers=1, d_model=16, d_ff=32, n_heads=2, n_kv_heads=1, vocab_size=4096, context=CONTEXT),
+        data=DataConfig(path=str(text), batch_size=2),
+        optim=OptimConfig(lr=1e-2, warmup=2),
+        steps=4,
+        eval_every=0,
+        checkpoint_every=2,
+        sample_tokens=0,
+        device="cpu",
+    )
+    start(config, folder / "run").run()
+    return folder / "run"
+
+
+def test_continuation_is_reproducible_and_of_the_asked_length(run: Path) -> None:
+    first = evals.continue_text(run, WORDS, 12, seed=3)
+    assert first == evals.continue_text(run, WORDS, 12, seed=3)
+    assert first != evals.continue_text(run, WORDS, 12, seed=4)
+    assert not first.startswith(WORDS)
+    greedy = evals.continue_text(run, WORDS, 12, seed=0, temperature=0)
+    assert greedy == evals.continue_text(run, WORDS, 12, seed=1, top_k=1)
+
+
+def test_empty_prompt_is_said(run: Path) -> None:
+    with pytest.raises(UserError, match="prompt is empty"):
+        evals.continue_text(run, "", 5, seed=0)
+
+
+@pytest.mark.parametrize("times", [1, 5, 40])
+def test_loss_of_a_text_predicts_every_token_but_the_first(
+    run: Path, tmp_path: Path, times: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evals, "_WINDOWS", 3)
+    file = tmp_path / "text.txt"
+    file.write_text(WORDS * times)
+    found = evals.evaluate_run(run, file)
+    ids = torch.tensor(builtin_tokenizer().encode(WORDS * times))
+    model = evals.load_trained(run).model
+    nats = 0.0
+    for first in range(0, len(ids) - 1, CONTEXT):
+        part = ids[first : first + CONTEXT + 1]
+        with torch.no_grad():
+            nats += model(part[None, :-1], part[None, 1:], reduction="none").sum().item()
+    assert found["tokens"] == len(ids) - 1
+    assert found["step"] == 4
+    assert found["loss"] == pytest.approx(nats / (len(ids) - 1), rel=1e-5)
+    n_bytes = len((WORDS * times).encode()) - len(builtin_tokenizer().decode(ids[:1].tolist()).encode())
+    assert found["bits_per_byte"] == pytest.approx(nats / math.log(2) / n_bytes, rel=1e-5)
+
+
+def test_own_held_out_text_is_used_whole(run: Path) -> None:
+    data = resolve(config_io.load(run / "config.json"))
+    found = evals.evaluate_run(run)
+    assert found["tokens"] == len(data.validation) - 1
+    assert 0 < found["loss"] < 10
+
+
+def test_damaged_checkpoint_is_passed_over_for_the_one_before(run: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    for file in run.rglob("*"):
+        if file.is_file() and file.name != "lock":
+            target = copy / file.relative_to(run)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(file.read_bytes())
+    newest = sorted((copy / "checkpoints").iterdir())[-1]
+    (newest / "state.json").unlink()
+    assert evals.load_trained(copy).step == 2
+
+
+def test_what_is_missing_is_said(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is no run"):
+        evals.load_trained(tmp_path)
+    config = config_io.load(run / "config.json")
+    config_io.save(config, tmp_path / "config.json")
+    with pytest.raises(UserError, match="no whole checkpoint"):
+        evals.load_trained(tmp_path)
+    short, bad = tmp_path / "short.txt", tmp_path / "bad.txt"
+    short.write_text("")
+    bad.write_bytes(b"caf\xe9 \xff")
+    for file, message in (
+        (short, "at least 2"),
+        (bad, "not UTF-8"),
+        (tmp_path / "none.txt", "cannot read"),
+        (tmp_path, "cannot read"),
+    ):
+        with pytest.raises(UserError, match=message):
+            evals.evaluate_run(run, file)
+
+
+def test_tokens_without_a_tokenizer_give_a_loss_but_no_text(run: Path, tmp_path: Path) -> None:
+    config = config_io.load(run / "config.json")
+    ids = np.random.default_rng(0).integers(0, 50, 2000, dtype=np.uint16)
+    (tmp_path / "train.npy").write_bytes(ids.tobytes())
+    (tmp_path / "train.json").write_text('{"dtype": "uint16", "vocab_size": 4096}')
+    config = replace(config, data=replace(config.data, path=str(tmp_path / "train.npy")))
+    start(config, tmp_path / "run").run()
+    found = evals.evaluate_run(tmp_path / "run")
+    assert found["bits_per_byte"] is None
+    assert found["loss"] > 0
+    with pytest.raises(UserError, match="tokenizer"):
+        evals.continue_text(tmp_path / "run", "x", 5, seed=0)
+
+
+def test_token_frequencies_are_counted_in_the_training_text(run: Path) -> None:
+    data = resolve(config_io.load(run / "config.json"))
+    counts = dict.fromkeys(range(data.vocab_size), 1)
+    for file in data.train:
+        for token in file.tokens.tolist():
+            counts[token] += 1
+    held_out = np.asarray(data.validation.tokens)
+    targets = held_out[1 : (len(held_out) - 1) // CONTEXT * CONTEXT + 1]
+    reference = token_frequencies(data, 10**6, CONTEXT)
+    total = sum(counts.values())
+    assert reference.loss == pytest.approx(-np.mean([math.log(counts[token] / total) for token in targets.tolist()]))
+    assert reference.bits_per_byte is not None
+    assert reference.loss < math.log(data.vocab_size)
+
+
+def test_frequencies_of_a_uniform_text_give_the_uniform_loss(tmp_path: Path) -> None:
+    (tmp_path / "train.npy").write_bytes(np.arange(64, dtype=np.uint16).repeat(100).tobytes())
+    (tmp_path / "train.json").write_text('{"dtype": "uint16", "vocab_size": 64}')
+    (tmp_path / "validation.npy").write_bytes(np.arange(64, dtype=np.uint16).tobytes())
+    (tmp_path / "validation.json").write_text('{"dtype": "uint16", "vocab_size": 64}')
+    reference = token_frequencies(resolve_data(tmp_path, context=CONTEXT), 10, CONTEXT)
+    assert reference.loss == pytest.approx(math.log(64))
+    assert reference.bits_per_byte is None

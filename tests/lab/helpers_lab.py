@@ -1,0 +1,56 @@
+"""Run directories for the lab's tests."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from sdd import config_io
+from sdd.placement import placements
+from sdd.train import RunConfig, preset
+from sdd.train.run_dir import RunDir
+
+
+def config_of(placement: str = "sdd", steps: int = 60, seed: int = 0, lr: float = 4e-3) -> RunConfig:
+    base = preset("nano")
+    return replace(
+        base,
+        steps=steps,
+        seed=seed,
+        model=replace(base.model, placement=placements[placement]),
+        optim=replace(base.optim, lr=lr),
+    )
+
+
+def write_run(
+    path: Path, config: RunConfig, *, end: float = 5.0, until: int | None = None, breaks_at: int | None = None
+) -> Path:
+    """A run directory as the trainer would leave it, without training: `until` leaves it unfinished there."""
+    path.mkdir(parents=True)
+    config_io.save(config, path / "config.json")
+    files = RunDir(path)
+    files.write_json("environment.json", {"sdd": "0", "torch": "2", "command": ["sdd", "train"]})
+    noise = np.random.default_rng(config.seed).standard_normal(config.steps + 1)
+    last = until or breaks_at or config.steps
+    for step in range(1, last + 1):
+        loss = end + (8.3 - end) * np.exp(-5 * step / config.steps)
+        broken = step == breaks_at
+        shared = {"step": step, "tokens": step * config.tokens_per_step, "seconds": 0.1 * step}
+        row = {"loss": loss + 0.1 * noise[step], "grad_norm": np.exp(noise[step]), "lr": config.optim.lr}
+        files.append("metrics.jsonl", {**shared, **(dict.fromkeys(row, float("nan")) if broken else row)})
+        if step % 10 == 0 and not broken:
+            bits = {"eval_loss": loss, "eval_bits_per_byte": 0.3657 * loss, "eval_tokens": 8192}
+            files.append("metrics.jsonl", {"step": step, **bits})
+    result = {"placement": config.model.placement.name, "step": last, "steps": config.steps, "seconds": 0.1 * last}
+    if breaks_at:
+        reason = f"step {last}: loss nan, gradient norm nan: not finite"
+        files.write_json("result.json", {"status": "failed", **result, "reason": reason})
+    elif until is None:
+        files.append("samples.jsonl", {"step": last, "prompt": "It was", "text": " the best of times"})
+        files.write_json("result.json", {"status": "done", **result, "parameters": 1_080_768})
+    return path
+
+
+def edit_json(file: Path, **values: object) -> None:
+    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))

@@ -1,0 +1,199 @@
+import re
+import sys
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from helpers_lab import config_of, edit_json, write_run
+
+from sdd.errors import UserError
+from sdd.lab import figures
+from sdd.lab.curves import loss_panel
+from sdd.lab.page import decimals, duration, setting, signed
+from sdd.lab.report import write_report
+from sdd.lab.runs import load_runs
+from sdd.lab.style import line_styles
+
+MakeRun = Callable[..., Path]
+
+
+class Page(HTMLParser):
+    """What a browser would make of a page: its elements, its text, whether they close."""
+
+    VOID = ("meta", "br", "link", "img")
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.words: list[str] = []
+        self._open: list[str] = []
+        self.source = path.read_text()
+        self.feed(self.source)
+        self.close()
+        assert not self._open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self._open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop() == tag
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.words).split())
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.elements if name == tag]
+
+
+def report(tmp_path: Path, *runs: Path) -> Page:
+    out = tmp_path / "pages" / "report.html"
+    write_report(runs, out)
+    assert [path.name for path in out.parent.iterdir()] == ["report.html"]
+    return Page(out)
+
+
+def test_page_fetches_nothing(tmp_path: Path, make_run: MakeRun) -> None:
+    page = report(tmp_path, make_run("a"), make_run("b", placement="postnorm"))
+    assert not {"script", "link", "img", "iframe", "object"} & {tag for tag, _ in page.elements}
+    for _, attributes in page.elements:
+        assert not attributes.get("src")
+        for name in ("href", "xlink:href"):
+            assert (attributes.get(name) or "#").startswith("#")
+    assert "@import" not in page.source
+    assert not re.search(r"url\((?!#)", page.source)
+
+
+def test_page_has_what_phones_and_screen_readers_need(tmp_path: Path, make_run: MakeRun) -> None:
+    page = report(tmp_path, make_run("a"), make_run("b"))
+    assert any(meta.get("name") == "viewport" for meta in page.all("meta"))
+    assert page.all("html")[0]["lang"] == "en"
+    pictures = [svg for svg in page.all("svg") if svg.get("aria-hidden") != "true"]
+    assert len(pictures) == 4
+    for svg in pictures:
+        assert svg["role"] == "img"
+        assert "against tokens" in (svg["aria-label"] or "")
+        assert "width" not in svg
+    ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
+    assert len(ids) == len(set(ids))
+
+
+def test_figures_take_the_colours_of_the_page(tmp_path: Path, make_run: MakeRun) -> None:
+    page = report(tmp_path, make_run("a"))
+    svg = page.source[page.source.index("<svg") : page.source.rindex("</svg>")]
+    assert "currentColor" in svg
+    assert "#ffffff" not in svg
+    assert "prefers-color-scheme: dark" in page.source
+
+
+def test_overview_shows_numbers_and_ends(tmp_path: Path, make_run: MakeRun) -> None:
+    page = report(
+        tmp_path,
+        make_run("good", lr=0.02),
+        make_run("broken", placement="postnorm", breaks_at=31),
+        make_run("killed", placement="olmo2", until=17),
+    )
+    for word in ("good", "0.02", "done", "did not converge", "step 31: loss nan", "unfinished", "step 17 of 60"):
+        assert word in page.text
+
+
+def test_differing_settings_stand_apart_from_common_ones(tmp_path: Path, make_run: MakeRun) -> None:
+    page = report(tmp_path, make_run("a"), make_run("b", placement="olmo2", lr=0.02))
+    differing = page.source[page.source.index('aria-label="Settings that differ') : page.source.index("<details>")]
+    assert re.findall(r"<code>(.*?)</code>", differing) == ["model.placement", "optim.lr"]
+    common = page.source[page.source.index("<details>") : page.source.index("</details>")]
+    assert "optim.beta2" in common
+    assert "optim.lr<" not in common
+
+
+def test_placements_of_one_name_and_two_definitions_are_told_apart(tmp_path: Path, make_run: MakeRun) -> None:
+    first, second = make_run("a"), make_run("b")
+    text = (second / "config.json").read_text()
+    (second / "config.json").write_text(text.replace("1e-06", "1e-05"))
+    assert len(set(re.findall(r"sdd \([0-9a-f]{6}\)", report(tmp_path, first, second).text))) == 2
+
+
+def test_nothing_from_a_file_is_taken_for_html(tmp_path: Path, make_run: MakeRun) -> None:
+    bad = "<script>alert(1)</script><img src=x onerror=alert(1)>\"'&{{ 7*7 }}$x_1$"
+    path = make_run("<b>$x_1$ &lt;i onload='x'>", breaks_at=31)
+    edit_json(path / "result.json", reason=f"not finite {bad}")
+    edit_json(path / "environment.json", platform=bad, command=[bad])
+    edit_json(path / "config.json", **{bad: bad})
+    edit_json(path / "config.json", data={"path": bad})
+    with (path / "samples.jsonl").open("a") as file:
+        file.write('{"step": 60, "prompt": "<script>", "text": "</blockquote><script>"}\n')
+    page = report(tmp_path, path)
+    assert not {"script", "img", "b", "i"} & {tag for tag, _ in page.elements}
+    assert not any(name.startswith("on") for _, attributes in page.elements for name in attributes)
+    assert page.text.count("<script>alert(1)</script>") >= 4
+    assert "49" not in page.text.partition("{{ 7*7 }}")[0][-20:]
+
+
+def test_runs_in_any_state_are_shown(tmp_path: Path, make_run: MakeRun) -> None:
+    nothing = make_run("nothing", until=1)
+    for file in ("metrics.jsonl", "environment.json"):
+        (nothing / file).unlink()
+    started = make_run("started", until=1)
+    odd = make_run("odd")
+    (odd / "samples.jsonl").write_text('{"step": null}\n{"text": 5}\n')
+    (odd / "config.json").write_text('{"steps": "many", "optim": [], "model": {"placement": null}}')
+    assert "No step has been recorded yet" in report(tmp_path, nothing).text
+    assert "own placement" in report(tmp_path, nothing, started, odd).text
+
+
+def test_directory_that_is_no_run_is_said_in_one_line(tmp_path: Path, make_run: MakeRun) -> None:
+    (tmp_path / "other").mkdir()
+    with pytest.raises(UserError, match="other is no run") as caught:
+        write_report([make_run("a"), tmp_path / "other"], tmp_path / "r.html")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "r.html").exists()
+
+
+def test_page_that_cannot_be_written_is_said(tmp_path: Path, make_run: MakeRun) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write"):
+        write_report([make_run("a")], tmp_path / "file" / "r.html")
+
+
+@pytest.mark.parametrize("missing", ["matplotlib", "jinja2"])
+def test_missing_extra_is_named(
+    tmp_path: Path, make_run: MakeRun, monkeypatch: pytest.MonkeyPatch, missing: str
+) -> None:
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(UserError, match=rf"{missing}: pip install 'sdd\[report\]'"):
+        write_report([make_run("a")], tmp_path / "r.html")
+
+
+def test_figure_files_are_written_and_reproducible(tmp_path: Path) -> None:
+    path = write_run(tmp_path / "$a_1$ _ 走る", config_of())
+    runs = load_runs([path])
+    panel = loss_panel(runs, line_styles(["sdd"]))
+    assert panel is not None
+    first = figures.save_figure(figures.draw([panel, panel], title="nano, 1 seed"), tmp_path / "x" / "v1.0")
+    second = figures.save_figure(figures.draw([panel, panel], title="nano, 1 seed"), tmp_path / "y" / "v1.0")
+    assert [file.name for file in first] == ["v1.0.png", "v1.0.svg"]
+    assert first[0].read_bytes().startswith(b"\x89PNG")
+    assert first[1].read_bytes() == second[1].read_bytes()
+    assert "$a_1$" in first[1].read_text()
+
+
+def test_numbers_are_written_for_people() -> None:
+    assert (decimals(1.23456), decimals(float("nan")), decimals(float("inf")), decimals("x")) == (
+        "1.235",
+        "–",
+        "infinite",
+        "–",
+    )
+    assert (duration(59.6), duration(3723), duration(None)) == ("1:00", "1:02:03", "–")
+    assert (setting(0.004), setting(4096), setting(True), setting(None)) == ("0.004", "4,096", "true", "none")
+    assert (signed(0.25, 2), signed(-0.25, 2), signed(float("nan"))) == ("+0.25", "−0.25", "–")
+    assert figures.short_count(1_500_000) == "1.5M"

@@ -1,0 +1,165 @@
+"""The runner, with real runs in real processes, but tiny ones."""
+
+import io
+import json
+import signal
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from sdd.errors import Interrupted, UserError
+from sdd.lab import runner
+from sdd.lab.live import Display, jobs_table
+from sdd.lab.runner import Grid, Job, same_settings, time_left
+from sdd.models import ModelConfig
+from sdd.train import DataConfig, OptimConfig, RunConfig
+from sdd.train.loop import start
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    """One layer of width 16, on a text of a few thousand tokens."""
+    text = tmp_path_factory.mktemp("text") / "numbers.txt"
+    text.write_text("\n".join(f"Line {number} says {number * number}." for number in range(2000)))
+    return RunConfig(
+        model=ModelConfig(n_layers=1, d_model=16, d_ff=32, n_heads=2, n_kv_heads=1, vocab_size=4096, context=16),
+        data=DataConfig(path=str(text), batch_size=2),
+        optim=OptimConfig(lr=1e-3, warmup=2),
+        steps=100,
+        eval_every=50,
+        eval_sequences=4,
+        sample_tokens=0,
+        device="cpu",
+        threads=1,
+    )
+
+
+@pytest.fixture(autouse=True)
+def _quick_polls(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "_POLL_SECONDS", 0.02)
+
+
+class Recorder(Display):
+    """A display that keeps what it says, and sends this process a signal once a run is under way."""
+
+    def __init__(self, interrupt_at: int | None = None) -> None:
+        self.text = io.StringIO()
+        super().__init__(Console(file=self.text, width=200))
+        self._interrupt_at = interrupt_at
+
+    def update(self, jobs: Sequence[Job], seconds_left: float | None) -> None:
+        super().update(jobs, seconds_left)
+        if self._interrupt_at is not None and any(job.step >= self._interrupt_at for job in jobs):
+            self._interrupt_at = None
+            signal.raise_signal(signal.SIGINT)
+
+
+def losses(run: Path) -> list[tuple[int, float]]:
+    rows = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [(row["step"], row["loss"]) for row in rows if "loss" in row]
+
+
+def test_results_do_not_stop_a_grid_and_are_not_repeated(tiny: RunConfig, tmp_path: Path) -> None:
+    runs = [
+        ("bursts", replace(tiny, optim=replace(tiny.optim, lr=1e30, warmup=0))),
+        ("good", replace(tiny, steps=20)),
+        ("crashes", replace(tiny, data=replace(tiny.data, document_mask=True, path=str(tmp_path / "no-text.txt")))),
+    ]
+    shown = Recorder()
+    grid = Grid(runs, tmp_path, workers=2)
+    grid.run(shown)
+    assert [job.state for job in grid.jobs] == ["failed", "done", "crashed"]
+    assert grid.jobs[0].detail == json.loads((tmp_path / "runs/bursts/result.json").read_text())["reason"]
+    assert "no data at" in grid.jobs[2].detail
+    assert grid.jobs[1].step == 20
+    assert grid.jobs[1].eval_loss == json.loads((tmp_path / "runs/good/result.json").read_text())["eval_loss"]
+    assert json.loads((tmp_path / "runs/good/environment.json").read_text())["threads"] == 1
+    for part in ("good: running", "good: done, held-out loss", "bursts: failed, step", "crashes: crashed"):
+        assert part in shown.text.getvalue()
+
+    before = (tmp_path / "runs/good/metrics.jsonl").stat()
+    again = Grid(runs, tmp_path, workers=2)
+    assert [job.name for job in again.waiting] == ["crashes"]
+    assert [job.state for job in again.jobs] == ["failed", "done", "waiting"]
+    assert again.jobs[1].eval_loss == grid.jobs[1].eval_loss
+    Grid(runs[:2], tmp_path).run()  # nothing to do
+    assert (tmp_path / "runs/good/metrics.jsonl").stat() == before
+
+    other = [("good", replace(tiny, steps=30))]
+    with pytest.raises(UserError, match="good holds a run with other settings"):
+        Grid(other, tmp_path)
+
+
+def test_interrupted_grid_saves_and_goes_on_as_if_nothing_had_been(tiny: RunConfig, tmp_path: Path) -> None:
+    runs = [("first", tiny), ("second", replace(tiny, steps=5))]
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(Interrupted, match="0 of 2 runs are finished"):
+        Grid(runs, tmp_path / "cut", workers=1).run(Recorder(interrupt_at=3))
+    assert signal.getsignal(signal.SIGINT) is before
+    result = json.loads((tmp_path / "cut/runs/first/result.json").read_text())
+    assert result["status"] == "interrupted"
+    assert 3 <= result["step"] < 100
+    assert not (tmp_path / "cut/runs/second").exists()
+
+    grid = Grid(runs[:1], tmp_path / "cut", workers=1)
+    grid.run(Recorder())
+    assert grid.jobs[0].state == "done"
+    threads = torch.get_num_threads()
+    try:
+        start(tiny, tmp_path / "whole").run()
+    finally:
+        torch.set_num_threads(threads)
+    whole = losses(tmp_path / "whole")
+    assert [step for step, _ in whole] == list(range(1, 101))
+    assert losses(tmp_path / "cut/runs/first") == whole
+
+
+def test_threads_and_a_grown_vocabulary_do_not_make_another_run(tiny: RunConfig) -> None:
+    grown = replace(tiny, threads=3, model=replace(tiny.model, vocab_size=5000))
+    assert same_settings(grown, tiny)
+    assert not same_settings(tiny, grown)
+    assert not same_settings(replace(grown, seed=1), tiny)
+
+
+def test_relative_paths_stay_the_same_run(tiny: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = Path(str(tiny.data.path))
+    monkeypatch.chdir(text.parent)
+    assert same_settings(tiny, replace(tiny, data=replace(tiny.data, path=text.name)))
+
+
+def test_workers_and_threads_share_the_cores(tiny: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = [(str(seed), replace(tiny, seed=seed, threads=0)) for seed in range(6)]
+    for cores, asked, expected in ((1, None, (1, 1)), (2, None, (2, 1)), (16, None, (4, 4)), (4, 9, (6, 1))):
+        monkeypatch.setattr(runner, "available_cores", lambda cores=cores: cores)
+        grid = Grid(runs, tmp_path, workers=asked)
+        assert (grid.workers, grid.threads) == expected
+        assert {job.config.threads for job in grid.jobs} == {grid.threads}
+    grid = Grid([("own", replace(tiny, threads=7))], tmp_path)
+    assert grid.jobs[0].config.threads == 7
+
+
+def jobs(tiny: RunConfig, *states: tuple[str, int, float]) -> Iterator[Job]:
+    for number, (state, step, seconds) in enumerate(states):
+        yield Job(str(number), replace(tiny, steps=600), state=state, step=step, seconds=seconds)  # type: ignore[arg-type]
+
+
+def test_time_left_follows_the_rate_and_the_workers(tiny: RunConfig) -> None:
+    assert time_left(list(jobs(tiny, ("running", 0, 1.0), ("waiting", 0, 0.0))), 1) is None
+    ten_a_second = [*jobs(tiny, ("running", 300, 30.0), ("waiting", 0, 0.0), ("waiting", 0, 0.0))]
+    assert time_left(ten_a_second, 1) == pytest.approx(30 + 60 + 60)
+    assert time_left(ten_a_second, 2) == pytest.approx(30 + 60)
+    assert time_left(list(jobs(tiny, ("done", 600, 60.0), ("failed", 9, 1.0))), 2) == 0
+
+
+def test_live_table_has_a_row_a_run(tiny: RunConfig) -> None:
+    shown = Console(file=io.StringIO(), width=120)
+    rows = list(jobs(tiny, ("done", 600, 61.0), ("failed", 9, 1.0), ("waiting", 0, 0.0)))
+    rows[0].loss, rows[1].loss, rows[1].detail = 5.1234, "nan", "step 9: loss nan"
+    shown.print(jobs_table(rows, 75))
+    text = shown.file.getvalue()  # type: ignore[attr-defined]
+    for part in ("600/600", "5.123", "1:01", "failed", "nan", "step 9: loss nan", "2 of 3 runs, about 1:15 left"):
+        assert part in text

@@ -1,0 +1,83 @@
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sdd import config_io
+from sdd.errors import UserError
+from sdd.placement import placements
+from sdd.train import preset
+
+
+def test_a_config_survives_the_file(tmp_path):
+    for name in ("nano", "micro", "581m", "2b"):
+        config = preset(name)
+        config_io.save(config, tmp_path / "config.json")
+        assert config_io.load(tmp_path / "config.json") == config
+
+
+def test_a_placement_may_be_given_by_name():
+    values = config_io.to_dict(preset("nano"))
+    values["model"]["placement"] = "deepnorm"
+    assert config_io.from_dict(values).model.placement == placements["deepnorm"]
+
+
+def test_every_field_is_explained():
+    missing = [name for name, _, about in config_io.fields() if not about]
+    assert missing == []
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"stepz": 3}, "unknown field 'stepz' (did you mean 'steps'?)"),
+        ({"steps": "many"}, "steps='many'"),
+        ({"steps": None}, "steps=None"),
+        ({"optim": {"lrr": 1}}, "unknown field 'optim.lrr' (did you mean 'optim.lr'?)"),
+        ({"optim": []}, "optim"),
+        ({"model": {"d_model": 64}}, "missing"),
+        ({"model": 3}, "model"),
+        ({"precision": "fp8"}, "precision='fp8'"),
+    ],
+)
+def test_what_is_wrong_is_named(change, expected):
+    values = config_io.to_dict(preset("nano")) | change
+    with pytest.raises(UserError) as error:
+        config_io.from_dict(values)
+    assert expected in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=8,
+)
+NAMES = st.sampled_from([name for name, _, _ in config_io.fields()] + ["model", "optim", "data"])
+
+
+@given(NAMES, JSON)
+def test_a_drawn_value_in_any_field_is_taken_or_refused_in_one_line(name, value):
+    values = json.loads(json.dumps(config_io.to_dict(preset("nano"))))
+    *path, last = name.split(".")
+    target = values
+    for key in path:
+        target = target[key]
+    target[last] = value
+    try:
+        config_io.from_dict(values)
+    except UserError as error:
+        problem = str(error)
+    else:
+        problem = ""
+    assert len(problem.splitlines()) <= 1
+
+
+@given(st.binary(max_size=60) | JSON.map(lambda value: json.dumps(value).encode()))
+def test_a_drawn_file_is_refused_in_one_line(tmp_path_factory, content):
+    file = tmp_path_factory.mktemp("config") / "config.json"
+    file.write_bytes(content)
+    with pytest.raises(UserError) as error:
+        config_io.load(file)
+    assert "\n" not in str(error.value)

@@ -1,0 +1,331 @@
+"""Runs on several processes: gloo on the CPU, float32 unless said."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers_parallel import in_world
+from helpers_train import TINY, rows, tiny
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sdd.errors import Interrupted, RunFailed, UserError
+from sdd.train import checkpoint as ckpt
+from sdd.train import loop
+from sdd.train.optim import optimizer_tensors
+from sdd.train.parallel import World
+
+# d_ff and the vocabulary divide neither by 2 nor by 4; one key-value head of 16 features has fewer rows than some
+# worlds have processes in other matrices' alphas; the gradient norm is about 1.4, so clipping is at work
+CONFIG = replace(
+    TINY,
+    model=replace(TINY.model, d_ff=51, vocab_size=4097),
+    data=replace(TINY.data, batch_size=8),
+    optim=replace(TINY.optim, grad_clip=0.5),
+    accumulate=8,
+    steps=20,
+    eval_every=10,
+    eval_sequences=9,
+    checkpoint_every=0,
+)
+
+
+def whole(tensor):
+    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().clone()
+
+
+def everything(trainer):
+    """Parameters and optimiser state by name, whole."""
+    named = {f"model.{name}": whole(parameter) for name, parameter in trainer.model.named_parameters()}
+    state = {f"optimizer.{name}": whole(tensor) for name, tensor in optimizer_tensors(trainer.optimizer).items()}
+    return named | state | {"rng": torch.get_rng_state()}
+
+
+def assert_equal(ours, theirs):
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        assert torch.equal(ours[name], theirs[name]), name
+
+
+def numbers(found):
+    """The arrays of what went over a pipe as lists, back as tensors."""
+    return {name: torch.as_tensor(values) for name, values in found.items()}
+
+
+def portable(found):
+    return {name: tensor.numpy() for name, tensor in found.items()}
+
+
+# --- the world
+
+
+@given(st.integers(1, 8), st.integers(1, 12), st.integers(1, 12), st.integers(1, 12))
+def test_passes_keep_the_rows_in_memory_at_most_those_of_one_process(size, times, parts, rows):
+    batch_size, accumulate = size * times * parts * rows, parts
+    passes = World(0, size).passes(batch_size, accumulate)
+    at_once, rest = divmod(batch_size, size * passes)
+    assert rest == 0, "all passes are equal"
+    assert at_once <= batch_size // accumulate
+    assert World().passes(batch_size, accumulate) == accumulate
+
+
+@given(st.integers(1, 9), st.integers(0, 40))
+def test_shares_are_equally_long_and_cover_everything_once(size, n):
+    shares = [World(rank, size).share(n) for rank in range(size)]
+    assert len({len(share) for share in shares}) == 1
+    assert [index for share in shares for index in share.tolist() if index >= 0] == list(range(n))
+
+
+def exchange(world):
+    found = {
+        "any": [world.any(world.rank == 2), world.any(False)],
+        "sum": world.sum(world.rank + 0.5),
+        "mean": world.mean(torch.tensor([1.0, world.rank])).tolist(),
+        "on main": world.on_main(lambda: f"from {world.rank}"),
+        "turn": world.in_turn(lambda: world.rank),
+    }
+    for culprits in ([1], [0, 2]):
+
+        def act(culprits=culprits):
+            if world.rank in culprits:
+                raise UserError(f"rank {world.rank} objects")
+
+        for how in (world.together, world.in_turn):
+            try:
+                how(act)
+            except UserError as error:
+                found.setdefault("errors", []).append(str(error))
+    try:
+        world.together(lambda: [][world.rank == 1] if world.rank == 1 else None)
+    except (IndexError, RunFailed) as error:
+        found["surprise"] = f"{type(error).__name__}: {error}"
+    try:
+        world.on_main(lambda: [].pop())
+    except (IndexError, RunFailed) as error:
+        found["on main surprise"] = type(error).__name__
+    return found
+
+
+def test_what_is_exchanged_and_errors_reach_every_rank():
+    answers = in_world(3, exchange)
+    for rank, found in enumerate(answers):
+        assert found["any"] == [True, False]
+        assert found["sum"] == 4.5
+        assert found["mean"] == [1.0, 1.0]
+        assert found["on main"] == "from 0"
+        assert found["turn"] == rank
+        assert found["errors"][:2] == ["rank 1 objects"] * 2
+        own = rank if rank in (0, 2) else 0
+        assert found["errors"][2] == f"rank {own} objects"
+        assert found["surprise"] == (
+            "IndexError: list index out of range"
+            if rank == 1
+            else "RunFailed: rank 1: IndexError: list index out of range"
+        )
+        assert found["on main surprise"] == ("IndexError" if rank == 0 else "RunFailed")
+
+
+# --- training
+
+
+def train(world, config, out):
+    trainer = loop.start(config, out, world)
+    found = {f"first.{name}": tensor for name, tensor in everything(trainer).items() if name.startswith("model.")}
+    trainer.run()
+    alphas = {f"alpha.{name}": p.detach() for name, p in trainer.model.named_parameters() if p.ndim < 2}
+    return portable(found | alphas)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """The run that one process makes of CONFIG."""
+    out = tmp_path_factory.mktemp("alone") / "run"
+    return out, train(World(), CONFIG, out)
+
+
+@pytest.mark.parametrize(("size", "changes"), [(2, {"activation_checkpointing": True}), (4, {})])
+def test_several_processes_train_as_one_does(tmp_path, alone, size, changes):
+    out, reference = alone
+    found = in_world(size, train, replace(CONFIG, **changes), tmp_path / "run")
+    for values in found:
+        for name, value in values.items():
+            if name.startswith("first."):
+                assert (value == reference[name]).all(), f"{name} is drawn differently"
+            else:
+                assert (value == found[0][name]).all(), f"{name} drifts apart"
+    ours, theirs = rows(tmp_path / "run"), rows(out)
+    assert [row["step"] for row in ours] == [row["step"] for row in theirs]
+    for one, other in zip(ours, theirs, strict=True):
+        assert one.keys() == other.keys()
+        for name in one.keys() & {"loss", "eval_loss", "eval_bits_per_byte"}:
+            assert one[name] == pytest.approx(other[name], abs=1e-5)
+        assert one.get("grad_norm", 0) == pytest.approx(other.get("grad_norm", 0), rel=2e-5)
+        assert one.get("tokens") == other.get("tokens")
+    assert max(row["grad_norm"] for row in ours if "grad_norm" in row) > 2 * CONFIG.optim.grad_clip
+    samples = [json.loads((run / "samples.jsonl").read_text()) for run in (tmp_path / "run", out)]
+    assert samples[0] == samples[1]
+    assert len(list((tmp_path / "run" / "checkpoints").glob("*/*.safetensors"))) == size
+
+
+def train_and_save(world, config, out):
+    """Two steps and an evaluation, which must leave the parameters in their parts."""
+    trainer = loop.start(config, out, world)
+    for step in range(2):
+        trainer.train_step(step)
+        trainer.step += 1
+    trainer.evaluate()
+    trainer.save()
+    found = everything(trainer)
+    trainer.run_dir.unlock()
+    return portable(found)
+
+
+def load_and_save(world, out, step):
+    torch.manual_seed(123)
+    trainer = loop.reopen(out, world=world)
+    assert trainer.step == step
+    found = everything(trainer)
+    loss = trainer.train_step(step)[0].item()
+    trainer.step += 1
+    trainer.save()
+    after = everything(trainer)
+    trainer.run_dir.unlock()
+    return portable(found), portable(after), loss
+
+
+def test_checkpoints_load_on_another_number_of_processes_bit_for_bit(tmp_path):
+    out = tmp_path / "run"
+    before, *_ = in_world(2, train_and_save, CONFIG, out)
+    losses = []
+    for step, size in enumerate((1, 4, 3, 2), 2):
+        config = json.loads((out / "config.json").read_text())
+        config["data"]["batch_size"] = 24 if size == 3 else 8
+        (out / "config.json").write_text(json.dumps(config))
+        alone = size == 1
+        answers = [load_and_save(World(), out, step)] if alone else in_world(size, load_and_save, out, step)
+        for found, _, loss in answers:
+            assert_equal(numbers(found), numbers(before))
+            losses.append(loss)
+        before = answers[-1][1]
+        assert any("exp_avg_sq" in name and value.max() > 0 for name, value in before.items())
+    assert len(set(losses)) == 4, "all ranks report the loss of the whole batch"
+
+
+def test_a_sharded_checkpoint_holds_parts_of_matrices_and_one_copy_of_the_rest(tmp_path):
+    in_world(2, train_and_save, CONFIG, tmp_path / "run")
+    from safetensors.torch import load_file
+
+    (path,) = ckpt.list_checkpoints(tmp_path / "run" / "checkpoints")
+    files = [load_file(file) for file in sorted(path.glob("*.safetensors"))]
+    embedding = [file["model.embed.weight"].shape[0] for file in files]
+    assert sorted(embedding) == [2048, 2049]
+    assert sum("model.embed_norm.weight" in file for file in files) == 1
+    assert sum("rng.cpu" in file for file in files) == 1
+
+
+def dtypes(world, config, out):
+    trainer = loop.Trainer(config, loop.RunDir(out), world=world)
+    seen = {}
+
+    def look(name):
+        def hook(module, _args):
+            seen.update({f"{name}.{key}": str(value.dtype) for key, value in module.named_parameters(recurse=False)})
+
+        return hook
+
+    for name, module in trainer.model.named_modules():
+        module.register_forward_pre_hook(look(name))
+    loss, norm = trainer.train_step(0)
+    stored = {str(parameter.dtype) for parameter in trainer.model.parameters()}
+    return seen, stored, loss.item(), norm.item()
+
+
+def test_bfloat16_leaves_alphas_and_norms_in_float32(tmp_path):
+    config = replace(CONFIG, precision="bfloat16")
+    trainer = loop.Trainer(config, loop.RunDir(tmp_path))
+    loss, norm = trainer.train_step(0)
+    for seen, stored, our_loss, our_norm in in_world(2, dtypes, config, tmp_path):
+        assert stored == {"torch.float32"}, "master weights"
+        scales = {name: dtype for name, dtype in seen.items() if "alpha" in name or "norm" in name}
+        matrices = {name: dtype for name, dtype in seen.items() if "proj.weight" in name}
+        assert len(scales) == 1 + 2 * 4
+        assert set(scales.values()) == {"torch.float32"}
+        assert len(matrices) == 2 * 7
+        assert set(matrices.values()) == {"torch.bfloat16"}
+        assert our_loss == pytest.approx(loss.item(), abs=1e-5), "the products are those of autocast"
+        assert our_norm == pytest.approx(norm.item(), rel=1e-4)
+
+
+def compiled(world, config, out):
+    trainer = loop.Trainer(config, loop.RunDir(out), world=world)
+    return [trainer.train_step(step)[0].item() for step in range(3)]
+
+
+@pytest.mark.slow
+def test_compiled_blocks_train_as_others_do(tmp_path):
+    plain = in_world(2, compiled, CONFIG, tmp_path)
+    fast = in_world(2, compiled, replace(CONFIG, compile=True), tmp_path)
+    assert fast[0] == pytest.approx(plain[0], abs=1e-5)
+
+
+# --- ends
+
+
+def fails(world, out, how):
+    config = {
+        "diverges": tiny("postnorm", optim=replace(TINY.optim, lr=1e30, warmup=0, grad_clip=0.0)),
+        "batch": replace(TINY, data=replace(TINY.data, batch_size=5)),
+    }.get(how, TINY)
+    if how == "no data" and world.rank == 1:
+        config = replace(config, data=replace(config.data, path=str(out / "nowhere.npy")))
+    try:
+        trainer = loop.start(config, out, world)
+        if how == "disk" and world.rank == 1:
+            ckpt.HuggingFaceStorageWriter.write_data = full
+        if how == "signal" and world.rank == 1:
+            trainer._signals.received = True
+        trainer.run()
+    except (UserError, RunFailed, Interrupted) as error:
+        return type(error).__name__, str(error), error.rank
+    return None
+
+
+def full(*_):
+    raise OSError(28, "No space left on device", "shard")
+
+
+@pytest.mark.parametrize(
+    ("how", "kind", "text"),
+    [
+        ("diverges", "RunFailed", "not finite"),
+        ("batch", "UserError", "5 rows does not divide among 2 processes"),
+        ("no data", "UserError", "no data at"),
+        ("disk", "RunFailed", "cannot write shard: No space left"),
+        ("signal", "Interrupted", "interrupted at step 1 and saved"),
+    ],
+)
+def test_all_ranks_end_together_and_the_first_says_why(tmp_path, how, kind, text):
+    answers = in_world(2, fails, tmp_path / "run", how)
+    for answer in answers:
+        assert answer is not None
+        assert answer[0] == kind
+        assert text in answer[1]
+        assert answer[2] == 0
+    assert list((tmp_path / "run").rglob(".tmp-*")) == []
+
+
+def damage_and_reopen(world, out):
+    trainer = loop.reopen(out, world=world)
+    trainer.run_dir.unlock()
+    return trainer.step
+
+
+def test_damage_in_any_rank_s_file_is_passed_over_by_all(tmp_path):
+    out = tmp_path / "run"
+    in_world(2, train, replace(TINY, keep_checkpoints=0), out)
+    newest = ckpt.list_checkpoints(out / "checkpoints")[-1]
+    last = sorted(newest.glob("*.safetensors"))[-1]
+    last.write_bytes(last.read_bytes()[:-1])
+    (out / "result.json").unlink()
+    assert in_world(2, damage_and_reopen, out) == [8, 8]
