@@ -16,7 +16,9 @@ from sdd.plan.memory import Job
 class CpuJob(Job):
     """A job on a CPU, where torch's flash kernel takes float32 and grouped heads."""
 
-    has_fused_attention = True
+    @property
+    def has_fused_attention(self) -> bool:
+        return True
 
 
 def small_config(placement: str | Placement, **changes: Any) -> ModelConfig:

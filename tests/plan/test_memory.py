@@ -11,6 +11,7 @@ import torch
 from helpers_plan import CpuJob, forward, peak_bytes, small_config
 
 from sdd.models import LanguageModel, model_presets
+from sdd.models.transformer import HAS_CHUNKED_LOSS
 from sdd.placement import placements
 from sdd.plan import Job, Memory, count_memory
 from sdd.train import OptimConfig
@@ -43,14 +44,15 @@ def test_weights_moments_and_gradients_are_exact(name: str, tied: bool) -> None:
 @pytest.mark.parametrize("bfloat16", [False, True], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize(("name", "vocab_size"), [("sdd", 2048), ("prenorm", 64), ("sdd-released", 64)])
 def test_the_peak_of_a_step(name: str, vocab_size: int, bfloat16: bool, checkpoint: bool, chunked: bool) -> None:
+    if chunked and not HAS_CHUNKED_LOSS:
+        pytest.skip(f"torch {torch.__version__} has no chunked loss")
     config = replace(model_presets["nano"], n_layers=3, vocab_size=vocab_size, placement=placements[name])
     job = CpuJob(config, 1, 8, bfloat16, checkpoint, chunked)
-    model, optimizer = trained(job)
+    model, _optimizer = trained(job)
     measured = peak_bytes(lambda: forward(model, job.micro_batch, bfloat16=bfloat16).backward())
     memory = count_memory(job)
     assert memory.peak - memory.states == pytest.approx(measured, rel=0.1)
     assert memory.peak - memory.states >= 0.98 * measured, "a plan that is too small is worse than one too large"
-    del optimizer
 
 
 def test_sharding_divides_all_but_the_scales() -> None:
@@ -76,7 +78,7 @@ def test_float32_with_grouped_heads_and_masks_have_no_fused_attention() -> None:
 
 
 def test_the_peak_counts_the_larger_phase() -> None:
-    assert Memory(1, 2, 3, 4, 5, loss=6, block=7).peak == 1 + 2 + 3 + 4 + 5 + 7
+    assert Memory(1, 2, 3, 4, 5, loss=6, block=7, norms=5).peak == 1 + 2 + 3 + 4 + 5 + 7
 
 
 @pytest.mark.slow

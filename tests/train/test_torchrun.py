@@ -106,28 +106,11 @@ def test_a_killed_rank_a_stopped_job_and_a_smaller_world_do_not_change_the_run(t
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (("train", "nano", "--data", "/nowhere/tokens.npy"), "sdd: no data at /nowhere/tokens.npy"),
-        (("train", "nano", "--lr", "fast"), "sdd: optim.lr"),
-        (("resume", "/nowhere/run"), "sdd: /nowhere/run holds no run"),
-    ],
-)
-def test_a_mistake_is_told_once(tmp_path, words, message):
+def test_a_mistake_is_told_once(tmp_path):
     log = tmp_path / "log"
-    out = () if words[0] == "resume" else ("--out", str(tmp_path / "run"))
-    with torchrun(log, *words, *out) as job:
+    with torchrun(log, "train", "nano", "--data", "/nowhere/tokens.npy", "--out", str(tmp_path / "run")) as job:
         assert job.wait(120) != 0
     said = log.read_text()
-    assert said.count(message) == 1, said
-    assert said.count("exitcode  : 2") + said.count("(SIGTERM)") >= 1, said
+    assert said.count("sdd: no data at /nowhere/tokens.npy") == 1, said
+    assert "exitcode  : 2" in said, said
     assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.slow
-def test_a_restart_must_be_able_to_find_its_run(tmp_path):
-    log = tmp_path / "log"
-    with torchrun(log, "train", "nano", options=("--max-restarts", "1")) as job:
-        assert job.wait(120) != 0
-    assert "--max-restarts needs --out RUN" in log.read_text()

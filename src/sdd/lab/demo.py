@@ -160,10 +160,10 @@ def _reference(out: Path, config: RunConfig) -> Reference:
     file = out / "reference.json"
     if file.exists():
         return Reference(**json.loads(file.read_text(encoding="utf-8")))
+    out.mkdir(parents=True, exist_ok=True)
     # Also tokenises the corpus, once, before several runs would do it at the same time.
     data = resolve(config)
     reference = token_frequencies(data, config.eval_sequences, config.model.context)
-    out.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(asdict(reference), indent=2) + "\n", encoding="utf-8")
     return reference
 

@@ -95,6 +95,7 @@ class Memory:
         activations: kept for the backward pass when the model's forward pass ends.
         loss: on top, at most, while the loss and its gradient are computed.
         block: on top, at most, while the gradients of the blocks are computed.
+        norms: what norms keep of the activations.
     """
 
     weights: int
@@ -104,6 +105,7 @@ class Memory:
     activations: int
     loss: int
     block: int
+    norms: int
 
     @property
     def states(self) -> int:
@@ -155,6 +157,7 @@ def count_memory(job: Job) -> Memory:
         activations=round(activations.kept * job.tokens),
         loss=_loss(job, sizes, round(activations.loss * job.tokens)),
         block=max(0, round(activations.block * job.tokens) + _block(job, sizes)),
+        norms=round(activations.parts.get("norms", 0) * job.tokens),
     )
 
 
