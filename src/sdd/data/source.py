@@ -108,6 +108,7 @@ def resolve_data(
               last 1% of the last file's windows (at least one) is held out;
             - text files (any UTF-8 file; .jsonl, .jsonl.zst and .jsonl.gz hold one document a line under "text"), or a
               directory of them: tokenised into the cache, about 5% held out (see `sdd.data.text.TailSplit`).
+
             A mixture is such paths with weights, `a.npy:0.7,texts:0.3`, or a .json file `{"sources": [{"path": ...,
             "weight": ...}, ...]}` with paths relative to it, or a directory that holds it as mixture.json. Weights are
             shares of the tokens; held out is a part of each source, put together in the same shares.
