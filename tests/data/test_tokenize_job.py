@@ -357,6 +357,8 @@ def test_a_bad_line_is_named_or_skipped(tmp_path: Path, out: Path, line: str):
     ],
 )
 def test_unusable_inputs_are_one_line(tmp_path: Path, out: Path, content: bytes, name: str, message: str):
+    if name.endswith("parquet"):
+        pytest.importorskip("pyarrow")
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=message) as caught:
         tokenize([str(tmp_path / name)], out, WHOLE)
