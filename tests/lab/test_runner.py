@@ -155,6 +155,12 @@ def test_time_left_follows_the_rate_and_the_workers(tiny: RunConfig) -> None:
     assert time_left(list(jobs(tiny, ("done", 600, 60.0), ("failed", 9, 1.0))), 2) == 0
 
 
+def test_time_left_is_not_misled_by_a_run_that_has_just_started(tiny: RunConfig) -> None:
+    started = list(jobs(tiny, ("done", 600, 60.0), ("running", 1, 8.0)))
+    assert time_left(started, 1) == pytest.approx(60, rel=0.01)
+    assert time_left(started[1:], 1) is None
+
+
 def test_live_table_has_a_row_a_run(tiny: RunConfig) -> None:
     shown = Console(file=io.StringIO(), width=120)
     rows = list(jobs(tiny, ("done", 600, 61.0), ("failed", 9, 1.0), ("waiting", 0, 0.0)))

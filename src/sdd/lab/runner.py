@@ -62,9 +62,9 @@ class Job:
 
     @property
     def steps_per_second(self) -> float | None:
-        """Steps of this session over its wall-clock time, start-up included; None before the first."""
+        """Steps of this session over its wall-clock time; None while that is mostly start-up."""
         done = self.step - self._first_step
-        return done / self.seconds if done > 0 and self.seconds > 0 else None
+        return done / self.seconds if 20 * done > self.config.steps and self.seconds > 0 else None
 
 
 class Grid:
