@@ -12,7 +12,7 @@ from typing import Any
 from sdd import config_io
 from sdd.cli_parser import Parser, base_config, positive_int
 from sdd.errors import Interrupted, RunFailed, UserError
-from sdd.train.parallel import joined, recorded, speaks, tell
+from sdd.train.parallel import joined, speaks, supervised, tell
 
 #: Options with a short name of their own; every other field goes by its dotted name.
 SHORT = {
@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit code: 0 done, 2 the user's mistake, 3 the run failed, 130 interrupted."""
     args = list(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(level=logging.INFO if speaks() else logging.ERROR, format="%(message)s")
-    return recorded(lambda: _exit_code(args))()
+    return supervised(lambda: _exit_code(args))
 
 
 def _exit_code(args: list[str]) -> int:

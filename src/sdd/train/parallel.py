@@ -269,10 +269,25 @@ def _attempt(store: Store, world: World) -> str:
             return attempt
 
 
-def recorded(main: Callable[[], int]) -> Callable[[], int]:
-    """`main`, with an exception that leaves it recorded for torchrun's report of a failed job."""
-    if "TORCHELASTIC_ERROR_FILE" not in os.environ:
-        return main
-    from torch.distributed.elastic.multiprocessing.errors import record
+#: Seconds in which torchrun, which looks every 0.1, is sure to have seen that a process is gone.
+_TORCHRUN_LOOKS = 1.0
 
-    return cast("Callable[[], int]", record(main))
+
+def supervised(main: Callable[[], int]) -> int:
+    """The exit code that `main` returns; torchrun learns of an exception that leaves it.
+
+    In a job of several processes a failed one ends right here: at an orderly end, threads that still wait for other
+    processes abort it now and then, and its exit code is lost. It lets torchrun look around first: a process that ends
+    because another was lost must not be taken for the cause.
+    """
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:
+        from torch.distributed.elastic.multiprocessing.errors import record
+
+        main = cast("Callable[[], int]", record(main))
+    code = main()
+    if code and _store is not None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        time.sleep(_TORCHRUN_LOOKS)
+        os._exit(code)
+    return code
