@@ -9,11 +9,11 @@ from helpers_data import some_documents, texts_of
 
 from sdd.data import builtin_tokenizer
 from sdd.data.inputs import _load_dataset, find_inputs, records
-from sdd.data.tokenize_job import Settings, tokenize
+from sdd.data.tokenize_job import TokenizeSettings, tokenize
 from sdd.errors import UserError
 
 DOCUMENTS = some_documents(600)
-WHOLE = Settings(builtin_tokenizer(), validation_fraction=0)
+WHOLE = TokenizeSettings(builtin_tokenizer(), validation_fraction=0)
 
 
 class FakeDataset:

@@ -15,7 +15,7 @@ from sdd.cli import main
 from sdd.data import builtin_tokenizer, cli, resolve_data
 from sdd.data.cli import Display
 from sdd.data.shards import Counts
-from sdd.data.tokenize_job import Settings, Status, tokenize
+from sdd.data.tokenize_job import Status, TokenizeSettings, tokenize
 from sdd.errors import RunFailed, UserError
 
 
@@ -52,10 +52,14 @@ def test_mistakes_are_one_line_and_exit_2(source: Path, tmp_path: Path, words: l
     assert error.count("\n") == 1
 
 
-def test_ctrl_c_says_how_to_go_on(source: Path, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_it_and_it_says_how_to_go_on(
+    source: Path, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+):
     def stop(self: Display, status: Status) -> None:
         if status.text_bytes:
-            raise KeyboardInterrupt
+            os.kill(os.getpid(), number)
+            time.sleep(10)
 
     words = ["tokenize", str(source), "--out", str(tmp_path / "out"), "--workers", "1"]
     with monkeypatch.context() as patch:
@@ -88,7 +92,7 @@ def test_a_terminal_sees_a_bar_and_a_log_sees_lines(monkeypatch: pytest.MonkeyPa
 
 def test_the_number_of_workers_does_not_matter(source: Path, tmp_path: Path):
     for workers in (1, 2):
-        settings = Settings(builtin_tokenizer(), workers, chunk_bytes=2000, shard_tokens=3000)
+        settings = TokenizeSettings(builtin_tokenizer(), workers, chunk_bytes=2000, shard_tokens=3000)
         tokenize([str(source)], tmp_path / str(workers), settings)
     assert contents(tmp_path / "1") == contents(tmp_path / "2")
     (tmp_path / "bad.jsonl").write_text("{")
@@ -97,7 +101,7 @@ def test_the_number_of_workers_does_not_matter(source: Path, tmp_path: Path):
 
 
 def test_a_worker_that_dies_is_one_line(source: Path, tmp_path: Path):
-    settings = Settings(builtin_tokenizer(), workers=2, chunk_bytes=500)
+    settings = TokenizeSettings(builtin_tokenizer(), workers=2, chunk_bytes=500)
     killed = False
 
     def kill_one(status: Status) -> None:
@@ -109,11 +113,15 @@ def test_a_worker_that_dies_is_one_line(source: Path, tmp_path: Path):
 
     with pytest.raises(RunFailed, match="a worker process was killed, out of memory perhaps: give the same command"):
         tokenize([str(source)], tmp_path / "out", settings, kill_one)
-    assert tokenize([str(source)], tmp_path / "out", Settings(builtin_tokenizer(), chunk_bytes=500))["documents"] == 60
+    assert (
+        tokenize([str(source)], tmp_path / "out", TokenizeSettings(builtin_tokenizer(), chunk_bytes=500))["documents"]
+        == 60
+    )
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc to find the workers")
-@pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+@pytest.mark.slow
+@pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGINT])
 def test_a_killed_command_leaves_nobody_behind_and_goes_on(tmp_path: Path, kill: signal.Signals):
     # a signal must not come after the end, so there is much to do; after SIGKILL all of it is done again
     repeats = 7 if kill == signal.SIGKILL else 60
@@ -141,7 +149,7 @@ def test_a_killed_command_leaves_nobody_behind_and_goes_on(tmp_path: Path, kill:
         resolve_data(out, context=8)
     if kill == signal.SIGKILL:
         for folder in (out, tmp_path / "whole"):
-            tokenize([str(source)], folder, Settings(builtin_tokenizer()))
+            tokenize([str(source)], folder, TokenizeSettings(builtin_tokenizer()))
         assert contents(out) == contents(tmp_path / "whole")
 
 

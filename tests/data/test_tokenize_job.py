@@ -13,12 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sdd.data import Loader, TokenFile, Tokenizer, builtin_tokenizer, resolve_data, shards, tokenize_job
-from sdd.data.tokenize_job import Settings, Status, tokenize
+from sdd.data.tokenize_job import Status, TokenizeSettings, tokenize
 from sdd.errors import RunFailed, UserError
 
 DOCUMENTS = some_documents(60)
-SMALL = Settings(builtin_tokenizer(), chunk_bytes=2000, shard_tokens=3000, validation_fraction=0.1)
-WHOLE = Settings(builtin_tokenizer(), chunk_bytes=2000, validation_fraction=0)
+SMALL = TokenizeSettings(builtin_tokenizer(), chunk_bytes=2000, shard_tokens=3000, validation_fraction=0.1)
+WHOLE = TokenizeSettings(builtin_tokenizer(), chunk_bytes=2000, validation_fraction=0)
 
 
 @pytest.fixture
@@ -94,8 +94,10 @@ def test_parquet(tmp_path: Path, out: Path):
     with pytest.raises(UserError, match=r"rows\.parquet has no field 'text': choose with --text-field, e\.g\. body, n"):
         tokenize([str(path)], out, WHOLE)
     with pytest.raises(UserError, match=r"rows\.parquet, row 1 holds a int, expected text"):
-        tokenize([str(path)], tmp_path / "other", Settings(builtin_tokenizer(), text_field="n"))
-    tokenize([str(path)], tmp_path / "right", Settings(builtin_tokenizer(), text_field="body", validation_fraction=0))
+        tokenize([str(path)], tmp_path / "other", TokenizeSettings(builtin_tokenizer(), text_field="n"))
+    tokenize(
+        [str(path)], tmp_path / "right", TokenizeSettings(builtin_tokenizer(), text_field="body", validation_fraction=0)
+    )
     assert texts_of(files_in(tmp_path / "right")) == DOCUMENTS
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(UserError, match=r"rows\.parquet is damaged or no parquet file"):
@@ -109,7 +111,7 @@ def test_bytes_that_are_no_utf8_in_parquet_are_named_or_skipped(tmp_path: Path, 
     parquet.write_table(pyarrow.table({"text": column}), tmp_path / "x.parquet")
     with pytest.raises(UserError, match=r"x\.parquet, row 2 is not UTF-8 text \(byte 3\)"):
         tokenize([str(tmp_path / "x.parquet")], out, WHOLE)
-    skipping = Settings(builtin_tokenizer(), validation_fraction=0, skip_bad=True)
+    skipping = TokenizeSettings(builtin_tokenizer(), validation_fraction=0, skip_bad=True)
     assert tokenize([str(tmp_path / "x.parquet")], tmp_path / "skipped", skipping)["skipped"] == 1
     assert texts_of(files_in(tmp_path / "skipped")) == ["fine", "good"]
 
@@ -135,7 +137,9 @@ def test_the_held_out_share_does_not_depend_on_the_size_of_chunks(
 ):
     documents = some_documents(200, seed=1)
     source = write_jsonl(tmp_path / "text.jsonl", documents)
-    tokenize([str(source)], out, Settings(builtin_tokenizer(), validation_fraction=fraction, chunk_bytes=chunk_bytes))
+    tokenize(
+        [str(source)], out, TokenizeSettings(builtin_tokenizer(), validation_fraction=fraction, chunk_bytes=chunk_bytes)
+    )
     share = sum(map(len, texts_of([out / "validation.npy"]))) / sum(map(len, documents))
     assert 0.6 * fraction <= share <= 1.1 * fraction, share
 
@@ -226,7 +230,7 @@ def test_other_settings_are_refused(source: Path, out: Path, change: dict, messa
     tokenize([str(source)], out, SMALL)
     before = contents(out)
     with pytest.raises(UserError, match=message):
-        tokenize([str(source)], out, Settings(**{**SMALL.__dict__, **change}))
+        tokenize([str(source)], out, TokenizeSettings(**{**SMALL.__dict__, **change}))
     assert contents(out) == before
 
 
@@ -339,7 +343,7 @@ def test_a_bad_line_is_named_or_skipped(tmp_path: Path, out: Path, line: str):
     path.write_bytes(b'{"text": "fine"}\n\n' + line.encode("latin1") + b'\n{"text": "good"}')
     with pytest.raises(UserError, match=r"some\.jsonl, line 3: expected a JSON object with a string \"text\""):
         tokenize([str(path)], out, WHOLE)
-    skipping = Settings(builtin_tokenizer(), validation_fraction=0, skip_bad=True)
+    skipping = TokenizeSettings(builtin_tokenizer(), validation_fraction=0, skip_bad=True)
     result = tokenize([str(path)], tmp_path / "skipped", skipping)
     assert (result["skipped"], result["documents"]) == (1, 2)
     assert texts_of(files_in(tmp_path / "skipped")) == ["fine", "good"]
@@ -385,21 +389,23 @@ def test_the_end_of_text_token(tmp_path: Path, source: Path, out: Path):
     (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
     tokenizer = Tokenizer.load(tmp_path / "tokenizer.json")
     with pytest.raises(UserError, match=r"none of the usual end-of-text tokens .* name its own with --eos TOKEN"):
-        tokenize([str(source)], out, Settings(tokenizer))
+        tokenize([str(source)], out, TokenizeSettings(tokenizer))
     with pytest.raises(UserError, match=r"has no token '<\|halt\|>' to end a text with"):
-        tokenize([str(source)], out, Settings(tokenizer, eos="<|halt|>"))
-    tokenize([str(source)], out, Settings(tokenizer, eos="<|stop|>", validation_fraction=0))
+        tokenize([str(source)], out, TokenizeSettings(tokenizer, eos="<|halt|>"))
+    tokenize([str(source)], out, TokenizeSettings(tokenizer, eos="<|stop|>", validation_fraction=0))
     assert TokenFile.open(out / "train-00000.npy").eos == 0
     assert texts_of(files_in(out), tokenizer) == DOCUMENTS
 
 
 def test_the_dtype(source: Path, out: Path, tmp_path: Path):
-    tokenize([str(source)], out, Settings(builtin_tokenizer(), dtype="uint32", validation_fraction=0))
+    tokenize([str(source)], out, TokenizeSettings(builtin_tokenizer(), dtype="uint32", validation_fraction=0))
     assert TokenFile.open(out / "train-00000.npy").info.dtype == "uint32"
     assert texts_of(files_in(out)) == DOCUMENTS
     words = tokenizers.models.WordLevel({"</s>": 0, "word": 2**16}, unk_token="word")
     tokenizers.Tokenizer(words).save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(UserError, match="has 65537 tokens, more than uint16 holds"):
-        tokenize([str(source)], tmp_path / "x", Settings(Tokenizer.load(tmp_path / "tokenizer.json"), dtype="uint16"))
+        tokenize(
+            [str(source)], tmp_path / "x", TokenizeSettings(Tokenizer.load(tmp_path / "tokenizer.json"), dtype="uint16")
+        )
     with pytest.raises(UserError, match=r"validation fraction 1\.5 must be"):
-        tokenize([str(source)], tmp_path / "x", Settings(builtin_tokenizer(), validation_fraction=1.5))
+        tokenize([str(source)], tmp_path / "x", TokenizeSettings(builtin_tokenizer(), validation_fraction=1.5))

@@ -7,6 +7,7 @@ from sdd.data.mixture import Part
 from sdd.data.prepare import cached_token_files, tokenize_files
 from sdd.data.source import DataSource, resolve_data
 from sdd.data.token_file import TokenFile, TokenInfo, TokenizerRef, TokenWriter
+from sdd.data.tokenize_job import TokenizeSettings, tokenize
 from sdd.data.tokenizer import Tokenizer
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "TokenFile",
     "TokenInfo",
     "TokenWriter",
+    "TokenizeSettings",
     "Tokenizer",
     "TokenizerRef",
     "builtin_tokenizer",
@@ -25,5 +27,6 @@ __all__ = [
     "eval_windows",
     "permute",
     "resolve_data",
+    "tokenize",
     "tokenize_files",
 ]

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from sdd.data.corpora import builtin_tokenizer
-from sdd.data.tokenize_job import VALIDATION_FRACTION, Settings, Status, tokenize
+from sdd.data.tokenize_job import VALIDATION_FRACTION, Status, TokenizeSettings, tokenize
 from sdd.data.tokenizer import Tokenizer
 from sdd.data.workers import available_cpus
 from sdd.errors import Interrupted, UserError
@@ -86,7 +86,7 @@ class Display:
         self._progress.update(self._task, completed=status.done, numbers=numbers)
 
 
-def _parse(args: list[str]) -> tuple[Settings, list[str], Path, bool]:
+def _parse(args: list[str]) -> tuple[TokenizeSettings, list[str], Path, bool]:
     from sdd.cli_parser import Parser, positive_int  # here, for the data do not depend on them
 
     parser = Parser(prog="sdd tokenize", description=_ABOUT, allow_abbrev=False)
@@ -109,7 +109,7 @@ def _parse(args: list[str]) -> tuple[Settings, list[str], Path, bool]:
     options = parser.parse_known(args)
     if options.dtype not in ("auto", "uint16", "uint32"):
         raise UserError(f"--dtype {options.dtype}: choose auto, uint16 or uint32")
-    settings = Settings(
+    settings = TokenizeSettings(
         tokenizer=Tokenizer.load(options.tokenizer) if options.tokenizer else builtin_tokenizer(),
         workers=options.workers or available_cpus(),
         validation_fraction=options.validation_fraction,

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from sdd.data.text import JSONL_SUFFIXES, blocks, json_text, lines, piece_end
 from sdd.errors import UserError
 
-JSON_LINES = (*JSONL_SUFFIXES, ".json", ".ndjson")
+JSON_LINES = (*JSONL_SUFFIXES, ".ndjson", ".ndjson.gz", ".ndjson.zst")
 TEXT = (".txt", ".md", ".txt.gz", ".txt.zst", ".md.gz", ".md.zst")
 PARQUET = (".parquet",)
 HUB = "hf:"
@@ -130,7 +130,7 @@ def _find(name: str, field: str) -> list[Input]:
     if _is_saved(path):
         return [_dataset_input(f"{HUB}{path}", field)]
     inside = sorted(file for file in path.rglob("*") if file.is_file())
-    known = (*TEXT, *JSONL_SUFFIXES, ".ndjson", *PARQUET)  # no .json: those beside data seldom are JSON lines
+    known = (*TEXT, *JSON_LINES, *PARQUET)  # no .json: those beside data seldom are JSON lines
     found = [_file_input(file) for file in inside if file.name.endswith(known)]
     if not found:
         raise UserError(f"{path} holds no text, JSON lines or parquet ({', '.join(known)})")
@@ -138,7 +138,9 @@ def _find(name: str, field: str) -> list[Input]:
 
 
 def _file_input(path: Path) -> Input:
-    kind = "json lines" if path.name.endswith(JSON_LINES) else "parquet" if path.suffix in PARQUET else "text"
+    kind = "parquet" if path.name.endswith(PARQUET) else "text"
+    if path.name.endswith((*JSON_LINES, ".json")):
+        kind = "json lines"
     status = path.stat()
     return Input(str(path), kind, status.st_size, str(status.st_mtime_ns))
 

@@ -226,7 +226,7 @@ def _token_source(name: str, paths: Sequence[Path], given: _Given) -> DataSource
             f"{files[0].path.with_suffix('.json').name} or name the tokenizer"
         )
     eos = files[0].eos if files[0].eos is not None else tokenizer and tokenizer.eos
-    files = [TokenFile.open(path, given.dtype, eos, vocab_size) for path in paths]
+    files = [file.knowing(eos, vocab_size) for file in files]
     validation = [file for file in files if file.path.stem in VALIDATION_STEMS]
     train = [file for file in files if file not in validation]
     if not train or len(validation) > 1:

@@ -103,8 +103,8 @@ class TokenFile:
                 "the file is incomplete or the json belongs to another; write both again"
             )
         info = info or TokenInfo.model_validate({"dtype": dtype})
-        info = _completed(path, info, n_tokens=n_tokens, eos=eos, vocab_size=vocab_size)
-        return cls(path, StoredTokens(path, array_dtype, offset, n_tokens), info)
+        file = cls(path, StoredTokens(path, array_dtype, offset, n_tokens), _completed(path, info, n_tokens=n_tokens))
+        return file.knowing(eos, vocab_size)
 
     @property
     def tokens(self) -> np.ndarray:
@@ -113,6 +113,14 @@ class TokenFile:
 
     def __len__(self) -> int:
         return len(self._tokens)
+
+    def knowing(self, eos: int | None, vocab_size: int | None) -> "TokenFile":
+        """The same file with what its json does not say.
+
+        Raises:
+            UserError: the json says something else.
+        """
+        return TokenFile(self.path, self._tokens, _completed(self.path, self.info, eos=eos, vocab_size=vocab_size))
 
     @property
     def eos(self) -> int | None:

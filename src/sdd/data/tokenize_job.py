@@ -57,7 +57,7 @@ class Manifest(pydantic.BaseModel):
 
 
 @dataclass(frozen=True)
-class Settings:
+class TokenizeSettings:
     """How `tokenize` goes about it.
 
     Attributes:
@@ -103,7 +103,7 @@ class Status:
 
 
 def tokenize(
-    names: Sequence[str], out: Path, settings: Settings, watch: Callable[[Status], None] | None = None
+    names: Sequence[str], out: Path, settings: TokenizeSettings, watch: Callable[[Status], None] | None = None
 ) -> dict[str, Any]:
     """Tokenise text, JSON lines, parquet and Hugging Face datasets into a folder that `resolve_data` reads.
 
@@ -141,7 +141,7 @@ def tokenize(
         ) from None
 
 
-def _rules(names: Sequence[str], settings: Settings) -> Rules:
+def _rules(names: Sequence[str], settings: TokenizeSettings) -> Rules:
     if not 0 <= settings.validation_fraction < 1:
         raise UserError(f"validation fraction {settings.validation_fraction} must be at least 0 and below 1")
     tokenizer = settings.tokenizer
@@ -172,7 +172,7 @@ def _eos(tokenizer: Tokenizer, named: str | None) -> int:
     return found
 
 
-def _manifest(rules: Rules, settings: Settings) -> Manifest:
+def _manifest(rules: Rules, settings: TokenizeSettings) -> Manifest:
     return Manifest(
         tokenizer=settings.tokenizer.sha256,
         eos=rules.eos,
@@ -238,7 +238,7 @@ def _check_same(out: Path, before: Manifest, now: Manifest) -> None:
 
 
 def _work(
-    out: Path, rules: Rules, settings: Settings, progress: Progress, watch: Callable[[Status], None] | None
+    out: Path, rules: Rules, settings: TokenizeSettings, progress: Progress, watch: Callable[[Status], None] | None
 ) -> None:
     info = TokenInfo(
         dtype=rules.dtype,
@@ -257,7 +257,7 @@ def _work(
             shards.close()
 
 
-def _fill(shards: Shards, rules: Rules, settings: Settings, watch: Callable[[Status], None] | None) -> None:
+def _fill(shards: Shards, rules: Rules, settings: TokenizeSettings, watch: Callable[[Status], None] | None) -> None:
     progress = shards.progress
     began = committed = time.monotonic()
     text_before, seconds_before = progress.total().n_bytes, progress.seconds
