@@ -77,8 +77,10 @@ def load(path: Path) -> RunConfig:
 
 
 def save(config: RunConfig, path: Path) -> None:
-    """Write a config as JSON; every field, so that later defaults do not change an old run."""
-    path.write_text(json.dumps(to_dict(config), indent=2) + "\n", encoding="utf-8")
+    """Write a config as JSON, aside and renamed; every field, so that later defaults do not change an old run."""
+    aside = path.with_name(f".tmp-{path.name}")
+    aside.write_text(json.dumps(to_dict(config), indent=2) + "\n", encoding="utf-8")
+    aside.rename(path)
 
 
 def with_overrides(config: RunConfig, overrides: Mapping[str, Any]) -> RunConfig:

@@ -75,7 +75,7 @@ def test_a_failed_write_exits_3(source: Path, tmp_path: Path, capsys, monkeypatc
 
 
 def test_a_terminal_sees_a_bar_and_a_log_sees_lines(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(cli, "_SECONDS_BETWEEN_LINES", 0)
+    monkeypatch.setattr(cli, "SECONDS_BETWEEN_LINES", 0)
     counts = Counts(n_tokens=1_000_000)
     stages = [Status(25, 100, counts, 0, 0.0), Status(50, 100, counts, 2_000_000, 10.0)]
     for terminal in (False, True):

@@ -7,6 +7,7 @@ from helpers_train import TINY, rows, tiny
 from safetensors.torch import load_file
 
 from sdd.errors import RunFailed, UserError
+from sdd.lab.report import write_report
 from sdd.placement import placements
 from sdd.train import loop
 from sdd.train.checkpoint import list_checkpoints
@@ -154,6 +155,13 @@ def test_nothing_the_user_had_is_overwritten(tmp_path):
     assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
 
 
+def test_a_start_that_was_killed_before_its_config_stood_can_be_repeated(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "lock").touch()
+    (tmp_path / "run" / ".tmp-config.json").write_text('{"half')
+    assert train(tmp_path / "run", replace(TINY, steps=1))["status"] == "done"
+
+
 def test_a_complete_run_goes_on_only_with_more_steps(tmp_path):
     train(tmp_path / "run", replace(TINY, optim=replace(TINY.optim, schedule="constant")))
     with pytest.raises(UserError, match="complete at step 12"):
@@ -212,7 +220,7 @@ def test_threads_are_set_and_recorded(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("placement", list(placements))
-def test_every_placement_trains_and_resumes(tmp_path, placement):
+def test_every_placement_trains_resumes_and_reports(tmp_path, placement):
     """nano's held-out loss starts at about 8.5 nats and falls by at least 1.2 in 40 steps, resumed at the half."""
     from sdd.train import preset
 
@@ -230,3 +238,5 @@ def test_every_placement_trains_and_resumes(tmp_path, placement):
     result = resume(tmp_path / "run", 40)
     assert result["step"] == 40
     assert before - result["eval_loss"] > 1.2
+    write_report([tmp_path / "run"], tmp_path / "report.html")
+    assert f"{result['eval_loss']:.3f}" in (tmp_path / "report.html").read_text()

@@ -2,22 +2,21 @@
 
 import json
 import signal
-import sys
 import time
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import TextColumn
 
 from sdd.data.corpora import builtin_tokenizer
 from sdd.data.tokenize_job import VALIDATION_FRACTION, Status, TokenizeSettings, tokenize
 from sdd.data.tokenizer import Tokenizer
 from sdd.data.workers import available_cpus
 from sdd.errors import Interrupted, UserError
+from sdd.terminal import SECONDS_BETWEEN_LINES, clock, progress_bar, stderr_console
 
-_SECONDS_BETWEEN_LINES = 15.0
 _ABOUT = """Turn text into token files, a folder that `--data DIR` takes.
 
 INPUT is text (.txt, .md), JSON lines (.jsonl), either also as .gz or .zst, parquet (needs the extra `data`), a folder
@@ -45,17 +44,9 @@ class Display:
     """What is shown meanwhile: a bar on a terminal, now and then a line elsewhere, on stderr."""
 
     def __init__(self, console: Console | None = None) -> None:
-        self.console = console or Console(stderr=True, highlight=False, soft_wrap=not sys.stderr.isatty())
+        self.console = console or stderr_console()
         self._shown = time.monotonic()
-        self._progress = Progress(
-            TextColumn("{task.percentage:.0f}%"),
-            BarColumn(bar_width=24),
-            TextColumn("{task.fields[numbers]}"),
-            TimeRemainingColumn(),
-            TextColumn("left"),
-            console=self.console,
-            disable=not self.console.is_terminal,
-        )
+        self._progress = progress_bar(self.console, TextColumn("{task.percentage:.0f}%"))
         self._task = self._progress.add_task("tokenize", total=None, numbers="")
         self._first: int | None = None
 
@@ -78,10 +69,10 @@ class Display:
             if status.done:
                 self.console.print(f"going on at {status.done / max(status.size, 1):.0%}", markup=False)
             self._progress.reset(self._task, total=status.size, completed=status.done, numbers=numbers)
-        elif not self.console.is_terminal and now - self._shown > _SECONDS_BETWEEN_LINES:
+        elif not self.console.is_terminal and now - self._shown > SECONDS_BETWEEN_LINES:
             self._shown = now
             left = status.seconds * (status.size - status.done) / max(status.done - self._first, 1)
-            line = f"{status.done / max(status.size, 1):.0%}   {numbers}   {_duration(left)} left"
+            line = f"{status.done / max(status.size, 1):.0%}   {numbers}   {clock(left)} left"
             self.console.print(line, markup=False)
         self._progress.update(self._task, completed=status.done, numbers=numbers)
 
@@ -140,9 +131,3 @@ def _in_words(result: dict[str, Any]) -> str:
         f"done: {result['tokens']:,} tokens of {result['documents']:,} documents, {result['validation_tokens']:,} held "
         f"out ({result['text_bytes'] / 1e6:,.1f} MB of text{speed}{skipped}); use them with: --data {result['out']}"
     )
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

@@ -1,13 +1,12 @@
 """What a run shows while it goes: a progress bar on a terminal, plain lines elsewhere."""
 
-import sys
 import time
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import MofNCompleteColumn, TextColumn
 
-_SECONDS_BETWEEN_LINES = 15.0
+from sdd.terminal import SECONDS_BETWEEN_LINES, clock, progress_bar, stderr_console
 
 
 class Reporter:
@@ -21,21 +20,12 @@ class Reporter:
     """
 
     def __init__(self, steps: int, start: int = 0, console: Console | None = None, *, quiet: bool = False) -> None:
-        self.console = console or Console(stderr=True, highlight=False, soft_wrap=not sys.stderr.isatty(), quiet=quiet)
+        self.console = console or stderr_console(quiet=quiet)
         self.steps = steps
         self._shown = time.monotonic()
         self._began = time.monotonic()
         self._start = start
-        self._progress = Progress(
-            TextColumn("step"),
-            MofNCompleteColumn(),
-            BarColumn(bar_width=24),
-            TextColumn("{task.fields[numbers]}"),
-            TimeRemainingColumn(),
-            TextColumn("left"),
-            console=self.console,
-            disable=quiet or not self.console.is_terminal,
-        )
+        self._progress = progress_bar(self.console, TextColumn("step"), MofNCompleteColumn(), quiet=quiet)
         self._task = self._progress.add_task("train", total=steps, completed=start, numbers="")
 
     def __enter__(self) -> "Reporter":
@@ -56,13 +46,7 @@ class Reporter:
         numbers = f"loss {loss:.4f}   {tokens_per_second:,.0f} tokens/s"
         self._progress.update(self._task, completed=step, numbers=numbers)
         now = time.monotonic()
-        if not self.console.is_terminal and (now - self._shown > _SECONDS_BETWEEN_LINES or step == self.steps):
+        if not self.console.is_terminal and (now - self._shown > SECONDS_BETWEEN_LINES or step == self.steps):
             self._shown = now
             left = (now - self._began) / max(step - self._start, 1) * (self.steps - step)
-            self.say(f"step {step}/{self.steps}   {numbers}   {_duration(left)} left")
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+            self.say(f"step {step}/{self.steps}   {numbers}   {clock(left)} left")

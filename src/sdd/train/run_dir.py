@@ -65,7 +65,8 @@ class RunDir:
             raise UserError(f"{self.path} holds a run already: go on with it (sdd resume {self.path}), or name another")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            other = next(self.path.iterdir(), None)
+            # what a process leaves that is killed before it has written config.json is no run yet
+            other = next((path for path in self.path.iterdir() if path.name not in ("lock", ".tmp-config.json")), None)
         except OSError as error:
             raise UserError(f"cannot make the run directory {self.path}: {error.strerror}") from None
         if other is not None:
