@@ -113,13 +113,16 @@ def test_evaluation_matches_the_definition(tmp_path):
 
 
 def test_a_run_that_is_no_longer_finite_fails_and_says_so(tmp_path):
-    config = tiny("postnorm", optim=replace(TINY.optim, lr=1e30, warmup=0, grad_clip=0.0))
+    hot = replace(TINY.optim, lr=1e30, warmup=0, grad_clip=0.0)
+    config = tiny("postnorm", optim=hot, guard=replace(TINY.guard, nonfinite="stop"))
     with pytest.raises(RunFailed, match="not finite"):
-        train(tmp_path / "run", config)
-    result = json.loads((tmp_path / "run" / "result.json").read_text())
+        train(tmp_path / "stop", config)
+    result = json.loads((tmp_path / "stop" / "result.json").read_text())
     assert result["status"] == "failed"
     assert "not finite" in result["reason"]
-    json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    json.loads((tmp_path / "stop" / "metrics.jsonl").read_text().splitlines()[-1])
+    with pytest.raises(RunFailed, match=r"rolled back 3 times without getting past step 2: lower the learning rate"):
+        train(tmp_path / "skip", tiny("postnorm", optim=hot))
 
 
 def test_damaged_checkpoints_are_passed_over(tmp_path, capsys):

@@ -325,7 +325,7 @@ def full(*_):
 @pytest.mark.parametrize(
     ("how", "kind", "text"),
     [
-        ("diverges", "RunFailed", "not finite"),
+        ("diverges", "RunFailed", "rolled back 3 times"),
         ("batch", "UserError", "5 rows does not divide among 2 processes"),
         ("no data", "UserError", "no data at"),
         ("other data", "UserError", "do not see the same training data"),

@@ -70,6 +70,10 @@ class Loader:
         self._interleaving = Interleaving([part.weight for part in self.parts])
         rows = batch_size // world_size
         self._rows = np.arange(rank * rows, (rank + 1) * rows, dtype=np.int64)
+        self.pass_over(skipped)
+
+    def pass_over(self, skipped: Sequence[int]) -> None:
+        """Replace the list of skipped batches."""
         passed = np.unique(np.asarray(skipped, np.int64))
         self._passed = passed - np.arange(len(passed))  # as many batches are used before the skipped one
 

@@ -74,6 +74,7 @@ def run_config(placement: str, setting: Setting, seed: int) -> RunConfig:
         base,
         model=replace(base.model, placement=placements[placement]),
         optim=replace(base.optim, lr=setting.lr, warmup=setting.warmup),
+        guard=replace(base.guard, nonfinite="stop", spikes="observe"),  # a study observes
         steps=STEPS,
         seed=seed,
         eval_every=STEPS // 10,

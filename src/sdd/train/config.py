@@ -111,6 +111,37 @@ class OptimConfig:
 
 
 @dataclass(frozen=True)
+class GuardConfig:
+    """What is done about a step that went wrong; every action is in metrics.jsonl and on the screen.
+
+    Attributes:
+        nonfinite: a loss or gradient that is not finite, or a damaged weight: "skip" takes the step with the next
+            batch instead, and rolls back where that does not help; "stop" ends the run with exit code 3.
+        spikes: a spike of loss or gradient norm: "observe" only notes it, "skip" does as above.
+        loss_margin: a loss spike is this many robust standard deviations above the median of the last losses; the deviation is
+            that of the noise from step to step.
+        grad_factor: a gradient spike is this many times the median of the last gradient norms.
+        window: how many accepted steps the running estimates look back.
+        patience: skips in a row after which the last good checkpoint is loaded.
+        max_rollbacks: how often without passing the bad step, before the run is given up.
+    """
+
+    nonfinite: Literal["skip", "stop"] = "skip"
+    spikes: Literal["observe", "skip"] = "observe"
+    loss_margin: float = 8.0
+    grad_factor: float = 20.0
+    window: int = 64
+    patience: int = 3
+    max_rollbacks: int = 3
+
+    def __post_init__(self) -> None:
+        _positive(self, "patience")
+        if self.window < 16:
+            raise ValueError(f"window={self.window} must be at least 16 steps")
+        _not_negative(self, "loss_margin", "grad_factor", "max_rollbacks")
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """A run: the model, its data, the optimiser, and how long and where.
 
@@ -118,6 +149,7 @@ class RunConfig:
         model: shape and placement.
         data: what is trained on.
         optim: optimiser and schedule.
+        guard: what is done about steps that go wrong.
         steps: optimiser steps.
         seed: of the initial weights and of the order of the data.
         accumulate: equal parts of a step's batch, of which one at a time is in memory; divides data.batch_size. Several
@@ -138,6 +170,7 @@ class RunConfig:
     model: ModelConfig
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     steps: int = 500
     seed: int = 0
     accumulate: int = 1

@@ -1,6 +1,5 @@
 """The training loop."""
 
-import math
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +22,7 @@ from sdd.train.evaluate import Evaluation, evaluate
 from sdd.train.optim import build_optimizer, clip_gradients, set_learning_rate
 from sdd.train.parallel import ALONE, World
 from sdd.train.progress import Reporter
+from sdd.train.recovery import CHECK_EVERY, Recovery
 from sdd.train.run_dir import RunDir, environment
 from sdd.train.schedule import learning_rate
 from sdd.train.sharding import average_gradients, build_model, compile_model
@@ -34,8 +34,8 @@ from sdd.train.words import opening, sample
 class Trainer:
     """One run: builds everything that `config` names, trains, and writes the files of the run directory.
 
-    The order of samples is a pure function of (data, seed, step) and the learning rate one of the step, so the whole
-    state of a run is: parameters, optimiser moments, generators, and the step.
+    The order of samples is a pure function of (data, seed, step, skipped batches) and the learning rate one of the
+    step, so the whole state of a run is: parameters, optimiser moments, generators, the step, and what the guard knows.
 
     Args:
         config: the run.
@@ -44,7 +44,7 @@ class Trainer:
         world: the processes that share the run.
 
     Attributes:
-        model, optimizer, loader: the parts.
+        model, optimizer, loader, recovery, reporter: the parts.
         step: optimiser steps done.
         seconds: spent in training steps, evaluation and saving excluded, over all sessions of the run.
     """
@@ -66,6 +66,8 @@ class Trainer:
         self.model.checkpoint_blocks = config.activation_checkpointing
         self.model.chunked_loss = config.chunked_loss and HAS_CHUNKED_LOSS
         self.optimizer = build_optimizer(self.model, config.optim)
+        self.recovery = Recovery(self)
+        self.reporter = Reporter(config.steps, quiet=not world.is_main)
         self.step = 0
         self.seconds = 0.0
         self._passes = world.passes(config.data.batch_size, config.accumulate)
@@ -88,8 +90,29 @@ class Trainer:
                 f"the training data are not those that {path.name} was trained on "
                 f"({self.data.changes(state.get('data_files'))}): bring those back, or start a new run"
             )
-        self.step, self.seconds = state["step"], state["seconds"]
+        self.step, self.seconds = state["step"], max(self.seconds, state["seconds"])
+        self.recovery.load_state_dict(state)
         self.world.on_main(lambda: self.run_dir.drop_after(self.step))
+
+    def load_newest(self) -> None:
+        """Go on from the newest whole checkpoint, naming damaged ones; without any, from the beginning.
+
+        Raises:
+            UserError: as `resume`.
+        """
+        for path in reversed(self.world.on_main(lambda: ckpt.list_checkpoints(self.run_dir.checkpoints))):
+            try:
+                return self.resume(path)
+            except ckpt.DamagedCheckpoint as error:
+                self.reporter.say(f"passed over: {error}")
+        if self.step:
+            torch.manual_seed(self.config.seed)
+            self.model.init_weights()
+            self.optimizer.state.clear()
+        self.step = 0
+        self.recovery.load_state_dict({})
+        self.world.on_main(lambda: self.run_dir.drop_after(0))
+        return None
 
     def run(self) -> dict[str, Any]:
         """Train to the last step, then let go of the run directory.
@@ -98,7 +121,7 @@ class Trainer:
             What result.json holds.
 
         Raises:
-            RunFailed: if the loss or a gradient is no longer finite, or a checkpoint cannot be written.
+            RunFailed: if the guard gives up, or a checkpoint cannot be written.
             Interrupted: after Ctrl-C or SIGTERM, with everything saved.
         """
         try:
@@ -109,12 +132,12 @@ class Trainer:
     def _run(self) -> dict[str, Any]:
         self.run_dir.write_json("environment.json", self._environment())
         tensorboard = TensorBoard.if_present(self.run_dir.path, self.step) if self.world.is_main else TensorBoard()
-        reporter = Reporter(self.config.steps, self.step, quiet=not self.world.is_main)
-        with self._signals, reporter, tensorboard:
+        self.reporter = Reporter(self.config.steps, self.step, quiet=not self.world.is_main)
+        with self._signals, self.reporter, tensorboard:
             for line in opening(self):
-                reporter.say(line)
+                self.reporter.say(line)
             try:
-                evaluation = self._train(reporter, tensorboard)
+                evaluation = self._train(tensorboard)
             except FloatingPointError as error:
                 self._save_result("failed", reason=str(error))
                 raise RunFailed(f"{error}; the last checkpoint is {self._newest()}") from None
@@ -143,11 +166,17 @@ class Trainer:
         )
 
     def train_step(self, step: int) -> tuple[Tensor, Tensor]:
-        """One optimiser step on the batch of that number (from 0); all processes take it together.
+        """One optimiser step (from 0), whatever its loss; all processes take it together. Returns as `gradients`."""
+        found = self.gradients(step)
+        self.update()
+        return found
+
+    def gradients(self, step: int) -> tuple[Tensor, Tensor]:
+        """Forward and backward of one step (from 0); the gradients are clipped and not yet used.
 
         Returns:
-            Loss (nats a token, of the whole batch before the step) and global gradient norm, still on the device;
-            the same on every process.
+            Loss (nats a token, of the whole batch) and global gradient norm before clipping, still on the device; the
+            same on every process.
         """
         set_learning_rate(self.optimizer, learning_rate(self.config.optim, step + 1, self.config.steps))
         parts = self._batch(step).chunk(self._passes)
@@ -160,10 +189,12 @@ class Trainer:
             (loss / len(parts)).backward()
             total += loss.detach() / len(parts)
         average_gradients(self.model, self.world)
-        grad_norm = clip_gradients(self.model, self.config.optim.grad_clip)
+        return self.world.mean(total), clip_gradients(self.model, self.config.optim.grad_clip)
+
+    def update(self) -> None:
+        """The optimiser's part of a step."""
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return self.world.mean(total), grad_norm
 
     def _batch(self, step: int) -> Tensor:
         """This process's rows of a batch, on the device."""
@@ -194,45 +225,61 @@ class Trainer:
             "data": self.data.fingerprint(),
             "data_files": self.data.listing,
             "environment": self._environment(),
+            **self.recovery.state_dict(),
         }
         path = ckpt.save_checkpoint(self.run_dir.checkpoints, self.model, self.optimizer, state, self.world)
         self.world.on_main(lambda: ckpt.prune(self.run_dir.checkpoints, self.config.keep_checkpoints))
         return path
 
-    def _train(self, reporter: Reporter, tensorboard: TensorBoard) -> Evaluation | None:
+    def _train(self, tensorboard: TensorBoard) -> Evaluation | None:
         """All steps that are left; None if a signal ended them."""
         evaluation = None
         while self.step < self.config.steps:
             began = time.perf_counter()
-            loss, grad_norm = (value.item() for value in self.train_step(self.step))
-            self.seconds += time.perf_counter() - began
-            self.step += 1
-            row = {
-                "step": self.step,
-                "loss": loss,
-                "grad_norm": grad_norm,
-                "lr": self.optimizer.param_groups[0]["lr"],
-                "tokens": self.step * self.config.tokens_per_step,
-                "seconds": self.seconds,
-                "time": time.time(),
-                "tokens_per_second": self.config.tokens_per_step / (time.perf_counter() - began),
-            }
-            self.run_dir.append("metrics.jsonl", row)
-            tensorboard.log(row)
-            reporter.step(self.step, loss, row["tokens_per_second"])
-            if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-                raise FloatingPointError(f"step {self.step}: loss {loss}, gradient norm {grad_norm}: not finite")
+            loss, grad_norm = (value.item() for value in self.gradients(self.step))
+            try:
+                allowed = self.recovery.allows(loss, grad_norm)
+            except FloatingPointError:
+                self._log_step(loss, grad_norm, began, tensorboard)
+                raise
+            if not allowed:
+                self.optimizer.zero_grad()
+                continue
+            self.update()
+            self._log_step(loss, grad_norm, began, tensorboard)
             last = self.step == self.config.steps
-            if last or _due(self.step, self.config.eval_every):
-                evaluation = self._log_evaluation(reporter, tensorboard)
             stop = self.world.any(self._signals.received)
-            if last or _due(self.step, self.config.checkpoint_every) or stop:
+            saving = last or stop or _due(self.step, self.config.checkpoint_every)
+            if (saving or _due(self.step, CHECK_EVERY)) and not self.recovery.weights_are_sound():
+                continue
+            if last or _due(self.step, self.config.eval_every):
+                evaluation = self._log_evaluation(tensorboard)
+            if saving:
                 self.save()
             if stop and not last:
                 return None
         return evaluation or self.evaluate()
 
-    def _log_evaluation(self, reporter: Reporter, tensorboard: TensorBoard) -> Evaluation:
+    def _log_step(self, loss: float, grad_norm: float, began: float, tensorboard: TensorBoard) -> None:
+        """Count the step that began then, and write its row."""
+        seconds = time.perf_counter() - began
+        self.seconds += seconds
+        self.step += 1
+        row = {
+            "step": self.step,
+            "loss": loss,
+            "grad_norm": grad_norm,
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "tokens": self.step * self.config.tokens_per_step,
+            "seconds": self.seconds,
+            "time": time.time(),
+            "tokens_per_second": self.config.tokens_per_step / seconds,
+        }
+        self.run_dir.append("metrics.jsonl", row)
+        tensorboard.log(row)
+        self.reporter.step(self.step, loss, row["tokens_per_second"])
+
+    def _log_evaluation(self, tensorboard: TensorBoard) -> Evaluation:
         evaluation = self.evaluate()
         row = {
             "step": self.step,
@@ -242,7 +289,7 @@ class Trainer:
         }
         self.run_dir.append("metrics.jsonl", row)
         tensorboard.log(row)
-        reporter.say(f"step {self.step}   held-out {_describe(evaluation)}")
+        self.reporter.say(f"step {self.step}   held-out {_describe(evaluation)}")
         return evaluation
 
     def _save_result(self, status: str, **values: Any) -> dict[str, Any]:
@@ -254,6 +301,7 @@ class Trainer:
             "tokens": self.step * self.config.tokens_per_step,
             "seconds": self.seconds,
             "parameters": count_parameters(self.config.model).total,
+            "skipped_batches": self.recovery.skipped,
             **values,
         }
         self.run_dir.write_json("result.json", result)
@@ -347,7 +395,7 @@ def reopen(out: Path, steps: int | None = None, world: World = ALONE) -> Trainer
         if steps is not None:
             config = replace(config, steps=steps)
         trainer = Trainer(config, run_dir, world=world)
-        _resume_newest(trainer)
+        trainer.load_newest()
         if trainer.step >= config.steps and (out / "result.json").exists():
             raise UserError(f"{out} is complete at step {trainer.step}: give more with --steps N to go on")
         if steps is not None:
@@ -364,19 +412,6 @@ def _lock_existing(run_dir: RunDir) -> None:
             f"{run_dir.path} holds no run (no config.json): start one with sdd train PRESET --out {run_dir.path}"
         )
     run_dir.lock()
-
-
-def _resume_newest(trainer: Trainer) -> None:
-    """Load the newest whole checkpoint; damaged ones are named and passed over; with none, start at step 0."""
-    run_dir, world = trainer.run_dir, trainer.world
-    for path in reversed(world.on_main(lambda: ckpt.list_checkpoints(run_dir.checkpoints))):
-        try:
-            trainer.resume(path)
-        except ckpt.DamagedCheckpoint as error:
-            Reporter(1, quiet=not world.is_main).say(f"passed over: {error}")
-        else:
-            return
-    world.on_main(lambda: run_dir.drop_after(0))
 
 
 def _check_vocabulary(config: RunConfig, data: DataSource) -> None:

@@ -119,11 +119,14 @@ class RunDir:
             stream.write(json.dumps(_finite(values)) + "\n")
 
     def drop_after(self, step: int) -> None:
-        """Remove from metrics and samples what comes after `step`: a resumed run writes it again."""
+        """Remove from metrics and samples what comes after `step`: a resumed run writes it again.
+
+        What the guard did (`event`) stays: it happened.
+        """
         for name in ("metrics.jsonl", "samples.jsonl"):
             file = self.path / name
             if file.exists():
-                kept = [row for row in read_jsonl(file) if row.get("step", 0) <= step]
+                kept = [row for row in read_jsonl(file) if row.get("step", 0) <= step or "event" in row]
                 aside = self.path / f".tmp-{name}"
                 aside.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
                 aside.rename(file)
