@@ -3,6 +3,9 @@
 Shape suffixes: B batch, T tokens, C d_model, H query heads, K key-value heads, D head_dim, F d_ff, V vocabulary.
 """
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -11,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from sdd import functional as sdd_F
 from sdd.models.config import ModelConfig
 from sdd.models.init import init_weights
+from sdd.models.moe import MoE, Routing, auxiliary_losses
 from sdd.nn import RMSNorm, SDDLinear
 from sdd.placement import SCALES, Norm, Site
 
@@ -28,13 +32,16 @@ class Block(nn.Module):
         self.attn = Attention(config, norms, device)
         self.attn_post = _norm(norms.get("attn_post"), config, config.d_model, device)
         self.ffn_in = _norm(norms.get("ffn_in"), config, config.d_model, device)
-        self.ffn = FeedForward(config, norms, device)
+        self.ffn = _feed_forward(config, norms, device)
         self.ffn_post = _norm(norms.get("ffn_post"), config, config.d_model, device)
 
-    def forward(self, x_BTC: Tensor, rope: Rope, mask: Tensor | None = None) -> Tensor:
-        """`[B, T, C]` to `[B, T, C]`."""
+    def forward(self, x_BTC: Tensor, rope: Rope, mask: Tensor | None = None) -> tuple[Tensor, Routing | None]:
+        """`[B, T, C]` to `[B, T, C]`, and how a mixture of experts routed the tokens."""
         x_BTC = self.attn_post(self._add(x_BTC, self.attn(self.attn_in(x_BTC), rope, mask)))
-        return self.ffn_post(self._add(x_BTC, self.ffn(self.ffn_in(x_BTC))))
+        y, routing = self.ffn(self.ffn_in(x_BTC)), None
+        if isinstance(y, tuple):
+            y, routing = y
+        return self.ffn_post(self._add(x_BTC, y)), routing
 
     def _add(self, x: Tensor, branch: Tensor) -> Tensor:
         """`c*x + branch`, one operation whatever c."""
@@ -72,9 +79,11 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     """SwiGLU: `down(silu(gate x) * up x)`."""
 
-    def __init__(self, config: ModelConfig, norms: dict[Site, Norm], device: torch.device | str | None = None) -> None:
+    def __init__(
+        self, config: ModelConfig, norms: dict[Site, Norm], d_ff: int, device: torch.device | str | None = None
+    ) -> None:
         super().__init__()
-        C, F_ = config.d_model, config.d_ff
+        C, F_ = config.d_model, d_ff
         self.joint = config.placement.joint_gate_up and {"gate", "up"} <= norms.keys()
         self.gate_proj = _projection(C, F_, norms.get("gate"), config, device)
         self.up_proj = _projection(C, F_, norms.get("up"), config, device)
@@ -95,6 +104,20 @@ class FeedForward(nn.Module):
         return sdd_F.sdd_swiglu(z_gate, z_up, gate.alpha, up.alpha, joint=True, eps=gate.eps)
 
 
+class TrainingLoss(NamedTuple):
+    """What a training step differentiates, and its parts.
+
+    Attributes:
+        total: with gradient.
+        cross_entropy: `total` without the auxiliary losses of a mixture of experts, detached.
+        routing: of all layers, detached; None of a dense model, and in evaluation mode.
+    """
+
+    total: Tensor
+    cross_entropy: Tensor
+    routing: Routing | None
+
+
 class LanguageModel(nn.Module):
     """A decoder-only language model; where its norms stand is `config.placement`.
 
@@ -106,6 +129,7 @@ class LanguageModel(nn.Module):
     Attributes:
         checkpoint_blocks: recompute each block's activations in the backward pass instead of keeping them.
         chunked_loss: compute the loss without ever holding all logits, where torch has that (see `cross_entropy`).
+        sum_counts: sums over the processes that train a mixture of experts together, see `sdd.models.moe`.
     """
 
     def __init__(self, config: ModelConfig, device: torch.device | str | None = None) -> None:
@@ -114,6 +138,7 @@ class LanguageModel(nn.Module):
         self.config = config
         self.checkpoint_blocks = False
         self.chunked_loss = False
+        self.sum_counts: Callable[[Tensor], Tensor] | None = None
         # without storage first: weights are drawn once, the same from one seed whether or not built on "meta"
         self.embed = nn.Embedding(config.vocab_size, config.d_model, device="meta")
         self.embed_norm = _norm(config.placement.norms.get("embed"), config, config.d_model, "meta")
@@ -145,7 +170,8 @@ class LanguageModel(nn.Module):
         document_eos: int | None = None,
         z_loss: float = 0.0,
         reduction: str = "mean",
-    ) -> Tensor:
+        detailed: bool = False,
+    ) -> Tensor | TrainingLoss:
         """Logits `[B, T, V]`, or the loss if targets are given.
 
         Args:
@@ -154,9 +180,11 @@ class LanguageModel(nn.Module):
             document_eos: the end-of-document token; if given, attention does not cross it.
             z_loss: weight of `logsumexp(logits)^2` (arXiv 2204.02311) added to the cross-entropy.
             reduction: "mean" or "none" (`[B, T]`); z_loss needs "mean".
+            detailed: return a `TrainingLoss`; needs "mean".
 
         Returns:
-            The logits, or cross-entropy in nats a token, in at least float32.
+            The logits; or cross-entropy in nats a token, in at least float32. In training mode, the mean includes the
+            auxiliary losses of a mixture of experts.
 
         Raises:
             ValueError: if the sequence is longer than the context.
@@ -164,23 +192,32 @@ class LanguageModel(nn.Module):
         T = tokens_BT.shape[1]
         if self.config.context < T:
             raise ValueError(f"a sequence of {T} tokens was given, the model's context is {self.config.context}")
-        x_BTC = self.hidden(tokens_BT, None if document_eos is None else document_mask(tokens_BT, document_eos))
+        layers: list[Routing] = []
+        mask = None if document_eos is None else document_mask(tokens_BT, document_eos)
+        x_BTC = self.hidden(tokens_BT, mask, layers)
         if targets_BT is None:
             return F.linear(x_BTC, self.head_weight)
-        return cross_entropy(
+        loss = cross_entropy(
             x_BTC, self.head_weight, targets_BT, z_loss=z_loss, reduction=reduction, chunked=self.chunked_loss
         )
+        total, routing = loss, None
+        if self.config.moe is not None and self.training and reduction == "mean":
+            auxiliary, routing = auxiliary_losses(layers, self.config.moe, self.sum_counts)
+            total = loss + auxiliary
+        return TrainingLoss(total, loss.detach(), routing) if detailed else total
 
-    def hidden(self, tokens_BT: Tensor, mask: Tensor | None = None) -> Tensor:
-        """What the head reads: `[B, T]` to `[B, T, C]`."""
+    def hidden(self, tokens_BT: Tensor, mask: Tensor | None = None, layers: list[Routing] | None = None) -> Tensor:
+        """What the head reads: `[B, T]` to `[B, T, C]`; `layers` receives the routing of each mixture of experts."""
         T = tokens_BT.shape[1]
         rope = (self.rope_cos[:T], self.rope_sin[:T])
         x_BTC = self.embed_norm(self.embed(tokens_BT))
         for block in self.blocks:
             if self.checkpoint_blocks and torch.is_grad_enabled():
-                x_BTC = checkpoint(block, x_BTC, rope, mask, use_reentrant=False)
+                x_BTC, routing = checkpoint(block, x_BTC, rope, mask, use_reentrant=False)
             else:
-                x_BTC = block(x_BTC, rope, mask)
+                x_BTC, routing = block(x_BTC, rope, mask)
+            if layers is not None and routing is not None:
+                layers.append(routing)
         return self.final_norm(x_BTC)
 
     @property
@@ -236,6 +273,13 @@ def cross_entropy(
 
 #: Whether this torch has the chunked loss.
 HAS_CHUNKED_LOSS = hasattr(F, "linear_cross_entropy") and hasattr(nn, "LinearCrossEntropyOptions")
+
+
+def _feed_forward(config: ModelConfig, norms: dict[Site, Norm], device: torch.device | str | None) -> nn.Module:
+    if config.moe is None:
+        return FeedForward(config, norms, config.d_ff, device)
+    width = config.moe.d_shared
+    return MoE(config, norms, FeedForward(config, norms, width, device) if width else None, device)
 
 
 def _group(norm: Norm, config: ModelConfig) -> int | None:
