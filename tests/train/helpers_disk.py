@@ -21,16 +21,12 @@ def no_file_larger_than(n_bytes):
 
 @contextmanager
 def full_disk_at(path):
-    """Inside, whatever is written to that file meets a full disk (ENOSPC); afterwards it holds what it held before."""
-    before = path.read_bytes() if path.exists() else None
-    path.unlink(missing_ok=True)
+    """Inside, whoever writes a new file of that name meets a full disk (ENOSPC). It must not be read: it has no end."""
     path.symlink_to("/dev/full")
     try:
         yield
     finally:
         path.unlink(missing_ok=True)
-        if before is not None:
-            path.write_bytes(before)
 
 
 @contextmanager
@@ -46,7 +42,7 @@ def shared_folder():
 
 @contextmanager
 def read_only(folder):
-    """Inside, a folder and what is in it cannot be written: its modes forbid it, and root, whom they do not bind, is not root."""
+    """Inside, a folder and what is in it cannot be written; modes do not bind root, who is another user meanwhile."""
     paths = [folder, *folder.rglob("*")]
     modes = {path: path.stat().st_mode for path in paths}
     for path in paths:

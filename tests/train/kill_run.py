@@ -22,9 +22,7 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-from helpers_train import TINY, rows
-from safetensors.torch import load_file
+from helpers_train import TINY, assert_same_tensors, rows
 
 from sdd import config_io
 from sdd.errors import UserError
@@ -95,14 +93,9 @@ def command(settings, folder, run):
     else:
         config_io.save(settings, folder / "settings.json")
         words = ["train", str(folder / "settings.json"), "--out", str(run)]
+    words = [sys.executable, "-m", "sdd", *words]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, "-m", "sdd", *words],
-        env=environment,
-        stderr=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+    return subprocess.Popen(words, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
 def wait(process, reached):
@@ -149,11 +142,7 @@ def compare(whole, killed):
     assert (whole / "samples.jsonl").read_text() == (killed / "samples.jsonl").read_text()
     one, two = (list_checkpoints(run / "checkpoints")[-1] for run in (whole, killed))
     assert one.name == two.name
-    one, two = (
-        {name: t for f in path.glob("*.safetensors") for name, t in load_file(f).items()} for path in (one, two)
-    )
-    assert one.keys() == two.keys()
-    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert_same_tensors(one, two)
     assert [path.name for path in (killed / "checkpoints").iterdir() if not path.name.startswith("step-")] == []
     assert read_environment(whole) == read_environment(killed)
 

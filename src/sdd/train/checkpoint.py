@@ -6,8 +6,8 @@
         state.json             step, tokens, seconds, config, versions, size and SHA-256 of every other file, and the
                                SHA-256 of all that
 
-Files are written into `.tmp-step-00000500`, which gets its name when all of them, state.json last, are on the disk. So a
-folder of that name is whole unless something harmed it later; the recorded sizes and hashes tell. They guard against
+Files are written into `.tmp-step-00000500`, which gets its name when all of them are on the disk, state.json last. So
+a folder of that name is whole unless something harmed it later; the recorded sizes and hashes tell. They guard against
 accidents, not against a forger, who can only choose what numbers are loaded: nothing that is read is executed.
 
 A checkpoint loads on any number of processes. One RNG state is enough for all: the generators draw nothing but initial
@@ -136,9 +136,8 @@ def read_state(path: Path) -> dict[str, Any]:
         raise DamagedCheckpoint(f"{path} has no readable state.json: it is not a whole checkpoint") from None
     if not isinstance(state, dict):
         raise DamagedCheckpoint(f"{path}/state.json is no object: it is not a checkpoint of ours")
-    intact = state == sealed(state)
-    if state.get("format") != FORMAT and (intact or "sha256" not in state):
-        version = str(state.get("format"))[:20]
+    intact, version = state == sealed(state), state.get("format")
+    if type(version) is int and version != FORMAT and (intact or "sha256" not in state):
         raise UserError(
             f"{path} has checkpoint format {version}, this version of sdd reads {FORMAT}: use the version that wrote it"
         )
@@ -223,7 +222,7 @@ def _is_step(path: Path, step: Any) -> bool:
 
 
 def _are_files(files: Any) -> bool:
-    """Whether these are names of files in a checkpoint: the JSON may come from anywhere, and must not lead elsewhere."""
+    """Whether these are names of files in a checkpoint: JSON from anywhere must not lead elsewhere."""
     return isinstance(files, dict) and all(re.fullmatch(r"[\w-][\w.-]{0,200}", name, re.ASCII) for name in files)
 
 

@@ -60,9 +60,8 @@ def remarks(state: dict[str, Any], run: "Trainer", environment: dict[str, Any]) 
     if settings:
         yield f"settings changed since step {state['step']}: {', '.join(settings)}"
     then = state["environment"]
-    around = [
-        f"{name} {then.get(name)} -> {environment[name]}" for name in _BITS if then.get(name) != environment[name]
-    ]
+    other = [name for name in _BITS if then.get(name) != environment[name]]
+    around = [f"{name} {_word(then.get(name))} -> {environment[name]}" for name in other]
     if around:
         yield f"from here on not bit for bit what an uninterrupted run gives: {', '.join(around)}"
 

@@ -1,5 +1,6 @@
 """TensorBoard, written where the package is installed."""
 
+import importlib
 import importlib.util
 import os
 import socket
@@ -80,7 +81,8 @@ class EventFile:
     """
 
     def __init__(self, folder: Path, step: int = 0) -> None:
-        from tensorboard.compat.proto import event_pb2, summary_pb2
+        event_pb2: Any = importlib.import_module("tensorboard.compat.proto.event_pb2")
+        summary_pb2: Any = importlib.import_module("tensorboard.compat.proto.summary_pb2")
         from tensorboard.summary.writer.record_writer import RecordWriter
 
         self._event, self._summary = event_pb2.Event, summary_pb2.Summary
