@@ -3,15 +3,17 @@
 import argparse
 import json
 import logging
+import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from sdd import config_io
 from sdd.cli_parser import Parser, base_config, positive_int
-from sdd.errors import Interrupted, RunFailed, UserError
+from sdd.errors import Interrupted, RunFailed, UserError, one_line
 from sdd.train.parallel import joined, speaks, supervised, tell
 
 #: Options with a short name of their own; every other field goes by its dotted name.
@@ -35,21 +37,35 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _exit_code(args: list[str]) -> int:
     try:
-        return _dispatch(args)
+        code = _dispatch(args)
+        sys.stdout.flush()
+        return code
     except UserError as error:
-        tell(f"sdd: {error}", error.rank)
+        tell(f"sdd: {one_line(error)}", error.rank)
         return 2
     except RunFailed as error:
-        tell(f"sdd: the run failed: {error}", error.rank)
+        tell(f"sdd: the run failed: {one_line(error)}", error.rank)
         return 3
     except Interrupted as error:
-        tell(f"sdd: {error}")
+        tell(f"sdd: {one_line(error)}")
         return 130
     except KeyboardInterrupt:
         tell("sdd: interrupted")
         return 130
     except BrokenPipeError:
+        _drop_stdout()
         return 0
+    except OSError as error:
+        _drop_stdout()
+        where = f"{error.filename}: " if error.filename else ""
+        tell(f"sdd: failed: {one_line(where)}{error.strerror or one_line(error)}")
+        return 3
+
+
+def _drop_stdout() -> None:
+    """Let what could not be printed not be tried again at exit, where it would end in a traceback."""
+    with suppress(OSError, ValueError):  # ValueError: it has no descriptor, as under a test
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _dispatch(args: list[str]) -> int:

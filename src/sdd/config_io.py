@@ -11,6 +11,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from sdd.errors import UserError
+from sdd.files import write_aside
 from sdd.placement import Placement, placements
 from sdd.train.config import RunConfig
 
@@ -78,9 +79,7 @@ def load(path: Path) -> RunConfig:
 
 def save(config: RunConfig, path: Path) -> None:
     """Write a config as JSON, aside and renamed; every field, so that later defaults do not change an old run."""
-    aside = path.with_name(f".tmp-{path.name}")
-    aside.write_text(json.dumps(to_dict(config), indent=2) + "\n", encoding="utf-8")
-    aside.rename(path)
+    write_aside(path, json.dumps(to_dict(config), indent=2) + "\n")
 
 
 def with_overrides(config: RunConfig, overrides: Mapping[str, Any]) -> RunConfig:

@@ -368,7 +368,7 @@ def test_an_error_that_one_rank_meets_alone_is_told_by_it(tmp_path):
 def test_a_restarted_job_goes_on_with_its_own_run_only(tmp_path):
     run = tmp_path / "run"
     trainer = loop.start(TINY, run, World(job="a"))
-    trainer.run_dir.write_json("environment.json", trainer._environment())
+    trainer.run_dir.write_json("environment.json", trainer.environment())
     trainer.train_step(0)
     trainer.step = 1
     trainer.save()

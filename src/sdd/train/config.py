@@ -118,8 +118,8 @@ class GuardConfig:
         nonfinite: a loss or gradient that is not finite, or a damaged weight: "skip" takes the step with the next
             batch instead, and rolls back where that does not help; "stop" ends the run with exit code 3.
         spikes: a spike of loss or gradient norm: "observe" only notes it, "skip" does as above.
-        loss_margin: a loss spike is this many robust standard deviations above the median of the last losses; the deviation is
-            that of the noise from step to step.
+        loss_margin: a loss spike is this many robust standard deviations, of the noise from step to step, above the
+            median of the last losses.
         grad_factor: a gradient spike is this many times the median of the last gradient norms.
         window: how many accepted steps the running estimates look back.
         patience: skips in a row after which the last good checkpoint is loaded.
