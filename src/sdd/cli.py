@@ -1,6 +1,7 @@
 """The `sdd` command."""
 
 import argparse
+import io
 import json
 import logging
 import os
@@ -31,6 +32,8 @@ SHORT = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit code: 0 done, 2 the user's mistake, 3 the run failed, 130 interrupted."""
     args = list(sys.argv[1:] if argv is None else argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a name of a file may be no text, or not of the terminal's encoding
+        sys.stdout.reconfigure(errors="backslashreplace")
     logging.basicConfig(level=logging.INFO if speaks() else logging.ERROR, format="%(message)s")
     return supervised(lambda: _exit_code(args))
 
@@ -55,11 +58,23 @@ def _exit_code(args: list[str]) -> int:
     except BrokenPipeError:
         _drop_stdout()
         return 0
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        reason = one_line(next(iter(str(error).splitlines()), ""))[:200]
+        tell(f"sdd: failed: not enough memory ({reason}): lower data.batch_size, raise accumulate, or shrink the model")
+        return 3
     except OSError as error:
         _drop_stdout()
         where = f"{error.filename}: " if error.filename else ""
         tell(f"sdd: failed: {one_line(where)}{error.strerror or one_line(error)}")
         return 3
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether memory was refused, or so much was asked for that its amount is no number any more."""
+    known = "out of memory", "can't allocate memory", "overflow"
+    return isinstance(error, MemoryError) or any(words in str(error) for words in known)
 
 
 def _drop_stdout() -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import json
+import operator
 import types
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,6 +17,7 @@ from sdd.placement import Placement, placements
 from sdd.train.config import RunConfig
 
 # Floats may be written as JSON cannot (a diverged run's threshold, say); unknown keys are mistakes, not extras.
+_LARGEST = 2**63 - 1  # an integer of torch
 _PYDANTIC = ConfigDict(extra="forbid")
 
 
@@ -50,11 +52,16 @@ def from_dict(values: Mapping[str, Any], cls: type = RunConfig) -> Any:
         UserError: naming the field, what was given and what was expected.
     """
     try:
-        return _adapter(cls).validate_python(_resolve_placement(values))
+        config = _adapter(cls).validate_python(_resolve_placement(values))
     except ValidationError as error:
         raise UserError(_first_problem(error, cls)) from None
     except RecursionError:
         raise UserError("the config is nested too deeply to be one of ours") from None
+    for dotted, _, _ in fields(cls):
+        value = operator.attrgetter(dotted)(config)
+        if isinstance(value, int) and value > _LARGEST:
+            raise UserError(f"{dotted}={value} is too large: at most {_LARGEST}")
+    return config
 
 
 def load(path: Path) -> RunConfig:

@@ -54,6 +54,8 @@ class TensorBoard:
     def _give_up(self, error: Exception) -> "TensorBoard":
         why = f"{error.filename or 'the disk'}: {error.strerror}" if isinstance(error, OSError) else str(error)
         self._say(f"TensorBoard gets nothing from here on ({why}); the run goes on")
+        if self._writer is not None:
+            self._writer.close()
         self._writer = None
         return self
 
@@ -90,10 +92,14 @@ class EventFile:
         name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
         self._file = (folder / name).open("xb", buffering=0)
         self._records = RecordWriter(self._file)
-        self._write(self._event(file_version="brain.Event:2"))
-        if step:
-            start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-            self._write(self._event(step=step + 1, session_log=start))
+        try:
+            self._write(self._event(file_version="brain.Event:2"))
+            if step:
+                start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+                self._write(self._event(step=step + 1, session_log=start))
+        except OSError:
+            self.close()
+            raise
 
     def add(self, scalars: dict[str, float], step: int) -> None:
         """Write numbers by name, all of one step."""
