@@ -2,8 +2,8 @@
 
 What the model sees of a row is its window: all of its tokens, at most `context`. Where the next token would not fit,
 the window starts anew with the row's last `context // 2` tokens; of a longer prompt it is the last `context` tokens. A
-window's tokens stand at positions 0, 1, ... So every token is drawn from at least half a context, and with a cache a
-token costs one token's work, but for a reading of half a context once in so many.
+window's tokens stand at positions 0, 1, ... So what the model sees never shrinks below half a context, and with a cache
+a token costs one token's work, but for a reading of half a context once in so many.
 
 Shape suffixes: B rows, T tokens, C d_model, V vocabulary.
 """
