@@ -193,25 +193,9 @@ def _report(args: list[str]) -> int:
 
 
 def _generate(args: list[str]) -> int:
-    from sdd.evals.text import continue_text
+    from sdd.evals.generate_cli import main as generate
 
-    parser = Parser(prog="sdd generate", description="Continue a text with a trained run.")
-    parser.add_argument("run", metavar="RUN", type=Path, help="run directory")
-    parser.add_argument("--prompt", required=True, help="the text to continue")
-    parser.add_argument("--tokens", type=positive_int, default=100, help="how many tokens to add (default 100)")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the most likely token (default 0.8)")
-    parser.add_argument("--top-k", type=positive_int, help="sample among the k most likely tokens")
-    parser.add_argument("--top-p", type=float, help="sample among the most likely tokens of this total probability")
-    parser.add_argument("--seed", type=int, default=0, help="of the draws (default 0)")
-    parser.add_argument("--json", action="store_true", help="print prompt and text as JSON")
-    options = parser.parse_known(args)
-    settings = {"temperature": options.temperature, "top_k": options.top_k, "top_p": options.top_p}
-    try:
-        text = continue_text(options.run, options.prompt, options.tokens, options.seed, **settings)
-    except ValueError as error:
-        raise UserError(str(error)) from None
-    print(json.dumps({"prompt": options.prompt, "text": text}) if options.json else options.prompt + text)
-    return 0
+    return generate(args)
 
 
 def _eval(args: list[str]) -> int:

@@ -1,16 +1,19 @@
 """Language models: one block for every placement, presets, generation."""
 
 from sdd.models.config import ModelConfig
-from sdd.models.generate import generate
+from sdd.models.generate import generate, generate_stream
+from sdd.models.kv_cache import KVCache
 from sdd.models.presets import ParameterCount, as_printed, count_parameters, model_presets
 from sdd.models.transformer import LanguageModel
 
 __all__ = [
+    "KVCache",
     "LanguageModel",
     "ModelConfig",
     "ParameterCount",
     "as_printed",
     "count_parameters",
     "generate",
+    "generate_stream",
     "model_presets",
 ]

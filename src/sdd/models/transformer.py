@@ -3,6 +3,8 @@
 Shape suffixes: B batch, T tokens, C d_model, H query heads, K key-value heads, D head_dim, F d_ff, V vocabulary.
 """
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -11,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from sdd import functional as sdd_F
 from sdd.models.config import ModelConfig
 from sdd.models.init import init_weights
+from sdd.models.kv_cache import Extend, KVCache
 from sdd.nn import RMSNorm, SDDLinear
 from sdd.placement import SCALES, Norm, Site
 
@@ -31,9 +34,9 @@ class Block(nn.Module):
         self.ffn = FeedForward(config, norms, device)
         self.ffn_post = _norm(norms.get("ffn_post"), config, config.d_model, device)
 
-    def forward(self, x_BTC: Tensor, rope: Rope, mask: Tensor | None = None) -> Tensor:
+    def forward(self, x_BTC: Tensor, rope: Rope, mask: Tensor | None = None, extend: Extend | None = None) -> Tensor:
         """`[B, T, C]` to `[B, T, C]`."""
-        x_BTC = self.attn_post(self._add(x_BTC, self.attn(self.attn_in(x_BTC), rope, mask)))
+        x_BTC = self.attn_post(self._add(x_BTC, self.attn(self.attn_in(x_BTC), rope, mask, extend)))
         return self.ffn_post(self._add(x_BTC, self.ffn(self.ffn_in(x_BTC))))
 
     def _add(self, x: Tensor, branch: Tensor) -> Tensor:
@@ -55,15 +58,26 @@ class Attention(nn.Module):
         self.ctx = _norm(norms.get("ctx"), config, C, device)
         self.o_proj = _projection(C, C, norms.get("attn_out"), config, device)
 
-    def forward(self, x_BTC: Tensor, rope: Rope, mask: Tensor | None = None) -> Tensor:
-        """`[B, T, C]` to `[B, T, C]`; mask `[B, 1, T, T]` is True where attention is allowed, None for causal."""
+    def forward(self, x_BTC: Tensor, rope: Rope, mask: Tensor | None = None, extend: Extend | None = None) -> Tensor:
+        """`[B, T, C]` to `[B, T, C]`.
+
+        Mask `[B, 1, T, S]` is True where attention is allowed, None for causal; `extend` puts the keys and values of
+        earlier tokens before these, which makes T into S.
+        """
         q_BHTD = sdd_F.apply_rope(self._heads(self.q_proj(x_BTC)), *rope)
         k_BKTD = sdd_F.apply_rope(self._heads(self.k_proj(x_BTC)), *rope)
         v_BKTD = self._heads(self.v_proj(x_BTC))
-        y_BHTD = F.scaled_dot_product_attention(
-            q_BHTD, k_BKTD, v_BKTD, attn_mask=mask, is_causal=mask is None, enable_gqa=self.grouped
-        )
+        if extend is not None:
+            k_BKTD, v_BKTD = extend(k_BKTD, v_BKTD)
+        y_BHTD = self._attend(q_BHTD, k_BKTD, v_BKTD, mask)
         return self.o_proj(self.ctx(y_BHTD.transpose(1, 2).flatten(2)))
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        if q.shape[2] == 1 < k.shape[2]:
+            # one new token: the heads that share keys become the queries of one head, so that no key is repeated
+            together = q.reshape(len(k), k.shape[1], -1, self.head_dim)
+            return F.scaled_dot_product_attention(together, k, v, attn_mask=mask).reshape(q.shape)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.grouped)
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
@@ -145,6 +159,7 @@ class LanguageModel(nn.Module):
         document_eos: int | None = None,
         z_loss: float = 0.0,
         reduction: str = "mean",
+        cache: KVCache | None = None,
     ) -> Tensor:
         """Logits `[B, T, V]`, or the loss if targets are given.
 
@@ -154,30 +169,38 @@ class LanguageModel(nn.Module):
             document_eos: the end-of-document token; if given, attention does not cross it.
             z_loss: weight of `logsumexp(logits)^2` (arXiv 2204.02311) added to the cross-entropy.
             reduction: "mean" or "none" (`[B, T]`); z_loss needs "mean".
+            cache: the tokens come after those that it holds, and it holds them too afterwards.
 
         Returns:
             The logits, or cross-entropy in nats a token, in at least float32.
 
         Raises:
-            ValueError: if the sequence is longer than the context.
+            ValueError: if the sequence is longer than the context, or document_eos is given with a cache.
         """
-        T = tokens_BT.shape[1]
+        if cache is not None and document_eos is not None:
+            raise ValueError("document_eos needs all tokens at once: leave out document_eos or cache")
+        T = tokens_BT.shape[1] + (max(cache.lengths) if cache is not None else 0)
         if self.config.context < T:
             raise ValueError(f"a sequence of {T} tokens was given, the model's context is {self.config.context}")
-        x_BTC = self.hidden(tokens_BT, None if document_eos is None else document_mask(tokens_BT, document_eos))
+        mask = None if document_eos is None else document_mask(tokens_BT, document_eos)
+        x_BTC = self.hidden(tokens_BT, mask, cache)
         if targets_BT is None:
             return F.linear(x_BTC, self.head_weight)
         return cross_entropy(
             x_BTC, self.head_weight, targets_BT, z_loss=z_loss, reduction=reduction, chunked=self.chunked_loss
         )
 
-    def hidden(self, tokens_BT: Tensor, mask: Tensor | None = None) -> Tensor:
-        """What the head reads: `[B, T]` to `[B, T, C]`."""
-        T = tokens_BT.shape[1]
-        rope = (self.rope_cos[:T], self.rope_sin[:T])
+    def hidden(self, tokens_BT: Tensor, mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+        """What the head reads: `[B, T]` to `[B, T, C]`; with a cache, which knows the mask, after what it holds."""
+        positions = slice(tokens_BT.shape[1])
+        if cache is not None:
+            positions, mask = cache.grow(tokens_BT)
+        rope = (self.rope_cos[positions], self.rope_sin[positions])
         x_BTC = self.embed_norm(self.embed(tokens_BT))
-        for block in self.blocks:
-            if self.checkpoint_blocks and torch.is_grad_enabled():
+        for layer, block in enumerate(self.blocks):
+            if cache is not None:
+                x_BTC = block(x_BTC, rope, mask, partial(cache.write, layer))
+            elif self.checkpoint_blocks and torch.is_grad_enabled():
                 x_BTC = checkpoint(block, x_BTC, rope, mask, use_reentrant=False)
             else:
                 x_BTC = block(x_BTC, rope, mask)
