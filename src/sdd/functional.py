@@ -19,6 +19,8 @@ from torch import Tensor
 Group = int | Sequence[tuple[int, int]] | None
 #: The same, resolved: consecutive `(width, group_width)` parts, `group_width` 0 for a plain part.
 Parts = tuple[tuple[int, int], ...]
+#: Added to the mean square inside the root: a number, or a tensor `[...]` with one a row of `z` `[..., N]`.
+Eps = float | Tensor
 
 
 def resolve_group(group: Group, width: int) -> Parts:
@@ -58,25 +60,45 @@ def alpha_size(parts: Parts, shared: bool) -> int:
     return sum(group_width if shared else width for width, group_width in parts if group_width)
 
 
-def norm(z: Tensor, eps: float = 1e-6, group: int | None = None) -> Tensor:
+def split_alpha(alpha: Tensor, parts: Parts) -> list[Tensor]:
+    """Alpha's piece for each part (empty for a plain one); whether it is shared shows in its size."""
+    for shared in (False, True):
+        if alpha.shape == (alpha_size(parts, shared),):
+            sizes = [(group_width if shared else width) if group_width else 0 for width, group_width in parts]
+            return list(alpha.split(sizes))
+    raise ValueError(
+        f"alpha has shape {list(alpha.shape)}, expected [{alpha_size(parts, False)}] (one scale a normed feature) "
+        f"or [{alpha_size(parts, True)}] (shared by the groups of each part) for the parts {list(parts)}"
+    )
+
+
+def norm(z: Tensor, eps: Eps = 1e-6, group: int | None = None) -> Tensor:
     r"""Root-mean-square normalisation, `norm(z) = z / sqrt(mean(z^2) + eps)`.
 
     Args:
         z: `[..., N]`, any floating dtype.
-        eps: added to the mean square, inside the root.
+        eps: added to the mean square, inside the root; a number, or `[...]` with one a row.
         group: width G of the groups along the last dimension over which the mean is taken; None for one group.
 
     Returns:
         `[..., N]` in at least float32 (float64 stays float64).
     """
     z = z.to(_statistics_dtype(z.dtype))
+    if isinstance(eps, Tensor):
+        eps = eps.unsqueeze(-1)
     if group is not None and group != z.shape[-1]:
         return norm(z.unflatten(-1, (-1, group)), eps).flatten(-2)
     return z * torch.rsqrt(z.square().mean(-1, keepdim=True) + eps)
 
 
 def scaled_norm(
-    z: Tensor, alpha: Tensor, bias: Tensor | None = None, *, group: Group = None, eps: float = 1e-6
+    z: Tensor,
+    alpha: Tensor,
+    bias: Tensor | None = None,
+    *,
+    group: Group = None,
+    eps: Eps = 1e-6,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """The part of SDD after the matrix product, `y = alpha * norm(z) + b`; with one group, also RMSNorm.
 
@@ -85,10 +107,11 @@ def scaled_norm(
         alpha: `[N_normed]`, one scale a normed feature; or one group width for each normed part, shared by its groups.
         bias: `[N]` or None, added after the scale.
         group: see `resolve_group`.
-        eps: added to the mean square, inside the root.
+        eps: added to the mean square, inside the root; a number, or `[...]` with one a row.
+        dtype: of the result; None for that of z.
 
     Returns:
-        `[..., N]` in the dtype of z; alpha and bias are applied in at least float32 before the cast.
+        `[..., N]`; alpha and bias are applied in at least float32 before the cast.
 
     Raises:
         ValueError: if alpha has neither of the two sizes that the groups allow.
@@ -98,7 +121,7 @@ def scaled_norm(
         y = _scale_part(z, alpha, parts[0][1], eps)
     else:
         widths = [width for width, _ in parts]
-        alphas = _split_alpha(alpha, parts)
+        alphas = split_alpha(alpha, parts)
         y = torch.cat(
             [
                 _scale_part(part, part_alpha, group_width, eps) if group_width else part.to(_statistics_dtype(z.dtype))
@@ -108,7 +131,7 @@ def scaled_norm(
         )
     if bias is not None:
         y = y + bias
-    return y.to(z.dtype)
+    return y.to(dtype or z.dtype)
 
 
 def sdd_linear(
@@ -253,7 +276,7 @@ def _statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _scale_part(z: Tensor, alpha: Tensor, group: int, eps: float) -> Tensor:
+def _scale_part(z: Tensor, alpha: Tensor, group: int, eps: Eps) -> Tensor:
     """`alpha * norm(z)` in the statistics dtype; alpha holds one scale a feature, or one group shared by all."""
     width = z.shape[-1]
     if alpha.shape == (width,):
@@ -263,16 +286,6 @@ def _scale_part(z: Tensor, alpha: Tensor, group: int, eps: float) -> Tensor:
             f"alpha has shape {list(alpha.shape)}, expected [{width}] (one scale a feature) "
             f"or [{group}] (shared by all groups of width {group})"
         )
+    if isinstance(eps, Tensor):
+        eps = eps.unsqueeze(-1)
     return (norm(z.unflatten(-1, (-1, group)), eps) * alpha).flatten(-2)
-
-
-def _split_alpha(alpha: Tensor, parts: Parts) -> list[Tensor]:
-    """Alpha's piece for each part (empty for a plain one); whether it is shared shows in its size."""
-    for shared in (False, True):
-        if alpha.shape == (alpha_size(parts, shared),):
-            sizes = [(group_width if shared else width) if group_width else 0 for width, group_width in parts]
-            return list(alpha.split(sizes))
-    raise ValueError(
-        f"alpha has shape {list(alpha.shape)}, expected [{alpha_size(parts, False)}] (one scale a normed feature) "
-        f"or [{alpha_size(parts, True)}] (shared by the groups of each part) for the parts {list(parts)}"
-    )

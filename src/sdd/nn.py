@@ -3,10 +3,11 @@
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sdd import functional as sdd_F
 from sdd.functional import Group, alpha_size, resolve_group
+from sdd.kernels import scaled_norm
 
 
 class SDDLinear(nn.Linear):
@@ -79,7 +80,7 @@ class SDDLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Compute `alpha * norm(V x) + b`; `[..., in_features]` to `[..., out_features]`."""
-        return sdd_F.sdd_linear(input, self.weight, self.alpha, self.bias, group=self.group, eps=self.eps)
+        return scaled_norm(F.linear(input, self.weight), self.alpha, self.bias, group=self.group, eps=self.eps)
 
     def extra_repr(self) -> str:
         """The arguments that differ from the defaults, after those of `nn.Linear`."""
@@ -146,7 +147,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise and scale; `[..., features]` to `[..., features]`."""
-        return sdd_F.scaled_norm(x, self.weight, group=self.group, eps=self.eps)
+        return scaled_norm(x, self.weight, group=self.group, eps=self.eps)
 
     def extra_repr(self) -> str:
         """Width, initial scale and eps."""
