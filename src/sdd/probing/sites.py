@@ -1,13 +1,11 @@
 """What of a model is watched: its sites, norms, parameters and blocks."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from sdd.conversion.match import block_lists, is_block
 from sdd.functional import Group, resolve_group
 from sdd.nn import SDDLinear
 
@@ -148,12 +146,18 @@ def _is_scale(module: nn.Module, leaf: str) -> bool:
 
 
 def _blocks(root: nn.Module) -> list[nn.Module]:
-    modules = dict(root.named_modules(remove_duplicate=False))
-    lists: Mapping[str, int] = block_lists(modules)
-    if not lists:
-        return []
-    longest = max(lists, key=lambda name: lists[name])
-    return [child for child in modules[longest].children() if is_block(child)]
+    """The children of the longest list of blocks; of lists within lists, as those of experts, the outermost counts."""
+    longest: list[nn.Module] = []
+    seen: list[str] = []
+    for name, module in root.named_modules():
+        nested = any(not outer or name.startswith(f"{outer}.") for outer in seen)
+        if nested or not isinstance(module, (nn.ModuleList, nn.Sequential)):
+            continue
+        blocks = [child for child in module.children() if next(child.children(), None) is not None]
+        if len(blocks) > 1:
+            seen.append(name)
+            longest = max(longest, blocks, key=len)
+    return longest
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
