@@ -197,8 +197,18 @@ def sdd_swiglu(
     """
     if not joint:
         return swiglu(scaled_norm(z_gate, alpha_gate, eps=eps), scaled_norm(z_up, alpha_up, eps=eps))
+    return swiglu(*joint_scaled_norm(z_gate, z_up, alpha_gate, alpha_up, eps=eps))
+
+
+def joint_scaled_norm(
+    z_gate: Tensor, z_up: Tensor, alpha_gate: Tensor, alpha_up: Tensor, *, eps: float = 1e-6
+) -> tuple[Tensor, Tensor]:
+    """Two SDD projections with one norm, `alpha_g * n_g, alpha_u * n_u` with `n_g | n_u = norm(z_g | z_u)`.
+
+    Shapes as in `sdd_swiglu`; each output in the dtype of its z.
+    """
     gate, up = norm(torch.cat([z_gate, z_up], -1), eps).chunk(2, -1)
-    return swiglu((alpha_gate * gate).to(z_gate.dtype), (alpha_up * up).to(z_up.dtype))
+    return (alpha_gate * gate).to(z_gate.dtype), (alpha_up * up).to(z_up.dtype)
 
 
 def rope_tables(

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sdd import points
 from sdd.functional import Group, alpha_size, resolve_group
 from sdd.kernels import scaled_norm
 
@@ -80,7 +81,10 @@ class SDDLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Compute `alpha * norm(V x) + b`; `[..., in_features]` to `[..., out_features]`."""
-        return scaled_norm(F.linear(input, self.weight), self.alpha, self.bias, group=self.group, eps=self.eps)
+        z = F.linear(input, self.weight)
+        y = scaled_norm(z, self.alpha, self.bias, group=self.group, eps=self.eps)
+        points.projection(self, z, y)
+        return y
 
     def extra_repr(self) -> str:
         """The arguments that differ from the defaults, after those of `nn.Linear`."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sdd import functional as sdd_F
+from sdd import points
 from sdd.models.config import ModelConfig
 from sdd.models.init import init_weights
 from sdd.models.kv_cache import Extend, KVCache
@@ -69,6 +70,8 @@ class Attention(nn.Module):
         v_BKTD = self._heads(self.v_proj(x_BTC))
         if extend is not None:
             k_BKTD, v_BKTD = extend(k_BKTD, v_BKTD)
+        else:
+            points.attention(self, q_BHTD, k_BKTD, mask)
         y_BHTD = self._attend(q_BHTD, k_BKTD, v_BKTD, mask)
         return self.o_proj(self.ctx(y_BHTD.transpose(1, 2).flatten(2)))
 
@@ -106,6 +109,12 @@ class FeedForward(nn.Module):
         assert isinstance(gate, SDDLinear)
         assert isinstance(up, SDDLinear)
         z_gate, z_up = F.linear(x_BTC, gate.weight), F.linear(x_BTC, up.weight)
+        if points.recording():
+            y_gate, y_up = sdd_F.joint_scaled_norm(z_gate, z_up, gate.alpha, up.alpha, eps=gate.eps)
+            z = torch.cat([z_gate, z_up], -1)
+            points.projection(gate, z, y_gate)
+            points.projection(up, z, y_up)
+            return sdd_F.swiglu(y_gate, y_up)
         return sdd_F.sdd_swiglu(z_gate, z_up, gate.alpha, up.alpha, joint=True, eps=gate.eps)
 
 
@@ -185,7 +194,9 @@ class LanguageModel(nn.Module):
         mask = None if document_eos is None else document_mask(tokens_BT, document_eos)
         x_BTC = self.hidden(tokens_BT, mask, cache)
         if targets_BT is None:
-            return F.linear(x_BTC, self.head_weight)
+            logits_BTV = F.linear(x_BTC, self.head_weight)
+            points.output("logits", logits_BTV)
+            return logits_BTV
         return cross_entropy(
             x_BTC, self.head_weight, targets_BT, z_loss=z_loss, reduction=reduction, chunked=self.chunked_loss
         )
@@ -250,6 +261,7 @@ def cross_entropy(
         options = nn.LinearCrossEntropyOptions()  # pyright: ignore[reportAttributeAccessIssue]
         return F.linear_cross_entropy(x_NC, head_weight, targets_N, options=options)  # pyright: ignore[reportAttributeAccessIssue]
     logits_NV = F.linear(x_NC, head_weight)
+    points.output("logits", logits_NV)
     logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
     loss = F.cross_entropy(logits_NV, targets_N, reduction=reduction)
     if z_loss:
