@@ -180,7 +180,7 @@ def sdd_swiglu(
     alpha_up: Tensor,
     *,
     joint: bool = False,
-    eps: float = 1e-6,
+    eps: Eps = 1e-6,
 ) -> Tensor:
     """SwiGLU of two SDD projections, `silu(alpha_g * norm(z_g)) * (alpha_u * norm(z_u))`.
 
@@ -201,7 +201,7 @@ def sdd_swiglu(
 
 
 def joint_scaled_norm(
-    z_gate: Tensor, z_up: Tensor, alpha_gate: Tensor, alpha_up: Tensor, *, eps: float = 1e-6
+    z_gate: Tensor, z_up: Tensor, alpha_gate: Tensor, alpha_up: Tensor, *, eps: Eps = 1e-6
 ) -> tuple[Tensor, Tensor]:
     """Two SDD projections with one norm, `alpha_g * n_g, alpha_u * n_u` with `n_g | n_u = norm(z_g | z_u)`.
 
