@@ -176,28 +176,36 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 def sdd_swiglu(
     z_gate: Tensor,
     z_up: Tensor,
-    alpha_gate: Tensor,
-    alpha_up: Tensor,
+    alpha_gate: Tensor | None,
+    alpha_up: Tensor | None,
     *,
     joint: bool = False,
     eps: Eps = 1e-6,
+    up_eps: Eps | None = None,
 ) -> Tensor:
     """SwiGLU of two SDD projections, `silu(alpha_g * norm(z_g)) * (alpha_u * norm(z_u))`.
 
     Args:
         z_gate: `V_gate x`, `[..., d_ff]`.
         z_up: `V_up x`, `[..., d_ff]`.
-        alpha_gate: `[d_ff]`.
-        alpha_up: `[d_ff]`.
+        alpha_gate: `[d_ff]`, or None if the gate projection has no norm.
+        alpha_up: `[d_ff]`, or None if the up projection has no norm.
         joint: one norm group over the concatenated `z_gate | z_up` (the released dense code) instead of one each.
         eps: added to the mean square, inside the root.
+        up_eps: the same for the norm of the up projection; None for eps.
 
     Returns:
         `[..., d_ff]` in the dtype of z_gate.
+
+    Raises:
+        ValueError: if a joint group lacks an alpha or has two eps.
     """
-    if not joint:
-        return swiglu(scaled_norm(z_gate, alpha_gate, eps=eps), scaled_norm(z_up, alpha_up, eps=eps))
-    return swiglu(*joint_scaled_norm(z_gate, z_up, alpha_gate, alpha_up, eps=eps))
+    check_swiglu(z_gate, z_up, alpha_gate, alpha_up, joint, eps, up_eps)
+    if alpha_gate is not None and alpha_up is not None and joint:
+        return swiglu(*joint_scaled_norm(z_gate, z_up, alpha_gate, alpha_up, eps=eps))
+    gate = z_gate if alpha_gate is None else scaled_norm(z_gate, alpha_gate, eps=eps)
+    up = z_up if alpha_up is None else scaled_norm(z_up, alpha_up, eps=eps if up_eps is None else up_eps)
+    return swiglu(gate, up)
 
 
 def joint_scaled_norm(
@@ -209,6 +217,51 @@ def joint_scaled_norm(
     """
     gate, up = norm(torch.cat([z_gate, z_up], -1), eps).chunk(2, -1)
     return (alpha_gate * gate).to(z_gate.dtype), (alpha_up * up).to(z_up.dtype)
+
+
+def sdd_swiglu_bare_up(
+    z_gate: Tensor, z_up: Tensor, alpha_gate: Tensor | None, alpha_up: Tensor, *, eps: Eps = 1e-6
+) -> tuple[Tensor, Tensor]:
+    """SwiGLU whose up norm is left to an SDD consumer, `h = silu(alpha_g * norm(z_g)) * (alpha_u * z_u)`.
+
+    With q = mean(z_u^2), `sdd_linear(h, V)` with eps' equals `sdd_linear(h / sqrt(q + eps), V)` with eps exactly if
+    `eps' = eps * (q + eps)`, since norm(V (c h)) = norm(V h) but for eps.
+
+    Args:
+        z_gate: `V_gate x`, `[..., d_ff]`.
+        z_up: `V_up x`, `[..., d_ff]`.
+        alpha_gate: `[d_ff]`, or None if the gate projection has no norm.
+        alpha_up: `[d_ff]`.
+        eps: of the gate's norm.
+
+    Returns:
+        h `[..., d_ff]` in the dtype of z_gate, and q `[...]` in at least float32.
+    """
+    check_swiglu(z_gate, z_up, alpha_gate, alpha_up, False, eps, None)
+    gate = z_gate if alpha_gate is None else scaled_norm(z_gate, alpha_gate, eps=eps)
+    wide = z_up.to(_statistics_dtype(z_up.dtype))
+    return swiglu(gate, (alpha_up * wide).to(z_up.dtype)), wide.square().mean(-1)
+
+
+def check_swiglu(
+    z_gate: Tensor,
+    z_up: Tensor,
+    alpha_gate: Tensor | None,
+    alpha_up: Tensor | None,
+    joint: bool,
+    eps: Eps,
+    up_eps: Eps | None,
+) -> None:
+    """Raise ValueError if shapes do not fit, or a joint group lacks an alpha or has two eps."""
+    if z_gate.shape != z_up.shape:
+        raise ValueError(f"z_gate {list(z_gate.shape)} and z_up {list(z_up.shape)} differ in shape")
+    for name, alpha in (("alpha_gate", alpha_gate), ("alpha_up", alpha_up)):
+        if alpha is not None and alpha.shape != z_gate.shape[-1:]:
+            raise ValueError(f"{name} has shape {list(alpha.shape)}, expected {list(z_gate.shape[-1:])}")
+    if joint and (alpha_gate is None or alpha_up is None):
+        raise ValueError("joint=True is one norm over gate and up: give alpha_gate and alpha_up")
+    if joint and not isinstance(eps, Tensor) and up_eps not in (None, eps):
+        raise ValueError(f"joint=True has one eps: {eps} and up_eps={up_eps} were given")
 
 
 def rope_tables(
@@ -234,41 +287,81 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def residual_norm(
     z: Tensor,
     residual: Tensor,
-    alpha: Tensor,
+    alpha: Tensor | None,
     post_alpha: Tensor | None = None,
     *,
     residual_scale: float = 1.0,
-    eps: float = 1e-6,
+    eps: Eps = 1e-6,
     post_eps: float = 1e-6,
 ) -> Tensor:
-    """An SDD output projection added to the residual stream, with or without the post-norm.
+    """An output projection added to the residual stream, with or without the post-norm.
 
-    `s = residual_scale * residual + alpha * norm(z)`, and `post_alpha * norm(s)` if post_alpha is given.
+    `s = residual_scale * residual + alpha * norm(z)`, and `post_alpha * norm(s)` if post_alpha is given. Everything is
+    in at least float32 until the one cast at the end.
 
     Args:
         z: `V x` of the output projection, `[..., d_model]`.
         residual: the residual stream, `[..., d_model]`.
-        alpha: `[d_model]`.
+        alpha: `[d_model]`, or None if the projection has no norm (`s = residual_scale * residual + z`).
         post_alpha: `[d_model]` or None for no post-norm.
         residual_scale: DeepNorm's factor on the stream, 1 elsewhere.
-        eps: of the projection's norm.
+        eps: of the projection's norm; a number, or `[...]` with one a row.
         post_eps: of the post-norm.
 
     Returns:
         `[..., d_model]` in the dtype of the residual stream.
     """
-    stream = torch.add(scaled_norm(z, alpha, eps=eps), residual, alpha=residual_scale).to(residual.dtype)
-    return stream if post_alpha is None else scaled_norm(stream, post_alpha, eps=post_eps)
+    stream = _stream(z, residual, alpha, residual_scale, eps)
+    return (stream if post_alpha is None else norm(stream, post_eps) * post_alpha).to(residual.dtype)
+
+
+def residual_prenorm(
+    z: Tensor,
+    residual: Tensor,
+    alpha: Tensor | None,
+    norm_alpha: Tensor,
+    *,
+    residual_scale: float = 1.0,
+    eps: Eps = 1e-6,
+    norm_eps: float = 1e-6,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """An output projection added to the residual stream, and the norm that the next branch reads (Pre-Norm, Peri-LN).
+
+    `s = residual_scale * residual + alpha * norm(z)` and `norm_alpha * norm(s)`, of s before its cast.
+
+    Args:
+        z: `V x` of the output projection, `[..., d_model]`.
+        residual: the residual stream, `[..., d_model]`.
+        alpha: `[d_model]`, or None if the projection has no norm.
+        norm_alpha: `[d_model]`.
+        residual_scale: factor on the stream.
+        eps: of the projection's norm; a number, or `[...]` with one a row.
+        norm_eps: of the norm of s.
+        dtype: of norm(s); None for that of the residual stream.
+
+    Returns:
+        s in the dtype of the residual stream and its scaled norm, both `[..., d_model]`.
+    """
+    stream = _stream(z, residual, alpha, residual_scale, eps)
+    return stream.to(residual.dtype), (norm(stream, norm_eps) * norm_alpha).to(dtype or residual.dtype)
 
 
 def qk_norm_rope(
-    z: Tensor, alpha: Tensor, cos: Tensor, sin: Tensor, *, n_heads: int, group: int | None = None, eps: float = 1e-6
+    z: Tensor,
+    alpha: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    n_heads: int,
+    group: int | None = None,
+    eps: float = 1e-6,
 ) -> Tensor:
-    """Normed queries or keys, rotated: `rope(alpha * norm(z))`.
+    """Normed queries or keys, rotated: `rope(alpha * norm(z))`, in at least float32 until the one cast at the end.
 
     Args:
         z: `V x` of the q or k projection, `[B, T, H*D]`.
-        alpha: `[H*D]`, or `[D]` shared by the heads.
+        alpha: `[H*D]`, or `[D]` shared by the heads; None for no norm, `rope(z)`.
         cos: `[T, D]`.
         sin: `[T, D]`.
         n_heads: H.
@@ -278,8 +371,18 @@ def qk_norm_rope(
     Returns:
         `[B, H, T, D]` in the dtype of z.
     """
-    heads = scaled_norm(z, alpha, group=group, eps=eps).unflatten(-1, (n_heads, -1)).transpose(-3, -2)
-    return apply_rope(heads, cos, sin)
+    y = z.to(_statistics_dtype(z.dtype))
+    if alpha is not None:
+        y = scaled_norm(y, alpha, group=group, eps=eps)
+    return apply_rope(y.unflatten(-1, (n_heads, -1)).transpose(-3, -2), cos, sin).to(z.dtype)
+
+
+def _stream(z: Tensor, residual: Tensor, alpha: Tensor | None, residual_scale: float, eps: Eps) -> Tensor:
+    """`residual_scale * residual + alpha * norm(z)` in at least float32."""
+    branch = z.to(_statistics_dtype(z.dtype))
+    if alpha is not None:
+        branch = scaled_norm(branch, alpha, eps=eps)
+    return torch.add(branch, residual, alpha=residual_scale)
 
 
 def _statistics_dtype(dtype: torch.dtype) -> torch.dtype:

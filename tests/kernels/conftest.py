@@ -1,22 +1,19 @@
-"""Kernels run on a CUDA device if there is one (those tests then carry the mark `gpu`), else interpreted on the CPU."""
+"""Kernels run on a CUDA device if there is one (their tests then carry the mark `gpu`), else interpreted on the CPU."""
 
 import os
 import sys
+from pathlib import Path
 
 import pytest
 import torch
-
-from sdd.kernels.dispatch import HAS_TRITON
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
     assert "triton" not in sys.modules, "Triton was imported before its interpreter could be asked for"
 
-NEEDS_KERNELS = "path"
-
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    here = os.path.dirname(__file__)
+    """Mark this folder's tests, which this hook is not limited to."""
     for item in items:
-        if str(item.path).startswith(here) and torch.cuda.is_available():
+        if torch.cuda.is_available() and Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.gpu)

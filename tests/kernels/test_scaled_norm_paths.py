@@ -3,14 +3,12 @@
 from typing import Any
 
 import pytest
-import torch
-from helpers_kernels import DEVICE, DTYPES, PATHS, assert_close, check, drawn, dtypes, layouts, leading, run, seeds
+from helpers_kernels import PATHS, check, drawn, dtypes, layouts, leading, seeds
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sdd import functional as sdd_F
-from sdd import kernels
-from sdd.functional import alpha_size, resolve_group
+from sdd.functional import alpha_size
 
 
 @st.composite

@@ -5,14 +5,16 @@
     triton      the fused kernels (`sdd.kernels.fused`)
 
 By itself ("auto"), a CUDA tensor of float32, bfloat16 or float16 runs on the kernels where Triton is installed.
-Everything else recomputes; under torch.compile, whose inductor fuses by itself, and under `torch.func`, which transforms
-any PyTorch code, it is composed. The environment variable SDD_KERNELS and the context manager `use` force one path.
+Everything else recomputes; under torch.compile, whose inductor fuses by itself, and under `torch.func`, which
+transforms any PyTorch code, it is composed. The environment variable SDD_KERNELS and the context manager `use` force
+one path.
 """
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
+from types import ModuleType
 from typing import Literal, get_args
 
 import torch
@@ -20,7 +22,7 @@ from torch import Tensor
 
 from sdd import functional as sdd_F
 from sdd.errors import UserError
-from sdd.functional import Eps, Group, resolve_group
+from sdd.functional import Eps, Group
 from sdd.kernels import recompute
 
 Path = Literal["auto", "composed", "recompute", "triton"]
@@ -77,15 +79,49 @@ def scaled_norm(
     eps: Eps = 1e-6,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """`alpha * norm(z) + b`: `sdd.functional.scaled_norm`, by the fastest path."""
+    """`alpha * norm(z) + b`; with one group, also RMSNorm. See `sdd.functional.scaled_norm`."""
+    return _chosen(z).scaled_norm(z, alpha, bias, group=group, eps=eps, dtype=dtype)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """`silu(gate) * up`. See `sdd.functional.swiglu`."""
+    return _chosen(gate).sdd_swiglu(gate, up, None, None)
+
+
+def sdd_swiglu(
+    z_gate: Tensor,
+    z_up: Tensor,
+    alpha_gate: Tensor | None,
+    alpha_up: Tensor | None,
+    *,
+    joint: bool = False,
+    eps: float = 1e-6,
+    up_eps: float | None = None,
+) -> Tensor:
+    """`silu(alpha_g * norm(z_g)) * (alpha_u * norm(z_u))`; no norm where alpha is None.
+
+    See `sdd.functional.sdd_swiglu`.
+    """
+    return _chosen(z_gate).sdd_swiglu(z_gate, z_up, alpha_gate, alpha_up, joint=joint, eps=eps, up_eps=up_eps)
+
+
+def sdd_swiglu_bare_up(
+    z_gate: Tensor, z_up: Tensor, alpha_gate: Tensor | None, alpha_up: Tensor, *, eps: float = 1e-6
+) -> tuple[Tensor, Tensor]:
+    """`silu(alpha_g * norm(z_g)) * (alpha_u * z_u)`, and mean(z_u^2). See `sdd.functional.sdd_swiglu_bare_up`."""
+    return _chosen(z_gate).sdd_swiglu_bare_up(z_gate, z_up, alpha_gate, alpha_up, eps=eps)
+
+
+def _chosen(z: Tensor) -> ModuleType:
+    """The module whose functions run an operation on z."""
     match path_of(z):
         case "triton":
             from sdd.kernels import fused
 
-            return fused.scaled_norm(z, alpha, bias, resolve_group(group, z.shape[-1]), eps, dtype)
+            return fused
         case "recompute":
-            return recompute.scaled_norm(z, alpha, bias, group=group, eps=eps, dtype=dtype)
-    return sdd_F.scaled_norm(z, alpha, bias, group=group, eps=eps, dtype=dtype)
+            return recompute
+    return sdd_F
 
 
 def _checked(path: str) -> Path:

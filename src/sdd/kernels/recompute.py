@@ -42,6 +42,86 @@ def scaled_norm(
     )
 
 
+def sdd_swiglu(
+    z_gate: Tensor,
+    z_up: Tensor,
+    alpha_gate: Tensor | None,
+    alpha_up: Tensor | None,
+    *,
+    joint: bool = False,
+    eps: float = 1e-6,
+    up_eps: float | None = None,
+) -> Tensor:
+    """`sdd.functional.sdd_swiglu`."""
+    sdd_F.check_swiglu(z_gate, z_up, alpha_gate, alpha_up, joint, eps, up_eps)
+    if joint:
+        assert alpha_gate is not None
+        assert alpha_up is not None
+        alpha = torch.cat([alpha_gate, alpha_up])
+        return sdd_F.swiglu(*scaled_norm(torch.cat([z_gate, z_up], -1), alpha, eps=eps).chunk(2, -1))
+    gate = z_gate if alpha_gate is None else scaled_norm(z_gate, alpha_gate, eps=eps)
+    up = z_up if alpha_up is None else scaled_norm(z_up, alpha_up, eps=eps if up_eps is None else up_eps)
+    return sdd_F.swiglu(gate, up)
+
+
+def sdd_swiglu_bare_up(
+    z_gate: Tensor, z_up: Tensor, alpha_gate: Tensor | None, alpha_up: Tensor, *, eps: float = 1e-6
+) -> tuple[Tensor, Tensor]:
+    """`sdd.functional.sdd_swiglu_bare_up`."""
+    gate = z_gate if alpha_gate is None else scaled_norm(z_gate, alpha_gate, eps=eps)
+    return sdd_F.sdd_swiglu_bare_up(gate, z_up, None, alpha_up)
+
+
+def residual_norm(
+    z: Tensor,
+    residual: Tensor,
+    alpha: Tensor | None,
+    post_alpha: Tensor | None = None,
+    *,
+    residual_scale: float = 1.0,
+    eps: Eps = 1e-6,
+    post_eps: float = 1e-6,
+) -> Tensor:
+    """`sdd.functional.residual_norm`."""
+    stream = _stream(z, residual, alpha, residual_scale, eps)
+    if post_alpha is None:
+        return stream.to(residual.dtype)
+    return scaled_norm(stream, post_alpha, eps=post_eps, dtype=residual.dtype)
+
+
+def residual_prenorm(
+    z: Tensor,
+    residual: Tensor,
+    alpha: Tensor | None,
+    norm_alpha: Tensor,
+    *,
+    residual_scale: float = 1.0,
+    eps: Eps = 1e-6,
+    norm_eps: float = 1e-6,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`sdd.functional.residual_prenorm`."""
+    stream = _stream(z, residual, alpha, residual_scale, eps)
+    return stream.to(residual.dtype), scaled_norm(stream, norm_alpha, eps=norm_eps, dtype=dtype or residual.dtype)
+
+
+def qk_norm_rope(
+    z: Tensor,
+    alpha: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    n_heads: int,
+    group: int | None = None,
+    eps: float = 1e-6,
+) -> Tensor:
+    """`sdd.functional.qk_norm_rope`."""
+    y = z.to(_wide(z.dtype))
+    if alpha is not None:
+        y = scaled_norm(y, alpha, group=group, eps=eps)
+    return _Rope.apply(y.unflatten(-1, (n_heads, -1)).transpose(-3, -2), cos, sin).to(z.dtype)
+
+
 def differentiate_again(
     composed: Callable[..., Tensor | tuple[Tensor, ...]], inputs: Sequence[object], gradients: Sequence[Tensor | None]
 ) -> list[Tensor | None]:
@@ -64,6 +144,39 @@ def differentiate_again(
     )
     by_input = {id(x): gradient for x, gradient in zip(needed, found, strict=True)}
     return [by_input.get(id(x)) for x in inputs]
+
+
+def _stream(z: Tensor, residual: Tensor, alpha: Tensor | None, residual_scale: float, eps: Eps) -> Tensor:
+    """`residual_scale * residual + alpha * norm(z)` in at least float32."""
+    wide = _wide(z.dtype)
+    branch = z.to(wide) if alpha is None else scaled_norm(z, alpha, eps=eps, dtype=wide)
+    return torch.add(branch, residual, alpha=residual_scale)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+class _Rope(torch.autograd.Function):
+    """`x * cos + rotate_half(x) * sin` and its transpose, in four passes instead of seven."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        y = x * cos
+        (x1, x2), (y1, y2), (sin1, sin2) = (a.chunk(2, -1) for a in (x, y, sin))
+        y1.addcmul_(x2, sin1, value=-1)
+        y2.addcmul_(x1, sin2)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        dx = dy * cos
+        (dx1, dx2), (dy1, dy2), (sin1, sin2) = (a.chunk(2, -1) for a in (dx, dy, sin))
+        dx1.addcmul_(dy2, sin2)
+        dx2.addcmul_(dy1, sin1, value=-1)
+        return dx, None, None
 
 
 def _norm(z: Tensor, alpha: Tensor, bias: Tensor | None, eps: Eps, group: int, dtype: torch.dtype) -> Tensor:
@@ -129,7 +242,7 @@ def _differentiate(dy: Tensor, z: Tensor, alpha: Tensor, r: Tensor, group: int) 
 
 def _tiles(x: Tensor, group: int) -> Tensor:
     """`[..., N]` as `[rows, N/group, group]` in at least float32."""
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    x = x.to(_wide(x.dtype))
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1] // group, group)
 
 

@@ -48,7 +48,7 @@ def on_device(x: Tensor) -> AbstractContextManager[object]:
 
 
 def row_eps_of(eps: Eps, z: Tensor) -> tuple[Tensor | None, float]:
-    """eps as an operation takes it: one a row `[...]` in float32 or None, and a number."""
+    """What an operation takes for eps: one a row `[...]` in float32 or None, and a number."""
     if isinstance(eps, Tensor):
         return eps.float().expand(z.shape[:-1]), 0.0
     return None, eps

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sdd import functional as sdd_F
-from sdd.functional import Eps, Parts, split_alpha
+from sdd.functional import Eps, Group, resolve_group, split_alpha
 from sdd.kernels.fused.common import (
     MAX_BLOCK,
     WIDE_BLOCK,
@@ -80,6 +80,7 @@ def forward_kernel(
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    """One row's tile, or a block of columns of a wide group whose r is there already."""
     row = tl.program_id(0).to(tl.int64)
     head, column = tile(BLOCK_H, BLOCK_D, BY_COLUMN)
     there = (head < HEADS) & (column < WIDTH)
@@ -114,7 +115,7 @@ def backward_mean_kernel(
     SHARED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """m = mean(alpha*dy*n) of one wide group."""
+    """The mean of alpha*dy*n over one wide group."""
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     first = head * WIDTH
     dy_ptr += row * dy_stride + first
@@ -282,7 +283,7 @@ def scaled_norm_op(
     parts: list[int],
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """y in `dtype`, and r `[..., number of groups]`; parts are width, group, width, group, ..."""
+    """`y` in `dtype`, and r `[..., number of groups]`; parts are width, group, width, group, ..."""
     y, r = _empty(z, alpha, bias, row_eps, eps, parts, dtype)
     y_rows, r_rows, z_rows = rows(y), rows(r), rows(z)
     alpha, bias = alpha.contiguous(), None if bias is None else bias.contiguous()
@@ -325,7 +326,7 @@ def scaled_norm_backward_op(
     bias: bool,
     row_eps: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dz + add in the dtype of z; dalpha, db and deps in float32, the last two empty unless asked for."""
+    """`dz` + add in the dtype of z; dalpha, db and deps in float32, the last two empty unless asked for."""
     dz, dalpha, dbias, deps = _empty_backward(dy, z, alpha, r, add, parts, bias, row_eps)
     dz_rows, dy_rows, z_rows, r_rows, alpha = rows(dz), rows(dy), rows(z), rows(r), alpha.contiguous()
     add_rows = None if add is None else rows(add)
@@ -413,9 +414,16 @@ scaled_norm_op.register_autograd(_backward, setup_context=_setup_context)
 
 
 def scaled_norm(
-    z: Tensor, alpha: Tensor, bias: Tensor | None, parts: Parts, eps: Eps, dtype: torch.dtype | None
+    z: Tensor,
+    alpha: Tensor,
+    bias: Tensor | None = None,
+    *,
+    group: Group = None,
+    eps: Eps = 1e-6,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """`sdd.functional.scaled_norm` by the kernels."""
+    parts = resolve_group(group, z.shape[-1])
     split_alpha(alpha, parts)  # its sizes, or an error
     flat = [number for part in parts for number in part]
     return scaled_norm_op(z, alpha, bias, *row_eps_of(eps, z), flat, dtype or z.dtype)[0]
