@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sdd.models import LanguageModel, ModelConfig
+from sdd.models.blocks import eliminations as block_eliminations
 from sdd.models.elimination import superfluous_norms
-from sdd.models.transformer import block_eliminations
 from sdd.placement import Norm, Placement, placements
 
 SHAPE = ModelConfig(n_layers=2, d_model=32, d_ff=48, n_heads=4, n_kv_heads=2, vocab_size=61, context=1024)
@@ -116,6 +116,36 @@ def test_bfloat16_has_the_range():
     with torch.autocast("cpu", torch.bfloat16):
         errors = [(model(tokens) - exact).square().mean().sqrt() for model in (kept, left_out)]
     assert errors[1] < 1.5 * errors[0]
+
+
+class Adapted(torch.nn.Module):
+    """A low-rank adapter beside a layer, as PEFT wraps it."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer, self.beside = layer, torch.nn.Linear(layer.in_features, layer.out_features, bias=False)
+
+    def forward(self, x):
+        return self.layer(x) + self.beside(x)
+
+
+@pytest.mark.parametrize("where", ["attn.q_proj", "attn.o_proj", "ffn.up_proj", "ffn.down_proj"])
+@pytest.mark.parametrize("how", ["adapter", "hook"])
+def test_an_adapter_or_a_hook_keeps_the_norms_around_it(where, how):
+    models = pair(replace(SHAPE, placement=CASES["sdd-prenorm with ctx"], init_scale=0.1), torch.float32)
+    seen = []
+    for model in models:
+        torch.manual_seed(3)
+        part, name = where.split(".")
+        owner = getattr(model.blocks[1], part)
+        if how == "adapter":
+            setattr(owner, name, Adapted(getattr(owner, name)))
+        else:
+            getattr(owner, name).register_forward_hook(lambda module, args, output: seen.append(output))
+    tokens = torch.randint(0, 61, (1, 16))
+    torch.testing.assert_close(models[1](tokens), models[0](tokens), rtol=1e-4, atol=1e-4)
+    if how == "hook":
+        torch.testing.assert_close(*seen, rtol=1e-4, atol=1e-4)
 
 
 def test_a_router_or_a_plain_reader_keeps_the_norm():

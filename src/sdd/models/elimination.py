@@ -37,6 +37,9 @@ from sdd.kernels import scaled_norm
 from sdd.nn import RMSNorm, SDDLinear
 from sdd.placement import Norm, Site
 
+_PLAIN = (nn.Linear, SDDLinear, RMSNorm, nn.Identity)
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
 
 class Skipped(NamedTuple):
     """What is left of a norm whose readers make it superfluous: they read z in place of `gain * z / sqrt(square)`.
@@ -70,21 +73,32 @@ def superfluous_norms(norms: Mapping[Site, Norm], *, joint: bool, router: bool =
     return frozenset(found)
 
 
+def is_plain(*modules: nn.Module) -> bool:
+    """Whether these can be computed around: linear layers and norms as they were built, and nobody looks at them.
+
+    Adapters and hooks want the modules themselves, and so does a probe while it records.
+    """
+    return not points.recording() and all(type(module) in _PLAIN and not _has_hooks(module) for module in modules)
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return any(getattr(module, hooks) for hooks in _HOOKS)
+
+
 def skip(norm: nn.Module, x: Tensor) -> tuple[Tensor, Skipped | None]:
     """A superfluous norm: x as it is and what its readers must know, or in float16 `norm(x)` and None."""
     assert isinstance(norm, RMSNorm)
     if is_half(x):
         return norm(x), None
-    if points.recording():  # what the norm would give, for the probe alone
-        norm(x.detach())
     return x, Skipped(norm.weight, mean_square(x) + norm.eps)
 
 
 def project(layer: nn.Module, x: Tensor, before: Skipped | None) -> tuple[Tensor, Eps]:
-    """`z = V x` of an SDD projection, and the eps of its norm."""
-    assert isinstance(layer, SDDLinear)
+    """`z = V x` and the eps of the norm of z (0 where none stands)."""
+    assert isinstance(layer, nn.Linear)
     if before is None:
-        return F.linear(x, layer.weight), layer.eps
+        return F.linear(x, layer.weight), layer.eps if isinstance(layer, SDDLinear) else 0.0
+    assert isinstance(layer, SDDLinear)
     weight = layer.weight if before.gain is None else (layer.weight * before.gain).to(layer.weight.dtype)
     return F.linear(x, weight), layer.eps * before.square
 
@@ -95,15 +109,7 @@ def read(layer: nn.Module, x: Tensor, before: Skipped | None) -> Tensor:
         return layer(x)
     z, eps = project(layer, x, before)
     assert isinstance(layer, SDDLinear)
-    y = scaled_norm(z, layer.alpha, group=layer.group, eps=eps)
-    show_projection(layer, z, y, before)
-    return y
-
-
-def show_projection(layer: SDDLinear, z: Tensor, y: Tensor, before: Skipped | None) -> None:
-    """Show a probe y and the z of which it is the norm, as if no norm before it had been skipped."""
-    if points.recording():
-        points.projection(layer, z if before is None else z * before.square.rsqrt().unsqueeze(-1).to(z.dtype), y)
+    return scaled_norm(z, layer.alpha, group=layer.group, eps=eps)
 
 
 def mean_square(z: Tensor) -> Tensor:
