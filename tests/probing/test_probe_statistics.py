@@ -18,10 +18,12 @@ from helpers_probing import (
 )
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 import sdd
 from sdd.placement import placements
 from sdd.probing.attention import sampled_attention
+from sdd.probing.sites import norm_ratio
 from sdd.probing.weights import angle
 
 
@@ -156,3 +158,42 @@ def test_no_angle_where_there_is_no_direction():
     assert math.isnan(angle(1.0, 1.0, -1.0))  # W + D = 0
     assert math.isnan(angle(math.inf, 1.0, 0.0))
     assert angle(1.0, 4.0, -2.0) == pytest.approx(math.pi)
+
+
+# --- eps against what it is added to
+
+
+@pytest.mark.parametrize(
+    ("module", "eps", "centred"),
+    [
+        (nn.LayerNorm(6, eps=0.1), 0.1, True),
+        (nn.LayerNorm((4, 6), eps=0.1), 0.1, True),
+        (nn.RMSNorm(6, eps=0.1), 0.1, False),
+        (nn.RMSNorm((4, 6)), torch.finfo(torch.float32).eps, False),
+        (sdd.RMSNorm(6, eps=0.1), 0.1, False),
+    ],
+)
+def test_eps_of_norms(module, eps, centred):
+    x = torch.randn(3, 4, 6) + 1
+    rows = x.double().flatten(-len(getattr(module, "normalized_shape", (6,))))
+    expected = eps / (rows.var(-1, correction=0) if centred else rows.square().mean(-1))
+    torch.testing.assert_close(norm_ratio(module, x), expected.flatten().float(), rtol=1e-4, atol=0)
+
+
+PART = st.sampled_from([(4, 2), (6, 3), (4, 4), (5, 0)])
+
+
+@given(st.lists(PART, min_size=1, max_size=4).filter(lambda parts: any(width for _, width in parts)))
+def test_eps_of_groups_and_plain_parts(parts):
+    layer = sdd.SDDLinear(3, sum(width for width, _ in parts), group=parts, eps=0.2)
+    z = torch.randn(2, 5, layer.out_features)
+    pieces = zip(z.double().split([width for width, _ in parts], -1), parts, strict=True)
+    expected = [piece.unflatten(-1, (-1, width)).square().mean(-1).flatten() for piece, (_, width) in pieces if width]
+    torch.testing.assert_close(norm_ratio(layer, z), (0.2 / torch.cat(expected)).float(), rtol=1e-4, atol=0)
+
+
+def test_a_norm_that_does_not_say_its_eps():
+    class MyNorm(nn.Module):
+        pass
+
+    assert norm_ratio(MyNorm(), torch.randn(2, 3)) is None

@@ -41,7 +41,8 @@ class Probe:
                 optimizer.zero_grad()
 
     What is recorded, and its formulas: `sdd.probing.STATISTICS`. A probed step computes what any other step does; only
-    what is compiled with torch.compile runs eagerly in it, in the whole process, which rounds differently.
+    what is compiled with torch.compile runs eagerly in it, in the whole process, and what our models fuse or leave out
+    (`ModelConfig.eliminate_norms`, kernels on a GPU) is computed norm by norm: both round differently.
     Recorded are forward passes that gradients are kept for; with reentrant activation checkpointing, which keeps none,
     the blocks are not seen. Of several microbatches all count. Of several processes all must have a probe: sums are
     reduced over them, and gradients by outputs are those of the mean of their losses.

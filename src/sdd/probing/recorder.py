@@ -1,7 +1,6 @@
 """One probed step: hooks, points and intercepted calls, turned into sums."""
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -86,6 +85,7 @@ class Recorder:
         """A module that tells its queries and keys; its calls of scaled_dot_product_attention are not looked at."""
         if module in self._sites.names and self._is_recorded():
             self._announced.add(module)
+            self._sites.tells_attention = True
             self._attention(self._sites.names[module], q, k, mask, mask is None, None)
 
     # hooks
@@ -93,7 +93,7 @@ class Recorder:
     def _entered(self, module: nn.Module, _args: Any) -> None:
         if not self._is_open:
             return
-        if not self._inside:
+        if not self._inside and not self._sites.tells_attention:
             self._calls.enter_context(AttentionCalls(self._attention_call))
         self._inside.append(module)
 
@@ -137,51 +137,35 @@ class Recorder:
         """
         return self._is_open and torch.is_grad_enabled() and torch._C._current_graph_task_id() == -1
 
-    # sums
+    # sums, of detached tensors
 
     def _output(self, name: str, y: Tensor) -> None:
         self._squares((name, "rms"), y)
-        self._watch_gradient((name, "grad_rms"), y)
+        if y.requires_grad:
+            y.register_hook(partial(self._squares, (name, "grad_rms")))
 
     def _squares(self, key: Key, tensor: Tensor) -> None:
-        with _untouched(tensor):
-            self._tally.add(key, sum_of_squares(tensor), tensor.numel())
-
-    def _watch_gradient(self, key: Key, tensor: Tensor) -> None:
-        if tensor.requires_grad:
-            tensor.register_hook(partial(self._gradient, key))
-
-    def _gradient(self, key: Key, gradient: Tensor) -> None:
-        self._squares(key, gradient)
+        self._tally.add(key, sum_of_squares(tensor), tensor.numel())
 
     def _norm(self, name: str, module: nn.Module, z: Tensor) -> None:
-        with _untouched(z):
-            ratio = norm_ratio(module, z.detach())
-            if ratio is not None:
-                self._tally.add((name, "eps_ratio"), ratio.sum(), ratio.numel())
-                self._tally.highest((name, "eps_ratio_max"), ratio.amax())
+        ratio = norm_ratio(module, z.detach())
+        if ratio is not None:
+            self._tally.add((name, "eps_ratio"), ratio.sum(), ratio.numel())
+            self._tally.highest((name, "eps_ratio_max"), ratio.amax())
 
     def _cosine(self, index: int, x: Tensor, y: Tensor) -> None:
-        with _untouched(x):
-            x, y = x.detach().float(), y.detach().float()
-            lengths = torch.linalg.vector_norm(x, dim=-1) * torch.linalg.vector_norm(y, dim=-1)
-            cosine = torch.linalg.vecdot(x, y) / lengths.clamp_min(torch.finfo(torch.float32).tiny)
-            self._tally.add((layer_name(index), "cosine"), cosine.sum(), cosine.numel())
+        x, y = x.detach().float(), y.detach().float()
+        lengths = torch.linalg.vector_norm(x, dim=-1) * torch.linalg.vector_norm(y, dim=-1)
+        cosine = torch.linalg.vecdot(x, y) / lengths.clamp_min(torch.finfo(torch.float32).tiny)
+        self._tally.add((layer_name(index), "cosine"), cosine.sum(), cosine.numel())
 
     def _attention(
         self, name: str, q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scale: float | None
     ) -> None:
-        with _untouched(q):
+        with torch.autocast(q.device.type, enabled=False):
             largest, entropy, rows = sampled_attention(q, k, mask, causal, scale)
-            self._tally.highest((name, "logit_max"), largest)
-            self._tally.add((name, "entropy"), entropy, rows)
-
-
-@contextmanager
-def _untouched(tensor: Tensor) -> Iterator[None]:
-    """Compute beside the model: without gradients, and in the precision that is asked for."""
-    with torch.no_grad(), torch.autocast(tensor.device.type, enabled=False):
-        yield
+        self._tally.highest((name, "logit_max"), largest)
+        self._tally.add((name, "entropy"), entropy, rows)
 
 
 class _Eager:

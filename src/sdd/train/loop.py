@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from sdd.data import DataSource, Loader, eval_windows
 from sdd.errors import Interrupted, RunFailed, UserError
 from sdd.models import LanguageModel, count_parameters
 from sdd.models.transformer import HAS_CHUNKED_LOSS
+from sdd.probing import Probe
 from sdd.train import checkpoint as ckpt
 from sdd.train.config import RunConfig
 from sdd.train.data import resolve
@@ -45,7 +47,7 @@ class Trainer:
         world: the processes that share the run.
 
     Attributes:
-        model, optimizer, loader, recovery, reporter: the parts.
+        model, optimizer, loader, probe, recovery, reporter: the parts.
         step: optimiser steps done.
         seconds: spent in training steps, evaluation and saving excluded, over all sessions of the run.
     """
@@ -78,6 +80,7 @@ class Trainer:
         self._signals = StopSignals()
         if config.compile:
             compile_model(self.model)
+        self.probe = Probe(self.model, every=config.probe_every, out=partial(run_dir.append, "probe.jsonl"))
 
     def resume(self, path: Path) -> dict[str, Any]:
         """Go on from a checkpoint.
@@ -130,7 +133,7 @@ class Trainer:
         tensorboard = TensorBoard()
         if self.world.is_main:
             tensorboard = TensorBoard.if_present(self.run_dir.path, self.step, self.reporter.say)
-        with self._signals, self.reporter, tensorboard:
+        with self._signals, self.reporter, tensorboard, self.probe:
             for line in opening(self):
                 self.reporter.say(line)
             try:
@@ -181,6 +184,7 @@ class Trainer:
             (loss / len(parts)).backward()
             total += loss.detach() / len(parts)
         average_gradients(self.model, self.world)
+        self.probe.gradients_ready()
         return self.world.mean(total), clip_gradients(self.model, self.config.optim.grad_clip)
 
     def update(self) -> None:
@@ -229,18 +233,8 @@ class Trainer:
         """All steps that are left; None if a signal ended them."""
         evaluation = None
         while self.step < self.config.steps:
-            began = time.perf_counter()
-            loss, grad_norm = (value.item() for value in self.gradients(self.step))
-            try:
-                allowed = self.recovery.allows(loss, grad_norm)
-            except FloatingPointError:
-                self._log_step(loss, grad_norm, began, tensorboard)
-                raise
-            if not allowed:
-                self.optimizer.zero_grad()
+            if not self._take_step(tensorboard):
                 continue
-            self.update()
-            self._log_step(loss, grad_norm, began, tensorboard)
             last = self.step == self.config.steps
             stop = self.world.any(self._signals.received)
             saving = last or stop or _due(self.step, self.config.checkpoint_every)
@@ -253,6 +247,26 @@ class Trainer:
             if stop and not last:
                 return None
         return evaluation or self.evaluate()
+
+    def _take_step(self, tensorboard: TensorBoard) -> bool:
+        """The present step, if the guard allows it."""
+        began = time.perf_counter()
+        try:
+            with self.probe.step(self.optimizer, self.step + 1):
+                loss, grad_norm = (value.item() for value in self.gradients(self.step))
+                try:
+                    allowed = self.recovery.allows(loss, grad_norm)
+                except FloatingPointError:
+                    self._log_step(loss, grad_norm, began, tensorboard)
+                    raise
+                if not allowed:
+                    raise _NotAllowed  # past the probe, which then leaves this attempt out
+                self.update()
+        except _NotAllowed:
+            self.optimizer.zero_grad()
+            return False
+        self._log_step(loss, grad_norm, began, tensorboard)
+        return True
 
     def _log_step(self, loss: float, grad_norm: float, began: float, tensorboard: TensorBoard) -> None:
         """Count the step that began then, and write its row."""
@@ -325,6 +339,10 @@ class Trainer:
     def _newest(self) -> str:
         found = ckpt.list_checkpoints(self.run_dir.checkpoints)
         return str(found[-1]) if found else "none"
+
+
+class _NotAllowed(Exception):
+    """The guard did something about the step instead."""
 
 
 def fit_vocabulary(config: RunConfig, data: DataSource) -> RunConfig:

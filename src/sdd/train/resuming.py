@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 FIXED = ("model", "seed", "data.batch_size")
 #: Those whose change says nothing new: the data have a fingerprint, the environment is compared by itself.
 _QUIET = (
-    *("steps", "eval_every", "eval_sequences", "checkpoint_every", "keep_checkpoints", "sample_tokens"),
+    *("steps", "eval_every", "eval_sequences", "checkpoint_every", "probe_every", "keep_checkpoints", "sample_tokens"),
     *("data.path", "data.tokenizer", "data.dtype", "data.eos", "device", "precision", "threads"),
 )
 #: What the last bits of a result depend on.

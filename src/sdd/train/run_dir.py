@@ -3,6 +3,7 @@
 config.json        every field; feeds back in
 environment.json   versions, device, threads
 metrics.jsonl      one object a step, and one an evaluation
+probe.jsonl        one object a probed step, see sdd.probing.rows
 samples.jsonl      generated text
 result.json        how it ended
 checkpoints/       see sdd.train.checkpoint
@@ -123,11 +124,11 @@ class RunDir:
             self._rewrite(name, lambda row: row.get("step") != values["step"], [values])
 
     def drop_after(self, step: int) -> None:
-        """Remove from metrics and samples what comes after `step`: a resumed run writes it again.
+        """Remove from metrics, probe and samples what comes after `step`: a resumed run writes it again.
 
         What the guard did (`event`) stays: it happened.
         """
-        for name in ("metrics.jsonl", "samples.jsonl"):
+        for name in ("metrics.jsonl", "probe.jsonl", "samples.jsonl"):
             if (self.path / name).exists():
                 self._rewrite(name, lambda row: "event" in row or _at_most(step, row.get("step", 0)))
 
