@@ -4,12 +4,9 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import sdd
 from sdd.cli import main
@@ -153,28 +150,6 @@ def test_a_signal_saves_and_says_how_to_go_on(tmp_path, number):
     _, err = process.communicate(timeout=60)
     assert process.returncode == 0, err
     assert f"going on from step {step}" in err
-
-
-WORDS = st.one_of(
-    st.sampled_from(
-        ["train", "resume", "nano", "micro", "--steps", "--lr", "--out", "--placement", "--data", "--json", "--", "-h"]
-    ),
-    st.text(max_size=12),
-    st.integers().map(str),
-    st.floats().map(str),
-)
-
-
-@settings(max_examples=150)
-@given(st.lists(WORDS, max_size=6))
-def test_no_arguments_end_in_a_traceback(words):
-    """What starts training is left out: drawn arguments may be right."""
-    if any(word in model_presets for word in words):
-        words = [*words, "--model.n_heads", "0"]
-    asked_for_help = {"-h", "--help"} & set(words)
-    with pytest.raises(SystemExit) if asked_for_help else nullcontext():
-        assert main(words) in (0, 2)
-        sys.exit(0) if asked_for_help else None  # help may be refused, e.g. behind an unknown command
 
 
 def test_importing_the_layer_does_not_import_the_trainer():

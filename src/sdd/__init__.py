@@ -5,6 +5,7 @@ from sdd.conversion import ConversionReport, convert
 from sdd.nn import RMSNorm, SDDLinear
 from sdd.optim_groups import param_groups
 from sdd.placement import Norm, Placement, placements
+from sdd.probing import Probe
 
 __version__ = "0.1.0.dev0"
 
@@ -12,6 +13,7 @@ __all__ = [
     "ConversionReport",
     "Norm",
     "Placement",
+    "Probe",
     "RMSNorm",
     "SDDLinear",
     "convert",

@@ -1,17 +1,20 @@
 """The `sdd` command."""
 
 import argparse
+import io
 import json
 import logging
+import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from sdd import config_io
 from sdd.cli_parser import Parser, base_config, positive_int
-from sdd.errors import Interrupted, RunFailed, UserError
+from sdd.errors import Interrupted, RunFailed, UserError, one_line
 from sdd.train.parallel import joined, speaks, supervised, tell
 
 #: Options with a short name of their own; every other field goes by its dotted name.
@@ -29,27 +32,55 @@ SHORT = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit code: 0 done, 2 the user's mistake, 3 the run failed, 130 interrupted."""
     args = list(sys.argv[1:] if argv is None else argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a name of a file may be no text, or not of the terminal's encoding
+        sys.stdout.reconfigure(errors="backslashreplace")
     logging.basicConfig(level=logging.INFO if speaks() else logging.ERROR, format="%(message)s")
     return supervised(lambda: _exit_code(args))
 
 
 def _exit_code(args: list[str]) -> int:
     try:
-        return _dispatch(args)
+        code = _dispatch(args)
+        sys.stdout.flush()
+        return code
     except UserError as error:
-        tell(f"sdd: {error}", error.rank)
+        tell(f"sdd: {one_line(error)}", error.rank)
         return 2
     except RunFailed as error:
-        tell(f"sdd: the run failed: {error}", error.rank)
+        tell(f"sdd: the run failed: {one_line(error)}", error.rank)
         return 3
     except Interrupted as error:
-        tell(f"sdd: {error}")
+        tell(f"sdd: {one_line(error)}")
         return 130
     except KeyboardInterrupt:
         tell("sdd: interrupted")
         return 130
     except BrokenPipeError:
+        _drop_stdout()
         return 0
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        reason = one_line(next(iter(str(error).splitlines()), ""))[:200]
+        tell(f"sdd: failed: not enough memory ({reason}): lower data.batch_size, raise accumulate, or shrink the model")
+        return 3
+    except OSError as error:
+        _drop_stdout()
+        where = f"{error.filename}: " if error.filename else ""
+        tell(f"sdd: failed: {one_line(where)}{error.strerror or one_line(error)}")
+        return 3
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether memory was refused, or so much was asked for that its amount is no number any more."""
+    known = "out of memory", "can't allocate memory", "overflow"
+    return isinstance(error, MemoryError) or any(words in str(error) for words in known)
+
+
+def _drop_stdout() -> None:
+    """Let what could not be printed not be tried again at exit, where it would end in a traceback."""
+    with suppress(OSError, ValueError):  # ValueError: it has no descriptor, as under a test
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _dispatch(args: list[str]) -> int:
@@ -59,6 +90,7 @@ def _dispatch(args: list[str]) -> int:
         "report": (_report, "a page with curves, settings and samples of one or more runs"),
         "generate": (_generate, "continue a text with a trained run"),
         "eval": (_eval, "held-out loss and bits per byte of a run"),
+        "probe": (_probe, "statistics of a checkpoint's activations, gradients and weights on given data"),
         "plan": (_plan, "memory, time and GPU-hours of a preset on given GPUs, before anything is run"),
         "presets": (_presets, "list the presets and placements, or show one"),
         "study": (_study, "run a study and write its page"),
@@ -162,25 +194,9 @@ def _report(args: list[str]) -> int:
 
 
 def _generate(args: list[str]) -> int:
-    from sdd.evals.text import continue_text
+    from sdd.evals.generate_cli import main as generate
 
-    parser = Parser(prog="sdd generate", description="Continue a text with a trained run.")
-    parser.add_argument("run", metavar="RUN", type=Path, help="run directory")
-    parser.add_argument("--prompt", required=True, help="the text to continue")
-    parser.add_argument("--tokens", type=positive_int, default=100, help="how many tokens to add (default 100)")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the most likely token (default 0.8)")
-    parser.add_argument("--top-k", type=positive_int, help="sample among the k most likely tokens")
-    parser.add_argument("--top-p", type=float, help="sample among the most likely tokens of this total probability")
-    parser.add_argument("--seed", type=int, default=0, help="of the draws (default 0)")
-    parser.add_argument("--json", action="store_true", help="print prompt and text as JSON")
-    options = parser.parse_known(args)
-    settings = {"temperature": options.temperature, "top_k": options.top_k, "top_p": options.top_p}
-    try:
-        text = continue_text(options.run, options.prompt, options.tokens, options.seed, **settings)
-    except ValueError as error:
-        raise UserError(str(error)) from None
-    print(json.dumps({"prompt": options.prompt, "text": text}) if options.json else options.prompt + text)
-    return 0
+    return generate(args)
 
 
 def _eval(args: list[str]) -> int:
@@ -197,6 +213,12 @@ def _eval(args: list[str]) -> int:
     else:
         print("\n".join(f"{name:15} {value}" for name, value in result.items()))
     return 0
+
+
+def _probe(args: list[str]) -> int:
+    from sdd.evals.probe_command import run
+
+    return run(args)
 
 
 def _plan(args: list[str]) -> int:

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import json
+import operator
 import types
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -11,10 +12,12 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from sdd.errors import UserError
+from sdd.files import write_aside
 from sdd.placement import Placement, placements
 from sdd.train.config import RunConfig
 
 # Floats may be written as JSON cannot (a diverged run's threshold, say); unknown keys are mistakes, not extras.
+_LARGEST = 2**63 - 1  # an integer of torch
 _PYDANTIC = ConfigDict(extra="forbid")
 
 
@@ -49,11 +52,16 @@ def from_dict(values: Mapping[str, Any], cls: type = RunConfig) -> Any:
         UserError: naming the field, what was given and what was expected.
     """
     try:
-        return _adapter(cls).validate_python(_resolve_placement(values))
+        config = _adapter(cls).validate_python(_resolve_placement(values))
     except ValidationError as error:
         raise UserError(_first_problem(error, cls)) from None
     except RecursionError:
         raise UserError("the config is nested too deeply to be one of ours") from None
+    for dotted, _, _ in fields(cls):
+        value = operator.attrgetter(dotted)(config)
+        if isinstance(value, int) and value > _LARGEST:
+            raise UserError(f"{dotted}={value} is too large: at most {_LARGEST}")
+    return config
 
 
 def load(path: Path) -> RunConfig:
@@ -78,9 +86,7 @@ def load(path: Path) -> RunConfig:
 
 def save(config: RunConfig, path: Path) -> None:
     """Write a config as JSON, aside and renamed; every field, so that later defaults do not change an old run."""
-    aside = path.with_name(f".tmp-{path.name}")
-    aside.write_text(json.dumps(to_dict(config), indent=2) + "\n", encoding="utf-8")
-    aside.rename(path)
+    write_aside(path, json.dumps(to_dict(config), indent=2) + "\n")
 
 
 def with_overrides(config: RunConfig, overrides: Mapping[str, Any]) -> RunConfig:

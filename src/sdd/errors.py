@@ -24,3 +24,8 @@ class RunFailed(SddError):
 
 class Interrupted(SddError):
     """A run that Ctrl-C or SIGTERM ended after saving; the command line exits with code 130."""
+
+
+def one_line(text: object) -> str:
+    """A message as one line that cannot do anything to a terminal, whatever names of files it repeats."""
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in str(text))

@@ -19,6 +19,8 @@ from torch import Tensor
 Group = int | Sequence[tuple[int, int]] | None
 #: The same, resolved: consecutive `(width, group_width)` parts, `group_width` 0 for a plain part.
 Parts = tuple[tuple[int, int], ...]
+#: Added to the mean square inside the root: a number, or a tensor `[...]` with one a row of `z` `[..., N]`.
+Eps = float | Tensor
 
 
 def resolve_group(group: Group, width: int) -> Parts:
@@ -58,25 +60,45 @@ def alpha_size(parts: Parts, shared: bool) -> int:
     return sum(group_width if shared else width for width, group_width in parts if group_width)
 
 
-def norm(z: Tensor, eps: float = 1e-6, group: int | None = None) -> Tensor:
+def split_alpha(alpha: Tensor, parts: Parts) -> list[Tensor]:
+    """Alpha's piece for each part (empty for a plain one); whether it is shared shows in its size."""
+    for shared in (False, True):
+        if alpha.shape == (alpha_size(parts, shared),):
+            sizes = [(group_width if shared else width) if group_width else 0 for width, group_width in parts]
+            return list(alpha.split(sizes))
+    raise ValueError(
+        f"alpha has shape {list(alpha.shape)}, expected [{alpha_size(parts, False)}] (one scale a normed feature) "
+        f"or [{alpha_size(parts, True)}] (shared by the groups of each part) for the parts {list(parts)}"
+    )
+
+
+def norm(z: Tensor, eps: Eps = 1e-6, group: int | None = None) -> Tensor:
     r"""Root-mean-square normalisation, `norm(z) = z / sqrt(mean(z^2) + eps)`.
 
     Args:
         z: `[..., N]`, any floating dtype.
-        eps: added to the mean square, inside the root.
+        eps: added to the mean square, inside the root; a number, or `[...]` with one a row.
         group: width G of the groups along the last dimension over which the mean is taken; None for one group.
 
     Returns:
         `[..., N]` in at least float32 (float64 stays float64).
     """
     z = z.to(_statistics_dtype(z.dtype))
+    if isinstance(eps, Tensor):
+        eps = eps.unsqueeze(-1)
     if group is not None and group != z.shape[-1]:
         return norm(z.unflatten(-1, (-1, group)), eps).flatten(-2)
     return z * torch.rsqrt(z.square().mean(-1, keepdim=True) + eps)
 
 
 def scaled_norm(
-    z: Tensor, alpha: Tensor, bias: Tensor | None = None, *, group: Group = None, eps: float = 1e-6
+    z: Tensor,
+    alpha: Tensor,
+    bias: Tensor | None = None,
+    *,
+    group: Group = None,
+    eps: Eps = 1e-6,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """The part of SDD after the matrix product, `y = alpha * norm(z) + b`; with one group, also RMSNorm.
 
@@ -85,10 +107,11 @@ def scaled_norm(
         alpha: `[N_normed]`, one scale a normed feature; or one group width for each normed part, shared by its groups.
         bias: `[N]` or None, added after the scale.
         group: see `resolve_group`.
-        eps: added to the mean square, inside the root.
+        eps: added to the mean square, inside the root; a number, or `[...]` with one a row.
+        dtype: of the result; None for that of z.
 
     Returns:
-        `[..., N]` in the dtype of z; alpha and bias are applied in at least float32 before the cast.
+        `[..., N]`; alpha and bias are applied in at least float32 before the cast.
 
     Raises:
         ValueError: if alpha has neither of the two sizes that the groups allow.
@@ -98,7 +121,7 @@ def scaled_norm(
         y = _scale_part(z, alpha, parts[0][1], eps)
     else:
         widths = [width for width, _ in parts]
-        alphas = _split_alpha(alpha, parts)
+        alphas = split_alpha(alpha, parts)
         y = torch.cat(
             [
                 _scale_part(part, part_alpha, group_width, eps) if group_width else part.to(_statistics_dtype(z.dtype))
@@ -108,7 +131,7 @@ def scaled_norm(
         )
     if bias is not None:
         y = y + bias
-    return y.to(z.dtype)
+    return y.to(dtype or z.dtype)
 
 
 def sdd_linear(
@@ -153,29 +176,92 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 def sdd_swiglu(
     z_gate: Tensor,
     z_up: Tensor,
-    alpha_gate: Tensor,
-    alpha_up: Tensor,
+    alpha_gate: Tensor | None,
+    alpha_up: Tensor | None,
     *,
     joint: bool = False,
-    eps: float = 1e-6,
+    eps: Eps = 1e-6,
+    up_eps: Eps | None = None,
 ) -> Tensor:
     """SwiGLU of two SDD projections, `silu(alpha_g * norm(z_g)) * (alpha_u * norm(z_u))`.
 
     Args:
         z_gate: `V_gate x`, `[..., d_ff]`.
         z_up: `V_up x`, `[..., d_ff]`.
-        alpha_gate: `[d_ff]`.
-        alpha_up: `[d_ff]`.
+        alpha_gate: `[d_ff]`, or None if the gate projection has no norm.
+        alpha_up: `[d_ff]`, or None if the up projection has no norm.
         joint: one norm group over the concatenated `z_gate | z_up` (the released dense code) instead of one each.
         eps: added to the mean square, inside the root.
+        up_eps: the same for the norm of the up projection; None for eps.
 
     Returns:
         `[..., d_ff]` in the dtype of z_gate.
+
+    Raises:
+        ValueError: if a joint group lacks an alpha or has two eps.
     """
-    if not joint:
-        return swiglu(scaled_norm(z_gate, alpha_gate, eps=eps), scaled_norm(z_up, alpha_up, eps=eps))
+    check_swiglu(z_gate, z_up, alpha_gate, alpha_up, joint, eps, up_eps)
+    if alpha_gate is not None and alpha_up is not None and joint:
+        return swiglu(*joint_scaled_norm(z_gate, z_up, alpha_gate, alpha_up, eps=eps))
+    gate = z_gate if alpha_gate is None else scaled_norm(z_gate, alpha_gate, eps=eps)
+    up = z_up if alpha_up is None else scaled_norm(z_up, alpha_up, eps=eps if up_eps is None else up_eps)
+    return swiglu(gate, up)
+
+
+def joint_scaled_norm(
+    z_gate: Tensor, z_up: Tensor, alpha_gate: Tensor, alpha_up: Tensor, *, eps: Eps = 1e-6
+) -> tuple[Tensor, Tensor]:
+    """Two SDD projections with one norm, `alpha_g * n_g, alpha_u * n_u` with `n_g | n_u = norm(z_g | z_u)`.
+
+    Shapes as in `sdd_swiglu`; each output in the dtype of its z.
+    """
     gate, up = norm(torch.cat([z_gate, z_up], -1), eps).chunk(2, -1)
-    return swiglu((alpha_gate * gate).to(z_gate.dtype), (alpha_up * up).to(z_up.dtype))
+    return (alpha_gate * gate).to(z_gate.dtype), (alpha_up * up).to(z_up.dtype)
+
+
+def sdd_swiglu_bare_up(
+    z_gate: Tensor, z_up: Tensor, alpha_gate: Tensor | None, alpha_up: Tensor, *, eps: Eps = 1e-6
+) -> tuple[Tensor, Tensor]:
+    """SwiGLU whose up norm is left to an SDD consumer, `h = silu(alpha_g * norm(z_g)) * (alpha_u * z_u)`.
+
+    With q = mean(z_u^2), `sdd_linear(h, V)` with eps' equals `sdd_linear(h / sqrt(q + eps), V)` with eps exactly if
+    `eps' = eps * (q + eps)`, since norm(V (c h)) = norm(V h) but for eps.
+
+    Args:
+        z_gate: `V_gate x`, `[..., d_ff]`.
+        z_up: `V_up x`, `[..., d_ff]`.
+        alpha_gate: `[d_ff]`, or None if the gate projection has no norm.
+        alpha_up: `[d_ff]`.
+        eps: of the gate's norm.
+
+    Returns:
+        h `[..., d_ff]` in the dtype of z_gate, and q `[...]` in at least float32.
+    """
+    check_swiglu(z_gate, z_up, alpha_gate, alpha_up, False, eps, None)
+    gate = z_gate if alpha_gate is None else scaled_norm(z_gate, alpha_gate, eps=eps)
+    wide = z_up.to(_statistics_dtype(z_up.dtype))
+    return swiglu(gate, (alpha_up * wide).to(z_up.dtype)), wide.square().mean(-1)
+
+
+def check_swiglu(
+    z_gate: Tensor,
+    z_up: Tensor,
+    alpha_gate: Tensor | None,
+    alpha_up: Tensor | None,
+    joint: bool,
+    eps: Eps,
+    up_eps: Eps | None,
+) -> None:
+    """Raise ValueError if shapes do not fit, or a joint group lacks an alpha or has two eps."""
+    if z_gate.shape != z_up.shape:
+        raise ValueError(f"z_gate {list(z_gate.shape)} and z_up {list(z_up.shape)} differ in shape")
+    for name, alpha in (("alpha_gate", alpha_gate), ("alpha_up", alpha_up)):
+        if alpha is not None and alpha.shape != z_gate.shape[-1:]:
+            raise ValueError(f"{name} has shape {list(alpha.shape)}, expected {list(z_gate.shape[-1:])}")
+    if joint and (alpha_gate is None or alpha_up is None):
+        raise ValueError("joint=True is one norm over gate and up: give alpha_gate and alpha_up")
+    if joint and not isinstance(eps, Tensor) and up_eps not in (None, eps):
+        raise ValueError(f"joint=True has one eps: {eps} and up_eps={up_eps} were given")
 
 
 def rope_tables(
@@ -201,41 +287,81 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def residual_norm(
     z: Tensor,
     residual: Tensor,
-    alpha: Tensor,
+    alpha: Tensor | None,
     post_alpha: Tensor | None = None,
     *,
     residual_scale: float = 1.0,
-    eps: float = 1e-6,
+    eps: Eps = 1e-6,
     post_eps: float = 1e-6,
 ) -> Tensor:
-    """An SDD output projection added to the residual stream, with or without the post-norm.
+    """An output projection added to the residual stream, with or without the post-norm.
 
-    `s = residual_scale * residual + alpha * norm(z)`, and `post_alpha * norm(s)` if post_alpha is given.
+    `s = residual_scale * residual + alpha * norm(z)`, and `post_alpha * norm(s)` if post_alpha is given. Everything is
+    in at least float32 until the one cast at the end.
 
     Args:
         z: `V x` of the output projection, `[..., d_model]`.
         residual: the residual stream, `[..., d_model]`.
-        alpha: `[d_model]`.
+        alpha: `[d_model]`, or None if the projection has no norm (`s = residual_scale * residual + z`).
         post_alpha: `[d_model]` or None for no post-norm.
         residual_scale: DeepNorm's factor on the stream, 1 elsewhere.
-        eps: of the projection's norm.
+        eps: of the projection's norm; a number, or `[...]` with one a row.
         post_eps: of the post-norm.
 
     Returns:
         `[..., d_model]` in the dtype of the residual stream.
     """
-    stream = torch.add(scaled_norm(z, alpha, eps=eps), residual, alpha=residual_scale).to(residual.dtype)
-    return stream if post_alpha is None else scaled_norm(stream, post_alpha, eps=post_eps)
+    stream = _stream(z, residual, alpha, residual_scale, eps)
+    return (stream if post_alpha is None else norm(stream, post_eps) * post_alpha).to(residual.dtype)
+
+
+def residual_prenorm(
+    z: Tensor,
+    residual: Tensor,
+    alpha: Tensor | None,
+    norm_alpha: Tensor,
+    *,
+    residual_scale: float = 1.0,
+    eps: Eps = 1e-6,
+    norm_eps: float = 1e-6,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """An output projection added to the residual stream, and the norm that the next branch reads (Pre-Norm, Peri-LN).
+
+    `s = residual_scale * residual + alpha * norm(z)` and `norm_alpha * norm(s)`, of s before its cast.
+
+    Args:
+        z: `V x` of the output projection, `[..., d_model]`.
+        residual: the residual stream, `[..., d_model]`.
+        alpha: `[d_model]`, or None if the projection has no norm.
+        norm_alpha: `[d_model]`.
+        residual_scale: factor on the stream.
+        eps: of the projection's norm; a number, or `[...]` with one a row.
+        norm_eps: of the norm of s.
+        dtype: of norm(s); None for that of the residual stream.
+
+    Returns:
+        s in the dtype of the residual stream and its scaled norm, both `[..., d_model]`.
+    """
+    stream = _stream(z, residual, alpha, residual_scale, eps)
+    return stream.to(residual.dtype), (norm(stream, norm_eps) * norm_alpha).to(dtype or residual.dtype)
 
 
 def qk_norm_rope(
-    z: Tensor, alpha: Tensor, cos: Tensor, sin: Tensor, *, n_heads: int, group: int | None = None, eps: float = 1e-6
+    z: Tensor,
+    alpha: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    n_heads: int,
+    group: int | None = None,
+    eps: float = 1e-6,
 ) -> Tensor:
-    """Normed queries or keys, rotated: `rope(alpha * norm(z))`.
+    """Normed queries or keys, rotated: `rope(alpha * norm(z))`, in at least float32 until the one cast at the end.
 
     Args:
         z: `V x` of the q or k projection, `[B, T, H*D]`.
-        alpha: `[H*D]`, or `[D]` shared by the heads.
+        alpha: `[H*D]`, or `[D]` shared by the heads; None for no norm, `rope(z)`.
         cos: `[T, D]`.
         sin: `[T, D]`.
         n_heads: H.
@@ -245,15 +371,25 @@ def qk_norm_rope(
     Returns:
         `[B, H, T, D]` in the dtype of z.
     """
-    heads = scaled_norm(z, alpha, group=group, eps=eps).unflatten(-1, (n_heads, -1)).transpose(-3, -2)
-    return apply_rope(heads, cos, sin)
+    y = z.to(_statistics_dtype(z.dtype))
+    if alpha is not None:
+        y = scaled_norm(y, alpha, group=group, eps=eps)
+    return apply_rope(y.unflatten(-1, (n_heads, -1)).transpose(-3, -2), cos, sin).to(z.dtype)
+
+
+def _stream(z: Tensor, residual: Tensor, alpha: Tensor | None, residual_scale: float, eps: Eps) -> Tensor:
+    """`residual_scale * residual + alpha * norm(z)` in at least float32."""
+    branch = z.to(_statistics_dtype(z.dtype))
+    if alpha is not None:
+        branch = scaled_norm(branch, alpha, eps=eps)
+    return torch.add(branch, residual, alpha=residual_scale)
 
 
 def _statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _scale_part(z: Tensor, alpha: Tensor, group: int, eps: float) -> Tensor:
+def _scale_part(z: Tensor, alpha: Tensor, group: int, eps: Eps) -> Tensor:
     """`alpha * norm(z)` in the statistics dtype; alpha holds one scale a feature, or one group shared by all."""
     width = z.shape[-1]
     if alpha.shape == (width,):
@@ -263,16 +399,6 @@ def _scale_part(z: Tensor, alpha: Tensor, group: int, eps: float) -> Tensor:
             f"alpha has shape {list(alpha.shape)}, expected [{width}] (one scale a feature) "
             f"or [{group}] (shared by all groups of width {group})"
         )
+    if isinstance(eps, Tensor):
+        eps = eps.unsqueeze(-1)
     return (norm(z.unflatten(-1, (-1, group)), eps) * alpha).flatten(-2)
-
-
-def _split_alpha(alpha: Tensor, parts: Parts) -> list[Tensor]:
-    """Alpha's piece for each part (empty for a plain one); whether it is shared shows in its size."""
-    for shared in (False, True):
-        if alpha.shape == (alpha_size(parts, shared),):
-            sizes = [(group_width if shared else width) if group_width else 0 for width, group_width in parts]
-            return list(alpha.split(sizes))
-    raise ValueError(
-        f"alpha has shape {list(alpha.shape)}, expected [{alpha_size(parts, False)}] (one scale a normed feature) "
-        f"or [{alpha_size(parts, True)}] (shared by the groups of each part) for the parts {list(parts)}"
-    )

@@ -4,6 +4,8 @@ from typing import Any, Literal
 
 from torch import nn
 
+from sdd.nn import SDDExpertLinear, SDDLinear
+
 Role = Literal["matrix", "embedding", "alpha", "bias"]
 
 
@@ -19,7 +21,7 @@ def param_groups(
     |-----------|---------------------------------------------------------------------|------------------------|
     | matrix    | two or more dimensions: V, W, convolutions, positions               | weight_decay           |
     | embedding | the weight of an `nn.Embedding`, a head tied to it included         | embedding_weight_decay |
-    | alpha     | named `alpha` (SDD); a 1-D weight of a class named `...norm...`     | alpha_weight_decay     |
+    | alpha     | alpha of an SDD layer; a 1-D weight of a class named `...norm...`   | alpha_weight_decay     |
     | bias      | everything else                                                     | 0                      |
 
     Decay on V acts on the learning rate only (the forward pass does not see its scale); decay on alpha and on the
@@ -63,12 +65,12 @@ def _special_roles(model: nn.Module) -> dict[nn.Parameter, Role]:
     """The parameters whose role their owner decides."""
     roles: dict[nn.Parameter, Role] = {}
     for module in model.modules():
-        alpha, weight = (module._parameters.get(name) for name in ("alpha", "weight"))
-        if alpha is not None:  # that of stacked experts has two dimensions
-            roles[alpha] = "alpha"
-        if weight is None:
+        weight = module._parameters.get("weight")
+        if isinstance(module, (SDDLinear, SDDExpertLinear)):
+            roles[module.alpha] = "alpha"
+        elif weight is None:
             continue
-        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+        elif isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
             roles[weight] = "embedding"
         elif "norm" in type(module).__name__.lower() and weight.ndim == 1:
             roles[weight] = "alpha"

@@ -1,6 +1,7 @@
 """What long work shows on a terminal, in one manner for every command."""
 
 import sys
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
@@ -9,9 +10,22 @@ from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeR
 SECONDS_BETWEEN_LINES = 15.0
 
 
+class _Patient(Console):
+    """A console that falls silent when nobody reads it any more or the disk behind it is full: work goes on."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        try:
+            super().print(*objects, **options)
+        except OSError:
+            self.quiet = True
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+
+
 def stderr_console(*, quiet: bool = False) -> Console:
     """A console on stderr, so that a command's answer can be piped."""
-    return Console(stderr=True, highlight=False, soft_wrap=not sys.stderr.isatty(), quiet=quiet)
+    return _Patient(stderr=True, highlight=False, soft_wrap=not sys.stderr.isatty(), quiet=quiet)
 
 
 def progress_bar(console: Console, *where: ProgressColumn, quiet: bool = False) -> Progress:

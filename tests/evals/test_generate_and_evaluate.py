@@ -10,47 +10,13 @@ from sdd import config_io
 from sdd.data import builtin_tokenizer, resolve_data
 from sdd.errors import UserError
 from sdd.evals import text as evals
+from sdd.evals.generation import continue_texts
 from sdd.evals.unigram import token_frequencies
-from sdd.models import ModelConfig
-from sdd.train import DataConfig, OptimConfig, RunConfig
 from sdd.train.data import resolve
 from sdd.train.loop import start
 
 CONTEXT = 16
 WORDS = "It is a truth universally acknowledged, that a single man must be in want of a wife."
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("evals")
-    text = folder / "numbers.txt"
-    text.write_text("\n".join(f"Line {number} says {number * number}." for number in range(2000)))
-    config = RunConfig(
-        model=ModelConfig(n_layers=1, d_model=16, d_ff=32, n_heads=2, n_kv_heads=1, vocab_size=4096, context=CONTEXT),
-        data=DataConfig(path=str(text), batch_size=2),
-        optim=OptimConfig(lr=1e-2, warmup=2),
-        steps=4,
-        eval_every=0,
-        checkpoint_every=2,
-        sample_tokens=0,
-        device="cpu",
-    )
-    start(config, folder / "run").run()
-    return folder / "run"
-
-
-def test_continuation_is_reproducible_and_of_the_asked_length(run: Path) -> None:
-    first = evals.continue_text(run, WORDS, 12, seed=3)
-    assert first == evals.continue_text(run, WORDS, 12, seed=3)
-    assert first != evals.continue_text(run, WORDS, 12, seed=4)
-    assert not first.startswith(WORDS)
-    greedy = evals.continue_text(run, WORDS, 12, seed=0, temperature=0)
-    assert greedy == evals.continue_text(run, WORDS, 12, seed=1, top_k=1)
-
-
-def test_empty_prompt_is_said(run: Path) -> None:
-    with pytest.raises(UserError, match="prompt is empty"):
-        evals.continue_text(run, "", 5, seed=0)
 
 
 @pytest.mark.parametrize("times", [1, 5, 40])
@@ -92,6 +58,18 @@ def test_damaged_checkpoint_is_passed_over_for_the_one_before(run: Path, tmp_pat
     newest = sorted((copy / "checkpoints").iterdir())[-1]
     (newest / "state.json").unlink()
     assert evals.load_trained(copy).step == 2
+    with pytest.raises(UserError, match="not a whole checkpoint"):
+        evals.load_trained(copy, "4")
+
+
+def test_a_checkpoint_is_named_by_step_or_path(run: Path) -> None:
+    by_step = evals.load_trained(run, "2")
+    by_path = evals.load_trained(run, str(run / "checkpoints" / "step-00000002"))
+    newest = evals.load_trained(run)
+    assert (by_step.step, by_path.step, newest.step) == (2, 2, 4)
+    for one, same, other in zip(*(found.model.parameters() for found in (by_step, by_path, newest)), strict=True):
+        assert torch.equal(one, same)
+        assert not torch.equal(one, other)
 
 
 def test_what_is_missing_is_said(run: Path, tmp_path: Path) -> None:
@@ -101,6 +79,11 @@ def test_what_is_missing_is_said(run: Path, tmp_path: Path) -> None:
     config_io.save(config, tmp_path / "config.json")
     with pytest.raises(UserError, match="no whole checkpoint"):
         evals.load_trained(tmp_path)
+    for checkpoint, message in (("3", "no checkpoint of step 3: it has 2, 4"), ("x/y", "no checkpoint x/y")):
+        with pytest.raises(UserError, match=message):
+            evals.load_trained(run, checkpoint)
+    with pytest.raises(UserError, match="not a whole checkpoint"):
+        evals.load_trained(run, str(tmp_path))
     short, bad = tmp_path / "short.txt", tmp_path / "bad.txt"
     short.write_text("")
     bad.write_bytes(b"caf\xe9 \xff")
@@ -125,7 +108,7 @@ def test_tokens_without_a_tokenizer_give_a_loss_but_no_text(run: Path, tmp_path:
     assert found["bits_per_byte"] is None
     assert found["loss"] > 0
     with pytest.raises(UserError, match="tokenizer"):
-        evals.continue_text(tmp_path / "run", "x", 5, seed=0)
+        next(continue_texts(evals.load_trained(tmp_path / "run"), ["x"], 5))
 
 
 def test_token_frequencies_are_counted_in_the_training_text(run: Path) -> None:

@@ -9,7 +9,9 @@ from helpers_models import tiny_config
 from torch import Tensor
 
 from sdd.models import LanguageModel, ModelConfig, MoEConfig
+from sdd.models.elimination import read
 from sdd.models.moe import MoE
+from sdd.nn import ExpertLinear, SDDExpertLinear
 from sdd.placement import Placement
 
 
@@ -61,7 +63,8 @@ def naive(layer: MoE, x_NC: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor
             chosen[e] += 1
             y = y + p[e] / scale * expert(layer, e, x)
         if layer.shared is not None:
-            y = y + layer.shared(x)
+            h, before = layer.shared(x)
+            y = y + read(layer.shared.down_proj, h, before)
         outputs.append(y)
     share, mean = chosen / (len(x_NC) * k), torch.stack(probabilities).mean(0)
     return torch.stack(outputs), E * (share * mean).sum(), torch.stack(z_losses).mean()
@@ -69,15 +72,17 @@ def naive(layer: MoE, x_NC: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor
 
 def expert(layer: MoE, e: int, x: Tensor) -> Tensor:
     """One expert on one token."""
-    gate, up, down = layer.gate_proj, layer.up_proj, layer.down_proj
+    gate, up = layer.gate_proj, layer.up_proj
+    if not layer.joint:
+        return of_expert(layer.down_proj, e, F.silu(of_expert(gate, e, x)) * of_expert(up, e, x))
+    assert isinstance(gate, SDDExpertLinear)
+    assert isinstance(up, SDDExpertLinear)
     z_gate, z_up = gate.weight[e] @ x, up.weight[e] @ x
-    if layer.joint:
-        n = rms(torch.cat([z_gate, z_up]), gate.eps)
-        assert gate.alpha is not None
-        assert up.alpha is not None
-        a_gate, a_up = gate.alpha[e] * n[: len(z_gate)], up.alpha[e] * n[len(z_gate) :]
-    else:
-        a_gate = z_gate if gate.alpha is None else gate.alpha[e] * rms(z_gate, gate.eps)
-        a_up = z_up if up.alpha is None else up.alpha[e] * rms(z_up, up.eps)
-    z = down.weight[e] @ (F.silu(a_gate) * a_up)
-    return z if down.alpha is None else down.alpha[e] * rms(z, down.eps)
+    n = rms(torch.cat([z_gate, z_up]), gate.eps)
+    h = F.silu(gate.alpha[e] * n[: len(z_gate)]) * (up.alpha[e] * n[len(z_gate) :])
+    return of_expert(layer.down_proj, e, h)
+
+
+def of_expert(projection: ExpertLinear, e: int, x: Tensor) -> Tensor:
+    z = projection.weight[e] @ x
+    return projection.alpha[e] * rms(z, projection.eps) if isinstance(projection, SDDExpertLinear) else z

@@ -1,11 +1,16 @@
-"""Generation: greedy, sampled, stopped."""
+"""Generation: greedy, sampled, stopped, with and without a cache."""
+
+from typing import Any
 
 import pytest
 import torch
 from helpers_models import drawn_tokens, tiny_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
-from sdd.models import LanguageModel, generate
+from sdd import placements
+from sdd.models import LanguageModel, generate, generate_stream
 from sdd.models.generate import sample
 
 
@@ -20,22 +25,100 @@ def prompt(model: LanguageModel) -> Tensor:
 
 
 def rollout(model: LanguageModel, tokens: Tensor, steps: int) -> Tensor:
-    """Append the most likely token of the last `context` ones."""
-    for _ in range(steps):
-        logits = model(tokens[:, -model.config.context :])
-        tokens = torch.cat([tokens, logits[:, -1].argmax(-1, keepdim=True)], 1)
-    return tokens
+    """Append the most likely token after a row's window, written from the rule; one row and one token at a time."""
+    context = model.config.context
+    rows = []
+    for row in tokens.tolist():
+        first = max(0, len(row) - context)
+        for _ in range(steps):
+            if len(row) - first > context:
+                first = len(row) - max(1, context // 2)
+            logits = model(torch.tensor([row[first:]]))
+            row.append(int(logits[0, -1].argmax()))
+        rows.append(row)
+    return torch.tensor(rows)
 
 
+def streamed(model: LanguageModel, prompts: list[list[int]], steps: int, **settings: Any) -> list[list[int]]:
+    """The new tokens of each row."""
+    rows: list[list[int]] = [[] for _ in prompts]
+    for tokens in generate_stream(model, prompts, steps, **settings):
+        for row, token in tokens.items():
+            rows[row].append(token)
+    return rows
+
+
+def seeded(*seeds: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
 @pytest.mark.parametrize(
     "settings",
     [{"temperature": 0}, {"top_k": 1}, {"top_p": 1e-9}, {"temperature": 1e-6}, {"top_k": 1, "top_p": 0.5}],
     ids=str,
 )
-def test_greedy_takes_the_most_likely_token_past_the_context_too(model: LanguageModel, prompt: Tensor, settings: dict):
-    expected = rollout(model, prompt, 20)
+def test_greedy_takes_the_most_likely_token_past_the_context_too(
+    model: LanguageModel, prompt: Tensor, settings: dict, use_cache: bool
+):
+    expected = rollout(model, prompt, 30)
     assert len(expected[:, 4:].unique()) > 3
-    assert torch.equal(generate(model, prompt, 20, **settings), expected)
+    assert torch.equal(generate(model, prompt, 30, use_cache=use_cache, **settings), expected)
+
+
+@pytest.mark.parametrize("name", placements)
+def test_a_cache_changes_no_token(name: str):
+    model = tiny_model(name, dtype=torch.float64)
+    prompts = [
+        row[:length].tolist() for row, length in zip(drawn_tokens(model.config, 30, 4), (1, 3, 12, 30), strict=True)
+    ]
+    with_cache, without = (
+        streamed(model, prompts, 25, generator=seeded(0, 1, 2, 3), top_p=0.9, use_cache=use_cache)
+        for use_cache in (True, False)
+    )
+    assert with_cache == without
+    assert len({token for row in without for token in row}) > 5
+
+
+@settings(max_examples=20)
+@given(
+    st.lists(st.lists(st.integers(0, 28), min_size=1, max_size=16), min_size=1, max_size=5),
+    st.integers(1, 7),
+    st.booleans(),
+)
+def test_a_row_is_what_it_is_alone(prompts: list[list[int]], context: int, use_cache: bool):
+    model = tiny_model("sdd", dtype=torch.float64, context=context, n_layers=2)
+    seeds = range(len(prompts))
+    ends = {"stop": lambda row, token: token < 3, "use_cache": use_cache}
+    together = streamed(model, prompts, 14, generator=seeded(*seeds), **ends)
+    for seed, prompt, row in zip(seeds, prompts, together, strict=True):
+        assert [row] == streamed(model, [prompt], 14, generator=seeded(seed), **ends)
+        assert all(token >= 3 for token in row[:-1])
+        assert len(row) == 14 or row[-1] < 3
+
+
+def test_with_a_cache_every_token_is_read_once_and_equal_prompts_together(model: LanguageModel, prompt: Tensor):
+    read = []
+    hook = model.embed.register_forward_hook(lambda module, tokens, output: read.append(tuple(tokens[0].shape)))
+    prompts = [prompt[0].tolist()] * 2 + [prompt[1].tolist()]
+    rows = streamed(model, prompts, 15, generator=seeded(0, 1, 2))
+    hook.remove()
+    # context 12: the ninth new token does not fit behind 4 + 8, so the last 6 are read anew, the newest by itself
+    assert read == [(2, 4), *[(3, 1)] * 8, (3, 5), *[(3, 1)] * 6]
+    assert rows[0] != rows[1]
+
+
+def test_more_tokens_go_on_as_fewer_do(model: LanguageModel, prompt: Tensor):
+    long, short = (generate(model, prompt, n, generator=torch.Generator().manual_seed(0)) for n in (20, 6))
+    assert torch.equal(long[:, :10], short)
+
+
+def test_weights_that_are_not_finite_are_said(prompt: Tensor):
+    model = tiny_model("sdd", vocab_size=17)
+    with torch.no_grad():
+        model.head_weight[3] = torch.nan
+    with pytest.raises(FloatingPointError, match="logits are not finite"):
+        generate(model, prompt, 2)
 
 
 def test_a_prompt_longer_than_the_context_is_kept_and_its_end_is_read(model: LanguageModel):
@@ -91,6 +174,7 @@ def test_no_new_tokens_leave_the_prompt(model: LanguageModel, prompt: Tensor):
         ({"top_p": 0.0}, "top_p=0.0"),
         ({"top_p": 1.1}, "top_p=1.1"),
         ({"max_new_tokens": -1}, "max_new_tokens=-1"),
+        ({"generator": [torch.Generator()]}, "1 generators were given for 3 prompts"),
     ],
     ids=str,
 )
@@ -105,6 +189,12 @@ def test_a_prompt_without_tokens_or_rows_is_refused(model: LanguageModel, shape:
         generate(model, torch.zeros(shape, dtype=torch.long), 2)
 
 
+@pytest.mark.parametrize("prompts", [[], [[1], []]])
+def test_an_empty_prompt_of_a_stream_is_refused_before_it_starts(model: LanguageModel, prompts: list):
+    with pytest.raises(ValueError, match="expected at least one"):
+        generate_stream(model, prompts, 2)
+
+
 @pytest.mark.parametrize(
     ("settings", "weights"),
     [
@@ -114,7 +204,7 @@ def test_a_prompt_without_tokens_or_rows_is_refused(model: LanguageModel, shape:
         ({"top_k": 99}, [0.1, 0.4, 0.2, 0.25, 0.05]),
         ({"top_p": 0.6}, [0, 0.4, 0, 0.25, 0]),
         ({"top_p": 0.7}, [0, 0.4, 0.2, 0.25, 0]),
-        ({"top_k": 3, "top_p": 0.6, "temperature": 2.0}, [0, 0.4**0.5, 0.2**0.5, 0.25**0.5, 0]),
+        ({"top_k": 3, "top_p": 0.6, "temperature": 2.0}, [0, 0.4**0.5, 0, 0.25**0.5, 0]),
     ],
     ids=str,
 )
@@ -122,10 +212,24 @@ def test_draws_are_as_frequent_as_they_are_likely(settings: dict, weights: list[
     n = 20_000
     logits = torch.tensor([0.1, 0.4, 0.2, 0.25, 0.05]).log() + 3
     expected = torch.tensor(weights) / sum(weights)
-    drawn = sample(logits.expand(n, -1), **settings, generator=torch.Generator().manual_seed(0))
-    assert drawn.shape == (n, 1)
-    observed = drawn.flatten().bincount(minlength=5) / n
+    drawn = sample(logits.expand(n, -1), torch.rand(n, generator=torch.Generator().manual_seed(0)), **settings)
+    assert drawn.shape == (n,)
+    observed = drawn.bincount(minlength=5) / n
     possible = expected > 0
     assert (observed[~possible] == 0).all()
     chi_square = (n * (observed - expected).square() / expected)[possible].sum()
     assert chi_square < 18.5  # 4 degrees of freedom: p = 0.001
+
+
+@given(
+    st.lists(st.floats(-1e4, 1e4, width=32), min_size=1, max_size=9),
+    st.sampled_from([0.0, 0.5, 1 - 2**-24]),
+    st.sampled_from([1e-30, 0.1, 1.0, 100.0]),
+    st.integers(1, 9),
+    st.floats(1e-9, 1),
+)
+def test_no_draw_takes_an_impossible_token(values: list[float], uniform: float, temperature: float, k: int, p: float):
+    logits = torch.tensor([values])
+    token = int(sample(logits, torch.tensor([uniform]), temperature, k, p))
+    assert (logits > logits[0, token]).sum() < k
+    assert ((logits - logits.max()) / temperature).softmax(-1)[0, token] > 0

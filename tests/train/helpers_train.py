@@ -3,6 +3,10 @@
 import json
 from dataclasses import replace
 
+import numpy as np
+import torch
+from safetensors.torch import load_file
+
 from sdd.models import ModelConfig
 from sdd.placement import placements
 from sdd.train import DataConfig, OptimConfig, RunConfig
@@ -30,3 +34,21 @@ def rows(run, *, timed=False):
     found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     clock = () if timed else ("seconds", "time", "tokens_per_second")
     return [{key: value for key, value in row.items() if key not in clock} for row in found]
+
+
+def little(folder, **changes):
+    """TINY over 64 tokens in `folder`/tokens.npy, which makes its checkpoints small too."""
+    folder.mkdir(parents=True, exist_ok=True)
+    np.random.default_rng(0).integers(0, 64, 6000).astype(np.uint16).tofile(folder / "tokens.npy")
+    data = replace(TINY.data, path=str(folder / "tokens.npy"), dtype="uint16", eos=0)
+    return replace(TINY, data=data, model=replace(TINY.model, n_layers=1, vocab_size=64), **changes)
+
+
+def assert_same_tensors(one, two):
+    """Two checkpoints hold the same, bit for bit."""
+    one, two = (
+        {name: tensor for file in path.glob("*.safetensors") for name, tensor in load_file(file).items()}
+        for path in (one, two)
+    )
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[name], two[name]) for name in one)

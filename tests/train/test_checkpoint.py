@@ -3,7 +3,10 @@ import shutil
 
 import pytest
 import torch
+from helpers_disk import no_file_larger_than, shared_folder
 from helpers_train import TINY
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from sdd.errors import UserError
 from sdd.models import LanguageModel
@@ -11,8 +14,7 @@ from sdd.train import checkpoint as ckpt
 from sdd.train.optim import build_optimizer, optimizer_tensors
 
 
-@pytest.fixture
-def trained():
+def new():
     torch.manual_seed(0)
     model = LanguageModel(TINY.model)
     optimizer = build_optimizer(model, TINY.optim)
@@ -20,6 +22,11 @@ def trained():
     model(tokens[:, :-1], tokens[:, 1:]).backward()
     optimizer.step()
     return model, optimizer
+
+
+@pytest.fixture
+def trained():
+    return new()
 
 
 def save(folder, trained, step=7, **state):
@@ -48,28 +55,44 @@ def test_no_file_is_a_pickle(tmp_path, trained):
     assert {file.suffix for file in path.iterdir()} == {".safetensors", ".json"}
 
 
-def test_a_failed_save_leaves_the_earlier_ones(tmp_path, trained, monkeypatch):
-    path = save(tmp_path, trained, 1)
+@settings(max_examples=8)
+@given(st.integers(0, 3_000_000))
+def test_a_save_for_which_the_disk_has_no_room_leaves_the_earlier_ones(n_bytes):
+    """All of the checkpoint is 3.3 MB in one file of tensors, an index and state.json."""
+    with shared_folder() as folder:
+        model, optimizer = new()
+        path = save(folder, (model, optimizer), 1)
+        with no_file_larger_than(n_bytes), pytest.raises(OSError, match="File too large"):
+            save(folder, (model, optimizer), 2)
+        assert list(folder.iterdir()) == [path]
+        ckpt.load_checkpoint(path, model, optimizer)
 
-    def full(*_):
-        raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(ckpt, "_write_synced", full)
-    with pytest.raises(OSError, match="No space"):
-        save(tmp_path, trained, 2)
-    assert list(tmp_path.iterdir()) == [path]
-    ckpt.load_checkpoint(path, *trained)
-
-
-def test_listing_ignores_half_written_ones_and_pruning_removes_them(tmp_path, trained):
-    paths = [save(tmp_path, trained, step) for step in (1, 2, 3)]
-    (tmp_path / ".tmp-step-00000004").mkdir()
+def test_pruning_keeps_the_newest_up_to_the_one_just_written(tmp_path, trained):
+    paths = [save(tmp_path, trained, step) for step in (1, 2, 3, 9)]
     (tmp_path / "notes").mkdir()
-    assert ckpt.list_checkpoints(tmp_path) == paths
-    ckpt.prune(tmp_path, 2)
+    (tmp_path / ".old-step-00000000").mkdir()
+    ckpt.prune(tmp_path, 2, paths[2])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["notes", "step-00000002", "step-00000003"]
-    ckpt.prune(tmp_path, 0)
-    assert ckpt.list_checkpoints(tmp_path) == paths[1:]
+    ckpt.prune(tmp_path, 0, paths[2])
+    assert ckpt.list_checkpoints(tmp_path) == paths[1:3]
+
+
+def test_half_written_ones_are_no_checkpoints_but_told_apart(tmp_path, trained):
+    path = save(tmp_path, trained, 3)
+    shutil.copytree(path, tmp_path / ".tmp-step-00000004")
+    assert ckpt.list_checkpoints(tmp_path) == [path]
+    (left,) = ckpt.half_written(tmp_path)
+    assert left.name == ".tmp-step-00000004"
+    ckpt.remove(left)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_checkpoints_are_listed_by_step_not_by_spelling(tmp_path):
+    steps = [5, 99_999_999, 100_000_000, 10**12]
+    for step in reversed(steps):
+        (tmp_path / f"step-{step:08d}").mkdir()
+    assert [ckpt.step_of(path) for path in ckpt.list_checkpoints(tmp_path)] == steps
 
 
 @pytest.mark.parametrize("harm", ["flip", "truncate", "delete", "state", "no state"])
@@ -104,9 +127,11 @@ def test_another_format_or_model_is_one_clear_line(tmp_path, trained):
     with pytest.raises(UserError, match=r"holds model\.blocks\.1"):
         ckpt.load_checkpoint(path, fewer)
     state = json.loads((path / "state.json").read_text())
-    (path / "state.json").write_text(json.dumps({**state, "format": 99}))
-    with pytest.raises(UserError, match="format 99"):
-        ckpt.load_checkpoint(path, *trained)
+    for another in (ckpt.sealed({**state, "format": 99}), {"format": 99, "step": 7}):
+        (path / "state.json").write_text(json.dumps(another))
+        with pytest.raises(UserError, match="format 99, this version of sdd reads 2") as raised:
+            ckpt.load_checkpoint(path, *trained)
+        assert not isinstance(raised.value, ckpt.DamagedCheckpoint), "a newer checkpoint is not to be passed over"
 
 
 def test_saving_the_same_step_again_replaces_it(tmp_path, trained):

@@ -3,8 +3,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers_train import TINY, rows, tiny
-from safetensors.torch import load_file
+from helpers_train import TINY, assert_same_tensors, rows, tiny
 
 from sdd.errors import RunFailed, UserError
 from sdd.lab.report import write_report
@@ -69,12 +68,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path, accumul
     assert cut == {step: row for step, row in whole.items() if step > 4}
     last = list_checkpoints(tmp_path / "whole" / "checkpoints")[-1]
     other = list_checkpoints(tmp_path / "cut" / "checkpoints")[-1]
-    one, two = (
-        {name: t for file in path.glob("*.safetensors") for name, t in load_file(file).items()}
-        for path in (last, other)
-    )
-    assert one.keys() == two.keys()
-    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert_same_tensors(last, other)
 
 
 def test_accumulation_does_not_change_the_step(tmp_path):

@@ -17,6 +17,7 @@ import pydantic
 from sdd.data.source import PROGRESS_FILE
 from sdd.data.token_file import DtypeName, TokenInfo
 from sdd.errors import UserError
+from sdd.files import write_aside
 
 SUMMARY_FILE = "summary.json"
 SHARD_TOKENS = 2**30
@@ -191,16 +192,6 @@ class Shards:
             )
         if found > expected:
             os.truncate(part, expected)
-
-
-def write_aside(path: Path, text: str) -> None:
-    """Replace a small file, whole or not at all, whatever happens meanwhile."""
-    aside = path.with_name(f".{path.name}.tmp")
-    with aside.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
 
 
 def _sync(file: BinaryIO) -> None:

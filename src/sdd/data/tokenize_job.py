@@ -5,8 +5,8 @@ on only under the same manifest, so that what is there and what comes fit togeth
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -15,23 +15,19 @@ import pydantic
 
 from sdd.data.chunks import Rules, chunks
 from sdd.data.inputs import PART_BYTES, find_inputs
-from sdd.data.shards import SHARD_TOKENS, SUMMARY_FILE, Counts, Progress, Shards, write_aside
+from sdd.data.shards import SHARD_TOKENS, SUMMARY_FILE, Counts, Progress, Shards
 from sdd.data.source import PROGRESS_FILE
 from sdd.data.token_file import DtypeName, TokenFile, TokenInfo, TokenizerRef
 from sdd.data.tokenizer import EOS_NAMES, Tokenizer
 from sdd.data.workers import tokenized
 from sdd.errors import RunFailed, UserError
-
-try:
-    import fcntl
-except ImportError:  # Windows has no flock; there nothing guards a folder against a second process
-    fcntl = None
+from sdd.files import lock, write_aside
 
 MANIFEST_FILE = "manifest.json"
 VALIDATION_FRACTION = 0.01
 _FORMAT = 1  # to be raised when the same manifest gives other tokens
 _SECONDS_BETWEEN_COMMITS = 1.0
-_OWN_FILES = (".lock", PROGRESS_FILE, f".{PROGRESS_FILE}.tmp", f".{MANIFEST_FILE}.tmp", "tokenizer.json")
+_OWN_FILES = (".lock", PROGRESS_FILE, f".tmp-{PROGRESS_FILE}", f".tmp-{MANIFEST_FILE}", "tokenizer.json")
 
 
 class _InputEntry(pydantic.BaseModel):
@@ -300,21 +296,9 @@ def _summary(out: Path, manifest: Manifest, before: Counts | None, seconds: floa
     }
 
 
-@contextmanager
-def _locked(out: Path) -> Iterator[None]:
+def _locked(out: Path) -> IO[str]:
     """Make the folder, and keep other processes from writing into it."""
-    lock: IO[str] | None = None
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file: name a folder")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        lock = (out / ".lock").open("a")
-        try:
-            if fcntl:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"another process is writing into {out}: wait for it or stop it") from None
-        yield
-    finally:
-        if lock:
-            lock.close()
+    out.mkdir(parents=True, exist_ok=True)
+    return lock(out / ".lock")

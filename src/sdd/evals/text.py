@@ -1,4 +1,4 @@
-"""A trained run at work: continue a text, and the loss on a text. Behind `sdd generate` and `sdd eval`."""
+"""A trained run at work: its model and tokenizer, and the loss on a text. Behind `sdd eval`."""
 
 import logging
 import math
@@ -13,7 +13,7 @@ import torch
 from sdd import config_io
 from sdd.data import Tokenizer, builtin_tokenizer
 from sdd.errors import UserError
-from sdd.models import LanguageModel, generate
+from sdd.models import LanguageModel
 from sdd.train.checkpoint import DamagedCheckpoint, list_checkpoints, load_checkpoint
 from sdd.train.config import RunConfig
 from sdd.train.data import resolve
@@ -27,23 +27,29 @@ _WINDOWS = 1024  # windows in memory
 
 @dataclass(frozen=True)
 class TrainedRun:
-    """A run's model at its newest whole checkpoint, in evaluation mode, on the device that its config names."""
+    """A run's model at one of its checkpoints, in evaluation mode, on the device that its config names."""
 
     config: RunConfig
     model: LanguageModel
     step: int
 
 
-def load_trained(run: Path) -> TrainedRun:
+def load_trained(run: Path, checkpoint: str | None = None) -> TrainedRun:
     """The model of a run directory.
 
+    Args:
+        run: the run directory.
+        checkpoint: a step of which it has a checkpoint, or the path of one; None for the newest whole one.
+
     Raises:
-        UserError: if it holds no run or no whole checkpoint.
+        UserError: if it holds no run, no whole checkpoint or not this one.
     """
     if not (run / "config.json").is_file():
         raise UserError(f"{run} is no run (no config.json): runs are made by sdd train PRESET --out RUN")
     config = config_io.load(run / "config.json")
     model = LanguageModel(config.model).to(pick_device(config.device)).eval()
+    if checkpoint is not None:
+        return TrainedRun(config, model, load_checkpoint(_find_checkpoint(run, checkpoint), model)["step"])
     for path in reversed(list_checkpoints(run / "checkpoints")):
         try:
             return TrainedRun(config, model, load_checkpoint(path, model)["step"])
@@ -52,44 +58,16 @@ def load_trained(run: Path) -> TrainedRun:
     raise UserError(f"{run} has no whole checkpoint: one is written while it trains, sdd resume {run} goes on with it")
 
 
-def continue_text(
-    run: Path,
-    prompt: str,
-    tokens: int,
-    seed: int,
-    *,
-    temperature: float = 0.8,
-    top_k: int | None = None,
-    top_p: float | None = None,
-) -> str:
-    """Continue a text.
-
-    Args:
-        run: the run directory.
-        prompt: what to continue; not part of the answer.
-        tokens: how many tokens to add; it may end earlier, at an end of text.
-        seed: of the draws.
-        temperature: see `sdd.models.generate`, as for top_k and top_p.
-        top_k: sample among the k most likely tokens.
-        top_p: sample among the most likely tokens of this total probability.
-
-    Raises:
-        UserError: if the run has no whole checkpoint or no tokenizer, or the prompt is empty.
-        ValueError: if a setting is out of range.
-    """
-    if not prompt:
-        raise UserError("the prompt is empty: give at least one character to continue")
-    trained = load_trained(run)
-    tokenizer = _tokenizer(trained.config)
-    model = trained.model
-    device = model.embed.weight.device
-    ids = torch.tensor([tokenizer.encode(prompt)], device=device)
-    generator = torch.Generator(device).manual_seed(seed)
-    settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-    dtype = pick_autocast(trained.config.precision, device)
-    with torch.autocast(device.type, dtype, enabled=dtype is not None):
-        whole = generate(model, ids, tokens, eos=tokenizer.eos, generator=generator, **settings)
-    return tokenizer.decode(whole[0, ids.shape[1] :].tolist())
+def _find_checkpoint(run: Path, name: str) -> Path:
+    there = list_checkpoints(run / "checkpoints")
+    if not name.isdecimal():
+        if not Path(name).is_dir():
+            raise UserError(f"there is no checkpoint {name}: give a step or the folder of a checkpoint")
+        return Path(name)
+    steps = {int(path.name.removeprefix("step-")): path for path in there}
+    if int(name) not in steps:
+        raise UserError(f"{run} has no checkpoint of step {name}: it has {', '.join(map(str, steps)) or 'none'}")
+    return steps[int(name)]
 
 
 def evaluate_run(run: Path, text: Path | None = None) -> dict[str, Any]:
@@ -116,7 +94,7 @@ def evaluate_run(run: Path, text: Path | None = None) -> dict[str, Any]:
         tokenizer, data_eos = data.tokenizer, data.eos
         ids, name = np.asarray(data.validation.tokens), f"held-out part of {data.name}"
     else:
-        tokenizer = _tokenizer(config)
+        tokenizer = tokenizer_of(config)
         data_eos = tokenizer.eos
         ids, name = np.array(tokenizer.encode(_read(text)), np.int64), str(text)
     if len(ids) < 2:
@@ -157,7 +135,7 @@ def _windows(ids: np.ndarray, context: int) -> Iterator[torch.Tensor]:
         yield torch.from_numpy(rest)[None]
 
 
-def _tokenizer(config: RunConfig) -> Tokenizer:
+def tokenizer_of(config: RunConfig) -> Tokenizer:
     """The tokenizer of a run, without its data where they are not needed.
 
     Raises:

@@ -81,6 +81,8 @@ def write_page(path: Path, text: str) -> None:
     Raises:
         UserError: if that is refused.
     """
+    if path.exists() and not path.is_file():
+        raise UserError(f"cannot write {path}: it is no ordinary file")
     aside = path.with_name(f".tmp-{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -48,6 +48,8 @@ class ModelConfig:
         rope_theta: base of the rotary angles.
         tie_embeddings: use the embedding matrix as the head.
         init_scale: multiplies the initial std of every matrix and of the embedding.
+        eliminate_norms: leave out norms whose readers make them superfluous (see `sdd.models.elimination`): the same
+            function and gradients, but for rounding, in less time.
         placement: where the norms stand; a name on the command line, the whole definition in config.json.
         moe: the mixture of experts; none for a dense model.
     """
@@ -62,6 +64,7 @@ class ModelConfig:
     rope_theta: float = 500_000.0
     tie_embeddings: bool = False
     init_scale: float = 1.0
+    eliminate_norms: bool = True
     placement: Placement = field(default_factory=lambda: placements["sdd"])
     moe: MoEConfig | None = None
 

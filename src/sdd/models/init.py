@@ -18,8 +18,7 @@ import torch
 from torch import nn
 
 from sdd.models.config import ModelConfig
-from sdd.models.moe import ExpertLinear
-from sdd.nn import RMSNorm, SDDLinear
+from sdd.nn import ExpertLinear, RMSNorm, SDDExpertLinear, SDDLinear
 from sdd.placement import SCALES
 
 if TYPE_CHECKING:
@@ -70,10 +69,8 @@ def init_weights(model: "LanguageModel") -> None:
         std = config.init_scale * init_std(config, role, fan_in, fan_out)
         _draw(weight, std)
     for module in model.modules():
-        if isinstance(module, SDDLinear):
+        if isinstance(module, (SDDLinear, SDDExpertLinear)):
             nn.init.constant_(module.alpha, module.alpha_init)
-        elif isinstance(module, ExpertLinear):
-            module.reset_alpha()
         elif isinstance(module, RMSNorm):
             module.reset_parameters()
 

@@ -25,9 +25,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sdd import functional as sdd_F
+from sdd import points
+from sdd.grouped import Order, collect, dispatch, expert_scaled_norm, rows_of, sort_by_expert
+from sdd.kernels import swiglu
 from sdd.models.config import ModelConfig, MoEConfig
-from sdd.models.grouped import Order, collect, dispatch, grouped_linear, sort_by_expert
+from sdd.models.elimination import is_half, is_plain, mean_square, read
+from sdd.nn import ExpertLinear, SDDExpertLinear
 from sdd.placement import Norm, Site
 
 
@@ -59,78 +62,6 @@ class Routing(NamedTuple):
         return (self.load * self.probability).sum(-1)
 
 
-class ExpertLinear(nn.Module):
-    """A bias-free fully-connected layer for each expert, `W_e x`, or with a norm SDD, `alpha_e * norm(V_e x)`.
-
-    Args:
-        n_experts: E.
-        in_features: I.
-        out_features: O.
-        norm: what makes it an SDD layer; None for a plain one.
-        n_layers: depth of the model, for the initial alpha.
-        device: as in every module.
-
-    Attributes:
-        weight: `[E, O, I]`, as E weights of `torch.nn.Linear`.
-        alpha: float32 `[E, O]`, or None.
-    """
-
-    alpha: nn.Parameter | None
-
-    def __init__(
-        self,
-        n_experts: int,
-        in_features: int,
-        out_features: int,
-        norm: Norm | None,
-        n_layers: int,
-        device: torch.device | str | None = None,
-    ) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(n_experts, out_features, in_features, device=device))
-        self.alpha_init, self.eps = (1.0, 0.0) if norm is None else (norm.alpha(n_layers), norm.eps)
-        # float32 whatever the default dtype: it is applied before the cast
-        alpha = None if norm is None else torch.empty(n_experts, out_features, device=device, dtype=torch.float32)
-        self.register_parameter("alpha", None if alpha is None else nn.Parameter(alpha))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Draw each matrix as `nn.Linear` does, and set alpha to its initial value."""
-        bound = self.weight.shape[2] ** -0.5
-        nn.init.uniform_(self.weight, -bound, bound)
-        self.reset_alpha()
-
-    def reset_alpha(self) -> None:
-        """Set alpha to its initial value."""
-        if self.alpha is not None:
-            nn.init.constant_(self.alpha, self.alpha_init)
-
-    def forward(self, x_MI: Tensor, order: Order) -> Tensor:
-        """`[M, I]`, sorted by expert, to `[M, O]`."""
-        return self.scale(self.product(x_MI, order), order)
-
-    def product(self, x_MI: Tensor, order: Order) -> Tensor:
-        """`z = V_e x`."""
-        return grouped_linear(x_MI, self.weight, order.ends_E)
-
-    def scale(self, z_MO: Tensor, order: Order) -> Tensor:
-        """`alpha_e * norm(z)` in z's dtype; z itself of a plain layer."""
-        if self.alpha is None:
-            return z_MO
-        return (sdd_F.norm(z_MO, self.eps) * self.alpha_rows(order)).to(z_MO.dtype)
-
-    def alpha_rows(self, order: Order) -> Tensor:
-        """The alpha of each row's expert, `[M, O]`: what a fused operation on rows takes."""
-        assert self.alpha is not None
-        return self.alpha.index_select(0, order.experts_M)
-
-    def extra_repr(self) -> str:
-        """Shape, and what the norm adds."""
-        E, O, I = self.weight.shape
-        text = f"n_experts={E}, in_features={I}, out_features={O}"
-        return text if self.alpha is None else f"{text}, alpha_init={self.alpha_init:.4g}, eps={self.eps:g}"
-
-
 class MoE(nn.Module):
     """A mixture of SwiGLU experts, see the module's equations.
 
@@ -138,6 +69,7 @@ class MoE(nn.Module):
         config: the model; must have `moe`.
         norms: of the block, by site.
         shared: the feed-forward network that every token uses, if there is one.
+        superfluous: norms that are not computed, see `sdd.models.elimination`.
         device: as in every module.
     """
 
@@ -146,17 +78,19 @@ class MoE(nn.Module):
         config: ModelConfig,
         norms: dict[Site, Norm],
         shared: nn.Module | None = None,
+        superfluous: frozenset[Site] = frozenset(),
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
         assert config.moe is not None
-        E, C, F, L = config.moe.n_experts, config.d_model, config.d_ff, config.n_layers
+        C, F = config.d_model, config.d_ff
         self.top_k, self.renormalise = config.moe.top_k, config.moe.renormalise
         self.joint = config.placement.joint_gate_up and {"gate", "up"} <= norms.keys()
-        self.router = nn.Linear(C, E, bias=False, device=device)
-        self.gate_proj = ExpertLinear(E, C, F, norms.get("gate"), L, device)
-        self.up_proj = ExpertLinear(E, C, F, norms.get("up"), L, device)
-        self.down_proj = ExpertLinear(E, F, C, norms.get("ffn_out"), L, device)
+        self.superfluous = superfluous
+        self.router = nn.Linear(C, config.moe.n_experts, bias=False, device=device)
+        self.gate_proj = _experts_at(C, F, norms.get("gate"), config, device)
+        self.up_proj = _experts_at(C, F, norms.get("up"), config, device)
+        self.down_proj = _experts_at(F, C, norms.get("ffn_out"), config, device)
         self.shared = shared
 
     def forward(self, x_BTC: Tensor) -> tuple[Tensor, Routing]:
@@ -167,7 +101,9 @@ class MoE(nn.Module):
         weights_M = weights_NK.flatten().index_select(0, order.pairs_M)
         y_NC = collect(y_MC * weights_M.unsqueeze(1), order).to(y_MC.dtype)
         y_BTC = y_NC.view_as(x_BTC)
-        return y_BTC if self.shared is None else y_BTC + self.shared(x_BTC), routing
+        if self.shared is not None:
+            y_BTC = y_BTC + read(self.shared.down_proj, *self.shared(x_BTC))  # pyright: ignore[reportArgumentType]
+        return y_BTC, routing
 
     def route(self, x_NC: Tensor) -> tuple[Tensor, Order, Routing]:
         """The weights of each token's experts, at least float32 `[N, K]`; the order of the rows; statistics."""
@@ -185,14 +121,42 @@ class MoE(nn.Module):
 
     def experts(self, x_MC: Tensor, order: Order) -> Tensor:
         """Each row through its expert: `[M, C]` to `[M, C]`."""
-        z_gate, z_up = self.gate_proj.product(x_MC, order), self.up_proj.product(x_MC, order)
         if self.joint:
-            n = sdd_F.norm(torch.cat([z_gate, z_up], -1), self.gate_proj.eps)
-            alpha = torch.cat([self.gate_proj.alpha_rows(order), self.up_proj.alpha_rows(order)], -1)
-            gate, up = (alpha * n).to(z_gate.dtype).chunk(2, -1)
-        else:
-            gate, up = self.gate_proj.scale(z_gate, order), self.up_proj.scale(z_up, order)
-        return self.down_proj(sdd_F.swiglu(gate, up), order)
+            return self.down_proj(self._joint(x_MC, order), order)
+        gate_MF, up, down = self.gate_proj(x_MC, order), self.up_proj, self.down_proj
+        if "up" in self.superfluous and is_plain(up, down) and not is_half(x_MC):
+            return self._without_up_norm(gate_MF, x_MC, order)
+        return down(swiglu(gate_MF, up(x_MC, order)), order)
+
+    def _joint(self, x_MC: Tensor, order: Order) -> Tensor:
+        gate, up = self.gate_proj, self.up_proj
+        assert isinstance(gate, SDDExpertLinear)
+        assert isinstance(up, SDDExpertLinear)
+        z_M2F = torch.cat([gate.product(x_MC, order), up.product(x_MC, order)], -1)
+        alpha_E2F = torch.cat([gate.alpha, up.alpha], -1)
+        y_gate, y_up = expert_scaled_norm(z_M2F, alpha_E2F, order, eps=gate.eps).chunk(2, -1)
+        points.projection(gate, z_M2F, y_gate)
+        points.projection(up, z_M2F, y_up)
+        return swiglu(y_gate, y_up)
+
+    def _without_up_norm(self, gate_MF: Tensor, x_MC: Tensor, order: Order) -> Tensor:
+        up, down = self.up_proj, self.down_proj
+        assert isinstance(up, SDDExpertLinear)
+        assert isinstance(down, SDDExpertLinear)
+        z_MF = up.product(x_MC, order)
+        h_MF = swiglu(gate_MF, (rows_of(up.alpha, order) * z_MF).to(z_MF.dtype))
+        return down.scale(down.product(h_MF, order), order, down.eps * (mean_square(z_MF) + up.eps))
+
+
+def _experts_at(
+    in_features: int, out_features: int, norm: Norm | None, config: ModelConfig, device: torch.device | str | None
+) -> ExpertLinear:
+    """Plain layers, or with a norm at their site SDD layers."""
+    assert config.moe is not None
+    shape = (config.moe.n_experts, in_features, out_features, device)
+    if norm is None:
+        return ExpertLinear(*shape)
+    return SDDExpertLinear(*shape, alpha_init=norm.alpha(config.n_layers), eps=norm.eps)
 
 
 def auxiliary_losses(

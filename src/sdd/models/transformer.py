@@ -1,9 +1,10 @@
-"""The language model: one Block for every placement.
+"""The language model: embedding, blocks, head and loss.
 
-Shape suffixes: B batch, T tokens, C d_model, H query heads, K key-value heads, D head_dim, F d_ff, V vocabulary.
+Shape suffixes: B batch, T tokens, C d_model, V vocabulary.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -12,96 +13,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sdd import functional as sdd_F
+from sdd import points
+from sdd.models.blocks import Block, norm_at
 from sdd.models.config import ModelConfig
 from sdd.models.init import init_weights
-from sdd.models.moe import MoE, Routing, auxiliary_losses
-from sdd.nn import RMSNorm, SDDLinear
-from sdd.placement import SCALES, Norm, Site
-
-Rope = tuple[Tensor, Tensor]
-
-
-class Block(nn.Module):
-    """One block: `x = attn_post(c*x + attn(attn_in(x)))`, then the same with the feed-forward network."""
-
-    def __init__(self, config: ModelConfig, index: int, device: torch.device | str | None = None) -> None:
-        super().__init__()
-        norms = config.placement.layer(index, config.n_layers)
-        self.residual_scale = SCALES[config.placement.residual_scale](config.n_layers)
-        self.attn_in = _norm(norms.get("attn_in"), config, config.d_model, device)
-        self.attn = Attention(config, norms, device)
-        self.attn_post = _norm(norms.get("attn_post"), config, config.d_model, device)
-        self.ffn_in = _norm(norms.get("ffn_in"), config, config.d_model, device)
-        self.ffn = _feed_forward(config, norms, device)
-        self.ffn_post = _norm(norms.get("ffn_post"), config, config.d_model, device)
-
-    def forward(self, x_BTC: Tensor, rope: Rope, mask: Tensor | None = None) -> tuple[Tensor, Routing | None]:
-        """`[B, T, C]` to `[B, T, C]`, and how a mixture of experts routed the tokens."""
-        x_BTC = self.attn_post(self._add(x_BTC, self.attn(self.attn_in(x_BTC), rope, mask)))
-        y, routing = self.ffn(self.ffn_in(x_BTC)), None
-        if isinstance(y, tuple):
-            y, routing = y
-        return self.ffn_post(self._add(x_BTC, y)), routing
-
-    def _add(self, x: Tensor, branch: Tensor) -> Tensor:
-        """`c*x + branch`, one operation whatever c."""
-        return torch.add(branch, x, alpha=self.residual_scale)
-
-
-class Attention(nn.Module):
-    """Causal grouped-query attention with RoPE: `o_proj(ctx(softmax(q k^T / sqrt(D)) v))`."""
-
-    def __init__(self, config: ModelConfig, norms: dict[Site, Norm], device: torch.device | str | None = None) -> None:
-        super().__init__()
-        C, KD = config.d_model, config.kv_width
-        self.head_dim = config.head_dim
-        self.grouped = config.n_kv_heads != config.n_heads
-        self.q_proj = _projection(C, C, norms.get("q"), config, device)
-        self.k_proj = _projection(C, KD, norms.get("k"), config, device)
-        self.v_proj = _projection(C, KD, norms.get("v"), config, device)
-        self.ctx = _norm(norms.get("ctx"), config, C, device)
-        self.o_proj = _projection(C, C, norms.get("attn_out"), config, device)
-
-    def forward(self, x_BTC: Tensor, rope: Rope, mask: Tensor | None = None) -> Tensor:
-        """`[B, T, C]` to `[B, T, C]`; mask `[B, 1, T, T]` is True where attention is allowed, None for causal."""
-        q_BHTD = sdd_F.apply_rope(self._heads(self.q_proj(x_BTC)), *rope)
-        k_BKTD = sdd_F.apply_rope(self._heads(self.k_proj(x_BTC)), *rope)
-        v_BKTD = self._heads(self.v_proj(x_BTC))
-        y_BHTD = F.scaled_dot_product_attention(
-            q_BHTD, k_BKTD, v_BKTD, attn_mask=mask, is_causal=mask is None, enable_gqa=self.grouped
-        )
-        return self.o_proj(self.ctx(y_BHTD.transpose(1, 2).flatten(2)))
-
-    def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-
-
-class FeedForward(nn.Module):
-    """SwiGLU: `down(silu(gate x) * up x)`."""
-
-    def __init__(
-        self, config: ModelConfig, norms: dict[Site, Norm], d_ff: int, device: torch.device | str | None = None
-    ) -> None:
-        super().__init__()
-        C, F_ = config.d_model, d_ff
-        self.joint = config.placement.joint_gate_up and {"gate", "up"} <= norms.keys()
-        self.gate_proj = _projection(C, F_, norms.get("gate"), config, device)
-        self.up_proj = _projection(C, F_, norms.get("up"), config, device)
-        self.down_proj = _projection(F_, C, norms.get("ffn_out"), config, device)
-
-    def forward(self, x_BTC: Tensor) -> Tensor:
-        """`[B, T, C]` to `[B, T, C]`."""
-        return self.down_proj(self._joint(x_BTC) if self.joint else self._separate(x_BTC))
-
-    def _separate(self, x_BTC: Tensor) -> Tensor:
-        return sdd_F.swiglu(self.gate_proj(x_BTC), self.up_proj(x_BTC))
-
-    def _joint(self, x_BTC: Tensor) -> Tensor:
-        gate, up = self.gate_proj, self.up_proj
-        assert isinstance(gate, SDDLinear)
-        assert isinstance(up, SDDLinear)
-        z_gate, z_up = F.linear(x_BTC, gate.weight), F.linear(x_BTC, up.weight)
-        return sdd_F.sdd_swiglu(z_gate, z_up, gate.alpha, up.alpha, joint=True, eps=gate.eps)
+from sdd.models.kv_cache import KVCache
+from sdd.models.moe import Routing, auxiliary_losses
 
 
 class TrainingLoss(NamedTuple):
@@ -129,7 +46,7 @@ class LanguageModel(nn.Module):
     Attributes:
         checkpoint_blocks: recompute each block's activations in the backward pass instead of keeping them.
         chunked_loss: compute the loss without ever holding all logits, where torch has that (see `cross_entropy`).
-        sum_counts: sums over the processes that train a mixture of experts together, see `sdd.models.moe`.
+        sum_counts: sums a tensor over the processes that train a mixture of experts together; None for one process.
     """
 
     def __init__(self, config: ModelConfig, device: torch.device | str | None = None) -> None:
@@ -141,9 +58,9 @@ class LanguageModel(nn.Module):
         self.sum_counts: Callable[[Tensor], Tensor] | None = None
         # without storage first: weights are drawn once, the same from one seed whether or not built on "meta"
         self.embed = nn.Embedding(config.vocab_size, config.d_model, device="meta")
-        self.embed_norm = _norm(config.placement.norms.get("embed"), config, config.d_model, "meta")
+        self.embed_norm = norm_at(config.placement.norms.get("embed"), config, config.d_model, "meta")
         self.blocks = nn.ModuleList(Block(config, index, "meta") for index in range(config.n_layers))
-        self.final_norm = _norm(config.placement.norms.get("final"), config, config.d_model, "meta")
+        self.final_norm = norm_at(config.placement.norms.get("final"), config, config.d_model, "meta")
         self.head = (
             None if config.tie_embeddings else nn.Linear(config.d_model, config.vocab_size, bias=False, device="meta")
         )
@@ -170,6 +87,7 @@ class LanguageModel(nn.Module):
         document_eos: int | None = None,
         z_loss: float = 0.0,
         reduction: str = "mean",
+        cache: KVCache | None = None,
         detailed: bool = False,
     ) -> Tensor | TrainingLoss:
         """Logits `[B, T, V]`, or the loss if targets are given.
@@ -180,23 +98,28 @@ class LanguageModel(nn.Module):
             document_eos: the end-of-document token; if given, attention does not cross it.
             z_loss: weight of `logsumexp(logits)^2` (arXiv 2204.02311) added to the cross-entropy.
             reduction: "mean" or "none" (`[B, T]`); z_loss needs "mean".
-            detailed: return a `TrainingLoss`; needs "mean".
+            cache: the tokens come after those that it holds, and it holds them too afterwards.
+            detailed: return the loss as a `TrainingLoss`; needs "mean".
 
         Returns:
-            The logits; or cross-entropy in nats a token, in at least float32. In training mode, the mean includes the
-            auxiliary losses of a mixture of experts.
+            The logits, or cross-entropy in nats a token, in at least float32. In training mode, the mean has the
+            auxiliary losses of a mixture of experts in it.
 
         Raises:
-            ValueError: if the sequence is longer than the context.
+            ValueError: if the sequence is longer than the context, or document_eos is given with a cache.
         """
-        T = tokens_BT.shape[1]
+        if cache is not None and document_eos is not None:
+            raise ValueError("document_eos needs all tokens at once: leave out document_eos or cache")
+        T = tokens_BT.shape[1] + (max(cache.lengths) if cache is not None else 0)
         if self.config.context < T:
             raise ValueError(f"a sequence of {T} tokens was given, the model's context is {self.config.context}")
-        layers: list[Routing] = []
         mask = None if document_eos is None else document_mask(tokens_BT, document_eos)
-        x_BTC = self.hidden(tokens_BT, mask, layers)
+        layers: list[Routing] = []
+        x_BTC = self.hidden(tokens_BT, mask, cache, layers)
         if targets_BT is None:
-            return F.linear(x_BTC, self.head_weight)
+            logits_BTV = F.linear(x_BTC, self.head_weight)
+            points.output("logits", logits_BTV)
+            return logits_BTV
         loss = cross_entropy(
             x_BTC, self.head_weight, targets_BT, z_loss=z_loss, reduction=reduction, chunked=self.chunked_loss
         )
@@ -206,13 +129,26 @@ class LanguageModel(nn.Module):
             total = loss + auxiliary
         return TrainingLoss(total, loss.detach(), routing) if detailed else total
 
-    def hidden(self, tokens_BT: Tensor, mask: Tensor | None = None, layers: list[Routing] | None = None) -> Tensor:
-        """What the head reads: `[B, T]` to `[B, T, C]`; `layers` receives the routing of each mixture of experts."""
-        T = tokens_BT.shape[1]
-        rope = (self.rope_cos[:T], self.rope_sin[:T])
+    def hidden(
+        self,
+        tokens_BT: Tensor,
+        mask: Tensor | None = None,
+        cache: KVCache | None = None,
+        layers: list[Routing] | None = None,
+    ) -> Tensor:
+        """What the head reads: `[B, T]` to `[B, T, C]`; with a cache, which knows the mask, after what it holds.
+
+        `layers` receives the routing of each mixture of experts.
+        """
+        positions = slice(tokens_BT.shape[1])
+        if cache is not None:
+            positions, mask = cache.grow(tokens_BT)
+        rope = (self.rope_cos[positions], self.rope_sin[positions])
         x_BTC = self.embed_norm(self.embed(tokens_BT))
-        for block in self.blocks:
-            if self.checkpoint_blocks and torch.is_grad_enabled():
+        for layer, block in enumerate(self.blocks):
+            if cache is not None:
+                x_BTC, routing = block(x_BTC, rope, mask, partial(cache.write, layer))
+            elif self.checkpoint_blocks and torch.is_grad_enabled():
                 x_BTC, routing = checkpoint(block, x_BTC, rope, mask, use_reentrant=False)
             else:
                 x_BTC, routing = block(x_BTC, rope, mask)
@@ -264,6 +200,7 @@ def cross_entropy(
         options = nn.LinearCrossEntropyOptions()  # pyright: ignore[reportAttributeAccessIssue]
         return F.linear_cross_entropy(x_NC, head_weight, targets_N, options=options)  # pyright: ignore[reportAttributeAccessIssue]
     logits_NV = F.linear(x_NC, head_weight)
+    points.output("logits", logits_NV)
     logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
     loss = F.cross_entropy(logits_NV, targets_N, reduction=reduction)
     if z_loss:
@@ -273,40 +210,3 @@ def cross_entropy(
 
 #: Whether this torch has the chunked loss.
 HAS_CHUNKED_LOSS = hasattr(F, "linear_cross_entropy") and hasattr(nn, "LinearCrossEntropyOptions")
-
-
-def _feed_forward(config: ModelConfig, norms: dict[Site, Norm], device: torch.device | str | None) -> nn.Module:
-    if config.moe is None:
-        return FeedForward(config, norms, config.d_ff, device)
-    width = config.moe.d_shared
-    return MoE(config, norms, FeedForward(config, norms, width, device) if width else None, device)
-
-
-def _group(norm: Norm, config: ModelConfig) -> int | None:
-    return config.head_dim if norm.group == "head" else None
-
-
-def _projection(
-    in_features: int, out_features: int, norm: Norm | None, config: ModelConfig, device: torch.device | str | None
-) -> nn.Linear:
-    """A plain Linear, or with a norm at its site an SDDLinear."""
-    if norm is None:
-        return nn.Linear(in_features, out_features, bias=False, device=device)
-    return SDDLinear(
-        in_features,
-        out_features,
-        bias=False,
-        device=device,
-        group=_group(norm, config),
-        shared_alpha=norm.shared_alpha,
-        alpha_init=norm.alpha(config.n_layers),
-        eps=norm.eps,
-    )
-
-
-def _norm(norm: Norm | None, config: ModelConfig, width: int, device: torch.device | str | None) -> nn.Module:
-    """The norm of a site that is no projection; an absent one is the identity, which costs nothing."""
-    if norm is None:
-        return nn.Identity()
-    width = config.head_dim if norm.shared_alpha else width
-    return RMSNorm(width, norm.alpha(config.n_layers), norm.eps, device, group=_group(norm, config))

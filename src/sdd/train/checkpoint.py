@@ -3,10 +3,12 @@
     RUN/checkpoints/step-00000500/
         *.safetensors          parameters, optimiser state and RNG state by name; one file a process, which holds its
                                parts of the matrices; what all processes have alike is in one of them
-        state.json             step, tokens, seconds, versions, and size and SHA-256 of every other file
+        state.json             step, tokens, seconds, config, versions, size and SHA-256 of every other file, and the
+                               SHA-256 of all that
 
-state.json is written last and the folder gets its name after that, so a folder of that name is whole unless the disk
-lost it; the recorded sizes and hashes tell.
+Files are written into `.tmp-step-00000500`, which gets its name when all of them are on the disk, state.json last. So
+a folder of that name is whole unless something harmed it later; the recorded sizes and hashes tell. They guard against
+accidents, not against a forger, who can only choose what numbers are loaded: nothing that is read is executed.
 
 A checkpoint loads on any number of processes. One RNG state is enough for all: the generators draw nothing but initial
 weights, which every process draws alike.
@@ -14,7 +16,6 @@ weights, which every process draws alike.
 
 import hashlib
 import json
-import os
 import re
 import shutil
 import warnings
@@ -31,13 +32,15 @@ from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from sdd.errors import UserError
+from sdd.files import sync, write_aside
 from sdd.train.optim import optimizer_tensors
 from sdd.train.parallel import ALONE, World
 
 T = TypeVar("T")
 
-FORMAT = 1
-_NAME = re.compile(r"step-(\d{8,})")
+FORMAT = 2
+_NAME = re.compile(r"step-([0-9]{8,18})")
+_ASIDE, _LEAVING = ".tmp-", ".old-"  # a checkpoint that is being written, and one that is being deleted
 
 
 class DamagedCheckpoint(UserError):
@@ -63,15 +66,18 @@ def save_checkpoint(
         OSError: if the disk refuses, on every process; what was there before stays.
     """
     final = folder / f"step-{state['step']:08d}"
-    aside = folder / f".tmp-{final.name}"
+    aside = folder / f"{_ASIDE}{final.name}"
     try:
         world.on_main(lambda: _make_empty(aside))
         writer = HuggingFaceStorageWriter(str(aside), save_distributed=world.size > 1)
-        with _as_ours():
-            dcp_save(_tensors(model, optimizer), storage_writer=writer)
+        try:
+            with _quiet():
+                dcp_save(_tensors(model, optimizer), storage_writer=writer)
+        except CheckpointException as error:
+            raise _first(error) from None
         written = world.gather(world.together(lambda: _synced_digests(aside, world)))
         files = dict(sorted(item for part in written for item in part.items()))
-        world.on_main(lambda: _complete(aside, final, {"format": FORMAT, **state, "files": files}))
+        world.on_main(lambda: _complete(aside, final, sealed({"format": FORMAT, **state, "files": files})))
     except BaseException:
         if world.is_main:
             shutil.rmtree(aside, ignore_errors=True)
@@ -94,22 +100,26 @@ def load_checkpoint(
         The state that `save_checkpoint` was given.
 
     Raises:
-        DamagedCheckpoint: if a file is missing or changed; this and the next on every process.
+        DamagedCheckpoint: if a file is missing, changed or not what it should be; this and the next on every process.
         UserError: if it is of another format, or its parameters are not the model's.
     """
     state = world.on_main(lambda: read_state(path))
     world.together(lambda: verify(path, state, world))
     reader = HuggingFaceStorageReader(str(path))
     tensors = _tensors(model, optimizer)
-    saved = world.together(lambda: reader.read_metadata().state_dict_metadata)
-    world.together(lambda: _check_shapes(path, tensors, saved))
+    saved = world.together(lambda: _described(path, reader))
+    world.together(lambda: _check_fit(path, tensors, saved))
     tensors = {name: tensor for name, tensor in tensors.items() if name in saved}  # all but another device's generator
-    with _as_ours():
-        dcp_load(tensors, storage_reader=reader)
+    try:
+        with _quiet():
+            dcp_load(tensors, storage_reader=reader)
+    except CheckpointException as error:
+        raise _unreadable(path, _first(error)) from None
     if optimizer is not None:
-        torch.set_rng_state(tensors["rng.cpu"])
-        if torch.cuda.is_available() and "rng.cuda" in tensors:
-            torch.cuda.set_rng_state(tensors["rng.cuda"])
+        with _damage(path):
+            torch.set_rng_state(tensors["rng.cpu"])
+            if torch.cuda.is_available() and "rng.cuda" in tensors:
+                torch.cuda.set_rng_state(tensors["rng.cuda"])
     return state
 
 
@@ -117,22 +127,31 @@ def read_state(path: Path) -> dict[str, Any]:
     """The state.json of a checkpoint.
 
     Raises:
-        DamagedCheckpoint: if it is missing or unreadable.
+        DamagedCheckpoint: if it is missing or not what was written.
         UserError: if it is of another format.
     """
     try:
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         raise DamagedCheckpoint(f"{path} has no readable state.json: it is not a whole checkpoint") from None
-    if (
-        not isinstance(state, dict)
-        or not isinstance(state.get("step"), int)
-        or not isinstance(state.get("files"), dict)
-    ):
-        raise DamagedCheckpoint(f"{path}/state.json lacks step or files: it is not a checkpoint of ours")
-    if state.get("format") != FORMAT:
-        raise UserError(f"{path} has checkpoint format {state.get('format')!r}, this version reads {FORMAT}")
+    if not isinstance(state, dict):
+        raise DamagedCheckpoint(f"{path}/state.json is no object: it is not a checkpoint of ours")
+    intact, version = state == sealed(state), state.get("format")
+    if type(version) is int and version != FORMAT and (intact or "sha256" not in state):
+        raise UserError(
+            f"{path} has checkpoint format {version}, this version of sdd reads {FORMAT}: use the version that wrote it"
+        )
+    if not intact:
+        raise DamagedCheckpoint(f"{path}/state.json is damaged (its SHA-256 differs from what was written)")
+    if not _is_step(path, state.get("step")) or not _are_files(state.get("files")):
+        raise DamagedCheckpoint(f"{path}/state.json holds no step and files that fit: it is not this checkpoint's")
     return state
+
+
+def sealed(state: dict[str, Any]) -> dict[str, Any]:
+    """The state with the SHA-256 of all of it but itself, by which damage to state.json is seen."""
+    content = {name: value for name, value in state.items() if name != "sha256"}
+    return {**content, "sha256": hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()}
 
 
 def verify(path: Path, state: dict[str, Any], world: World = ALONE) -> None:
@@ -142,27 +161,69 @@ def verify(path: Path, state: dict[str, Any], world: World = ALONE) -> None:
         DamagedCheckpoint: naming the first file that differs.
     """
     for name, expected in _shared(list(state["files"].items()), world):
-        file = path / Path(name).name
-        if not file.is_file():
-            raise DamagedCheckpoint(f"{path}: {name} is missing")
-        if _digest(file) != expected:
-            raise DamagedCheckpoint(f"{path}: {name} is damaged (size or SHA-256 differ from what was written)")
+        file = path / name
+        try:
+            if not file.is_file():
+                raise DamagedCheckpoint(f"{path}: {name} is missing")
+            if _digest(file) != expected:
+                raise DamagedCheckpoint(f"{path}: {name} is damaged (size or SHA-256 differ from what was written)")
+        except OSError as error:
+            raise DamagedCheckpoint(f"{path}: {name} cannot be read: {error.strerror}") from None
+    for file in path.glob("*.safetensors"):
+        if file.name not in state["files"]:
+            raise DamagedCheckpoint(f"{path}: {file.name} is no part of it")
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """The checkpoints in RUN/checkpoints, oldest first; half-written ones have another name and are not among them."""
     if not folder.is_dir():
         return []
-    return sorted(path for path in folder.iterdir() if path.is_dir() and _NAME.fullmatch(path.name))
+    return sorted((path for path in folder.iterdir() if _NAME.fullmatch(path.name) and path.is_dir()), key=step_of)
 
 
-def prune(folder: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints (0 keeps all), and what an interrupted save left behind."""
-    for left in folder.glob(".tmp-*"):
+def step_of(path: Path) -> int:
+    """The step that a checkpoint's name tells."""
+    return int(path.name.removeprefix("step-"))
+
+
+def half_written(folder: Path) -> list[Path]:
+    """What a process left that was killed while it saved."""
+    return sorted(folder.glob(f"{_ASIDE}*"))
+
+
+def prune(folder: Path, keep: int, newest: Path) -> None:
+    """Delete what a checkpoint that is whole now has made superfluous.
+
+    Args:
+        folder: RUN/checkpoints.
+        keep: how many of the newest to keep; 0 keeps all.
+        newest: the one just written. Later ones are damaged or given up: the run does their steps again.
+    """
+    there = list_checkpoints(folder)
+    later = [path for path in there if step_of(path) > step_of(newest)]
+    older = [path for path in there if path not in later]
+    for path in [*(older[:-keep] if keep else []), *later]:
+        remove(path)
+    for left in folder.glob(f"{_LEAVING}*"):
         shutil.rmtree(left, ignore_errors=True)
-    if keep:
-        for old in list_checkpoints(folder)[:-keep]:
-            shutil.rmtree(old, ignore_errors=True)
+
+
+def remove(path: Path) -> None:
+    """Delete a checkpoint, or what is left of one; killed meanwhile, it leaves nothing that looks like one."""
+    leaving = path.with_name(f"{_LEAVING}{path.name}")
+    shutil.rmtree(leaving, ignore_errors=True)
+    shutil.rmtree(path.replace(leaving), ignore_errors=True)
+
+
+def _is_step(path: Path, step: Any) -> bool:
+    """Whether that is the step of the checkpoint of this name."""
+    named = _NAME.fullmatch(path.name)
+    return type(step) is int and step >= 0 and (named is None or int(named[1]) == step)
+
+
+def _are_files(files: Any) -> bool:
+    """Whether these are names of files in a checkpoint: JSON from anywhere must not lead elsewhere."""
+    return isinstance(files, dict) and all(re.fullmatch(r"[\w-][\w.-]{0,200}", name, re.ASCII) for name in files)
 
 
 def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, Tensor]:
@@ -175,7 +236,13 @@ def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[
     return found
 
 
-def _check_shapes(path: Path, tensors: dict[str, Tensor], saved: dict[str, Any]) -> None:
+def _described(path: Path, reader: HuggingFaceStorageReader) -> dict[str, Any]:
+    """Shape and dtype of each tensor in a checkpoint."""
+    with _damage(path):
+        return reader.read_metadata().state_dict_metadata
+
+
+def _check_fit(path: Path, tensors: dict[str, Tensor], saved: dict[str, Any]) -> None:
     for name, tensor in tensors.items():
         if name.startswith("rng."):
             continue
@@ -183,9 +250,25 @@ def _check_shapes(path: Path, tensors: dict[str, Tensor], saved: dict[str, Any])
             raise UserError(f"{path} has no {name}: it was written by another model or placement")
         if saved[name].size != tensor.shape:
             raise UserError(f"{path}: {name} has shape {list(saved[name].size)}, this model's is {list(tensor.shape)}")
+        if saved[name].properties.dtype != tensor.dtype:
+            raise DamagedCheckpoint(f"{path}: {name} is {saved[name].properties.dtype}, expected {tensor.dtype}")
     extra = [name for name in saved if name.startswith("model.") and name not in tensors]
     if extra:
         raise UserError(f"{path} holds {extra[0]}, which this model does not have: its config differs")
+
+
+@contextmanager
+def _damage(path: Path) -> Iterator[None]:
+    """Whatever is wrong with what is read inside is damage to the checkpoint."""
+    try:
+        yield
+    except Exception as error:  # of three libraries, which have no common base for them
+        raise _unreadable(path, error) from None
+
+
+def _unreadable(path: Path, error: BaseException) -> DamagedCheckpoint:
+    what = (" ".join(str(error).split()) or type(error).__name__)[:200]
+    return DamagedCheckpoint(f"{path} cannot be read: {what}")
 
 
 def _make_empty(folder: Path) -> None:
@@ -195,18 +278,19 @@ def _make_empty(folder: Path) -> None:
 
 def _complete(aside: Path, final: Path, state: dict[str, Any]) -> None:
     """Write state.json and give the folder its name."""
-    _write_synced(aside / "state.json", json.dumps(state, indent=2))
-    if final.exists():  # the same step of an earlier attempt at the same run
-        shutil.rmtree(final)
+    write_aside(aside / "state.json", json.dumps(state, indent=2) + "\n")
+    sync(aside)
+    if final.exists():  # damaged, else the run would have gone on from it
+        remove(final)
     aside.rename(final)
-    _sync(final.parent)
+    sync(final.parent)
 
 
 def _synced_digests(folder: Path, world: World) -> dict[str, dict[str, Any]]:
     """Size and SHA-256 of this process's share of the files, which are on the disk afterwards."""
     files = _shared(sorted(folder.iterdir()), world)
     for file in files:
-        _sync(file)
+        sync(file)
     return {file.name: _digest(file) for file in files}
 
 
@@ -219,31 +303,14 @@ def _digest(file: Path) -> dict[str, Any]:
         return {"size": file.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
 
 
-def _write_synced(file: Path, text: str) -> None:
-    with file.open("w", encoding="utf-8") as stream:
-        stream.write(text + "\n")
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 @contextmanager
-def _as_ours() -> Iterator[None]:
-    """Silence torch's warning that no process group exists, and raise the error of a disk as the OSError that it was.
-
-    torch raises a BaseException that holds the errors of all processes, on every one of them.
-    """
+def _quiet() -> Iterator[None]:
+    """Silence torch's warning that no process group exists."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
-        try:
-            yield
-        except CheckpointException as error:
-            first, _ = next(iter(error.failures.values()))
-            raise first from None
+        yield
+
+
+def _first(error: CheckpointException) -> BaseException:
+    """The error of a disk as the OSError that it was: torch wraps those of all processes, on every one of them."""
+    return next(iter(error.failures.values()))[0]

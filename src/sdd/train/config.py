@@ -118,8 +118,8 @@ class GuardConfig:
         nonfinite: a loss or gradient that is not finite, or a damaged weight: "skip" takes the step with the next
             batch instead, and rolls back where that does not help; "stop" ends the run with exit code 3.
         spikes: a spike of loss or gradient norm: "observe" only notes it, "skip" does as above.
-        loss_margin: a loss spike is this many robust standard deviations above the median of the last losses; the deviation is
-            that of the noise from step to step.
+        loss_margin: a loss spike is this many robust standard deviations, of the noise from step to step, above the
+            median of the last losses.
         grad_factor: a gradient spike is this many times the median of the last gradient norms.
         window: how many accepted steps the running estimates look back.
         patience: skips in a row after which the last good checkpoint is loaded.
@@ -161,6 +161,7 @@ class RunConfig:
         eval_every: steps between evaluations on the held-out text; 0 only at the end.
         eval_sequences: held-out sequences an evaluation, spread evenly and the same each time.
         checkpoint_every: steps between checkpoints; 0 only at the end and on interruption.
+        probe_every: steps between those at which `sdd.Probe` looks into the model, into probe.jsonl; 0 never looks.
         keep_checkpoints: how many of the newest checkpoints to keep; 0 keeps all.
         sample_tokens: tokens of the sample written at the end; 0 writes none.
         device: "auto" is the first of cuda, mps (untested) and cpu that exists.
@@ -181,6 +182,7 @@ class RunConfig:
     eval_every: int = 100
     eval_sequences: int = 64
     checkpoint_every: int = 500
+    probe_every: int = 50
     keep_checkpoints: int = 2
     sample_tokens: int = 80
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
@@ -188,7 +190,8 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         _positive(self, "steps", "accumulate", "eval_sequences")
-        _not_negative(self, "seed", "eval_every", "checkpoint_every", "keep_checkpoints", "sample_tokens", "threads")
+        _not_negative(self, "seed", "eval_every", "checkpoint_every", "probe_every")
+        _not_negative(self, "keep_checkpoints", "sample_tokens", "threads")
         if self.data.batch_size % self.accumulate:
             raise ValueError(f"accumulate={self.accumulate} does not divide data.batch_size={self.data.batch_size}")
         if self.chunked_loss and self.optim.z_loss:

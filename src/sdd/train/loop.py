@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from sdd.data import DataSource, Loader, eval_windows
 from sdd.errors import Interrupted, RunFailed, UserError
 from sdd.models import LanguageModel, count_parameters
 from sdd.models.transformer import HAS_CHUNKED_LOSS
+from sdd.probing import Probe
 from sdd.train import checkpoint as ckpt
 from sdd.train.config import RunConfig
 from sdd.train.data import resolve
@@ -23,6 +25,7 @@ from sdd.train.optim import build_optimizer, clip_gradients, set_learning_rate
 from sdd.train.parallel import ALONE, World
 from sdd.train.progress import Reporter
 from sdd.train.recovery import CHECK_EVERY, Recovery
+from sdd.train.resuming import accepted_state, load_newest
 from sdd.train.run_dir import RunDir, environment
 from sdd.train.schedule import learning_rate
 from sdd.train.sharding import average_gradients, build_model, compile_model
@@ -44,7 +47,7 @@ class Trainer:
         world: the processes that share the run.
 
     Attributes:
-        model, optimizer, loader, recovery, reporter: the parts.
+        model, optimizer, loader, probe, recovery, reporter: the parts.
         step: optimiser steps done.
         seconds: spent in training steps, evaluation and saving excluded, over all sessions of the run.
     """
@@ -77,42 +80,32 @@ class Trainer:
         self._signals = StopSignals()
         if config.compile:
             compile_model(self.model)
+        self.probe = Probe(self.model, every=config.probe_every, out=partial(run_dir.append, "probe.jsonl"))
 
-    def resume(self, path: Path) -> None:
+    def resume(self, path: Path) -> dict[str, Any]:
         """Go on from a checkpoint.
 
+        Returns:
+            Its state.
+
         Raises:
-            UserError: if it is damaged, belongs to another model, or the data changed since it was written.
+            UserError: if it is damaged, belongs to another model or other data, or lies beyond the end of the run.
         """
+        self.world.on_main(lambda: accepted_state(path, self))
         state = ckpt.load_checkpoint(path, self.model, self.optimizer, self.world)
-        if state.get("data") != self.data.fingerprint():
-            raise UserError(
-                f"the training data are not those that {path.name} was trained on "
-                f"({self.data.changes(state.get('data_files'))}): bring those back, or start a new run"
-            )
         self.step, self.seconds = state["step"], max(self.seconds, state["seconds"])
         self.recovery.load_state_dict(state)
         self.world.on_main(lambda: self.run_dir.drop_after(self.step))
+        return state
 
-    def load_newest(self) -> None:
-        """Go on from the newest whole checkpoint, naming damaged ones; without any, from the beginning.
-
-        Raises:
-            UserError: as `resume`.
-        """
-        for path in reversed(self.world.on_main(lambda: ckpt.list_checkpoints(self.run_dir.checkpoints))):
-            try:
-                return self.resume(path)
-            except ckpt.DamagedCheckpoint as error:
-                self.reporter.say(f"passed over: {error}")
-        if self.step:
-            torch.manual_seed(self.config.seed)
-            self.model.init_weights()
-            self.optimizer.state.clear()
+    def begin_again(self) -> None:
+        """Go back to step 0: the weights are drawn as they were."""
+        torch.manual_seed(self.config.seed)
+        self.model.init_weights()
+        self.optimizer.state.clear()
         self.step = 0
-        self.recovery.load_state_dict({})
+        self.recovery.forget()
         self.world.on_main(lambda: self.run_dir.drop_after(0))
-        return None
 
     def run(self) -> dict[str, Any]:
         """Train to the last step, then let go of the run directory.
@@ -126,14 +119,21 @@ class Trainer:
         """
         try:
             return self._run()
+        except OSError as error:
+            raise RunFailed(
+                f"step {self.step}: cannot write {error.filename or self.run_dir.path}: {error.strerror}; the last "
+                f"checkpoint is {self._newest()}; once that is mended: sdd resume {self.run_dir.path}"
+            ) from None
         finally:
             self.run_dir.unlock()
 
     def _run(self) -> dict[str, Any]:
-        self.run_dir.write_json("environment.json", self._environment())
-        tensorboard = TensorBoard.if_present(self.run_dir.path, self.step) if self.world.is_main else TensorBoard()
+        self.run_dir.write_json("environment.json", self.environment())
         self.reporter = Reporter(self.config.steps, self.step, quiet=not self.world.is_main)
-        with self._signals, self.reporter, tensorboard:
+        tensorboard = TensorBoard()
+        if self.world.is_main:
+            tensorboard = TensorBoard.if_present(self.run_dir.path, self.step, self.reporter.say)
+        with self._signals, self.reporter, tensorboard, self.probe:
             for line in opening(self):
                 self.reporter.say(line)
             try:
@@ -146,18 +146,13 @@ class Trainer:
                 failure = RunFailed(f"step {self.step}: {error}; the last checkpoint is {self._newest()}")
                 failure.rank = error.rank
                 raise failure from None
-            except OSError as error:
-                raise RunFailed(
-                    f"step {self.step}: cannot write {error.filename or self.run_dir.path}: {error.strerror}; "
-                    f"the last checkpoint is {self._newest()}"
-                ) from None
             if evaluation is None:
                 self._save_result("interrupted")
                 raise Interrupted(
                     f"interrupted at step {self.step} and saved; go on with: sdd resume {self.run_dir.path}"
                 )
             if row := sample(self, self._eval_windows):
-                self.run_dir.append("samples.jsonl", row)
+                self.run_dir.put("samples.jsonl", row)
         return self._save_result(
             "done",
             eval_loss=evaluation.loss,
@@ -189,6 +184,7 @@ class Trainer:
             (loss / len(parts)).backward()
             total += loss.detach() / len(parts)
         average_gradients(self.model, self.world)
+        self.probe.gradients_ready()
         return self.world.mean(total), clip_gradients(self.model, self.config.optim.grad_clip)
 
     def update(self) -> None:
@@ -224,29 +220,21 @@ class Trainer:
             "tokens": self.step * self.config.tokens_per_step,
             "data": self.data.fingerprint(),
             "data_files": self.data.listing,
-            "environment": self._environment(),
+            "config": config_io.to_dict(self.config),
+            "environment": self.environment(),
             **self.recovery.state_dict(),
         }
+        self.run_dir.sync()
         path = ckpt.save_checkpoint(self.run_dir.checkpoints, self.model, self.optimizer, state, self.world)
-        self.world.on_main(lambda: ckpt.prune(self.run_dir.checkpoints, self.config.keep_checkpoints))
+        self.world.on_main(lambda: ckpt.prune(self.run_dir.checkpoints, self.config.keep_checkpoints, path))
         return path
 
     def _train(self, tensorboard: TensorBoard) -> Evaluation | None:
         """All steps that are left; None if a signal ended them."""
         evaluation = None
         while self.step < self.config.steps:
-            began = time.perf_counter()
-            loss, grad_norm = (value.item() for value in self.gradients(self.step))
-            try:
-                allowed = self.recovery.allows(loss, grad_norm)
-            except FloatingPointError:
-                self._log_step(loss, grad_norm, began, tensorboard)
-                raise
-            if not allowed:
-                self.optimizer.zero_grad()
+            if not self._take_step(tensorboard):
                 continue
-            self.update()
-            self._log_step(loss, grad_norm, began, tensorboard)
             last = self.step == self.config.steps
             stop = self.world.any(self._signals.received)
             saving = last or stop or _due(self.step, self.config.checkpoint_every)
@@ -259,6 +247,26 @@ class Trainer:
             if stop and not last:
                 return None
         return evaluation or self.evaluate()
+
+    def _take_step(self, tensorboard: TensorBoard) -> bool:
+        """The present step, if the guard allows it."""
+        began = time.perf_counter()
+        try:
+            with self.probe.step(self.optimizer, self.step + 1):
+                loss, grad_norm = (value.item() for value in self.gradients(self.step))
+                try:
+                    allowed = self.recovery.allows(loss, grad_norm)
+                except FloatingPointError:
+                    self._log_step(loss, grad_norm, began, tensorboard)
+                    raise
+                if not allowed:
+                    raise _NotAllowed  # past the probe, which then leaves this attempt out
+                self.update()
+        except _NotAllowed:
+            self.optimizer.zero_grad()
+            return False
+        self._log_step(loss, grad_norm, began, tensorboard)
+        return True
 
     def _log_step(self, loss: float, grad_norm: float, began: float, tensorboard: TensorBoard) -> None:
         """Count the step that began then, and write its row."""
@@ -321,7 +329,8 @@ class Trainer:
         batch_size, context = config.data.batch_size, config.model.context
         return Loader(data.parts, batch_size, context, config.seed, rank=world.rank, world_size=world.size)
 
-    def _environment(self) -> dict[str, Any]:
+    def environment(self) -> dict[str, Any]:
+        """What a result depends on beside the config."""
         return environment(self.device, self.precision_name, self.world.size, self.world.job)
 
     def _token_lengths(self) -> np.ndarray | None:
@@ -330,6 +339,10 @@ class Trainer:
     def _newest(self) -> str:
         found = ckpt.list_checkpoints(self.run_dir.checkpoints)
         return str(found[-1]) if found else "none"
+
+
+class _NotAllowed(Exception):
+    """The guard did something about the step instead."""
 
 
 def fit_vocabulary(config: RunConfig, data: DataSource) -> RunConfig:
@@ -366,15 +379,18 @@ def _is_left_by_job(run_dir: RunDir, config: RunConfig, world: World) -> bool:
 
     It repeats it too, uncounted, when machines come or go; the job's name is then the same.
     """
-    if not world.restarted and (world.job is None or run_dir.environment().get("job") != world.job):
+    if not world.restarted and (world.job is None or run_dir.read_json("environment.json").get("job") != world.job):
         return False
     return config_io.load(run_dir.config) == config
 
 
 def _claim(run_dir: RunDir, config: RunConfig) -> None:
     run_dir.create()
-    run_dir.lock()
-    config_io.save(config, run_dir.config)
+    try:
+        config_io.save(config, run_dir.config)
+    except BaseException:
+        run_dir.unlock()
+        raise
 
 
 def reopen(out: Path, steps: int | None = None, world: World = ALONE) -> Trainer:
@@ -395,8 +411,8 @@ def reopen(out: Path, steps: int | None = None, world: World = ALONE) -> Trainer
         if steps is not None:
             config = replace(config, steps=steps)
         trainer = Trainer(config, run_dir, world=world)
-        trainer.load_newest()
-        if trainer.step >= config.steps and (out / "result.json").exists():
+        load_newest(trainer)
+        if trainer.step >= config.steps and run_dir.read_json("result.json").get("status") == "done":
             raise UserError(f"{out} is complete at step {trainer.step}: give more with --steps N to go on")
         if steps is not None:
             world.on_main(lambda: config_io.save(config, run_dir.config))

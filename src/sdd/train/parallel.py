@@ -195,7 +195,8 @@ def tell(line: str, rank: int = 0) -> None:
     torchrun ends all processes as soon as it sees one gone.
     """
     if speaks(rank):
-        print(line, file=sys.stderr, flush=True)
+        with suppress(OSError):  # nobody listens any more
+            print(line, file=sys.stderr, flush=True)
     if _store is None:
         return
     with suppress(RuntimeError):  # who should have spoken is gone too

@@ -12,8 +12,9 @@ Each action is a row `{"step", "event", "kind", "what", "batch", ...}` of metric
 import time
 from typing import TYPE_CHECKING, Any
 
-from sdd.errors import RunFailed
+from sdd.errors import RunFailed, UserError
 from sdd.train.guard import Guard, Problem, weight_problem
+from sdd.train.resuming import load_newest
 
 if TYPE_CHECKING:
     from sdd.train.loop import Trainer
@@ -97,8 +98,12 @@ class Recovery:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up the state of a checkpoint."""
-        self.guard.load_state_dict(state.get("guard", Guard(self.guard.config).state_dict()))
-        self._pass_over(state.get("skipped_batches", []))
+        self.guard.load_state_dict(state["guard"])
+        self._pass_over(state["skipped_batches"])
+
+    def forget(self) -> None:
+        """Stand where a run begins."""
+        self.load_state_dict({"guard": {"losses": [], "norms": []}, "skipped_batches": []})
 
     def _accept(self, loss: float, grad_norm: float) -> None:
         self.guard.accept(loss, grad_norm)
@@ -124,7 +129,10 @@ class Recovery:
         self._worst_step = max(self._worst_step, trainer.step)
         self._skips_in_a_row = 0
         found_bad, at = self.skipped, trainer.step
-        trainer.load_newest()
+        try:
+            load_newest(trainer)
+        except UserError as error:
+            raise RunFailed(f"{problem.what}; cannot roll back: {error}") from None
         if problem.kind != "damaged weights":  # then the batches were innocent
             self._pass_over(found_bad)
         self._note("roll back", problem, at, to=trainer.step)

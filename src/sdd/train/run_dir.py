@@ -3,6 +3,7 @@
 config.json        every field; feeds back in
 environment.json   versions, device, threads
 metrics.jsonl      one object a step, and one an evaluation
+probe.jsonl        one object a probed step, see sdd.probing.rows
 samples.jsonl      generated text
 result.json        how it ended
 checkpoints/       see sdd.train.checkpoint
@@ -13,18 +14,14 @@ import math
 import os
 import platform
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 
 from sdd.errors import UserError
-
-try:
-    import fcntl
-except ImportError:  # Windows has no flock; there nothing guards a run against a second process
-    fcntl = None
+from sdd.files import lock, sync, write_aside
 
 
 class RunDir:
@@ -56,38 +53,44 @@ class RunDir:
         return self.path / "checkpoints"
 
     def create(self) -> None:
-        """Make the directory.
+        """Make the directory and lock it.
 
         Raises:
-            UserError: if it holds a run or other files already, or cannot be made.
+            UserError: if it holds a run or other files already, or cannot be made, or another process has it.
         """
-        if self.config.exists():
-            raise UserError(f"{self.path} holds a run already: go on with it (sdd resume {self.path}), or name another")
         try:
+            self._check_free()
             self.path.mkdir(parents=True, exist_ok=True)
-            # what a process leaves that is killed before it has written config.json is no run yet
-            other = next((path for path in self.path.iterdir() if path.name not in ("lock", ".tmp-config.json")), None)
         except OSError as error:
             raise UserError(f"cannot make the run directory {self.path}: {error.strerror}") from None
+        self.lock()
+        try:
+            self._check_free()  # another process may have been faster
+        except UserError:
+            self.unlock()
+            raise
+
+    def _check_free(self) -> None:
+        if self.config.exists():
+            raise UserError(f"{self.path} holds a run already: go on with it (sdd resume {self.path}), or name another")
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(f"{self.path} is a file: name a new directory")
+        # what a process leaves that is killed before it has written config.json is no run yet
+        inside = self.path.iterdir() if self.path.exists() else iter(())
+        other = next((path.name for path in inside if path.name not in ("lock", ".tmp-config.json")), None)
         if other is not None:
-            raise UserError(f"{self.path} is not empty (it holds {other.name}) and is no run: name a new directory")
+            raise UserError(f"{self.path} is not empty (it holds {other}) and is no run: name a new directory")
 
     def lock(self) -> None:
         """Keep other processes from writing into this run until this process ends.
 
         Raises:
-            UserError: if another process has it.
+            UserError: if another process has it, or it cannot be written.
         """
         try:
-            self._lock = (self.path / "lock").open("a")
+            self._lock = lock(self.path / "lock")
         except OSError as error:
             raise UserError(f"cannot write into {self.path}: {error.strerror}") from None
-        try:
-            if fcntl:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._lock.close()
-            raise UserError(f"another process is writing into {self.path}: wait for it or stop it") from None
 
     def unlock(self) -> None:
         """Let other processes in again."""
@@ -97,17 +100,14 @@ class RunDir:
 
     def write_json(self, name: str, values: dict[str, Any]) -> None:
         """Write a small JSON file aside and rename it."""
-        if not self.writes:
-            return
-        aside = self.path / f".tmp-{name}"
-        aside.write_text(json.dumps(_finite(values), indent=2) + "\n", encoding="utf-8")
-        aside.rename(self.path / name)
+        if self.writes:
+            write_aside(self.path / name, json.dumps(_finite(values), indent=2) + "\n")
 
-    def environment(self) -> dict[str, Any]:
-        """What environment.json says; empty if there is none."""
+    def read_json(self, name: str) -> dict[str, Any]:
+        """The object in a JSON file; empty if there is none that can be read."""
         try:
-            found = json.loads((self.path / "environment.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            found = json.loads((self.path / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
             return {}
         return found if isinstance(found, dict) else {}
 
@@ -118,27 +118,42 @@ class RunDir:
         with (self.path / name).open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(_finite(values)) + "\n")
 
+    def put(self, name: str, values: dict[str, Any]) -> None:
+        """Write one object into a small JSON-lines file, in place of those of the same step."""
+        if self.writes:
+            self._rewrite(name, lambda row: row.get("step") != values["step"], [values])
+
     def drop_after(self, step: int) -> None:
-        """Remove from metrics and samples what comes after `step`: a resumed run writes it again.
+        """Remove from metrics, probe and samples what comes after `step`: a resumed run writes it again.
 
         What the guard did (`event`) stays: it happened.
         """
-        for name in ("metrics.jsonl", "samples.jsonl"):
-            file = self.path / name
-            if file.exists():
-                kept = [row for row in read_jsonl(file) if row.get("step", 0) <= step or "event" in row]
-                aside = self.path / f".tmp-{name}"
-                aside.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-                aside.rename(file)
+        for name in ("metrics.jsonl", "probe.jsonl", "samples.jsonl"):
+            if (self.path / name).exists():
+                self._rewrite(name, lambda row: "event" in row or _at_most(step, row.get("step", 0)))
+
+    def sync(self) -> None:
+        """Bring the metrics to the disk: a checkpoint must not outlive them."""
+        if self.writes and self.metrics.exists():
+            sync(self.metrics)
+
+    def _rewrite(self, name: str, keep: Callable[[dict[str, Any]], bool], more: Sequence[dict[str, Any]] = ()) -> None:
+        file = self.path / name
+        rows = [row for row in read_jsonl(file) if keep(row)] if file.exists() else []
+        write_aside(file, "".join(json.dumps(_finite(row)) + "\n" for row in [*rows, *more]))
+
+
+def _at_most(step: int, at: Any) -> bool:
+    return isinstance(at, int) and at <= step
 
 
 def read_jsonl(file: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a JSON-lines file; a last line that a killed process left unfinished is passed over."""
-    with file.open(encoding="utf-8") as stream:
+    """The objects of a JSON-lines file; a line that a killed process left unfinished is passed over."""
+    with file.open(encoding="utf-8", errors="replace") as stream:
         for line in stream:
             try:
                 row = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue
             if isinstance(row, dict):
                 yield row
@@ -161,6 +176,7 @@ def environment(device: torch.device, precision: str, processes: int = 1, job: s
         "processes": processes,
         "job": job,
         "threads": torch.get_num_threads(),
+        "cpu": torch.backends.cpu.get_cpu_capability(),
         "cpus": os.cpu_count(),
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
     }

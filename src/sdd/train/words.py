@@ -1,6 +1,7 @@
 """What a run says in words: its first lines, and the text that its model writes at the end."""
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -48,8 +49,10 @@ def sample(run: "Trainer", windows: torch.Tensor) -> dict[str, Any] | None:
     prompt = windows[:1, : min(24, run.config.model.context)].to(run.device)
     generator = torch.Generator(run.device).manual_seed(run.config.seed)
     autocast = torch.autocast(run.device.type, run.autocast_dtype, enabled=run.autocast_dtype is not None)
+    # each step of generation has another shape: compiled blocks would be compiled for every one
+    eager = torch.compiler.set_stance("force_eager") if run.config.compile else nullcontext()
     run.model.eval()
-    with gathered(run.model), autocast:
+    with gathered(run.model), autocast, eager:
         whole = generate(run.model, prompt, run.config.sample_tokens, temperature=0.8, top_p=0.95, generator=generator)
     run.model.train()
     tokens, cut, decode = whole[0].tolist(), prompt.shape[1], run.data.tokenizer.decode

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from sdd.functional import Eps
+
 
 class Order(NamedTuple):
     """Which pair of a token and one of its experts each of the sorted rows stands for.
@@ -75,6 +77,51 @@ def grouped_linear(x_MI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
         dtype = torch.get_autocast_dtype(device)
         x_MI, weight_EOI = x_MI.to(dtype), weight_EOI.to(dtype)
     return _GroupedLinear.apply(x_MI.contiguous(), weight_EOI, ends_E)  # pyright: ignore[reportReturnType]
+
+
+def rows_of(alpha_EO: Tensor, order: Order) -> Tensor:
+    """The alpha of each row's expert, `[M, O]`."""
+    return alpha_EO.index_select(0, order.experts_M)
+
+
+def expert_scaled_norm(z_MO: Tensor, alpha_EO: Tensor, order: Order, *, eps: Eps = 1e-6) -> Tensor:
+    """`alpha_e * norm(z)` for each row, e being its expert; see `sdd.functional.scaled_norm`.
+
+    Args:
+        z_MO: rows sorted by expert.
+        alpha_EO: the experts' scales.
+        order: whose row is whose.
+        eps: added to the mean square, inside the root; a number, or `[M]`, one a row.
+
+    Returns:
+        `[M, O]` in the dtype of z. It can be differentiated once.
+    """
+    return _ExpertScaledNorm.apply(z_MO, alpha_EO, order.experts_M, eps)  # pyright: ignore[reportReturnType]
+
+
+class _ExpertScaledNorm(torch.autograd.Function):
+    """The equations of `sdd.functional.sdd_linear`; what is saved is z and r, one number a row."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, alpha: Tensor, experts: Tensor, eps: Eps) -> Tensor:
+        wide = z.to(torch.promote_types(z.dtype, torch.float32))
+        square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(z.shape[1])
+        r = square.add_(eps.unsqueeze(-1) if isinstance(eps, Tensor) else eps).rsqrt_()
+        ctx.save_for_backward(z, alpha, experts, r)
+        return (wide * r).mul_(alpha.index_select(0, experts)).to(z.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        z, alpha, experts, r = ctx.saved_tensors
+        n = z.to(r.dtype) * r
+        product = gradients[0] * n
+        dalpha = torch.zeros_like(alpha).index_add_(0, experts, product.to(alpha.dtype))
+        scaled = gradients[0] * alpha.index_select(0, experts)
+        mean = torch.linalg.vecdot(scaled.to(n.dtype), n).div_(z.shape[1]).unsqueeze(-1)
+        dz = scaled.to(r.dtype).addcmul(n, mean, value=-1).mul_(r).to(z.dtype)
+        deps = (mean * r.square()).mul_(-z.shape[1] / 2).squeeze(-1) if ctx.needs_input_grad[3] else None
+        return dz, dalpha, None, deps
 
 
 class _Dispatch(torch.autograd.Function):

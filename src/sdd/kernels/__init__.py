@@ -1,0 +1,5 @@
+"""Fused operations and the choice of who runs them; every function has its reference in `sdd.functional`."""
+
+from sdd.kernels.dispatch import path_of, scaled_norm, sdd_swiglu, sdd_swiglu_bare_up, swiglu, use
+
+__all__ = ["path_of", "scaled_norm", "sdd_swiglu", "sdd_swiglu_bare_up", "swiglu", "use"]

@@ -1,0 +1,150 @@
+"""Which implementation runs an operation.
+
+    composed    `sdd.functional` under autograd: the reference
+    recompute   PyTorch operations with the backward pass written out (`sdd.kernels.recompute`)
+    triton      the fused kernels (`sdd.kernels.fused`)
+
+By itself ("auto"), a CUDA tensor of float32, bfloat16 or float16 runs on the kernels where Triton is installed.
+Everything else recomputes; under torch.compile, whose inductor fuses by itself, and under `torch.func`, which
+transforms any PyTorch code, it is composed. The environment variable SDD_KERNELS and the context manager `use` force
+one path.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from sdd import functional as sdd_F
+from sdd.errors import UserError
+from sdd.functional import Eps, Group
+from sdd.kernels import recompute
+
+Path = Literal["auto", "composed", "recompute", "triton"]
+
+#: Whether Triton is installed.
+HAS_TRITON = find_spec("triton") is not None
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# a global, not a context variable: checkpointed blocks run again in autograd's own threads
+_forced = os.environ.get("SDD_KERNELS", "auto")
+
+
+@contextmanager
+def use(path: Path) -> Iterator[None]:
+    """Run all operations by one path inside the block, in every thread.
+
+    A forward pass under activation checkpointing is repeated in the backward pass: keep both in the block.
+
+    Args:
+        path: "composed", "recompute" or "triton"; "auto" chooses for each tensor.
+
+    Raises:
+        UserError: if there is no such path. (An operation under "triton" raises it where the kernels cannot run.)
+    """
+    global _forced
+    before, _forced = _forced, _checked(path)
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def path_of(z: Tensor) -> Path:
+    """The path by which an operation on z runs now.
+
+    Raises:
+        UserError: if "triton" is forced and cannot run, or SDD_KERNELS names no path.
+    """
+    path = _checked(_forced)
+    if path == "auto":
+        if HAS_TRITON and z.is_cuda and z.dtype in _DTYPES and not _transformed():
+            return "triton"
+        return "composed" if torch.compiler.is_compiling() or _transformed() else "recompute"
+    if path == "triton":
+        _check_triton(z)
+    return path
+
+
+def scaled_norm(
+    z: Tensor,
+    alpha: Tensor,
+    bias: Tensor | None = None,
+    *,
+    group: Group = None,
+    eps: Eps = 1e-6,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """`alpha * norm(z) + b`; with one group, also RMSNorm. See `sdd.functional.scaled_norm`."""
+    return _chosen(z).scaled_norm(z, alpha, bias, group=group, eps=eps, dtype=dtype)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """`silu(gate) * up`. See `sdd.functional.swiglu`."""
+    return _chosen(gate).sdd_swiglu(gate, up, None, None)
+
+
+def sdd_swiglu(
+    z_gate: Tensor,
+    z_up: Tensor,
+    alpha_gate: Tensor | None,
+    alpha_up: Tensor | None,
+    *,
+    joint: bool = False,
+    eps: float = 1e-6,
+    up_eps: float | None = None,
+) -> Tensor:
+    """`silu(alpha_g * norm(z_g)) * (alpha_u * norm(z_u))`; no norm where alpha is None.
+
+    See `sdd.functional.sdd_swiglu`.
+    """
+    return _chosen(z_gate).sdd_swiglu(z_gate, z_up, alpha_gate, alpha_up, joint=joint, eps=eps, up_eps=up_eps)
+
+
+def sdd_swiglu_bare_up(
+    z_gate: Tensor, z_up: Tensor, alpha_gate: Tensor | None, alpha_up: Tensor, *, eps: float = 1e-6
+) -> tuple[Tensor, Tensor]:
+    """`silu(alpha_g * norm(z_g)) * (alpha_u * z_u)`, and mean(z_u^2). See `sdd.functional.sdd_swiglu_bare_up`."""
+    return _chosen(z_gate).sdd_swiglu_bare_up(z_gate, z_up, alpha_gate, alpha_up, eps=eps)
+
+
+def _chosen(z: Tensor) -> ModuleType:
+    """The module whose functions run an operation on z."""
+    match path_of(z):
+        case "triton":
+            from sdd.kernels import fused
+
+            return fused
+        case "recompute":
+            return recompute
+    return sdd_F
+
+
+def _checked(path: str) -> Path:
+    for known in get_args(Path):
+        if path == known:
+            return known
+    raise UserError(f"SDD_KERNELS={path!r} is no path of the kernels: choose one of {', '.join(get_args(Path))}")
+
+
+def _transformed() -> bool:
+    """Whether torch.func (grad, vmap, jvp) is at work; torch.compile sees through it by itself."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
+def _check_triton(z: Tensor) -> None:
+    if not HAS_TRITON:
+        raise UserError("the kernels are forced (SDD_KERNELS or sdd.kernels.use), but Triton is not installed")
+    if z.dtype not in _DTYPES:
+        raise UserError(f"the kernels are forced on a tensor of {z.dtype}: they take float32, bfloat16 and float16")
+    from sdd.kernels.fused.common import INTERPRETED
+
+    if not (z.is_cuda or INTERPRETED or z.is_meta):
+        raise UserError(
+            f"the kernels are forced on a {z.device.type} tensor: they need a CUDA device, or Triton's interpreter "
+            "(TRITON_INTERPRET=1 before the start)"
+        )

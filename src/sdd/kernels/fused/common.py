@@ -1,0 +1,88 @@
+"""What the fused operations share: rows, parts and launch shapes."""
+
+import math
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+import triton
+from torch import Tensor
+
+from sdd.functional import Eps, Parts, alpha_size
+
+#: Whether kernels run under Triton's interpreter (TRITON_INTERPRET=1 before its import), on CPU tensors.
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+#: The most features that one program holds at once; wider rows are read twice.
+MAX_BLOCK = 16_384
+#: Features in a block of columns of a row that is wider, or of several heads.
+WIDE_BLOCK = 4096
+
+
+def rows(x: Tensor) -> Tensor:
+    """`[..., N]` as `[rows, N]` with adjacent features: a view wherever strides allow one, else a copy."""
+    width = x.shape[-1]
+    x = x.reshape(math.prod(x.shape[:-1]), width)
+    return x if x.stride(-1) == 1 or width == 1 else x.contiguous()
+
+
+def warps(block: int, numbers_a_thread: int) -> int:
+    """Warps of a program whose threads hold about that many numbers of each tensor."""
+    return max(1, min(16 if torch.version.hip else 32, block // (32 * numbers_a_thread)))
+
+
+def n_programs(x: Tensor, n_rows: int, block: int, n_blocks: int = 1) -> int:
+    """Programs of a backward kernel for each of `n_blocks` blocks of columns: each writes one partial sum of dalpha.
+
+    Together they hold about 8192 features on each multiprocessor, which keeps its memory pipe full and bounds the
+    partial sums.
+    """
+    an_sm = min(16, 8192 // block)
+    return min(n_rows, max(1, _n_multiprocessors(x.device) * max(1, an_sm) // n_blocks))
+
+
+def on_device(x: Tensor) -> AbstractContextManager[object]:
+    """Triton launches on the current device: make it that of x."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+def row_eps_of(eps: Eps, z: Tensor) -> tuple[Tensor | None, float]:
+    """What an operation takes for eps: one a row `[...]` in float32 or None, and a number."""
+    if isinstance(eps, Tensor):
+        return eps.float().expand(z.shape[:-1]), 0.0
+    return None, eps
+
+
+@dataclass(frozen=True)
+class Part:
+    """Where a part stands: its columns of z, its elements of alpha, its columns of r, the width of its groups."""
+
+    columns: slice
+    alphas: slice
+    groups: slice
+    group: int
+
+
+def pairs(flat: list[int]) -> Parts:
+    """`[width, group, width, group, ...]`, as an operation takes it, as parts."""
+    return tuple(zip(flat[::2], flat[1::2], strict=True))
+
+
+def parts_of(flat: list[int], alpha: Tensor) -> Iterator[Part]:
+    """Where each part stands."""
+    parts = pairs(flat)
+    shared = alpha.shape[0] != alpha_size(parts, shared=False)
+    column = first_alpha = first_group = 0
+    for width, group in parts:
+        columns = slice(column, column := column + width)
+        alphas = slice(first_alpha, first_alpha := first_alpha + alpha_size(((width, group),), shared))
+        groups = slice(first_group, first_group := first_group + (width // group if group else 0))
+        yield Part(columns, alphas, groups, group)
+
+
+@cache
+def _n_multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 2  # interpreted: more than one, so that partial sums are tested
+    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -1,0 +1,186 @@
+"""Norms that their readers make superfluous: left out, nothing changes, in float64 and every gradient."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sdd.models import LanguageModel, ModelConfig
+from sdd.models.blocks import eliminations as block_eliminations
+from sdd.models.elimination import superfluous_norms
+from sdd.placement import Norm, Placement, placements
+
+SHAPE = ModelConfig(n_layers=2, d_model=32, d_ff=48, n_heads=4, n_kv_heads=2, vocab_size=61, context=1024)
+EVERY_LINEAR = placements["sdd-prenorm"].norms
+#: Each elimination alone and together, v plain and normed, full width and per head, a joint gate|up group.
+CASES = {
+    "released, v plain": placements["sdd-released"],
+    "released, v normed": replace(
+        placements["sdd-released"], norms={**placements["sdd-released"].norms, "v": Norm(group="head")}
+    ),
+    "paper": placements["sdd-paper"],
+    "sdd-prenorm": placements["sdd-prenorm"],
+    "sdd-prenorm with ctx": Placement({**EVERY_LINEAR, "ctx": Norm()}, init="base"),
+    "per head": Placement({**EVERY_LINEAR, **{site: Norm(group="head") for site in "qkv"}}, init="base"),
+    "joint": Placement({**EVERY_LINEAR, "ctx": Norm()}, joint_gate_up=True, init="base"),
+}
+WHAT = {
+    "released, v plain": {"ctx"},
+    "released, v normed": {"ctx"},
+    "paper": {"up"},
+    "sdd-prenorm": {"up", "attn_in", "ffn_in"},
+    "sdd-prenorm with ctx": {"up", "attn_in", "ffn_in", "ctx"},
+    "per head": {"up", "attn_in", "ffn_in"},
+    "joint": {"ctx", "attn_in", "ffn_in"},
+}
+
+
+def pair(config, dtype=torch.float64):
+    """The same model with every norm, and without the superfluous ones; alphas are no longer ones."""
+    torch.manual_seed(0)
+    models = [LanguageModel(replace(config, eliminate_norms=on)).to(dtype) for on in (False, True)]
+    with torch.no_grad():
+        for parameter in models[0].parameters():
+            if parameter.ndim == 1:
+                parameter.mul_(1 + 0.3 * torch.randn_like(parameter))
+    models[1].load_state_dict(models[0].state_dict())
+    return models
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_which_norms_are_left_out(case):
+    config = replace(SHAPE, placement=CASES[case])
+    assert block_eliminations(config, 0) == WHAT[case]
+    assert block_eliminations(replace(config, eliminate_norms=False), 0) == frozenset()
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("init_scale", [1.0, 0.1])
+@pytest.mark.parametrize("eps", [1e-5, 1e-6])
+@pytest.mark.parametrize("tokens", [1, 7, 1024])
+def test_outputs_and_every_gradient_are_the_same(case, init_scale, eps, tokens):
+    config = replace(SHAPE, placement=CASES[case].replace_eps(eps), init_scale=init_scale)
+    kept, left_out = pair(config)
+    sample = torch.randint(0, 61, (1, tokens + 1), generator=torch.Generator().manual_seed(1))
+    losses = [model(sample[:, :-1], sample[:, 1:]) for model in (kept, left_out)]
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-12, atol=0)
+    for loss in losses:
+        loss.backward()
+    largest = max(parameter.grad.abs().max() for parameter in kept.parameters())
+    for (name, one), other in zip(kept.named_parameters(), left_out.parameters(), strict=True):
+        size = one.grad.abs().max().clamp(min=1e-6 * largest)  # queries of a single token have no gradient
+        assert (other.grad - one.grad).abs().max() <= 1e-9 * size, name
+
+
+@settings(max_examples=20)
+@given(st.sampled_from(sorted(CASES)), st.integers(0, 2**31))
+def test_in_float32_it_is_the_same_to_rounding(case, seed):
+    kept, left_out = pair(replace(SHAPE, placement=CASES[case]), torch.float32)
+    tokens = torch.randint(0, 61, (2, 16), generator=torch.Generator().manual_seed(seed))
+    torch.testing.assert_close(left_out(tokens), kept(tokens), rtol=1e-4, atol=1e-4)
+
+
+def test_a_training_run_is_the_same():
+    """AdamW with decay on everything, also on the alphas that became free of scale."""
+    curves = []
+    for model in pair(replace(SHAPE, placement=CASES["sdd-prenorm with ctx"], init_scale=0.1)):
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
+        generator, losses = torch.Generator().manual_seed(2), []
+        for _ in range(15):
+            tokens = torch.randint(0, 61, (2, 33), generator=generator)
+            loss = model(tokens[:, :-1], tokens[:, 1:])
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        curves.append(losses)
+    assert curves[1] == pytest.approx(curves[0], rel=1e-9)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_float16_keeps_its_norms(autocast):
+    config = replace(SHAPE, placement=CASES["sdd-prenorm with ctx"])
+    kept, left_out = pair(config, torch.float32 if autocast else torch.float16)
+    tokens = torch.randint(0, 61, (1, 16))
+    with torch.autocast("cpu", torch.float16, enabled=autocast):
+        assert torch.equal(left_out(tokens), kept(tokens))
+
+
+def test_bfloat16_has_the_range():
+    config = replace(SHAPE, placement=CASES["sdd-prenorm with ctx"], init_scale=0.1)
+    kept, left_out = pair(config, torch.float32)
+    tokens = torch.randint(0, 61, (1, 64))
+    exact = kept(tokens)
+    with torch.autocast("cpu", torch.bfloat16):
+        errors = [(model(tokens) - exact).square().mean().sqrt() for model in (kept, left_out)]
+    assert errors[1] < 1.5 * errors[0]
+
+
+class Adapted(torch.nn.Module):
+    """A low-rank adapter beside a layer, as PEFT wraps it."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer, self.beside = layer, torch.nn.Linear(layer.in_features, layer.out_features, bias=False)
+
+    def forward(self, x):
+        return self.layer(x) + self.beside(x)
+
+
+@pytest.mark.parametrize("where", ["attn.q_proj", "attn.o_proj", "ffn.up_proj", "ffn.down_proj"])
+@pytest.mark.parametrize("how", ["adapter", "hook"])
+def test_an_adapter_or_a_hook_keeps_the_norms_around_it(where, how):
+    models = pair(replace(SHAPE, placement=CASES["sdd-prenorm with ctx"], init_scale=0.1), torch.float32)
+    seen = []
+    for model in models:
+        torch.manual_seed(3)
+        part, name = where.split(".")
+        owner = getattr(model.blocks[1], part)
+        if how == "adapter":
+            setattr(owner, name, Adapted(getattr(owner, name)))
+        else:
+            getattr(owner, name).register_forward_hook(lambda module, args, output: seen.append(output))
+    tokens = torch.randint(0, 61, (1, 16))
+    torch.testing.assert_close(models[1](tokens), models[0](tokens), rtol=1e-4, atol=1e-4)
+    if how == "hook":
+        torch.testing.assert_close(*seen, rtol=1e-4, atol=1e-4)
+
+
+def test_a_router_or_a_plain_reader_keeps_the_norm():
+    norms = dict(EVERY_LINEAR)
+    assert "ffn_in" in superfluous_norms(norms, joint=False)
+    assert "ffn_in" not in superfluous_norms(norms, joint=False, router=True)
+    assert "up" not in superfluous_norms(norms, joint=True)
+    per_head = {**norms, "ctx": Norm(group="head")}
+    assert "ctx" not in superfluous_norms(per_head, joint=False)
+    for site, freed in {"v": "attn_in", "gate": "ffn_in", "ffn_out": "up", "attn_out": "ctx"}.items():
+        rest = {one: norm for one, norm in {**norms, "ctx": Norm()}.items() if one != site}
+        assert freed not in superfluous_norms(rest, joint=False)
+
+
+@pytest.mark.parametrize("name", ["prenorm", "prenorm-qk", "postnorm", "olmo2", "peri", "hybrid", "qkv-norm", "sdd"])
+def test_other_placements_keep_all_their_norms(name):
+    assert block_eliminations(replace(SHAPE, placement=placements[name]), 0) == frozenset()
+
+
+def test_it_matters_that_eps_is_taken_along():
+    """With the consumer's eps as it stands, small init scales would give another function."""
+    from sdd.models import elimination
+
+    config = replace(SHAPE, placement=CASES["released, v plain"].replace_eps(1e-6), init_scale=0.1)
+    kept, left_out = pair(config)
+    tokens = torch.randint(0, 61, (1, 128))
+    plain = elimination.project
+
+    def with_own_eps(layer, x, before):
+        z, _ = plain(layer, x, before)
+        return z, layer.eps
+
+    elimination.project = with_own_eps
+    try:
+        error = (left_out(tokens) - kept(tokens)).norm() / kept(tokens).norm()
+    finally:
+        elimination.project = plain
+    assert error > 0.01

@@ -1,0 +1,13 @@
+from collections.abc import Iterator
+
+import pytest
+
+from sdd import kernels
+
+
+@pytest.fixture(autouse=True)
+def _composed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The plan counts the composed path, here and in the processes that a test starts."""
+    monkeypatch.setenv("SDD_KERNELS", "composed")
+    with kernels.use("composed"):
+        yield
