@@ -40,7 +40,7 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, object]:
     found: dict[bool, list[float]] = {False: [], True: []}
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(configured(name, args), RunDir(Path(folder)))
-        probe = Probe(trainer.model, every=EVERY, out=Path(folder) / "probe.jsonl")
+        trainer.probe = probe = Probe(trainer.model, every=EVERY, out=Path(folder) / "probe.jsonl")
         for step in range(2 * (args.rounds + UNTIMED)):
             took = seconds(trainer, probe, step, probed=bool(step % 2))
             if step >= 2 * UNTIMED:

@@ -347,6 +347,15 @@ def residual_prenorm(
     return stream.to(residual.dtype), (norm(stream, norm_eps) * norm_alpha).to(dtype or residual.dtype)
 
 
+def check_residual(z: Tensor, residual: Tensor, *alphas: Tensor | None) -> None:
+    """Raise ValueError if shapes do not fit."""
+    if z.shape != residual.shape:
+        raise ValueError(f"z {list(z.shape)} and the residual stream {list(residual.shape)} differ in shape")
+    for alpha in alphas:
+        if alpha is not None and alpha.shape != z.shape[-1:]:
+            raise ValueError(f"alpha has shape {list(alpha.shape)}, expected {list(z.shape[-1:])}")
+
+
 def qk_norm_rope(
     z: Tensor,
     alpha: Tensor | None,

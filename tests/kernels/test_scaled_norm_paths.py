@@ -3,7 +3,7 @@
 from typing import Any
 
 import pytest
-from helpers_kernels import PATHS, check, drawn, dtypes, layouts, leading, seeds
+from helpers_kernels import EXAMPLES, PATHS, check, drawn, dtypes, layouts, leading, seeds
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -21,7 +21,7 @@ def groups(draw: st.DrawFn) -> tuple[tuple[int, int], ...]:
 
 
 @pytest.mark.parametrize("path", PATHS)
-@settings(max_examples=40)
+@settings(max_examples=EXAMPLES)
 @given(
     seed=seeds,
     shape=leading,

@@ -3,7 +3,7 @@
 from typing import Any
 
 import pytest
-from helpers_kernels import PATHS, check, drawn, dtypes, layouts, leading, seeds
+from helpers_kernels import EXAMPLES, PATHS, check, drawn, dtypes, layouts, leading, seeds
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -11,7 +11,7 @@ from sdd import functional as sdd_F
 
 
 @pytest.mark.parametrize("path", PATHS)
-@settings(max_examples=40)
+@settings(max_examples=EXAMPLES)
 @given(
     seed=seeds,
     shape=leading,

@@ -3,6 +3,7 @@ import re
 import pytest
 
 from sdd.models import ModelConfig, count_parameters, model_presets
+from sdd.models.blocks import eliminations
 from sdd.models.describe import list_presets, show_preset
 from sdd.placement import Norm, Placement, placements
 
@@ -28,7 +29,9 @@ def test_one_preset_shows_counts_flops_and_every_norm(placement: Placement) -> N
     assert f"{6 * (count.matrices + count.head) + 12 * 8 * 64 * 32:,}" in text
     assert placement.init in text
     for site in placement.norms:
-        assert re.search(rf"^  {site} +(SDD layer|RMSNorm) ", text, re.MULTILINE), site
+        left_out = ", left out" if site in eliminations(config, 0) else ""
+        assert re.search(rf"^  {site} +(SDD layer|RMSNorm){left_out}  ", text, re.MULTILINE), site
+    assert ("left out: " in text) == bool(eliminations(config, 0))
     if "attn_out" in placement.norms:
         alpha = placement.norms["attn_out"].alpha(8)
         assert re.search(rf"^  attn_out .*{alpha:.4g}", text, re.MULTILINE)

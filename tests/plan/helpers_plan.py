@@ -17,6 +17,10 @@ class CpuJob(Job):
     """A job on a CPU, where torch's flash kernel takes float32 and grouped heads."""
 
     @property
+    def has_kernels(self) -> bool:
+        return False
+
+    @property
     def has_fused_attention(self) -> bool:
         return True
 
@@ -49,13 +53,13 @@ def forward(
 
 
 def saved_bytes(model: LanguageModel, batch: int, **options: Any) -> int:
-    """Bytes that the graph of one forward pass keeps, without weights and autocast's copies of them."""
+    """Bytes that the graph of one forward pass keeps, without weights and copies of them (cast, or times a gain)."""
     own = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
     shapes = {tuple(weight.shape) for weight in model.parameters() if weight.ndim == 2}
     kept: dict[int, torch.Tensor] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
-        is_copy = tensor.dtype == torch.bfloat16 and {tuple(tensor.shape), tuple(tensor.shape)[::-1]} & shapes
+        is_copy = {tuple(tensor.shape), tuple(tensor.shape)[::-1]} & shapes
         pointer = tensor.untyped_storage().data_ptr()
         if pointer not in own and not is_copy:
             kept[pointer] = tensor  # held, so that no other tensor gets its place

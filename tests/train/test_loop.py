@@ -24,7 +24,8 @@ def test_the_files_of_a_run(tmp_path):
     result = train(tmp_path / "run")
     found = {path.name for path in (tmp_path / "run").iterdir()} - {"tensorboard"}
     assert found == {
-        "config.json", "environment.json", "metrics.jsonl", "samples.jsonl", "result.json", "checkpoints", "lock",
+        "config.json", "environment.json", "metrics.jsonl", "probe.jsonl", "samples.jsonl", "result.json",
+        "checkpoints", "lock",
     }  # fmt: skip
     metrics = rows(tmp_path / "run", timed=True)
     steps = [row for row in metrics if "loss" in row]

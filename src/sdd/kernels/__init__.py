@@ -1,5 +1,25 @@
 """Fused operations and the choice of who runs them; every function has its reference in `sdd.functional`."""
 
-from sdd.kernels.dispatch import path_of, scaled_norm, sdd_swiglu, sdd_swiglu_bare_up, swiglu, use
+from sdd.kernels.dispatch import (
+    path_of,
+    qk_norm_rope,
+    residual_norm,
+    residual_prenorm,
+    scaled_norm,
+    sdd_swiglu,
+    sdd_swiglu_bare_up,
+    swiglu,
+    use,
+)
 
-__all__ = ["path_of", "scaled_norm", "sdd_swiglu", "sdd_swiglu_bare_up", "swiglu", "use"]
+__all__ = [
+    "path_of",
+    "qk_norm_rope",
+    "residual_norm",
+    "residual_prenorm",
+    "scaled_norm",
+    "sdd_swiglu",
+    "sdd_swiglu_bare_up",
+    "swiglu",
+    "use",
+]

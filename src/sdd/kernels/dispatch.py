@@ -112,6 +112,53 @@ def sdd_swiglu_bare_up(
     return _chosen(z_gate).sdd_swiglu_bare_up(z_gate, z_up, alpha_gate, alpha_up, eps=eps)
 
 
+def residual_norm(
+    z: Tensor,
+    residual: Tensor,
+    alpha: Tensor | None,
+    post_alpha: Tensor | None = None,
+    *,
+    residual_scale: float = 1.0,
+    eps: Eps = 1e-6,
+    post_eps: float = 1e-6,
+) -> Tensor:
+    """`s = c*residual + alpha * norm(z)`, or `post_alpha * norm(s)`. See `sdd.functional.residual_norm`."""
+    return _chosen(z).residual_norm(
+        z, residual, alpha, post_alpha, residual_scale=residual_scale, eps=eps, post_eps=post_eps
+    )
+
+
+def residual_prenorm(
+    z: Tensor,
+    residual: Tensor,
+    alpha: Tensor | None,
+    norm_alpha: Tensor,
+    *,
+    residual_scale: float = 1.0,
+    eps: Eps = 1e-6,
+    norm_eps: float = 1e-6,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`s = c*residual + alpha * norm(z)` and `norm_alpha * norm(s)`. See `sdd.functional.residual_prenorm`."""
+    return _chosen(z).residual_prenorm(
+        z, residual, alpha, norm_alpha, residual_scale=residual_scale, eps=eps, norm_eps=norm_eps, dtype=dtype
+    )
+
+
+def qk_norm_rope(
+    z: Tensor,
+    alpha: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    n_heads: int,
+    group: int | None = None,
+    eps: float = 1e-6,
+) -> Tensor:
+    """`rope(alpha * norm(z))`, or without alpha `rope(z)`. See `sdd.functional.qk_norm_rope`."""
+    return _chosen(z).qk_norm_rope(z, alpha, cos, sin, n_heads=n_heads, group=group, eps=eps)
+
+
 def _chosen(z: Tensor) -> ModuleType:
     """The module whose functions run an operation on z."""
     match path_of(z):

@@ -18,9 +18,9 @@ from sdd.functional import Eps
 from sdd.models.config import ModelConfig
 from sdd.models.elimination import (
     Skipped,
-    is_half,
     is_plain,
     mean_square,
+    product_dtype,
     project,
     read,
     skip,
@@ -65,10 +65,17 @@ class Block(nn.Module):
         return self._leave(x_BTC, h_BTF, before, ffn.down_proj, self.ffn_post), None
 
     def _enter(self, site: Site, norm: nn.Module, x: Tensor, *readers: nn.Module) -> tuple[Tensor, Skipped | None]:
-        """`norm(x)`, or x if its readers make the norm superfluous."""
+        """`norm(x)`, or x if its readers make the norm superfluous; in the precision in which they multiply.
+
+        (Autocast would cast it anew for each of them, and keep every copy.)
+        """
+        dtype = product_dtype(x)
         if site in self.superfluous and is_plain(norm, *readers):
-            return skip(norm, x)
-        return norm(x), None
+            x, before = skip(norm, x)
+            return x.to(dtype), before
+        if isinstance(norm, RMSNorm) and _fuses(x, norm):
+            return kernels.scaled_norm(x, norm.weight, group=norm.group, eps=norm.eps, dtype=dtype), None
+        return norm(x).to(dtype), None
 
     def _leave(self, x: Tensor, h: Tensor, before: Skipped | None, out: nn.Module, post: nn.Module) -> Tensor:
         """`post(c*x + out(h))`."""
@@ -187,7 +194,7 @@ class FeedForward(nn.Module):
             `[B, T, F]`, and what is left of the up projection's norm if that was skipped.
         """
         gate, up, down = self.gate_proj, self.up_proj, self.down_proj
-        without_up = "up" in self.superfluous and is_plain(up, down) and not is_half(x_BTC)
+        without_up = "up" in self.superfluous and is_plain(up, down) and product_dtype(x_BTC) != torch.float16
         if before is None and _fuses(x_BTC, gate, up):
             return self._fused(x_BTC, without_up)
         if self.joint:

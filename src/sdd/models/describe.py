@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Sequence
 
+from sdd.models.blocks import eliminations
 from sdd.models.config import ModelConfig
 from sdd.models.flops import training_flops
 from sdd.models.init import init_std
@@ -138,11 +139,16 @@ def _norm_sections(config: ModelConfig) -> list[list[str]]:
             which = [str(index) for index, other in enumerate(layers) if other == norms]
             title = "Norms in every block" if len(which) == len(layers) else f"Norms in block {', '.join(which)}"
             sites: list[Site] = [site for site in SITES if site not in MODEL_SITES]
-            sections.append([title, *indented(_norms(norms, config, sites))])
+            left_out = eliminations(config, layers.index(norms))
+            note = ["left out: all its readers are SDD and do not see its scale, see model.eliminate_norms"]
+            rows = [*_norms(norms, config, sites, left_out), *(note if left_out else [])]
+            sections.append([title, *indented(rows)])
     return sections
 
 
-def _norms(norms: dict[Site, Norm], config: ModelConfig, sites: Collection[Site]) -> list[str]:
+def _norms(
+    norms: dict[Site, Norm], config: ModelConfig, sites: Collection[Site], left_out: Collection[Site] = ()
+) -> list[str]:
     rows: list[Sequence[object]] = [("site", "norm", "over", "alpha at first", "eps")]
     for site in sites:
         norm = norms.get(site)
@@ -150,6 +156,7 @@ def _norms(norms: dict[Site, Norm], config: ModelConfig, sites: Collection[Site]
             rows.append((site, "-", "", "", ""))
             continue
         kind = "SDD layer" if site in PROJECTIONS else "RMSNorm"
+        kind += ", left out" if site in left_out else ""
         rows.append((site, kind, _group(site, norm, config), _alpha(norm, config), f"{norm.eps:g}"))
     return aligned(rows)
 

@@ -88,7 +88,7 @@ def _has_hooks(module: nn.Module) -> bool:
 def skip(norm: nn.Module, x: Tensor) -> tuple[Tensor, Skipped | None]:
     """A superfluous norm: x as it is and what its readers must know, or in float16 `norm(x)` and None."""
     assert isinstance(norm, RMSNorm)
-    if is_half(x):
+    if product_dtype(x) == torch.float16:
         return norm(x), None
     return x, Skipped(norm.weight, mean_square(x) + norm.eps)
 
@@ -117,8 +117,8 @@ def mean_square(z: Tensor) -> Tensor:
     return z.to(torch.promote_types(z.dtype, torch.float32)).square().mean(-1)
 
 
-def is_half(x: Tensor) -> bool:
-    """Whether what x is multiplied with gives float16."""
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which x is multiplied: that of autocast where it is on."""
     device = x.device.type
-    autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
-    return x.dtype == torch.float16 or autocast
+    cast = torch.is_autocast_enabled(device) and x.dtype != torch.float64
+    return torch.get_autocast_dtype(device) if cast else x.dtype

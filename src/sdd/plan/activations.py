@@ -1,23 +1,26 @@
 """What training keeps for the backward pass, counted from the placement's equations.
 
-The model is written down once more as the operations of its composed path (`sdd.functional`), each with the tensors
-that its derivative needs:
+The model is written down once more as its operations, each with the tensors that its derivative needs. With fused
+kernels (`sdd.kernels`, what a GPU runs):
 
-    operation             keeps
-    y = W x               x
-    norm(z) = z * r       z (float32) and r = 1/rms, one number a group
-    alpha * n             n (float32)
-    silu(g), s * u        g; s and u
-    fused attention       q, k, v, the output, and one logsumexp a head; where it is not fused, T weights a head
-    cross-entropy         log softmax(logits) (float32)
+    operation                        keeps
+    y = W x                          x
+    alpha * norm(z), with RoPE too   z and r = 1/rms, one float32 a group
+    silu(gate) * up, normed or not   z of both and r
+    residual + alpha * norm(z)       z and r; with a post-norm the residual and its r; without alpha the sum
+    fused attention                  q, k, v, the output, and one logsumexp a head; where not fused, T weights a head
+    cross-entropy                    log softmax(logits) (float32)
 
-A tensor that several operations keep is kept once. Under bfloat16 autocast matrix products and attention are bfloat16,
-norms and the residual stream float32, and each product casts its input for itself. All sizes are bytes a token.
+Without them (`sdd.functional` under autograd) a norm keeps z, r and n in float32, and SwiGLU its intermediate. A tensor
+that several operations keep is kept once. Under bfloat16 autocast matrix products and attention are bfloat16, norms and
+the residual stream float32. Norms that are left out (`sdd.models.elimination`) keep what their statistic is taken of.
+All sizes are bytes a token.
 """
 
 from dataclasses import dataclass
 
 from sdd.models import ModelConfig
+from sdd.models.blocks import eliminations
 from sdd.placement import Norm, Site
 from sdd.plan.tape import WIDE, Backward, Op, Tape, Tensor, kept
 
@@ -51,8 +54,9 @@ def count_activations(
     chunked_loss: bool = False,
     z_loss: bool = False,
     fused_attention: bool = True,
+    kernels: bool = True,
 ) -> Activations:
-    """Count the activations of `LanguageModel`, its composed path, on sequences of `config.context` tokens.
+    """Count the activations of `LanguageModel` on sequences of `config.context` tokens.
 
     Args:
         config: the model.
@@ -61,15 +65,16 @@ def count_activations(
         chunked_loss: the loss keeps the gradient of its input, not the logits.
         z_loss: the loss has that term.
         fused_attention: by a kernel that never writes the T x T weights.
+        kernels: norms run as fused kernels, else composed of torch's operations.
     """
-    tape = Tape(2 if bfloat16 else WIDE, "ends")
+    tape = Tape(2 if bfloat16 else WIDE, "ends", kernels)
     norms = config.placement.norms
     tokens = Tensor(1, 8)  # int64, kept by the embedding
     x = _norm(tape, norms.get("embed"), tape.record([], Tensor(config.d_model, WIDE), [tokens]))
     start, blocks, inputs = tape.cut(), [], []
     for index in range(config.n_layers):
         inputs.append(x)
-        x = _block(tape, config, config.placement.layer(index, config.n_layers), x, fused_attention)
+        x = _block(tape, config, index, x, fused_attention)
         blocks.append(tape.cut())
     tape.part = "ends"
     _loss(tape, config, _norm(tape, norms.get("final"), x), chunked_loss, z_loss)
@@ -78,49 +83,85 @@ def count_activations(
     return _stored([*start, *(op for ops in blocks for op in ops)], tape.cut())
 
 
-def _norm(tape: Tape, norm: Norm | None, z: Tensor, heads: int = 1) -> Tensor:
+def _norm(tape: Tape, norm: Norm | None, z: Tensor, heads: int = 1, itemsize: int | None = None) -> Tensor:
     """`alpha * norm(z)`, or z where no norm stands."""
     if norm is None:
         return z
     before, tape.part = tape.part, "norms"
-    n = tape.normalise(z, heads if norm.group == "head" else 1)
-    y = tape.scale(n, n.width, z.itemsize)
+    y = tape.norm(z, heads if norm.group == "head" else 1, itemsize or z.itemsize)
     tape.part = before
     return y
 
 
-def _block(tape: Tape, config: ModelConfig, norms: dict[Site, Norm], x: Tensor, fused: bool) -> Tensor:
-    """`sdd.models.transformer.Block`."""
+def _block(tape: Tape, config: ModelConfig, index: int, x: Tensor, fused_attention: bool) -> Tensor:
+    """`sdd.models.blocks.Block`."""
+    norms, left_out = config.placement.layer(index, config.n_layers), eliminations(config, index)
     tape.part = "projections"
-    out = tape.linear(_attention(tape, config, norms, x, fused), config.d_model)
-    x = _norm(tape, norms.get("attn_post"), tape.add(_norm(tape, norms.get("attn_out"), out), x))
+    h = _enter(tape, "attn_in", norms, left_out, x)
+    context = _attention(tape, config, norms, h, fused_attention)
+    context = tape.skip(context) if "ctx" in left_out else _norm(tape, norms.get("ctx"), context, config.n_heads)
+    x = _leave(tape, norms.get("attn_out"), norms.get("attn_post"), tape.linear(context, config.d_model), x)
     tape.part = "feed-forward"
-    out = tape.linear(_gated(tape, config, norms, _norm(tape, norms.get("ffn_in"), x)), config.d_model)
-    return _norm(tape, norms.get("ffn_post"), tape.add(_norm(tape, norms.get("ffn_out"), out), x))
+    h = _gated(tape, config, norms, left_out, _enter(tape, "ffn_in", norms, left_out, x))
+    return _leave(tape, norms.get("ffn_out"), norms.get("ffn_post"), tape.linear(h, config.d_model), x)
 
 
-def _attention(tape: Tape, config: ModelConfig, norms: dict[Site, Norm], x: Tensor, fused: bool) -> Tensor:
-    """What the output projection reads."""
-    h = _norm(tape, norms.get("attn_in"), x)
-    q = tape.rope(_norm(tape, norms.get("q"), tape.linear(h, config.d_model), config.n_heads))
-    k = tape.rope(_norm(tape, norms.get("k"), tape.linear(h, config.kv_width), config.n_kv_heads))
+def _enter(tape: Tape, site: Site, norms: dict[Site, Norm], left_out: frozenset[Site], x: Tensor) -> Tensor:
+    """What the projections read, in their precision."""
+    if site in left_out:
+        return tape.cast(tape.skip(x), tape.itemsize)
+    itemsize = tape.itemsize if tape.kernels else None
+    return tape.cast(_norm(tape, norms.get(site), x, itemsize=itemsize), tape.itemsize)
+
+
+def _leave(tape: Tape, norm: Norm | None, post: Norm | None, z: Tensor, x: Tensor) -> Tensor:
+    """`post(x + alpha * norm(z))`."""
+    if not tape.kernels:
+        return _norm(tape, post, tape.add(_norm(tape, norm, z), x))
+    before, tape.part = tape.part, "norms"
+    y = tape.residual_norm(z, x, norm is not None, post is not None)
+    tape.part = before
+    return y
+
+
+def _attention(tape: Tape, config: ModelConfig, norms: dict[Site, Norm], h: Tensor, fused: bool) -> Tensor:
+    """`softmax(q k^T) v`."""
+    q = _rotated(tape, norms.get("q"), tape.linear(h, config.d_model), config.n_heads)
+    k = _rotated(tape, norms.get("k"), tape.linear(h, config.kv_width), config.n_kv_heads)
     v = _norm(tape, norms.get("v"), tape.linear(h, config.kv_width), config.n_kv_heads)
     tape.part = "attention"
     context = tape.attention(q, k, v, config.n_heads, config.context, fused)
     tape.part = "projections"
-    return _norm(tape, norms.get("ctx"), context, config.n_heads)
+    return context
 
 
-def _gated(tape: Tape, config: ModelConfig, norms: dict[Site, Norm], h: Tensor) -> Tensor:
+def _rotated(tape: Tape, norm: Norm | None, z: Tensor, heads: int) -> Tensor:
+    y = _norm(tape, norm, z, heads)
+    return y if tape.kernels and norm is not None else tape.rope(y)
+
+
+def _gated(tape: Tape, config: ModelConfig, norms: dict[Site, Norm], left_out: frozenset[Site], h: Tensor) -> Tensor:
     """`silu(gate) * up`, what the down projection reads."""
     gate, up = tape.linear(h, config.d_ff), tape.linear(h, config.d_ff)
-    if config.placement.joint_gate_up and {"gate", "up"} <= norms.keys():
+    normed = sum(site in norms for site in ("gate", "up"))
+    # a skipped Pre-Norm gives each row its own eps, which the kernel does not take
+    if tape.kernels and "ffn_in" not in left_out:
+        tape.part = "norms" if normed else tape.part
+        h = tape.record([gate, up], Tensor(config.d_ff, tape.itemsize), [gate, up, Tensor(normed, WIDE)])
+        tape.part = "feed-forward"
+        return h
+    if config.placement.joint_gate_up and normed == 2:
         tape.part = "norms"
         n = tape.normalise(tape.record([gate, up], Tensor(2 * config.d_ff, tape.itemsize)))
         gate, up = (tape.scale(n, config.d_ff, tape.itemsize) for _ in range(2))
         tape.part = "feed-forward"
     else:
-        gate, up = _norm(tape, norms.get("gate"), gate), _norm(tape, norms.get("up"), up)
+        gate = _norm(tape, norms.get("gate"), gate)
+        up = (
+            tape.scale(tape.skip(up), config.d_ff, tape.itemsize)
+            if "up" in left_out
+            else _norm(tape, norms.get("up"), up)
+        )
     return tape.multiply(tape.silu(gate), up)
 
 

@@ -21,6 +21,7 @@ Parts that are never there together do not add up: the peak counts the larger of
 from dataclasses import asdict, dataclass, replace
 
 from sdd.models import LanguageModel, ModelConfig, count_parameters
+from sdd.models.blocks import eliminations
 from sdd.plan.activations import count_activations
 from sdd.train import RunConfig
 
@@ -77,6 +78,11 @@ class Job:
     def gradient_size(self) -> int:
         """Bytes an element of a matrix's gradient: as computed, and cast to float32 if that is another precision."""
         return 6 if self.bfloat16 else 4
+
+    @property
+    def has_kernels(self) -> bool:
+        """Whether norms run as fused kernels: on every GPU that Triton knows."""
+        return True
 
     @property
     def has_fused_attention(self) -> bool:
@@ -148,6 +154,7 @@ def count_memory(job: Job) -> Memory:
         chunked_loss=job.chunked_loss,
         z_loss=job.z_loss,
         fused_attention=job.has_fused_attention,
+        kernels=job.has_kernels,
     )
     return Memory(
         weights=4 * share,
@@ -167,7 +174,16 @@ def _copies(job: Job, sizes: _Sizes) -> int:
         # one block computes while the next is gathered
         blocks = min(2, job.model.n_layers) * sizes.matrices // job.model.n_layers
         return 4 * sizes.ends + job.itemsize * blocks
-    return 2 * sizes.matrices if job.bfloat16 and not job.checkpoint_blocks else 0
+    if job.checkpoint_blocks:
+        return 0
+    return 2 * sizes.matrices if job.bfloat16 else 4 * _with_gain(job.model)
+
+
+def _with_gain(model: ModelConfig) -> int:
+    """Parameters of matrices that take up the alpha of a norm before them that is left out."""
+    C, KV, F = model.d_model, model.kv_width, model.d_ff
+    readers: dict[str, int] = {"attn_in": C * (C + 2 * KV), "ctx": C * C, "ffn_in": 2 * C * F}
+    return sum(readers.get(site, 0) for layer in range(model.n_layers) for site in eliminations(model, layer))
 
 
 def _loss(job: Job, sizes: _Sizes, backward: int) -> int:

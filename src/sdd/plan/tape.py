@@ -50,11 +50,13 @@ class Tape:
     Attributes:
         itemsize: bytes of what matrix products read and write: 2 under bfloat16 autocast, else 4.
         part: the part of the model that operations recorded from now on belong to.
+        kernels: norms are fused kernels.
         ops: what was recorded since `cut`.
     """
 
     itemsize: int
     part: str = ""
+    kernels: bool = False
     ops: list[Op] = field(default_factory=list)
 
     def cut(self) -> list[Op]:
@@ -77,6 +79,27 @@ class Tape:
         """`W x`: autocast casts x once for each product, and the product keeps what it read."""
         x = self.cast(x, self.itemsize)
         return self.record([x], Tensor(width, self.itemsize), [x])
+
+    def norm(self, z: Tensor, groups: int, itemsize: int) -> Tensor:
+        """A norm with its alpha."""
+        if not self.kernels:
+            n = self.normalise(z, groups)
+            return self.scale(n, n.width, itemsize)
+        return self.record([z], Tensor(z.width, itemsize), [z, Tensor(groups, WIDE)])
+
+    def residual_norm(self, z: Tensor, x: Tensor, normed: bool, post: bool) -> Tensor:
+        """`x + alpha * norm(z)` in one kernel, with a post-norm or without."""
+        out = Tensor(x.width, x.itemsize)
+        kept = [z, Tensor(1, WIDE)] if normed else []
+        if post:
+            kept += [x if normed else Tensor(x.width, x.itemsize), Tensor(1, WIDE)]
+        return self.record([z, x], out, kept)
+
+    def skip(self, z: Tensor) -> Tensor:
+        """The same z without its norm, of which the statistic is left: `mean(z^2)`."""
+        wide = self.cast(z, WIDE)
+        self.record([wide], Tensor(1, WIDE), [wide, Tensor(1, WIDE)], scratch=wide.bytes)
+        return z
 
     def normalise(self, z: Tensor, groups: int = 1) -> Tensor:
         """`z * r`, r = rsqrt(mean(z^2) + eps)` of each group, float32."""

@@ -8,6 +8,7 @@ from functools import cache
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 from sdd.functional import Eps, Parts, alpha_size
@@ -25,6 +26,18 @@ def rows(x: Tensor) -> Tensor:
     width = x.shape[-1]
     x = x.reshape(math.prod(x.shape[:-1]), width)
     return x if x.stride(-1) == 1 or width == 1 else x.contiguous()
+
+
+def dense(x: Tensor | None) -> Tensor | None:
+    """A vector with adjacent elements."""
+    return None if x is None else x.contiguous()
+
+
+def row_blocks(width: int, reduces: bool, most: int) -> tuple[int, int]:
+    """Features of a block and blocks of a row: one where the row is summed over and at most `most` wide."""
+    whole = triton.next_power_of_2(width)
+    block = whole if reduces and whole <= most else min(whole, 2048)
+    return block, triton.cdiv(width, block)
 
 
 def warps(block: int, numbers_a_thread: int) -> int:
@@ -79,6 +92,21 @@ def parts_of(flat: list[int], alpha: Tensor) -> Iterator[Part]:
         alphas = slice(first_alpha, first_alpha := first_alpha + alpha_size(((width, group),), shared))
         groups = slice(first_group, first_group := first_group + (width // group if group else 0))
         yield Part(columns, alphas, groups, group)
+
+
+@triton.jit
+def load_row(ptr, column, there):
+    """A block of a row in float32."""
+    return tl.load(ptr + column, mask=there, other=0).to(tl.float32)
+
+
+def once(name: str) -> None:
+    """Say it where a backward pass is to be differentiated itself."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            f"the kernel of {name} cannot be differentiated twice (create_graph=True): run forward and backward under "
+            "sdd.kernels.use('composed')"
+        )
 
 
 @cache

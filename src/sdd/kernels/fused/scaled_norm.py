@@ -9,7 +9,6 @@ A program holds a tile of whole groups `[heads, width]` of one row; a row wider 
 blocks of columns, whose statistic a kernel before it takes.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,20 +16,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sdd import functional as sdd_F
 from sdd.functional import Eps, Group, resolve_group, split_alpha
 from sdd.kernels.fused.common import (
     MAX_BLOCK,
     WIDE_BLOCK,
     n_programs,
     on_device,
+    once,
     pairs,
     parts_of,
     row_eps_of,
     rows,
     warps,
 )
-from sdd.kernels.recompute import differentiate_again
 
 
 @triton.jit
@@ -382,21 +380,17 @@ def _empty_backward(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    z, alpha, bias, row_eps, ctx.eps, ctx.parts, _ = inputs
+    z, alpha, bias, row_eps, _, ctx.parts, _ = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(z, alpha, bias, row_eps, output[1])
 
 
 def _backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    once("scaled_norm")
     if dy is None:
         return (None,) * 7
     z, alpha, bias, row_eps, r = ctx.saved_tensors
-    if torch.is_grad_enabled():
-        return (
-            *differentiate_again(_composed(ctx.eps, ctx.parts, dy.dtype), (z, alpha, bias, row_eps), [dy]),
-            *[None] * 3,
-        )
     _, _, has_bias, has_row_eps, *_ = ctx.needs_input_grad
     dz, dalpha, dbias, deps = scaled_norm_backward_op(dy, z, alpha, r, None, ctx.parts, has_bias, has_row_eps)
     return (
@@ -427,12 +421,3 @@ def scaled_norm(
     split_alpha(alpha, parts)  # its sizes, or an error
     flat = [number for part in parts for number in part]
     return scaled_norm_op(z, alpha, bias, *row_eps_of(eps, z), flat, dtype or z.dtype)[0]
-
-
-def _composed(eps: float, parts: list[int], dtype: torch.dtype) -> Callable[..., Tensor]:
-    def composed(z: Tensor, alpha: Tensor, bias: Tensor | None, row_eps: Tensor | None) -> Tensor:
-        return sdd_F.scaled_norm(
-            z, alpha, bias, group=pairs(parts), eps=eps if row_eps is None else row_eps, dtype=dtype
-        )
-
-    return composed

@@ -20,20 +20,23 @@ import triton.language as tl
 from torch import Tensor
 
 from sdd import functional as sdd_F
-from sdd.kernels.fused.common import WIDE_BLOCK, n_programs, on_device, rows, warps
+from sdd.kernels.fused.common import (
+    WIDE_BLOCK,
+    dense,
+    load_row,
+    n_programs,
+    on_device,
+    once,
+    row_blocks,
+    rows,
+    warps,
+)
 from sdd.kernels.fused.scaled_norm import mean_square_kernel
-from sdd.kernels.recompute import differentiate_again
 
 #: The most features of gate and of up that one program holds at once.
 MAX_PAIR = 8192
 #: What the up projection is: plain, scaled by its alpha (its norm left out), or normed.
 PLAIN, BARE, NORMED = range(3)
-
-
-@triton.jit
-def load_row(ptr, column, there):
-    """A block of a row in float32."""
-    return tl.load(ptr + column, mask=there, other=0).to(tl.float32)
 
 
 @triton.jit
@@ -226,11 +229,11 @@ def swiglu_op(
         return h, r, q
     with on_device(h):
         reduces = alpha_gate is not None or up != PLAIN
-        block, n_blocks = _blocks(width, reduces)
+        block, n_blocks = row_blocks(width, reduces, MAX_PAIR)
         if reduces and n_blocks > 1:
             _statistics(gate_rows, up_rows, r_rows, q, alpha_gate is not None, up, joint, eps, up_eps)
         forward_kernel[(n_rows, n_blocks)](
-            gate_rows, up_rows, _dense(alpha_gate), _dense(alpha_up), h, r, q, width,
+            gate_rows, up_rows, dense(alpha_gate), dense(alpha_up), h, r, q, width,
             gate_rows.stride(0), up_rows.stride(0), eps, up_eps,
             GATE=alpha_gate is not None, UP=up, JOINT=joint, BY_COLUMN=n_blocks > 1,
             BLOCK=block, num_warps=warps(block, 16),
@@ -275,12 +278,12 @@ def swiglu_backward_op(
     n_rows, width = gate_rows.shape
     if not n_rows:
         return *outputs[:2], outputs[2].zero_(), outputs[3].zero_()
-    alphas = _dense(alpha_gate), _dense(alpha_up)
+    alphas = dense(alpha_gate), dense(alpha_up)
     strides = gate_rows.stride(0), up_rows.stride(0), dh_rows.stride(0)
     flags = {"GATE": alpha_gate is not None, "UP": up}
     with on_device(dh):
         reduces = alpha_gate is not None or up == NORMED
-        block, n_blocks = _blocks(width, reduces)
+        block, n_blocks = row_blocks(width, reduces, MAX_PAIR)
         mean = torch.empty_like(r) if reduces and n_blocks > 1 else None
         if mean is not None:
             backward_mean_kernel[(n_rows,)](
@@ -315,7 +318,7 @@ def _empty_backward(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    z_gate, z_up, alpha_gate, alpha_up, ctx.up, ctx.joint, ctx.eps, ctx.up_eps = inputs
+    z_gate, z_up, alpha_gate, alpha_up, ctx.up, ctx.joint, _, _ = inputs
     _, r, q = output
     ctx.mark_non_differentiable(*([r] if ctx.up == BARE else [r, q]))
     ctx.set_materialize_grads(False)
@@ -323,10 +326,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _backward(ctx: Any, dh: Tensor | None, _: None, dq: Tensor | None) -> tuple[Tensor | None, ...]:
+    once("sdd_swiglu")
     z_gate, z_up, alpha_gate, alpha_up, r = ctx.saved_tensors
-    if torch.is_grad_enabled():
-        inputs = (z_gate, z_up, alpha_gate, alpha_up)
-        return (*differentiate_again(_composed(ctx), inputs, [dh, dq] if ctx.up == BARE else [dh]), *[None] * 4)
     dh = torch.zeros_like(z_gate) if dh is None else dh
     dz_gate, dz_up, dalpha_gate, dalpha_up = swiglu_backward_op(
         dh, dq, z_gate, z_up, alpha_gate, alpha_up, r, ctx.up, ctx.joint
@@ -394,20 +395,3 @@ def _statistics(
     if joint:
         r[:] = r.mean(-1, keepdim=True)
     r.add_(torch.tensor([eps, up_eps], device=r.device)).rsqrt_()
-
-
-def _blocks(width: int, reduces: bool) -> tuple[int, int]:
-    """Features of a block and blocks of a row: one if the row is a sum and fits."""
-    whole = triton.next_power_of_2(width)
-    block = whole if reduces and whole <= MAX_PAIR else min(whole, 2048)
-    return block, triton.cdiv(width, block)
-
-
-def _dense(alpha: Tensor | None) -> Tensor | None:
-    return None if alpha is None else alpha.contiguous()
-
-
-def _composed(ctx: Any) -> Any:
-    if ctx.up == BARE:
-        return lambda *inputs: sdd_F.sdd_swiglu_bare_up(*inputs, eps=ctx.eps)
-    return lambda *inputs: sdd_F.sdd_swiglu(*inputs, joint=ctx.joint, eps=ctx.eps, up_eps=ctx.up_eps)

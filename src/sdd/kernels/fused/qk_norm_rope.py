@@ -1,0 +1,300 @@
+"""Normed queries or keys, rotated: reference `sdd.functional.qk_norm_rope`, per head, full width or without a norm.
+
+With y = alpha*n, n = r*z, and the halves 1, 2 of each head:
+
+    o1 = y1*cos1 - y2*sin1        o2 = y2*cos2 + y1*sin2
+    dy1 = do1*cos1 + do2*sin2     dy2 = do2*cos2 - do1*sin1
+    dalpha = sum over rows of dy*n             dz = r * (alpha*dy - n*m)             m = mean(alpha*dy*n)
+
+A program holds the halves of some heads of one row (all heads for a norm of full width). Saved for backward: z and r.
+The output lies in memory as [B, T, H, D], as z does; gradients may lie in any order.
+"""
+
+import math
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sdd import functional as sdd_F
+from sdd.functional import resolve_group, split_alpha
+from sdd.kernels.fused.common import WIDE_BLOCK, dense, n_programs, on_device, once, rows, warps
+from sdd.kernels.fused.scaled_norm import scaled_norm
+
+#: The widest row whose norm and rotation are one kernel; a wider one takes two.
+MAX_FUSED = 8192
+
+
+@triton.jit
+def place(HEADS, HALF, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Heads `[H, 1]`, columns of the first half `[1, D/2]`, and which of them there are."""
+    head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)[:, None]
+    column = tl.arange(0, BLOCK_D)[None, :]
+    return head, column, (head < HEADS) & (column < HALF)
+
+
+@triton.jit
+def halves(ptr, first, HALF, there):
+    """Both halves of a tile in float32."""
+    one = tl.load(ptr + first, mask=there, other=0).to(tl.float32)
+    two = tl.load(ptr + first + HALF, mask=there, other=0).to(tl.float32)
+    return one, two
+
+
+@triton.jit
+def mean(x, HEADS, HALF, FULL: tl.constexpr):
+    """The mean over each head, or over all."""
+    if FULL:  # noqa: SIM108 (the branches differ in type)
+        total = tl.sum(x) / HEADS
+    else:
+        total = tl.sum(x, 1)[:, None]
+    return total / (2 * HALF)
+
+
+@triton.jit
+def forward_kernel(
+    z_ptr,
+    alpha_ptr,
+    cos_ptr,
+    sin_ptr,
+    out_ptr,
+    r_ptr,
+    LENGTH,
+    HEADS,
+    HALF,
+    z_stride,
+    cos_stride,
+    sin_stride,
+    eps,
+    NORM: tl.constexpr,
+    FULL: tl.constexpr,
+    SHARED: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Some heads of one row."""
+    row = tl.program_id(0).to(tl.int64)
+    head, column, there = place(HEADS, HALF, BLOCK_H, BLOCK_D)
+    first = head * 2 * HALF + column
+    y1, y2 = halves(z_ptr + row * z_stride, first, HALF, there)
+    if NORM:
+        r = tl.rsqrt(mean(y1 * y1 + y2 * y2, HEADS, HALF, FULL) + eps)
+        if FULL:
+            tl.store(r_ptr + row, r)
+        else:
+            tl.store(r_ptr + row * HEADS + head, r, mask=head < HEADS)
+        alpha1, alpha2 = halves(alpha_ptr, column if SHARED else first, HALF, there)
+        y1 = alpha1 * (y1 * r)
+        y2 = alpha2 * (y2 * r)
+    position = row % LENGTH
+    cos1, cos2 = halves(cos_ptr + position * cos_stride, column, HALF, column < HALF)
+    sin1, sin2 = halves(sin_ptr + position * sin_stride, column, HALF, column < HALF)
+    out_ptr += row * 2 * HEADS * HALF
+    tl.store(out_ptr + first, (y1 * cos1 - y2 * sin1).to(out_ptr.dtype.element_ty), mask=there)
+    tl.store(out_ptr + first + HALF, (y2 * cos2 + y1 * sin2).to(out_ptr.dtype.element_ty), mask=there)
+
+
+@triton.jit
+def backward_kernel(
+    dout_ptr,
+    z_ptr,
+    alpha_ptr,
+    cos_ptr,
+    sin_ptr,
+    r_ptr,
+    dz_ptr,
+    dalpha_ptr,
+    N_ROWS,
+    LENGTH,
+    HEADS,
+    HALF,
+    dout_batch,
+    dout_row,
+    dout_head,
+    z_stride,
+    cos_stride,
+    sin_stride,
+    NORM: tl.constexpr,
+    FULL: tl.constexpr,
+    SHARED: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Every N_PROGRAMS-th row of some heads, so that dalpha needs one partial sum a program."""
+    program, N_PROGRAMS = tl.program_id(0), tl.num_programs(0)
+    head, column, there = place(HEADS, HALF, BLOCK_H, BLOCK_D)
+    first = head * 2 * HALF + column
+    dalpha1 = tl.full((BLOCK_H, BLOCK_D), 0, tl.float32)
+    dalpha2 = tl.full((BLOCK_H, BLOCK_D), 0, tl.float32)
+    if NORM:
+        alpha1, alpha2 = halves(alpha_ptr, column if SHARED else first, HALF, there)
+    for i in range(tl.cdiv(N_ROWS - program, N_PROGRAMS)):
+        row = program.to(tl.int64) + i * N_PROGRAMS
+        position = row % LENGTH
+        cos1, cos2 = halves(cos_ptr + position * cos_stride, column, HALF, column < HALF)
+        sin1, sin2 = halves(sin_ptr + position * sin_stride, column, HALF, column < HALF)
+        there_ptr = dout_ptr + (row // LENGTH) * dout_batch + position * dout_row
+        dout1, dout2 = halves(there_ptr, head.to(tl.int64) * dout_head + column, HALF, there)
+        dz1 = dout1 * cos1 + dout2 * sin2
+        dz2 = dout2 * cos2 - dout1 * sin1
+        if NORM:
+            n1, n2 = halves(z_ptr + row * z_stride, first, HALF, there)
+            r = tl.load(r_ptr + row) if FULL else tl.load(r_ptr + row * HEADS + head, mask=head < HEADS, other=0)
+            n1 *= r
+            n2 *= r
+            dalpha1 += dz1 * n1
+            dalpha2 += dz2 * n2
+            dz1 *= alpha1
+            dz2 *= alpha2
+            m = mean(dz1 * n1 + dz2 * n2, HEADS, HALF, FULL)
+            dz1 = r * (dz1 - n1 * m)
+            dz2 = r * (dz2 - n2 * m)
+        to = dz_ptr + row * 2 * HEADS * HALF + first
+        tl.store(to, dz1.to(dz_ptr.dtype.element_ty), mask=there)
+        tl.store(to + HALF, dz2.to(dz_ptr.dtype.element_ty), mask=there)
+    if NORM:
+        dalpha_ptr += program.to(tl.int64) * 2 * HEADS * HALF
+        tl.store(dalpha_ptr + first, dalpha1, mask=there)
+        tl.store(dalpha_ptr + first + HALF, dalpha2, mask=there)
+
+
+@torch.library.custom_op("sdd::qk_norm_rope", mutates_args=())
+def qk_norm_rope_op(
+    z: Tensor, alpha: Tensor | None, cos: Tensor, sin: Tensor, n_heads: int, full: bool, eps: float
+) -> tuple[Tensor, Tensor]:
+    """The rotated heads `[..., T, H, D]` in the dtype of z, and r `[..., T, groups]` (empty without alpha)."""
+    out, r = _empty(z, alpha, cos, sin, n_heads, full, eps)
+    z_rows, cos, sin = rows(z), rows(cos), rows(sin)
+    if not z_rows.shape[0]:
+        return out, r
+    with on_device(z):
+        grid, blocks = _launch(z_rows, n_heads, full and alpha is not None)
+        forward_kernel[(z_rows.shape[0], *grid)](
+            z_rows, dense(alpha), cos, sin, out, r, z.shape[-2], n_heads, cos.shape[-1] // 2,
+            z_rows.stride(0), cos.stride(0), sin.stride(0), eps,
+            NORM=alpha is not None, FULL=full, SHARED=_shared(z, alpha),
+            **blocks, num_warps=warps(2 * blocks["BLOCK_H"] * blocks["BLOCK_D"], 16),
+        )  # fmt: skip
+    return out, r
+
+
+@qk_norm_rope_op.register_fake
+def _empty(
+    z: Tensor, alpha: Tensor | None, cos: Tensor, sin: Tensor, n_heads: int, full: bool, eps: float
+) -> tuple[Tensor, Tensor]:
+    out = z.new_empty((*z.shape[:-1], n_heads, z.shape[-1] // n_heads))
+    groups = () if alpha is None else (*z.shape[:-1], 1 if full else n_heads)
+    return out, z.new_empty(groups or (0,), dtype=torch.float32)
+
+
+@torch.library.custom_op("sdd::qk_norm_rope_backward", mutates_args=())
+def qk_norm_rope_backward_op(
+    dout: Tensor,
+    z: Tensor | None,
+    alpha: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    r: Tensor,
+    full: bool,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """`dz` `[..., T, H*D]` in `dtype`, and dalpha in float32 (empty without alpha)."""
+    dz, dalpha = _empty_backward(dout, z, alpha, cos, sin, r, full, dtype)
+    *_, length, heads, head_dim = dout.shape
+    dout = dout.reshape(math.prod(dout.shape[:-3]), length, heads, head_dim)
+    dout = dout if dout.stride(-1) == 1 else dout.contiguous()
+    n_rows, width = dout.shape[0] * length, heads * head_dim
+    if not n_rows:
+        return dz, dalpha.zero_()
+    z_rows, cos, sin = rows(dz if z is None else z), rows(cos), rows(sin)
+    shared = _shared(z_rows, alpha)
+    with on_device(dout):
+        grid, blocks = _launch(z_rows, heads, full and alpha is not None)
+        block = 2 * blocks["BLOCK_H"] * blocks["BLOCK_D"]
+        programs = n_programs(dout, n_rows, block, grid[0])
+        partial = r.new_empty(0 if alpha is None else programs, width)
+        backward_kernel[(programs, *grid)](
+            dout, z_rows, dense(alpha), cos, sin, r, dz, partial, n_rows, length, heads, head_dim // 2,
+            *dout.stride()[:3], z_rows.stride(0), cos.stride(0), sin.stride(0),
+            NORM=alpha is not None, FULL=full, SHARED=shared, **blocks, num_warps=warps(block, 8),
+        )  # fmt: skip
+    if alpha is not None:
+        total = partial.sum(0)
+        dalpha = total.view(-1, alpha.shape[0]).sum(0) if shared else total
+    return dz, dalpha
+
+
+@qk_norm_rope_backward_op.register_fake
+def _empty_backward(
+    dout: Tensor,
+    z: Tensor | None,
+    alpha: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    r: Tensor,
+    full: bool,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    *front, heads, head_dim = dout.shape
+    dz = dout.new_empty((*front, heads * head_dim), dtype=dtype)
+    return dz, r.new_empty(0 if alpha is None else alpha.shape[0])
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    z, alpha, cos, sin, _, ctx.full, _ = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    ctx.dtype = z.dtype
+    ctx.save_for_backward(None if alpha is None else z, alpha, cos, sin, output[1])
+
+
+def _backward(ctx: Any, dout: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    once("qk_norm_rope")
+    z, alpha, cos, sin, r = ctx.saved_tensors
+    if dout is None:
+        return (None,) * 7
+    dz, dalpha = qk_norm_rope_backward_op(dout, z, alpha, cos, sin, r, ctx.full, ctx.dtype)
+    return dz, None if alpha is None else dalpha.to(alpha.dtype), *[None] * 5
+
+
+qk_norm_rope_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+def qk_norm_rope(
+    z: Tensor,
+    alpha: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    n_heads: int,
+    group: int | None = None,
+    eps: float = 1e-6,
+) -> Tensor:
+    """`sdd.functional.qk_norm_rope` by the kernels."""
+    width = z.shape[-1]
+    head_dim, full = width // n_heads, group in (None, width)
+    if alpha is not None:
+        split_alpha(alpha, resolve_group(group, width))
+        if group not in (None, width, head_dim) or (full and width > MAX_FUSED):
+            z, alpha = scaled_norm(z, alpha, group=group, eps=eps), None
+    if cos.shape != (z.shape[-2], head_dim) or sin.shape != cos.shape:
+        heads = z.unflatten(-1, (n_heads, -1)).transpose(-3, -2)
+        if alpha is not None:
+            return sdd_F.qk_norm_rope(z, alpha, cos, sin, n_heads=n_heads, group=group, eps=eps)
+        return sdd_F.apply_rope(heads, cos, sin)
+    return qk_norm_rope_op(z, alpha, cos, sin, n_heads, full, eps)[0].transpose(-3, -2)
+
+
+def _launch(z: Tensor, heads: int, whole: bool) -> tuple[tuple[int], dict[str, int]]:
+    """Blocks of heads, and the heads and half width of a block: all heads if the norm is over all."""
+    block_d = triton.next_power_of_2(z.shape[-1] // heads // 2)
+    block_h = triton.next_power_of_2(heads)
+    if not whole:
+        block_h = min(block_h, max(1, WIDE_BLOCK // (2 * block_d)))
+    return (triton.cdiv(heads, block_h),), {"BLOCK_H": block_h, "BLOCK_D": block_d}
+
+
+def _shared(z: Tensor, alpha: Tensor | None) -> bool:
+    return alpha is not None and alpha.shape[0] != z.shape[-1]
