@@ -58,8 +58,9 @@ class Block(nn.Module):
         h_BTC, before = attn(h_BTC, rope, mask, extend, before)
         x_BTC = self._leave(x_BTC, h_BTC, before, attn.o_proj, self.attn_post)
         if isinstance(ffn, MoE):
-            y_BTC, routing = ffn(self.ffn_in(x_BTC))
-            return self.ffn_post(torch.add(y_BTC, x_BTC, alpha=self.residual_scale)), routing
+            h_BTC, _ = self._enter("ffn_in", self.ffn_in, x_BTC)
+            y_BTC, routing = ffn(h_BTC)
+            return self._add(x_BTC, y_BTC, self.ffn_post), routing
         h_BTC, before = self._enter("ffn_in", self.ffn_in, x_BTC, ffn.gate_proj, ffn.up_proj)
         h_BTF, before = ffn(h_BTC, before)
         return self._leave(x_BTC, h_BTF, before, ffn.down_proj, self.ffn_post), None
@@ -82,10 +83,19 @@ class Block(nn.Module):
         if not _fuses(x, out, post):
             return post(torch.add(read(out, h, before), x, alpha=self.residual_scale))
         z, eps = project(out, h, before)
+        return self._residual_norm(z, x, _alpha(out), eps, post)
+
+    def _add(self, x: Tensor, y: Tensor, post: nn.Module) -> Tensor:
+        """`post(c*x + y)`."""
+        if not _fuses(x, post):
+            return post(torch.add(y, x, alpha=self.residual_scale))
+        return self._residual_norm(y, x, None, 0.0, post)
+
+    def _residual_norm(self, z: Tensor, x: Tensor, alpha: Tensor | None, eps: Eps, post: nn.Module) -> Tensor:
         return kernels.residual_norm(
             z,
             x,
-            _alpha(out),
+            alpha,
             getattr(post, "weight", None),
             residual_scale=self.residual_scale,
             eps=eps,

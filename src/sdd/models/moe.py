@@ -29,7 +29,7 @@ from sdd import points
 from sdd.grouped import Order, collect, dispatch, expert_scaled_norm, rows_of, sort_by_expert
 from sdd.kernels import swiglu
 from sdd.models.config import ModelConfig, MoEConfig
-from sdd.models.elimination import is_half, is_plain, mean_square, read
+from sdd.models.elimination import is_plain, mean_square, product_dtype, read
 from sdd.nn import ExpertLinear, SDDExpertLinear
 from sdd.placement import Norm, Site
 
@@ -124,7 +124,7 @@ class MoE(nn.Module):
         if self.joint:
             return self.down_proj(self._joint(x_MC, order), order)
         gate_MF, up, down = self.gate_proj(x_MC, order), self.up_proj, self.down_proj
-        if "up" in self.superfluous and is_plain(up, down) and not is_half(x_MC):
+        if "up" in self.superfluous and is_plain(up, down) and product_dtype(x_MC) != torch.float16:
             return self._without_up_norm(gate_MF, x_MC, order)
         return down(swiglu(gate_MF, up(x_MC, order)), order)
 
