@@ -55,7 +55,7 @@ def forward(
 def saved_bytes(model: LanguageModel, batch: int, **options: Any) -> int:
     """Bytes that the graph of one forward pass keeps, without weights and copies of them (cast, or times a gain)."""
     own = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
-    shapes = {tuple(weight.shape) for weight in model.parameters() if weight.ndim == 2}
+    shapes = {tuple(weight.shape) for weight in model.parameters() if weight.ndim > 1}
     kept: dict[int, torch.Tensor] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
