@@ -23,7 +23,7 @@ from sdd.train.evaluate import Evaluation, evaluate
 from sdd.train.optim import build_optimizer, clip_gradients, set_learning_rate
 from sdd.train.parallel import ALONE, World
 from sdd.train.progress import Reporter
-from sdd.train.resuming import accepted_state, check_some_whole, passed_over_leftovers, remarks
+from sdd.train.resuming import accepted_state, resume_newest
 from sdd.train.run_dir import RunDir, environment
 from sdd.train.schedule import learning_rate
 from sdd.train.sharding import average_gradients, build_model, compile_model
@@ -199,7 +199,7 @@ class Trainer:
             "config": config_io.to_dict(self.config),
             "environment": self._environment(),
         }
-        self.run_dir.sync()
+        self.world.on_main(self.run_dir.sync)
         path = ckpt.save_checkpoint(self.run_dir.checkpoints, self.model, self.optimizer, state, self.world)
         self.world.on_main(lambda: ckpt.prune(self.run_dir.checkpoints, self.config.keep_checkpoints, path))
         return path
@@ -355,8 +355,9 @@ def reopen(out: Path, steps: int | None = None, world: World = ALONE) -> Trainer
         if steps is not None:
             config = replace(config, steps=steps)
         trainer = Trainer(config, run_dir, world=world)
-        _resume_newest(trainer)
-        if trainer.step >= config.steps and run_dir.read_json("result.json").get("status") == "done":
+        resume_newest(trainer)
+        result = run_dir.read_json("result.json")
+        if trainer.step >= config.steps and (result.get("status"), result.get("step")) == ("done", trainer.step):
             raise UserError(f"{out} is complete at step {trainer.step}: give more with --steps N to go on")
         if steps is not None:
             world.on_main(lambda: config_io.save(config, run_dir.config))
@@ -372,26 +373,6 @@ def _lock_existing(run_dir: RunDir) -> None:
             f"{run_dir.path} holds no run (no config.json): start one with sdd train PRESET --out {run_dir.path}"
         )
     run_dir.lock()
-
-
-def _resume_newest(trainer: Trainer) -> None:
-    """Load the newest whole checkpoint; what is damaged or half-written is named and passed over."""
-    run_dir, world = trainer.run_dir, trainer.world
-    say = Reporter(1, quiet=not world.is_main).say
-    for line in world.on_main(lambda: list(passed_over_leftovers(run_dir.checkpoints))):
-        say(line)
-    for path in reversed(world.on_main(lambda: ckpt.list_checkpoints(run_dir.checkpoints))):
-        try:
-            state = trainer.resume(path)
-        except ckpt.DamagedCheckpoint as error:
-            say(f"passed over: {error}")
-        else:
-            for line in remarks(state, trainer, trainer._environment()):
-                say(line)
-            return
-    world.on_main(lambda: check_some_whole(run_dir.checkpoints))
-    say("no checkpoint yet: at step 0 again")
-    world.on_main(lambda: run_dir.drop_after(0))
 
 
 def _check_vocabulary(config: RunConfig, data: DataSource) -> None:

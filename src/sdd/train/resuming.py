@@ -1,12 +1,14 @@
-"""Whether a run can go on from a checkpoint, and what is no longer as it was."""
+"""From which checkpoint a run goes on, whether it can, and what is no longer as it was."""
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdd import config_io
-from sdd.errors import UserError
+from sdd.errors import UserError, one_line
 from sdd.train.checkpoint import DamagedCheckpoint, half_written, list_checkpoints, read_state, remove
+from sdd.train.progress import Reporter
 
 if TYPE_CHECKING:
     from sdd.train.loop import Trainer
@@ -20,6 +22,8 @@ _QUIET = (
 )
 #: What the last bits of a result depend on.
 _BITS = ("torch", "device", "cuda", "machine", "cpu", "precision", "processes", "threads")
+
+_ABSENT = object()
 
 
 def accepted_state(path: Path, run: "Trainer") -> dict[str, Any]:
@@ -50,11 +54,41 @@ def accepted_state(path: Path, run: "Trainer") -> dict[str, Any]:
     return state
 
 
-def remarks(state: dict[str, Any], run: "Trainer", environment: dict[str, Any]) -> Iterator[str]:
+def resume_newest(run: "Trainer") -> None:
+    """Load the newest whole checkpoint; what is damaged or half-written is named and passed over.
+
+    Raises:
+        UserError: if there are checkpoints and none is whole: to lose all the work is for the user to decide.
+    """
+    folder, world = run.run_dir.checkpoints, run.world
+    say = Reporter(1, quiet=not world.is_main).say
+    for path in world.on_main(lambda: half_written(folder)):
+        say(f"passed over: {path} is half-written, the process that wrote it was ended")
+        world.on_main(partial(remove, path))
+    found = world.on_main(lambda: list_checkpoints(folder))
+    for path in reversed(found):
+        try:
+            state = run.resume(path)
+        except DamagedCheckpoint as error:
+            say(f"passed over: {one_line(error)}")
+        else:
+            for line in _remarks(state, config_io.to_dict(run.config), run._environment()):
+                say(one_line(line))
+            return
+    if found:
+        raise UserError(
+            f"{folder} has no whole checkpoint, {len(found)} damaged: bring one back, or delete them to begin again at "
+            "step 0"
+        )
+    say("no checkpoint yet: at step 0 again")
+    world.on_main(lambda: run.run_dir.drop_after(0))
+
+
+def _remarks(state: dict[str, Any], config: dict[str, Any], environment: dict[str, Any]) -> Iterator[str]:
     """One line each for settings and surroundings that are not those of the checkpoint, though they may change."""
     settings = [
         f"{name} {before} -> {now}"
-        for name, before, now in _changes(state["config"], config_io.to_dict(run.config))
+        for name, before, now in _changes(state["config"], config)
         if not _is_among(name, (*FIXED, *_QUIET))
     ]
     if settings:
@@ -66,41 +100,22 @@ def remarks(state: dict[str, Any], run: "Trainer", environment: dict[str, Any]) 
         yield f"from here on not bit for bit what an uninterrupted run gives: {', '.join(around)}"
 
 
-def passed_over_leftovers(folder: Path) -> Iterator[str]:
-    """Delete what processes left that were killed while they saved; one line for each."""
-    for path in half_written(folder):
-        remove(path)
-        yield f"passed over: {path} is half-written, the process that wrote it was ended"
-
-
-def check_some_whole(folder: Path) -> None:
-    """To be called when no checkpoint could be loaded.
-
-    Raises:
-        UserError: if there are any: all the work done would be lost, and that is for the user to decide.
-    """
-    if damaged := list_checkpoints(folder):
-        raise UserError(
-            f"{folder} has no whole checkpoint, {len(damaged)} damaged: bring one back, or delete them to begin again "
-            "at step 0"
-        )
-
-
 def _changes(before: dict[str, Any], now: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
-    """Name, old and new value of each field that differs; a placement is told by its name."""
+    """Name, old and new value of each field that differs, of those that the checkpoint's version had."""
     for name, _, _ in config_io.fields():
         old, new = _field(before, name), _field(now, name)
-        if old != new:
+        if old not in (new, _ABSENT):
             yield name, _word(old), _word(new)
 
 
 def _field(values: Any, dotted: str) -> Any:
     for key in dotted.split("."):
-        values = values.get(key) if isinstance(values, dict) else None
+        values = values.get(key, _ABSENT) if isinstance(values, dict) else _ABSENT
     return values
 
 
 def _word(value: Any) -> str:
+    """A value in a message; of a placement, its name."""
     name = value.get("name") if isinstance(value, dict) else value
     return str(name)[:100]
 
