@@ -7,7 +7,6 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -62,24 +61,30 @@ def _exit_code(args: list[str]) -> int:
         if not _is_out_of_memory(error):
             raise
         reason = one_line(next(iter(str(error).splitlines()), ""))[:200]
-        tell(f"sdd: failed: not enough memory ({reason}): lower data.batch_size, raise accumulate, or shrink the model")
-        return 3
+        return _failed(f"not enough memory ({reason}): lower data.batch_size, raise accumulate, or shrink the model")
     except OSError as error:
         _drop_stdout()
         where = f"{error.filename}: " if error.filename else ""
-        tell(f"sdd: failed: {one_line(where)}{error.strerror or one_line(error)}")
-        return 3
+        return _failed(one_line(f"{where}{error.strerror or error}"))
+
+
+def _failed(line: str) -> int:
+    """Tell it in whichever process of a job meets it: nobody knows whether the others do."""
+    tell(f"sdd: failed: {line}", int(os.environ.get("RANK", 0)))
+    return 3
 
 
 def _is_out_of_memory(error: Exception) -> bool:
     """Whether memory was refused, or so much was asked for that its amount is no number any more."""
-    known = "out of memory", "can't allocate memory", "overflow"
+    known = "out of memory", "can't allocate memory", "multiplication overflow", "calculation overflow"
     return isinstance(error, MemoryError) or any(words in str(error) for words in known)
 
 
 def _drop_stdout() -> None:
     """Let what could not be printed not be tried again at exit, where it would end in a traceback."""
-    with suppress(OSError, ValueError):  # ValueError: it has no descriptor, as under a test
+    try:
+        sys.stdout.flush()
+    except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

@@ -16,8 +16,8 @@ from sdd.files import write_aside
 from sdd.placement import Placement, placements
 from sdd.train.config import RunConfig
 
-# Floats may be written as JSON cannot (a diverged run's threshold, say); unknown keys are mistakes, not extras.
 _LARGEST = 2**63 - 1  # an integer of torch
+# Floats may be written as JSON cannot (a diverged run's threshold, say); unknown keys are mistakes, not extras.
 _PYDANTIC = ConfigDict(extra="forbid")
 
 

@@ -300,12 +300,13 @@ def test_an_unchanged_run_is_told_nothing(scratch, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_what_was_interrupted_at_its_last_checkpoint_is_brought_to_its_end(tmp_path):
-    """Killed after the last save, or interrupted before it: result.json tells of no end, or of an earlier one."""
+@pytest.mark.parametrize("earlier", ["interrupted", "done"])
+def test_what_was_killed_after_its_last_checkpoint_is_brought_to_its_end(tmp_path, earlier):
+    """result.json then tells of an earlier end: an interruption, or that of a run with fewer steps."""
     run = tmp_path / "run"
     result = loop.start(replace(TINY, steps=2), run).run()
     samples = (run / "samples.jsonl").read_text()
-    (run / "result.json").write_text(json.dumps({"status": "interrupted", "step": 1}))
+    (run / "result.json").write_text(json.dumps({"status": earlier, "step": 1}))
     assert loop.reopen(run).run()["eval_loss"] == result["eval_loss"]
     assert (run / "samples.jsonl").read_text() == samples, "the text is not sampled twice"
 

@@ -93,7 +93,7 @@ def test_a_full_disk_on_resume_is_one_line(whole, tmp_path, capsys, name):
     shutil.rmtree(list_checkpoints(run / "checkpoints")[-1])
     with full_disk_at(run / name):
         assert main(["resume", str(run)]) == 3
-    assert "No space left on device" in one_line(capsys, "sdd: ")
+    assert f"{run}/{name.removeprefix('.tmp-')}: No space left on device" in one_line(capsys, "sdd: ")
     assert main(["resume", str(run)]) == 0
     assert_equal(whole, run)
 
@@ -117,8 +117,8 @@ def test_the_failure_says_where_the_run_stands_and_how_to_go_on(whole, tmp_path,
     at_step(monkeypatch, 9, fill)
     assert train(whole, run) == 3
     assert one_line(capsys, "sdd: the run failed: ") == (
-        f"sdd: the run failed: step 10: cannot write {run}: No space left on device; the last checkpoint is "
-        f"{run}/checkpoints/step-00000008; once that is mended: sdd resume {run}"
+        f"sdd: the run failed: step 10: cannot write {run}/metrics.jsonl: No space left on device; "
+        f"the last checkpoint is {run}/checkpoints/step-00000008; once that is mended: sdd resume {run}"
     )
 
 

@@ -25,7 +25,7 @@ from sdd.train.optim import build_optimizer, clip_gradients, set_learning_rate
 from sdd.train.parallel import ALONE, World
 from sdd.train.progress import Reporter
 from sdd.train.recovery import CHECK_EVERY, Recovery
-from sdd.train.resuming import accepted_state, load_newest
+from sdd.train.resuming import accepted_state, resume_newest
 from sdd.train.run_dir import RunDir, environment
 from sdd.train.schedule import learning_rate
 from sdd.train.sharding import average_gradients, build_model, compile_model
@@ -224,7 +224,7 @@ class Trainer:
             "environment": self.environment(),
             **self.recovery.state_dict(),
         }
-        self.run_dir.sync()
+        self.world.on_main(self.run_dir.sync)
         path = ckpt.save_checkpoint(self.run_dir.checkpoints, self.model, self.optimizer, state, self.world)
         self.world.on_main(lambda: ckpt.prune(self.run_dir.checkpoints, self.config.keep_checkpoints, path))
         return path
@@ -411,8 +411,9 @@ def reopen(out: Path, steps: int | None = None, world: World = ALONE) -> Trainer
         if steps is not None:
             config = replace(config, steps=steps)
         trainer = Trainer(config, run_dir, world=world)
-        load_newest(trainer)
-        if trainer.step >= config.steps and run_dir.read_json("result.json").get("status") == "done":
+        resume_newest(trainer)
+        result = run_dir.read_json("result.json")
+        if trainer.step >= config.steps and (result.get("status"), result.get("step")) == ("done", trainer.step):
             raise UserError(f"{out} is complete at step {trainer.step}: give more with --steps N to go on")
         if steps is not None:
             world.on_main(lambda: config_io.save(config, run_dir.config))

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from sdd.errors import RunFailed, UserError
 from sdd.train.guard import Guard, Problem, weight_problem
-from sdd.train.resuming import load_newest
+from sdd.train.resuming import resume_newest
 
 if TYPE_CHECKING:
     from sdd.train.loop import Trainer
@@ -130,7 +130,7 @@ class Recovery:
         self._skips_in_a_row = 0
         found_bad, at = self.skipped, trainer.step
         try:
-            load_newest(trainer)
+            resume_newest(trainer)
         except UserError as error:
             raise RunFailed(f"{problem.what}; cannot roll back: {error}") from None
         if problem.kind != "damaged weights":  # then the batches were innocent
