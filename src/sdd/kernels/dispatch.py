@@ -30,7 +30,8 @@ Path = Literal["auto", "composed", "recompute", "triton"]
 #: Whether Triton is installed.
 HAS_TRITON = find_spec("triton") is not None
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# below it a CPU spends more on autograd.Function than that saves (measured: 64x256 1.2 times slower, 256x256 1.3 faster)
+# below it a CPU spends more on autograd.Function than that saves (measured: 64x256 1.2 times slower, 256x256 1.3
+# faster)
 _SMALL = 32_768
 # a global, not a context variable: checkpointed blocks run again in autograd's own threads
 _forced = os.environ.get("SDD_KERNELS", "auto")
