@@ -60,6 +60,7 @@ def _dispatch(args: list[str]) -> int:
         "report": (_report, "a page with curves, settings and samples of one or more runs"),
         "generate": (_generate, "continue a text with a trained run"),
         "eval": (_eval, "held-out loss and bits per byte of a run"),
+        "probe": (_probe, "statistics of a checkpoint's activations, gradients and weights on given data"),
         "plan": (_plan, "memory, time and GPU-hours of a preset on given GPUs, before anything is run"),
         "presets": (_presets, "list the presets and placements, or show one"),
         "study": (_study, "run a study and write its page"),
@@ -219,6 +220,12 @@ def _eval(args: list[str]) -> int:
     else:
         print("\n".join(f"{name:15} {value}" for name, value in result.items()))
     return 0
+
+
+def _probe(args: list[str]) -> int:
+    from sdd.evals.probe_command import run
+
+    return run(args)
 
 
 def _plan(args: list[str]) -> int:

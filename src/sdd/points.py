@@ -1,6 +1,6 @@
 """Points at which a model shows a probe what a module's hooks cannot see.
 
-Without a probe that records, a call is one look at a variable. Under torch.compile it is nothing at all: there
+Without a probe that records, a call is one look at a list. Under torch.compile it is nothing at all: there
 `is_compiling()` is a constant, so that no guard, graph break or recompilation comes of it, and a probe runs its steps
 eagerly.
 
@@ -19,44 +19,43 @@ from torch import Tensor, nn
 
 
 class Recorder(Protocol):
-    """What a probe does at the points; see the functions of the same names."""
+    """What a probe does at the points: the functions of these names, for the modules that are its own."""
 
-    def output(self, site: nn.Module | str, y: Tensor) -> None:
-        """See `output`."""
-        ...
+    def output(self, site: nn.Module | str, y: Tensor) -> None: ...  # noqa: D102
 
-    def projection(self, module: nn.Module, z: Tensor, y: Tensor) -> None:
-        """See `projection`."""
-        ...
+    def projection(self, module: nn.Module, z: Tensor, y: Tensor) -> None: ...  # noqa: D102
 
-    def attention(self, module: nn.Module, q: Tensor, k: Tensor, mask: Tensor | None) -> None:
-        """See `attention`."""
-        ...
+    def attention(self, module: nn.Module, q: Tensor, k: Tensor, mask: Tensor | None) -> None: ...  # noqa: D102
 
 
-_recorder: Recorder | None = None
+_recorders: list[Recorder] = []
 
 
-def set_recorder(recorder: Recorder | None) -> Recorder | None:
-    """Begin or end (None) to record.
+def add(recorder: Recorder) -> None:
+    """Show the points to a recorder, until `remove`; it must pass over the modules that are not its own."""
+    _recorders.append(recorder)
 
-    Returns:
-        The recorder before.
-    """
-    global _recorder
-    before, _recorder = _recorder, recorder
-    return before
+
+def remove(recorder: Recorder) -> None:
+    """Show them to it no more."""
+    _recorders.remove(recorder)
 
 
 def recording() -> bool:
-    """Whether a probe records."""
-    return not torch.compiler.is_compiling() and _recorder is not None
+    """Whether anything records."""
+    return not torch.compiler.is_compiling() and bool(_recorders)
 
 
 def output(site: nn.Module | str, y: Tensor) -> None:
-    """Show an output `[..., N]` of a module, or of something that is none, by name; its gradient is recorded too."""
-    if not torch.compiler.is_compiling() and _recorder is not None:
-        _recorder.output(site, y)
+    """Show an output `[..., N]`, whose gradient is recorded too.
+
+    Args:
+        site: the module whose output it is; or the name of something that is none, in the model that is running.
+        y: the output.
+    """
+    if recording():
+        for recorder in _recorders:
+            recorder.output(site, y)
 
 
 def projection(module: nn.Module, z: Tensor, y: Tensor) -> None:
@@ -67,8 +66,9 @@ def projection(module: nn.Module, z: Tensor, y: Tensor) -> None:
         z: `V x`, `[..., N]`; of a joint norm, the whole vector.
         y: `[..., out_features]`.
     """
-    if not torch.compiler.is_compiling() and _recorder is not None:
-        _recorder.projection(module, z, y)
+    if recording():
+        for recorder in _recorders:
+            recorder.projection(module, z, y)
 
 
 def attention(module: nn.Module, q: Tensor, k: Tensor, mask: Tensor | None) -> None:
@@ -80,5 +80,6 @@ def attention(module: nn.Module, q: Tensor, k: Tensor, mask: Tensor | None) -> N
         k: `[B, K, T, D]`, K dividing H.
         mask: True where attention is allowed, broadcast to `[B, H, T, T]`; None for causal.
     """
-    if not torch.compiler.is_compiling() and _recorder is not None:
-        _recorder.attention(module, q, k, mask)
+    if recording():
+        for recorder in _recorders:
+            recorder.attention(module, q, k, mask)

@@ -3,7 +3,7 @@
 import math
 
 import numpy as np
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sdd.probing import STATISTICS, append_row, compact, read_probe
@@ -38,6 +38,7 @@ def same(found, expected):
     np.testing.assert_allclose(found, expected, rtol=5e-5)
 
 
+@settings(max_examples=20)
 @given(drawn_rows())
 def test_what_was_written_is_read(tmp_path_factory, rows):
     file = tmp_path_factory.mktemp("probe") / "probe.jsonl"

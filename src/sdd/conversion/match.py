@@ -125,7 +125,7 @@ class _Tree:
             id(parameter) for module in self.names for parameter in module._parameters.values() if parameter is not None
         )
         self.heads = {id(head) for head in map(_output_embeddings, self.names) if head is not None}
-        self.blocks = block_lists(self.modules)
+        self.blocks = _block_lists(self.modules)
 
     def obstacle(self, linear: nn.Linear) -> str | None:
         """What makes the layer impossible to convert, or senseless."""
@@ -189,7 +189,7 @@ def _output_embeddings(module: nn.Module) -> nn.Module | None:
     return head if isinstance(head, nn.Module) else None
 
 
-def block_lists(modules: Mapping[str, nn.Module]) -> dict[str, int]:
+def _block_lists(modules: Mapping[str, nn.Module]) -> dict[str, int]:
     """The outermost lists of blocks, with the number of blocks of the most frequent type.
 
     A list of experts inside a block is not one of them: it may be longer than the model is deep.
@@ -199,15 +199,14 @@ def block_lists(modules: Mapping[str, nn.Module]) -> dict[str, int]:
         nested = any(name.startswith(f"{outer}.") for outer in lists)
         if nested or not isinstance(module, (nn.ModuleList, nn.Sequential)):
             continue
-        types = Counter(type(child) for child in module if is_block(child))
+        types = Counter(type(child) for child in module if _is_block(child))
         length = max(types.values(), default=0)
         if length > 1:
             lists[name] = length
     return lists
 
 
-def is_block(module: nn.Module) -> bool:
-    """Whether a module is one of a list's blocks: it holds an `nn.Linear` and is none."""
+def _is_block(module: nn.Module) -> bool:
     return not isinstance(module, nn.Linear) and any(isinstance(inner, nn.Linear) for inner in module.modules())
 
 

@@ -15,6 +15,8 @@ SEQUENCES = 4
 #: Receives query, key, attn_mask, is_causal and scale of a call.
 Watcher = Callable[[Tensor, Tensor, Tensor | None, bool, float | None], None]
 
+_attention = F.scaled_dot_product_attention
+
 
 def sampled_attention(
     q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scale: float | None = None
@@ -66,9 +68,19 @@ class AttentionCalls(TorchFunctionMode):
     ) -> Any:
         """Pass every call on."""
         kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention:
-            self._watcher(*_arguments(*args, **kwargs))
+        if func is _attention:
+            return self._shown(*args, **kwargs)
+        if func is F.multi_head_attention_forward:  # a mode does not reach inside of it
+            F.scaled_dot_product_attention = self._shown
+            try:
+                return func(*args, **kwargs)
+            finally:
+                F.scaled_dot_product_attention = _attention
         return func(*args, **kwargs)
+
+    def _shown(self, *args: Any, **kwargs: Any) -> Tensor:
+        self._watcher(*_arguments(*args, **kwargs))
+        return _attention(*args, **kwargs)
 
 
 def _arguments(

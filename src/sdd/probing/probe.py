@@ -1,14 +1,13 @@
 """`sdd.Probe`: statistics of training, site by site, every few steps."""
 
 import logging
-import sys
+import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 from torch.optim import Optimizer
 
@@ -42,7 +41,7 @@ class Probe:
                 optimizer.zero_grad()
 
     What is recorded, and its formulas: `sdd.probing.STATISTICS`. A probed step computes what any other step does; only
-    compiled models run eagerly in it (all of the process: `torch.compiler.set_stance`), which rounds differently.
+    what is compiled with torch.compile runs eagerly in it, in the whole process, which rounds differently.
     Recorded are forward passes that gradients are kept for; with reentrant activation checkpointing, which keeps none,
     the blocks are not seen. Of several microbatches all count. Of several processes all must have a probe: sums are
     reduced over them, and gradients by outputs are those of the mean of their losses.
@@ -105,8 +104,6 @@ class Probe:
         """
         if self._optimizers:
             raise RuntimeError("this probe follows its optimiser's steps: make it without optimizer to use step()")
-        if self._optimizers:
-            raise RuntimeError("this probe follows its optimiser's steps by itself: make it without one to use step()")
         self.flush()
         self.done = self.done if number is None else number - 1
         self._begin_if_due()
@@ -115,7 +112,7 @@ class Probe:
             yield
             self._end()
         finally:
-            self._abandon()
+            self._close_step()
             for handle in handles:
                 handle.remove()
 
@@ -138,7 +135,7 @@ class Probe:
 
     def close(self) -> None:
         """Write what is still on its way and let go of model and optimiser."""
-        self._abandon()
+        self._close_step()
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -154,6 +151,9 @@ class Probe:
         number = self.done + 1
         if self.every and (number == 1 or number % self.every == 0):
             self._under_way = _Step(self._sites)
+            self._under_way.recorder.open()
+            # a loop that ends just before a probed step, and lets go of its probe without closing it
+            self._if_lost = weakref.finalize(self, self._under_way.recorder.close)
 
     def _before_update(
         self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -162,7 +162,8 @@ class Probe:
         step = self._under_way
         if step is None:
             return None
-        closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        optimizer, *others = args
+        closure = others.pop(0) if others else kwargs.pop("closure", None)
         if closure is None:
             step.weights.before_update()
             return None
@@ -172,7 +173,7 @@ class Probe:
             step.weights.before_update()
             return result
 
-        return (args[0], then, *args[2:]), {name: value for name, value in kwargs.items() if name != "closure"}
+        return (optimizer, then, *others), kwargs
 
     def _after_update(self, optimizer: Optimizer, _args: object, _kwargs: object) -> None:
         self._to_step.discard(optimizer)
@@ -185,30 +186,31 @@ class Probe:
     def _end(self) -> None:
         """The step is over: sum up if it was probed."""
         self.done += 1
-        step, self._under_way = self._under_way, None
+        step = self._close_step()
         if step is None:
             return
-        step.close()
         step.weights.after_update()
+        if self._met is None:
+            self._say_what_is_missing(step.tally)
         if self._met is None or processes() == 1:
             self._met = agreed(step.tally.sums), agreed(step.tally.maxima)
-            self._say_what_is_missing()
         sums = list(dict.fromkeys([*step.keys(), *self._met[0]]))
         self._pending = self.done, Packed(step.tally, sums, self._met[1], self._sites.device)
         if self._pending[1].arrived:
             self.flush()
 
-    def _abandon(self) -> None:
-        """Leave a step unfinished, as after an error."""
-        if self._under_way is not None:
-            self._under_way.close()
-            self._under_way = None
+    def _close_step(self) -> "_Step | None":
+        """Record no more, and give back the step that was under way."""
+        step, self._under_way = self._under_way, None
+        if step is not None:
+            step.recorder.close()
+            self._if_lost.detach()
+        return step
 
-    def _say_what_is_missing(self) -> None:
-        seen = any(stat == "entropy" for _, stat in self._met[0]) if self._met else True
+    def _say_what_is_missing(self, tally: Tally) -> None:
         kinds = {type(module).__name__ for module in self._sites.names}
         attends = sorted(kind for kind in kinds if "attention" in kind.lower() or "attn" in kind.lower())
-        if attends and not seen and rank() == 0:
+        if attends and rank() == 0 and not any(stat == "entropy" for _, stat in tally.sums):
             _log.warning(
                 "no statistics of attention: %s does not call scaled_dot_product_attention (models of transformers do "
                 'with attn_implementation="sdpa")',
@@ -217,24 +219,16 @@ class Probe:
 
 
 class _Step:
-    """A probed step under way: until it is closed, everything is recorded and nothing compiled runs."""
+    """A probed step under way."""
 
     def __init__(self, sites: Sites) -> None:
         self.tally = Tally()
         self.weights = Weights(sites.parameters, self.tally)
-        self._recorder = Recorder(sites, self.tally)
-        self._open = ExitStack()
-        if "torch._dynamo" in sys.modules:  # else nothing is compiled, and to import it takes seconds
-            self._open.enter_context(torch.compiler.set_stance("force_eager"))
-        self._open.enter_context(self._recorder)
+        self.recorder = Recorder(sites, self.tally)
 
     def keys(self) -> list[Key]:
         """The keys of the sums that every process has, whatever it saw."""
-        return self._recorder.keys() + self.weights.keys()
-
-    def close(self) -> None:
-        """Record no more."""
-        self._open.close()
+        return self.recorder.keys() + self.weights.keys()
 
 
 def _listed(optimizer: Optimizer | Sequence[Optimizer] | None) -> list[Optimizer]:

@@ -1,18 +1,16 @@
 """One probed step: hooks, points and intercepted calls, turned into sums."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from sdd import points
 from sdd.nn import SDDLinear
 from sdd.probing.attention import AttentionCalls, sampled_attention
-from sdd.probing.sites import Sites, first_tensor, norm_ratio
+from sdd.probing.sites import Sites, first_tensor, is_norm, norm_ratio
 from sdd.probing.summary import layer_name
 from sdd.probing.tally import Key, Tally, sum_of_squares
 
@@ -21,7 +19,8 @@ class Recorder:
     """Hooks a model for the time of one step and sums up what passes; a `sdd.points.Recorder`.
 
     It looks at forward passes that are to be differentiated, and not at what activation checkpointing computes again
-    in the backward pass. It changes no tensor and draws no random number.
+    in the backward pass. It changes no tensor and draws no random number. While it is open, nothing compiled runs:
+    graphs do not call hooks, and would be compiled again for them.
 
     Args:
         sites: the model's.
@@ -30,38 +29,37 @@ class Recorder:
 
     def __init__(self, sites: Sites, tally: Tally) -> None:
         self._sites, self._tally = sites, tally
-        self._handles: list[RemovableHandle] = []
+        self._open = ExitStack()
+        self._is_open = False
         self._inside: list[nn.Module] = []  # the modules whose forward is under way, outermost first
+        self._calls = ExitStack()  # holds AttentionCalls while there are any
         self._announced: set[nn.Module] = set()
-        self._calls: list[AttentionCalls] = []
 
-    def __enter__(self) -> "Recorder":
-        """Install everything.
-
-        Raises:
-            RuntimeError: if another probe records.
-        """
-        if points.set_recorder(self) is not None:
-            raise RuntimeError("another probe is recording in this process: close it, or leave it to its steps")
-        keep = self._handles.append
-        for module in self._sites.names:
-            keep(module.register_forward_pre_hook(self._entered))
+    def open(self) -> None:
+        """Install everything."""
+        handles = [module.register_forward_pre_hook(self._entered) for module in self._sites.names]
         for module in self._sites.watched:
             if not isinstance(module, SDDLinear):
-                keep(module.register_forward_hook(self._left_site))
+                handles.append(module.register_forward_hook(self._left_site))
         for index, block in enumerate(self._sites.blocks):
-            hook = partial(self._left_block, index)
-            keep(block.register_forward_hook(hook, with_kwargs=True))
-        for module in self._sites.names:
-            keep(module.register_forward_hook(self._left, always_call=True))
-        return self
+            handles.append(block.register_forward_hook(partial(self._left_block, index), with_kwargs=True))
+        handles += [module.register_forward_hook(self._left, always_call=True) for module in self._sites.names]
+        for handle in handles:
+            self._open.callback(handle.remove)
+        points.add(self)
+        self._open.callback(points.remove, self)
+        _eager.hold()
+        self._open.callback(_eager.release)
+        self._is_open = True
 
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
         """Remove everything."""
-        points.set_recorder(None)
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        self._is_open = False
+        self._open.close()
+
+    def __deepcopy__(self, _: object) -> "Recorder":
+        """The recorder of a model that is copied within a step, with its hooks: one that is closed."""
+        return Recorder(self._sites, self._tally)
 
     def keys(self) -> list[Key]:
         """The keys of all sums that the model's modules can give, whether or not they were called here."""
@@ -73,115 +71,121 @@ class Recorder:
     def output(self, site: nn.Module | str, y: Tensor) -> None:
         """An output: its sum of squares, and that of its gradient."""
         name = site if isinstance(site, str) else self._sites.names.get(site)
-        if name is not None and _is_recorded():
+        if self._inside and name is not None and self._is_recorded():
             self._output(name, y)
 
     def projection(self, module: nn.Module, z: Tensor, y: Tensor) -> None:
         """An SDDLinear."""
         name = self._sites.names.get(module)
-        if name is not None and _is_recorded():
+        if name is not None and self._is_recorded():
             self._output(name, y)
             self._norm(name, module, z)
 
     def attention(self, module: nn.Module, q: Tensor, k: Tensor, mask: Tensor | None) -> None:
         """A module that tells its queries and keys; its calls of scaled_dot_product_attention are not looked at."""
-        if module in self._sites.names and _is_recorded():
+        if module in self._sites.names and self._is_recorded():
             self._announced.add(module)
+            self._sites.tells_attention = True
             self._attention(self._sites.names[module], q, k, mask, mask is None, None)
 
     # hooks
 
     def _entered(self, module: nn.Module, _args: Any) -> None:
+        if not self._is_open:
+            return
+        if not self._inside and not self._sites.tells_attention:
+            self._calls.enter_context(AttentionCalls(self._attention_call))
         self._inside.append(module)
-        if module is self._sites.root:
-            self._calls.append(AttentionCalls(self._attention_call))
-            self._calls[-1].__enter__()
 
-    def _left(self, module: nn.Module, _args: Any, _output: Any) -> None:
-        self._inside.pop()
-        if module is self._sites.root:
-            self._calls.pop().__exit__(None, None, None)
+    def _left(self, _module: nn.Module, _args: Any, _output: Any) -> None:
+        if self._inside:
+            self._inside.pop()
+            if not self._inside:
+                self._calls.close()
 
     def _left_site(self, module: nn.Module, args: Any, output: Any) -> None:
         y = first_tensor(output)
-        if y is None or not _is_recorded():
+        if y is None or not self._is_recorded():
             return
         name = self._sites.names[module]
         self._output(name, y)
         x = first_tensor(args)
-        if x is not None:
+        if x is not None and is_norm(module):
             self._norm(name, module, x)
 
     def _left_block(self, index: int, _module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         y = first_tensor(output)
-        if y is None or not _is_recorded():
+        if y is None or not self._is_recorded():
             return
         x = next((x for x in map(first_tensor, (*args, *kwargs.values())) if x is not None), None)
         if x is not None:
             if index == 0:
-                self._stream(0, x)
+                self._output(layer_name(0), x)
             if x.shape == y.shape:
                 self._cosine(index, x, y)
-        self._stream(index + 1, y)
+        self._output(layer_name(index + 1), y)
 
     def _attention_call(self, q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scale: float | None) -> None:
         module = self._inside[-1]
-        if module not in self._announced and q.ndim <= 4 and _is_recorded():
+        if module not in self._announced and q.ndim <= 4 and self._is_recorded():
             self._attention(self._sites.names[module], q, k, mask, causal, scale)
 
-    # sums
+    def _is_recorded(self) -> bool:
+        """Whether this is a forward pass to be differentiated, and the first of its kind.
+
+        Within a backward pass, a forward pass is activation checkpointing at work.
+        """
+        return self._is_open and torch.is_grad_enabled() and torch._C._current_graph_task_id() == -1
+
+    # sums, of detached tensors
 
     def _output(self, name: str, y: Tensor) -> None:
         self._squares((name, "rms"), y)
-        self._watch_gradient((name, "grad_rms"), y)
-
-    def _stream(self, layer: int, x: Tensor) -> None:
-        self._output(layer_name(layer), x)
+        if y.requires_grad:
+            y.register_hook(partial(self._squares, (name, "grad_rms")))
 
     def _squares(self, key: Key, tensor: Tensor) -> None:
-        with _untouched(tensor):
-            self._tally.add(key, sum_of_squares(tensor), tensor.numel())
-
-    def _watch_gradient(self, key: Key, tensor: Tensor) -> None:
-        if tensor.requires_grad:
-            tensor.register_hook(partial(self._gradient, key))
-
-    def _gradient(self, key: Key, gradient: Tensor) -> None:
-        self._squares(key, gradient)
+        self._tally.add(key, sum_of_squares(tensor), tensor.numel())
 
     def _norm(self, name: str, module: nn.Module, z: Tensor) -> None:
-        with _untouched(z):
-            ratio = norm_ratio(module, z.detach())
-            if ratio is not None:
-                self._tally.add((name, "eps_ratio"), ratio.sum(), ratio.numel())
-                self._tally.highest((name, "eps_ratio_max"), ratio.amax())
+        ratio = norm_ratio(module, z.detach())
+        if ratio is not None:
+            self._tally.add((name, "eps_ratio"), ratio.sum(), ratio.numel())
+            self._tally.highest((name, "eps_ratio_max"), ratio.amax())
 
     def _cosine(self, index: int, x: Tensor, y: Tensor) -> None:
-        with _untouched(x):
-            x, y = x.detach().float(), y.detach().float()
-            lengths = torch.linalg.vector_norm(x, dim=-1) * torch.linalg.vector_norm(y, dim=-1)
-            cosine = torch.linalg.vecdot(x, y) / lengths.clamp_min(torch.finfo(torch.float32).tiny)
-            self._tally.add((layer_name(index), "cosine"), cosine.sum(), cosine.numel())
+        x, y = x.detach().float(), y.detach().float()
+        lengths = torch.linalg.vector_norm(x, dim=-1) * torch.linalg.vector_norm(y, dim=-1)
+        cosine = torch.linalg.vecdot(x, y) / lengths.clamp_min(torch.finfo(torch.float32).tiny)
+        self._tally.add((layer_name(index), "cosine"), cosine.sum(), cosine.numel())
 
     def _attention(
         self, name: str, q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scale: float | None
     ) -> None:
-        with _untouched(q):
+        with torch.autocast(q.device.type, enabled=False):
             largest, entropy, rows = sampled_attention(q, k, mask, causal, scale)
-            self._tally.highest((name, "logit_max"), largest)
-            self._tally.add((name, "entropy"), entropy, rows)
+        self._tally.highest((name, "logit_max"), largest)
+        self._tally.add((name, "entropy"), entropy, rows)
 
 
-def _is_recorded() -> bool:
-    """Whether this is a forward pass to be differentiated, and the first of its kind.
+class _Eager:
+    """Keeps torch.compile from running anything compiled while anybody holds it."""
 
-    Within a backward pass, a forward pass is activation checkpointing at work.
-    """
-    return torch.is_grad_enabled() and torch._C._current_graph_task_id() == -1
+    def __init__(self) -> None:
+        self._holders = 0
+        self._stance = ExitStack()
+
+    def hold(self) -> None:
+        """One holder more."""
+        if not self._holders:
+            self._stance.enter_context(torch.compiler.set_stance("force_eager"))
+        self._holders += 1
+
+    def release(self) -> None:
+        """One holder less; holders need not leave in the order in which they came."""
+        self._holders -= 1
+        if not self._holders:
+            self._stance.close()
 
 
-@contextmanager
-def _untouched(tensor: Tensor) -> Iterator[None]:
-    """Compute beside the model: without gradients, and in the precision that is asked for."""
-    with torch.no_grad(), torch.autocast(tensor.device.type, enabled=False):
-        yield
+_eager = _Eager()

@@ -1,13 +1,11 @@
 """What of a model is watched: its sites, norms, parameters and blocks."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from sdd.conversion.match import block_lists, is_block
 from sdd.functional import Group, resolve_group
 from sdd.nn import SDDLinear
 
@@ -39,6 +37,8 @@ class Sites:
         watched: the modules whose output is recorded: those with parameters of their own, and norms.
         parameters: the trainable matrices and scales, each once.
         blocks: the longest list of blocks.
+        tells_attention: whether a module was met that shows its queries and keys at a point, so that no call needs to
+            be intercepted.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -55,6 +55,7 @@ class Sites:
             if parameter.requires_grad and (parameter.ndim > 1 or _is_scale(module, leaf))
         ]
         self.blocks = _blocks(self.root)
+        self.tells_attention = False
 
     @property
     def device(self) -> torch.device:
@@ -103,13 +104,11 @@ def norm_ratio(module: nn.Module, z: Tensor) -> Tensor | None:
         eps = torch.finfo(z.dtype).eps
     if not isinstance(eps, float | int):
         return None
-    dtype = torch.promote_types(z.dtype, torch.float32)
+    axes = len(module.normalized_shape) if isinstance(module, nn.LayerNorm | nn.RMSNorm) else 1
+    rows = z if axes == 1 else z.flatten(-axes)
     if subtracts_mean(module):
-        axes = len(module.normalized_shape) if isinstance(module, nn.LayerNorm) else 1
-        return eps / z.flatten(-axes).to(dtype).var(-1, correction=0).flatten()
-    shape = module.normalized_shape if isinstance(module, nn.RMSNorm) else ()
-    rows = z.flatten(-len(shape)) if len(shape) > 1 else z
-    return torch.cat([eps / square.flatten() for square in _mean_squares(rows, getattr(module, "group", None), dtype)])
+        return eps / rows.to(_statistics_dtype(z)).var(-1, correction=0).flatten()
+    return eps / _mean_squares(rows, getattr(module, "group", None))
 
 
 def subtracts_mean(module: nn.Module) -> bool:
@@ -126,15 +125,20 @@ def first_tensor(value: object) -> Tensor | None:
     return value if isinstance(value, Tensor) and value.is_floating_point() and value.ndim else None
 
 
-def _mean_squares(z: Tensor, group: Group, dtype: torch.dtype) -> list[Tensor]:
-    """The mean square of each row and group, for each part that has a norm."""
+def _mean_squares(z: Tensor, group: Group) -> Tensor:
+    """The mean square of each row and group of the parts that have a norm, one after the other."""
+    found = []
     parts = resolve_group(group, z.shape[-1])
-    pieces = z.split([width for width, _ in parts], -1)
-    return [
-        torch.linalg.vector_norm(piece.unflatten(-1, (-1, group_width)), dim=-1, dtype=dtype).square() / group_width
-        for piece, (_, group_width) in zip(pieces, parts, strict=True)
-        if group_width
-    ]
+    for piece, (_, width) in zip(z.split([width for width, _ in parts], -1), parts, strict=True):
+        if width:
+            heads = piece.unflatten(-1, (-1, width))
+            norms = torch.linalg.vector_norm(heads, dim=-1, dtype=_statistics_dtype(z))
+            found.append(norms.square().flatten() / width)
+    return found[0] if len(found) == 1 else torch.cat(found)
+
+
+def _statistics_dtype(z: Tensor) -> torch.dtype:
+    return torch.promote_types(z.dtype, torch.float32)
 
 
 def _watched_parameter(module: nn.Module, name: str, leaf: str, parameter: nn.Parameter) -> WatchedParameter:
@@ -148,12 +152,18 @@ def _is_scale(module: nn.Module, leaf: str) -> bool:
 
 
 def _blocks(root: nn.Module) -> list[nn.Module]:
-    modules = dict(root.named_modules(remove_duplicate=False))
-    lists: Mapping[str, int] = block_lists(modules)
-    if not lists:
-        return []
-    longest = max(lists, key=lambda name: lists[name])
-    return [child for child in modules[longest].children() if is_block(child)]
+    """The children of the longest list of blocks; of lists within lists, as those of experts, the outermost counts."""
+    longest: list[nn.Module] = []
+    seen: list[str] = []
+    for name, module in root.named_modules():
+        nested = any(not outer or name.startswith(f"{outer}.") for outer in seen)
+        if nested or not isinstance(module, (nn.ModuleList, nn.Sequential)):
+            continue
+        blocks = [child for child in module.children() if next(child.children(), None) is not None]
+        if len(blocks) > 1:
+            seen.append(name)
+            longest = max(longest, blocks, key=len)
+    return longest
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

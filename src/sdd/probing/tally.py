@@ -98,23 +98,33 @@ def _combined(
     parts: dict[Key, list[Tensor]], keys: Sequence[Key], device: torch.device, *, largest: bool = False
 ) -> Tensor:
     """One float32 number a key: the sum of its parts, or the largest of them."""
-    values = [torch.full((1,), -torch.inf if largest else 0.0, device=device)]
+    nothing = torch.full((), -torch.inf if largest else 0.0, device=device)
+    values = [nothing]
     for key in keys:
-        found = [part.to(device, torch.float32) for part in parts.get(key, ())] or [values[0][0]]
-        value = found[0] if len(found) == 1 else torch.stack(found).amax() if largest else torch.stack(found).sum()
-        values.append(value[None])
-    together = torch.cat(values)[1:]
+        found = [_here(part, device) for part in parts.get(key, ())] or [nothing]
+        if len(found) == 1:
+            values.append(found[0])
+        else:
+            values.append(torch.stack(found).amax() if largest else torch.stack(found).sum())
+    together = torch.stack(values)[1:]
     return together.nan_to_num(torch.inf, torch.inf, -torch.inf) if largest else together
 
 
+def _here(part: Tensor, device: torch.device) -> Tensor:
+    is_here = part.device == device and part.dtype == torch.float32
+    return part if is_here else part.to(device, torch.float32)
+
+
 def _counts(tally: Tally, keys: Sequence[Key], device: torch.device) -> Tensor:
-    known = [sum(count for count in tally.counts.get(key, ()) if isinstance(count, int)) for key in keys]
+    known, unknown = [], []
+    for index, key in enumerate(keys):
+        counts = tally.counts.get(key, ())
+        known.append(sum(count for count in counts if isinstance(count, int)))
+        unknown += [(index, count) for count in counts if isinstance(count, Tensor)]
     host = torch.tensor(known, dtype=torch.float32)
     counts = host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
-    for index, key in enumerate(keys):
-        for count in tally.counts.get(key, ()):
-            if isinstance(count, Tensor):
-                counts[index] += count.to(device)
+    for index, count in unknown:
+        counts[index] += _here(count, device)
     return counts
 
 

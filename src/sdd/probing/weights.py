@@ -85,7 +85,7 @@ def angle(square: float, step: float, radial: float) -> float:
     """
     change = 2 * radial + step
     lengths = math.sqrt(square), math.sqrt(max(square + change, 0.0))
-    if not (math.isfinite(change) and lengths[0] > 0 and lengths[1] > 0):
+    if not (math.isfinite(square + change) and min(lengths) > 0):
         return math.nan
     chord = max(step - (change / sum(lengths)) ** 2, 0.0) / (lengths[0] * lengths[1])
     return 2 * math.asin(min(math.sqrt(chord) / 2, 1.0))
@@ -97,7 +97,8 @@ def _rows(tensor: Tensor) -> Tensor:
 
 def _part(tensor: Tensor) -> Tensor:
     """What this process holds of a tensor."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor.detach()
+    to_local = getattr(tensor, "to_local", None)  # a DTensor's; its class takes seconds to import
+    return (tensor if to_local is None else to_local()).detach()
 
 
 def _is_counted_here(tensor: Tensor) -> bool:

@@ -1,0 +1,55 @@
+"""A probe in transformers' Trainer: `Trainer(..., callbacks=[ProbeCallback()])`."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from sdd.probing.probe import Probe
+from sdd.probing.rows import Row
+
+
+class ProbeCallback(TrainerCallback):
+    """Attaches a `Probe` to the model that a `transformers.Trainer` trains.
+
+    The Trainer clips gradients before any callback learns of them: `weight_grad_rms` and `alpha_grad_rms` are those
+    after clipping.
+
+    Args:
+        every: see `Probe`.
+        out: see `Probe`; None for probe.jsonl in the Trainer's output_dir.
+
+    Attributes:
+        probe: the probe of the latest training, None before the first.
+    """
+
+    def __init__(self, every: int = 50, out: str | Path | Callable[[Row], None] | None = None) -> None:
+        self.every, self.out = every, out
+        self.probe: Probe | None = None
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        *,
+        model: nn.Module,
+        optimizer: Optimizer,
+        **_: Any,
+    ) -> None:
+        """Attach it."""
+        self._close()  # of a training that failed
+        out = self.out if self.out is not None else Path(args.output_dir or ".") / "probe.jsonl"
+        inner = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper has no hooks of its own
+        self.probe = Probe(model, inner, self.every, out, done=state.global_step)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Write what is left."""
+        self._close()
+
+    def _close(self) -> None:
+        if self.probe is not None:
+            self.probe.close()

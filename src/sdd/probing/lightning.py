@@ -1,0 +1,53 @@
+"""A probe in Lightning's Trainer: `Trainer(..., callbacks=[ProbeCallback()])`."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch.optim import Optimizer
+
+from sdd.probing.probe import Probe
+from sdd.probing.rows import Row
+
+try:
+    from lightning.pytorch import Callback  # pyright: ignore[reportMissingImports]
+except ModuleNotFoundError:
+    from pytorch_lightning import Callback  # pyright: ignore[reportMissingImports]
+
+
+class ProbeCallback(Callback):
+    """Attaches a `Probe` to the LightningModule that a Trainer trains; gradients are seen before they are clipped.
+
+    Args:
+        every: see `Probe`; in optimiser steps.
+        out: see `Probe`; None for probe.jsonl in the Trainer's log_dir, or in its default_root_dir if it has no logger.
+
+    Attributes:
+        probe: the probe of the latest training, None before the first.
+    """
+
+    def __init__(self, every: int = 50, out: str | Path | Callable[[Row], None] | None = None) -> None:
+        super().__init__()
+        self.every, self.out = every, out
+        self.probe: Probe | None = None
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Attach it."""
+        out = self.out
+        if out is None:
+            out = Path(trainer.log_dir or trainer.default_root_dir) / "probe.jsonl"
+        self.probe = Probe(pl_module, trainer.optimizers, self.every, out, done=trainer.global_step)
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Optimizer) -> None:
+        """Gradients are there, and not yet clipped."""
+        if self.probe is not None:
+            self.probe.gradients_ready()
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Write what is left."""
+        if self.probe is not None:
+            self.probe.close()
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Write what is left."""
+        self.on_train_end(trainer, pl_module)
