@@ -179,8 +179,7 @@ def _report(args: list[str]) -> int:
     parser.add_argument("--out", type=Path, help="the page (default: report.html in the first run)")
     options = parser.parse_known(args)
     out = options.out or options.runs[0] / "report.html"
-    write_report(options.runs, out)
-    print(f"wrote {out}")
+    print(*write_report(options.runs, out), f"wrote {out}", sep="\n")
     return 0
 
 

@@ -33,8 +33,12 @@ def write_run(
     until: int | None = None,
     breaks_at: int | None = None,
     probed: bool = False,
+    fades_at: int | None = None,
 ) -> Path:
-    """A run directory as the trainer would leave it, without training: `until` leaves it unfinished there."""
+    """A run directory as the trainer would leave it, without training: `until` leaves it unfinished there.
+
+    From step `fades_at` on the gradient fades in block 1.
+    """
     path.mkdir(parents=True)
     config_io.save(config, path / "config.json")
     files = RunDir(path)
@@ -51,7 +55,10 @@ def write_run(
             bits = {"eval_loss": loss, "eval_bits_per_byte": 0.3657 * loss, "eval_tokens": 8192}
             files.append("metrics.jsonl", {"step": step, **bits})
     for step in range(10, last + 1, 10) if probed else ():
-        append_row(path / "probe.jsonl", compact(probe_row(step, noise[step])))
+        row = probe_row(step, noise[step])
+        if fades_at and step >= fades_at:
+            row["layers"]["grad_rms"][:2] = [1e-12, 1e-12]
+        append_row(path / "probe.jsonl", compact(row))
     result = {"placement": config.model.placement.name, "step": last, "steps": config.steps, "seconds": 0.1 * last}
     if breaks_at:
         reason = f"step {last}: loss nan, gradient norm nan: not finite"
@@ -62,8 +69,8 @@ def write_run(
     return path
 
 
-def probe_row(step: int, noise: float = 0.0, blocks: int = 3, **changes: dict[str, float]) -> dict[str, Any]:
-    """A row of a healthy probe.jsonl; `changes` are statistics of sites, their dots written as two underscores."""
+def probe_row(step: int, noise: float = 0.0, blocks: int = 3) -> dict[str, Any]:
+    """A row of a healthy probe.jsonl."""
     rough = float(np.exp(0.1 * noise))
     matrix = {"rms": rough, "grad_rms": 1e-4, "weight_norm": 5.0, "weight_grad_rms": 1e-3, "update_ratio": 0.01}
     sites: dict[str, dict[str, float]] = {"embed": {**matrix, "angle": 0.01}}
@@ -78,8 +85,6 @@ def probe_row(step: int, noise: float = 0.0, blocks: int = 3, **changes: dict[st
             "alpha_grad_rms": 1e-3,
         }
         sites[f"blocks.{block}.ffn.up_proj"] = {**matrix, "angle": 0.01 * rough}
-    for name, values in changes.items():
-        sites[name.replace("__", ".")] |= values
     stream = [rough] * (blocks + 1)
     return {
         "step": step,

@@ -1,3 +1,4 @@
+import math
 import re
 import sys
 from collections.abc import Callable
@@ -5,7 +6,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from helpers_lab import config_of, edit_json, write_run
+from helpers_lab import config_of, edit_json, probe_row, write_run
 
 from sdd.errors import UserError
 from sdd.lab import figures
@@ -14,6 +15,7 @@ from sdd.lab.page import decimals, duration, setting, signed, significant, write
 from sdd.lab.report import render, write_report
 from sdd.lab.runs import load_runs
 from sdd.lab.style import line_styles
+from sdd.probing import append_row, compact
 
 MakeRun = Callable[..., Path]
 
@@ -173,8 +175,44 @@ def test_missing_extra_is_named(
         write_report([make_run("a")], tmp_path / "r.html")
 
 
+def test_page_begins_with_what_broke_first_and_tells_what_the_guard_did(tmp_path: Path, make_run: MakeRun) -> None:
+    path = make_run("a", placement="postnorm", lr=0.01, probed=True, fades_at=30)
+    with (path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 41, "event": "skip", "kind": "loss spike", "what": "loss 9.3 <b>", "batch": 40}\n')
+    page = report(tmp_path, path)
+    headline = "Gradients fade on their way down since step 30, first in block 1 (certain)."
+    assert page.text.index(headline) < page.text.index("Bits per byte")
+    for words in ("Try: lower optim.lr from 0.01 to 0.003", "loss 9.3 <b>; skip (batch 40)", "Then: the loss spikes"):
+        assert words in page.text
+    loss = load_runs([path])[0]
+    panel = loss_panel([loss], line_styles(["postnorm"]))
+    assert panel is not None
+    line = panel.lines[0]
+    assert (line.alarm, line.events) == (30 * 512, (41 * 512,))
+
+
+def test_runs_without_and_with_little_probe_are_shown(tmp_path: Path, make_run: MakeRun) -> None:
+    empty, odd, one = make_run("empty"), make_run("odd"), make_run("one", until=10, probed=True)
+    (empty / "probe.jsonl").touch()
+    (odd / "probe.jsonl").write_text('{"step": 1}\n{"step": "x", "sites": {}, "layers": {}}\n[]\n{"sites"')
+    page = report(tmp_path, empty, odd, one)
+    assert page.text.count("nothing was probed") == 2
+    assert "Residual stream" in page.text
+
+
+def test_page_of_a_deep_and_long_run_stays_small(tmp_path: Path, make_run: MakeRun) -> None:
+    path = make_run("a")
+    for step in range(1, 201):
+        append_row(path / "probe.jsonl", compact(probe_row(step, math.sin(step), blocks=32)))
+    page = render(load_runs([path]))
+    assert len(page) < 1_000_000
+
+
 def test_page_comes_with_its_figures_as_files(tmp_path: Path, make_run: MakeRun) -> None:
-    write_report([make_run("a", probed=True), make_run("b", probed=True)], tmp_path / "pages" / "v1.0.html")
+    runs = [make_run("a", probed=True), make_run("b", probed=True, fades_at=30)]
+    first, second = write_report(runs, tmp_path / "pages" / "v1.0.html")
+    assert first == "a: No alarm."
+    assert second == "b: Gradients fade on their way down since step 30, first in block 1 (certain)."
     assert sorted(path.name for path in (tmp_path / "pages").iterdir()) == ["v1.0-figures", "v1.0.html"]
     names = {path.name for path in (tmp_path / "pages" / "v1.0-figures").iterdir()}
     for name in ("heldout", "loss", "loss-time", "grad-norm", "lr", "map-stream", "map-stream-grad", "map-updates"):

@@ -182,16 +182,14 @@ def _finished(run: Run, kind: _Map, rows: tuple[str, ...], values: np.ndarray) -
 
 
 def _thinned(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """At most about 240 columns: of each stretch the one that is farthest from the stretch's usual values."""
+    """At most 240 columns: the first, the last, and of each stretch the one that is farthest from the usual values."""
     if len(steps) <= _MOST_COLUMNS:
         return steps, values
-    kept = []
     with np.errstate(all="ignore"):
         logs = np.nan_to_num(np.log(np.abs(values)), nan=1e3, posinf=1e3, neginf=-1e3)
-    for stretch in np.array_split(np.arange(len(steps)), _MOST_COLUMNS):
-        away = np.abs(logs[:, stretch] - np.median(logs[:, stretch], axis=1, keepdims=True)).max(0)
-        kept.append(stretch[away.argmax()])
-    kept[0], kept[-1] = 0, len(steps) - 1
+    away = np.abs(logs - np.median(logs, axis=1, keepdims=True)).max(0)
+    stretches = np.array_split(np.arange(1, len(steps) - 1), _MOST_COLUMNS - 2)
+    kept = [0, *(stretch[away[stretch].argmax()] for stretch in stretches), len(steps) - 1]
     return steps[kept], values[:, kept]
 
 

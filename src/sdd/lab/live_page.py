@@ -26,9 +26,8 @@ from sdd.lab.extras import require_report_extra
 HOST, PORT = "127.0.0.1", 8765
 #: Seconds between the starts of two pages: at least so many, and so many times what the last one took.
 SECONDS_BETWEEN, TIMES_THE_LAST = 5.0, 3.0
-#: How often a browser asks, and how long the last page waits for one that has asked lately.
-SECONDS_BETWEEN_LOOKS = 4.0
-_LINGER = 3 * SECONDS_BETWEEN_LOOKS
+#: How long the end of a run waits until a browser has fetched the last page; live.js asks every four seconds.
+LINGER = 12.0
 _SOURCES = ("config.json", "environment.json", "metrics.jsonl", "probe.jsonl", "samples.jsonl", "result.json")
 _SCRIPT = (Path(__file__).parent / "templates" / "live.js").read_text(encoding="utf-8")
 _POLICY = (
@@ -111,8 +110,8 @@ class _Maker:
 
     def finish(self) -> None:
         """Make the last page and wait until it was fetched, if somebody looks on; in any case end the process."""
-        if time.monotonic() - self._asked < _LINGER:
-            until = time.monotonic() + _LINGER
+        if time.monotonic() - self._asked < LINGER:
+            until = time.monotonic() + LINGER
             while time.monotonic() < until and self._fetched_of != self._state() and not self._problem:
                 with self._lock:
                     self._collect()

@@ -17,7 +17,7 @@ from sdd.probing import STATISTICS
 _ENVIRONMENT = ("sdd", "torch", "python", "platform", "device", "cuda", "precision", "threads", "cpus", "command")
 
 
-def write_report(runs: Sequence[Path], out: Path) -> None:
+def write_report(runs: Sequence[Path], out: Path) -> list[str]:
     """Write one self-contained page (no network, opens from a file) about runs in any state, and its figures.
 
     Beside PAGE.html the folder PAGE-figures holds every figure as PNG and SVG.
@@ -25,6 +25,9 @@ def write_report(runs: Sequence[Path], out: Path) -> None:
     Args:
         runs: run directories, at least one.
         out: the page; its folder is made if missing.
+
+    Returns:
+        A line a run: how it fares.
 
     Raises:
         UserError: if a directory is no run, a file cannot be written, or the extra `report` is not installed.
@@ -38,6 +41,7 @@ def write_report(runs: Sequence[Path], out: Path) -> None:
         _write_figures(loaded, out.with_name(f"{out.stem}-figures"))
     except OSError as error:
         raise UserError(f"cannot write {error.filename or out.parent}: {error.strerror}") from None
+    return [f"{run.name}: {verdict(run).headline}" for run in loaded]
 
 
 def render(runs: Sequence[Run]) -> str:

@@ -110,6 +110,7 @@ class _Episode:
     clear: int = 0
     ended: bool = False
     places: dict[str, int] = field(default_factory=dict)
+    looked_at: set[int] = field(default_factory=set)  # the probed steps in which its origin was looked for
 
     @property
     def certainty(self) -> Certainty:
@@ -153,6 +154,11 @@ class Alarms:
             self._trained(row)
         raised = [episode for episode in self._open.values() if episode.is_raised]
         return [self._alarm(episode) for episode in raised if before.get(id(episode)) != episode.certainty]
+
+    def catch_up(self, probe: Iterable[Row], metrics: Iterable[Mapping[str, Any]]) -> None:
+        """Take the rows of both files, each of ascending steps, as a run that goes on finds them."""
+        for row in heapq.merge(metrics, probe, key=lambda row: row["step"]):
+            self.update(row)
 
     def _probed(self, reading: Reading) -> None:
         findings = [finding for check in CHECKS for finding in check(reading, self._readings)]
@@ -206,16 +212,14 @@ class Alarms:
         """Find where those alarms began that loss and gradient norm raised."""
         reach = self._readings[-1].step - self._readings[-2].step if len(self._readings) > 1 else 0
         for episode in self._open.values():
-            if episode.where:
-                continue
             for index, reading in enumerate(self._readings):
-                if abs(reading.step - episode.since) > reach:
+                near = abs(reading.step - episode.since) <= reach and reading.step not in episode.looked_at
+                if episode.where or not near:
                     continue
-                found = origin(reading, self._readings[:index])
-                if found:
+                episode.looked_at.add(reading.step)
+                if found := origin(reading, self._readings[:index]):
                     episode.where, episode.places = found.site, {found.site: found.step}
                     episode.what = f"{episode.what}; {found.what}"
-                    break
 
     def _alarm(self, episode: _Episode) -> Alarm:
         return Alarm(
@@ -244,8 +248,7 @@ def judge(
         settings: config.json with dotted names, for advice that fits the run.
     """
     alarms = Alarms(settings)
-    for row in heapq.merge(metrics, probe, key=lambda row: row["step"]):
-        alarms.update(row)
+    alarms.catch_up(probe, metrics)
     return alarms.found
 
 

@@ -15,8 +15,9 @@ WINDOW, ENOUGH = 64, 16
 LOSS_MARGIN, LOSS_SHARE = 8.0, 0.02
 #: Times the median. Clipping hides a factor of ten from the update; batches of odd text reach that in healthy runs.
 GRADIENT_FACTOR = 20.0
-#: Of the lowest median of `RISE_WINDOW` losses so far: what lies above it has been lost.
-RISE_SHARE, RISE_WINDOW = 0.05, 32
+#: Share of the lowest median of `RISE_WINDOW` losses so far, and robust standard deviations: what lies above has been
+#: lost. The lowest of ten thousand medians is a good deal lower than the usual one.
+RISE_SHARE, RISE_MARGIN, RISE_WINDOW = 0.05, 3.0, 32
 _SIGMA_PER_MAD = 1.4826  # of a normal distribution
 _EVENT_KINDS = {
     "nonfinite": "non-finite",
@@ -81,7 +82,7 @@ class Losses:
 
     def _rise(self) -> Iterator[Finding]:
         lately = statistics.median(list(self._losses)[-RISE_WINDOW:])
-        margin = max(RISE_SHARE * abs(self._lowest), self._usual[1])
+        margin = max(RISE_SHARE * abs(self._lowest), RISE_MARGIN * self._usual[1])
         if lately - self._lowest > margin:
             what = f"the median of {RISE_WINDOW} losses is {lately:.3f}, after {self._lowest:.3f}"
             yield Finding("rising loss", "", (lately - self._lowest) / margin, what)

@@ -46,34 +46,30 @@ def origin(reading: Reading, before: Sequence[Reading]) -> Origin | None:
     """
     if len(before) < _FEWEST:
         return None
+    order = list(reading.sites)
     for stats, in_order in ((_FORWARD, True), (_BACKWARD, False), (_UPDATE, True)):
-        gone = [
-            (site, stat, how) for stat in stats for site in reading.sites if (how := _gone(reading, before, site, stat))
-        ]
+        gone = [(site, stat, how) for stat in stats for site, how in _gone(reading, before, stat).items()]
         if gone:
             farthest = max(abs(how) for *_, how in gone)
-            order = {site: place for place, site in enumerate(reading.sites)}
             far = [entry for entry in gone if abs(entry[2]) >= farthest / 2]
-            site, stat, how = (min if in_order else max)(far, key=lambda entry: order[entry[0]])
-            return Origin(
-                site, reading.step, f"{stat} there {math.exp(how):.3g} times its usual at step {reading.step}"
-            )
+            site, stat, how = (min if in_order else max)(far, key=lambda entry: order.index(entry[0]))
+            what = f"{stat} there was {math.exp(how):.3g} times its usual at step {reading.step}"
+            return Origin(site, reading.step, what)
     return None
 
 
-def _gone(reading: Reading, before: Sequence[Reading], site: str, stat: str) -> float:
-    """The logarithm of the factor by which a number has left its range; 0 if it has not."""
-    now = _log(reading.sites[site].get(stat, math.nan))
-    usual = [
-        value for past in before[-_MOST:] if (value := _log(past.sites.get(site, {}).get(stat, math.nan))) is not None
-    ]
-    if now is None or len(usual) < _FEWEST:
-        return 0.0
-    median = statistics.median(usual)
-    sigma = _SIGMA_PER_MAD * statistics.median(abs(value - median) for value in usual)
-    how = now - median
-    return how if abs(how) > max(_DEVIATIONS * sigma, _FACTOR) else 0.0
+def _gone(reading: Reading, before: Sequence[Reading], stat: str) -> dict[str, float]:
+    """The sites at which a statistic has left its range, with the logarithm of the factor by which it has.
 
-
-def _log(value: float) -> float | None:
-    return math.log(value) if 0 < value < math.inf else None
+    What three quarters of the sites do together is the course of training (warm-up, decay), and is taken off.
+    """
+    past = [{site: math.log(x) for site, x in each.of(stat).items() if 0 < x < math.inf} for each in before[-_MOST:]]
+    away: dict[str, tuple[float, float]] = {}
+    for site, value in reading.of(stat).items():
+        usual = [each[site] for each in past if site in each]
+        if 0 < value < math.inf and len(usual) >= _FEWEST:
+            median = statistics.median(usual)
+            sigma = _SIGMA_PER_MAD * statistics.median(abs(each - median) for each in usual)
+            away[site] = math.log(value) - median, sigma
+    common = sorted(abs(how) for how, _ in away.values())[len(away) // 4] if away else 0.0
+    return {site: how for site, (how, sigma) in away.items() if abs(how) - common > max(_DEVIATIONS * sigma, _FACTOR)}
