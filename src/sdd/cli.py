@@ -7,12 +7,13 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from sdd import config_io
-from sdd.cli_parser import Parser, base_config, positive_int
+from sdd.cli_parser import Parser, base_config, port_number, positive_int
 from sdd.errors import Interrupted, RunFailed, UserError, one_line
 from sdd.train.parallel import joined, speaks, supervised, tell
 
@@ -122,17 +123,18 @@ def _train(args: list[str]) -> int:
     from sdd.train.loop import fit_vocabulary, start
 
     with joined() as world:
-        config, out, as_json, own_vocabulary = world.together(lambda: _train_request(args))
+        config, out, as_json, own_vocabulary, port = world.together(lambda: _train_request(args))
         if out is None and world.may_restart:
             raise UserError("torchrun --max-restarts needs --out RUN, by which a restarted job finds its run")
         out = out or world.on_main(lambda: _free_directory(args[0], config))
         if not own_vocabulary:
             config = fit_vocabulary(config, world.in_turn(lambda: resolve(config)))
-        return _finish(start(config, out, world), as_json)
+        live = world.together(lambda: _live_page(port, world))
+        return _finish(start(config, out, world), as_json, live)
 
 
-def _train_request(args: list[str]) -> tuple[Any, Path | None, bool, bool]:
-    """The run, its directory if named, whether to answer in JSON, and whether the vocabulary was given."""
+def _train_request(args: list[str]) -> tuple[Any, Path | None, bool, bool, int | None]:
+    """The run, its directory if named, whether to answer in JSON, whether the vocabulary was given, --live's port."""
     from sdd.models import model_presets
 
     parser = Parser(
@@ -144,13 +146,14 @@ def _train_request(args: list[str]) -> tuple[Any, Path | None, bool, bool]:
     parser.add_argument("preset", metavar="PRESET", help=", ".join(model_presets) + "; or the path of a config.json")
     parser.add_argument("--out", type=Path, metavar="RUN", help="run directory (default: runs/PRESET-PLACEMENT)")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    _add_live(parser)
     parser.add_argument("--printed-shape", action="store_true", help="581m to 2b: 8 kv heads and 100,278 tokens")
     _add_fields(parser)
     options = vars(parser.parse_known(args))
     base = base_config(options.pop("preset"), options.pop("printed_shape"))
-    out, as_json = options.pop("out"), options.pop("json")
+    out, as_json, port = options.pop("out"), options.pop("json"), options.pop("live")
     overrides = {SHORT.get(name, name): _value(text) for name, text in options.items() if text is not None}
-    return config_io.with_overrides(base, overrides), out, as_json, "model.vocab_size" in overrides
+    return config_io.with_overrides(base, overrides), out, as_json, "model.vocab_size" in overrides, port
 
 
 def _resume(args: list[str]) -> int:
@@ -158,19 +161,22 @@ def _resume(args: list[str]) -> int:
 
     with joined() as world:
         options = world.together(lambda: _resume_request(args))
-        return _finish(reopen(options.run, options.steps, world), options.json)
+        live = world.together(lambda: _live_page(options.live, world))
+        return _finish(reopen(options.run, options.steps, world), options.json, live)
 
 
 def _resume_request(args: list[str]) -> argparse.Namespace:
     parser = Parser(prog="sdd resume", description="Go on with a run from its newest whole checkpoint.")
     parser.add_argument("run", metavar="RUN", type=Path, help="run directory")
     parser.add_argument("--steps", type=positive_int, help="a new total number of steps")
+    _add_live(parser)
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     return parser.parse_known(args)
 
 
-def _finish(trainer: Any, as_json: bool) -> int:
-    result = trainer.run()
+def _finish(trainer: Any, as_json: bool, live: Any) -> int:
+    with live.serving(trainer.run_dir.path) if live else nullcontext():
+        result = trainer.run()
     if not trainer.world.is_main:
         return 0
     if as_json:
@@ -185,6 +191,22 @@ def _finish(trainer: Any, as_json: bool) -> int:
     return 0
 
 
+def _add_live(parser: argparse.ArgumentParser) -> None:
+    about = "show the report on 127.0.0.1:PORT while training (default 8765, or a free one)"
+    parser.add_argument("--live", metavar="PORT", nargs="?", type=port_number, const=0, help=about)
+
+
+def _live_page(port: int | None, world: Any) -> Any:
+    """What serves the report while training, if that was asked for; on the first process only."""
+    if port is None or not world.is_main:
+        return None
+    from sdd.lab.live_page import LivePage
+
+    live = LivePage(port)
+    print(f"the report, until the run ends: {live.url} (for browsers on this machine)", file=sys.stderr, flush=True)
+    return live
+
+
 def _report(args: list[str]) -> int:
     from sdd.lab.report import write_report
 
@@ -193,8 +215,7 @@ def _report(args: list[str]) -> int:
     parser.add_argument("--out", type=Path, help="the page (default: report.html in the first run)")
     options = parser.parse_known(args)
     out = options.out or options.runs[0] / "report.html"
-    write_report(options.runs, out)
-    print(f"wrote {out}")
+    print(*write_report(options.runs, out), f"wrote {out}", sep="\n")
     return 0
 
 
