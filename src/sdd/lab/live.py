@@ -15,7 +15,14 @@ if TYPE_CHECKING:
     from sdd.lab.runner import Job
 
 _SECONDS_BETWEEN_LINES = 20.0
-_COLORS = {"waiting": "dim", "running": "cyan", "done": "green", "failed": "yellow", "crashed": "red"}
+_COLORS = {
+    "waiting": "dim",
+    "running": "cyan",
+    "elsewhere": "blue",
+    "done": "green",
+    "failed": "yellow",
+    "crashed": "red",
+}
 
 
 class Display:
