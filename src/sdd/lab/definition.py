@@ -6,7 +6,6 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -159,11 +158,12 @@ class Plan:
         self.rates = tuned
         self.conditions = _without_rates(definition.conditions) if request.tuned else definition.conditions
         _check_overrides(definition, request)
+        self._bases = {name: self._base(name) for name in {request.preset, *(arm.preset for arm in self.arms)} if name}
 
-    @cached_property
+    @property
     def base(self) -> RunConfig:
         """The run without arm, condition and seed; its learning rate is the base rate."""
-        return self._base(self.request.preset)
+        return self._bases[self.request.preset]
 
     @property
     def seeds(self) -> range:
@@ -183,10 +183,10 @@ class Plan:
     def run(self, arm: Arm, condition: Condition, rate: float, seed: int) -> tuple[str, RunConfig]:
         """Name and config of a run; `rate` is before the condition's factor."""
         rate = round_rate(rate * condition.rate_factor)
-        config = self._base(arm.preset or self.request.preset)
-        changes = {**arm.changes, **condition.changes, "optim.lr": rate, "seed": seed}
-        config = config_io.with_overrides(config, changes)
-        config = replace(config, model=replace(config.model, placement=placements[arm.placement]))
+        config = self._bases[arm.preset or self.request.preset]
+        own = {"model.placement": placements[arm.placement], "optim.lr": rate, "seed": seed}
+        for name, value in {**arm.changes, **condition.changes, **own}.items():
+            config = _replaced(config, name, value)
         return f"{arm.name}-{condition.name}-lr{rate:g}-seed{seed}", config
 
     def _base(self, name: str) -> RunConfig:
@@ -243,6 +243,12 @@ class Outcome:
         """Every run, once."""
         cells = [*self.cells.values(), *(cell for grid in self.grids.values() for cell in grid.values())]
         return list({result.name: result for cell in cells for result in cell.results}.values())
+
+
+def _replaced(config: Any, name: str, value: Any) -> Any:
+    """The config with the field of that dotted name replaced."""
+    first, _, rest = name.partition(".")
+    return replace(config, **{first: _replaced(getattr(config, first), rest, value) if rest else value})
 
 
 def round_rate(rate: float) -> float:

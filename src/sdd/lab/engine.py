@@ -171,11 +171,11 @@ class Engine:
             return
         grid = Grid(missing, self.out, plan.request.workers)
         waiting = [job.config for job in grid.waiting]
-        seconds = grid_seconds(waiting, grid.threads, grid.workers) if waiting else 0.0
+        minutes = math.ceil(grid_seconds(waiting, grid.threads, grid.workers) / 60)
         self._say(
             f"{len(waiting)} of them still to do, {grid.workers} at once with {grid.threads} CPU "
-            f"thread{'s' if grid.threads > 1 else ''} each: about {math.ceil(seconds / 60)} minutes, from steps "
-            f"timed just now{_open_end(plan)}. Ctrl-C saves; the same command goes on."
+            f"thread{'s' if grid.threads > 1 else ''} each: about {minutes} minute{'s' if minutes != 1 else ''}, from "
+            f"steps timed just now{_open_end(plan)}. Ctrl-C saves; the same command goes on."
         )
 
     def _first_rounds(self) -> dict[str, list[Run]]:

@@ -108,9 +108,15 @@ class Table:
         """The rows as people read them."""
         return [[_text(value) for value in row] for row in self.rows]
 
+    @property
+    def numeric(self) -> list[bool]:
+        """Which columns hold numbers."""
+        return [any(not isinstance(row[place], str) for row in self.rows) for place in range(len(self.columns))]
+
     def markdown(self) -> str:
         """A Markdown table, without title and note."""
-        lines = [list(self.columns), ["---"] + ["---:"] * (len(self.columns) - 1), *self.texts()]
+        rule = ["---:" if numeric else "---" for numeric in self.numeric]
+        lines = [list(self.columns), rule, *self.texts()]
         return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines) + "\n"
 
     def csv(self) -> str:

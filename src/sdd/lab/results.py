@@ -104,7 +104,7 @@ class RunResult:
         """The run's seed."""
         return self.config["seed"]
 
-    @property
+    @cached_property
     def run_config(self) -> RunConfig:
         """The config, with today's defaults for fields that did not exist when the run was made."""
         return config_io.from_dict(self.config)

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from sdd.lab.definition import DEFAULT, Arm, Cell, Condition, Definition, Outcome, Rates
-from sdd.lab.findings import Findings, Interval, Measured, Picture, Table, listed, seeds_text
+from sdd.lab.findings import Findings, Interval, Measured, Picture, Table, Value, listed, seeds_text
 from sdd.lab.shared_findings import (
     cost_table,
     curves_picture,
@@ -102,10 +102,10 @@ def _change_table(outcome: Outcome) -> Table:
 def _published_table(outcome: Outcome) -> Table:
     plan = outcome.plan
     columns = ["method", "setting", "published (581M, 200B tokens)", "ours", "pattern"]
-    rows: list[list[str]] = []
+    rows: list[list[Value]] = []
     for arm, condition, cell, theirs in _common_cells(outcome):
         same = "agrees" if (theirs is None) == broken(cell) else "differs"
-        rows.append([arm.name, condition.title, _loss(theirs), str(Measured(cell.losses)), same])
+        rows.append([arm.name, condition.title, _loss(theirs), Measured(cell.losses), same])
     return Table(
         "published",
         f"Table 2 of arXiv 2502.15499 beside ours ({plan.request.preset}, nats a token)",
@@ -175,7 +175,12 @@ def _others(outcome: Outcome) -> list[str]:
     breaks = {
         arm.name: [c.title for c in plan.conditions if broken(outcome.cells[arm.name, c.name])] for arm in plan.arms
     }
-    texts: list[str] = []
+    first = plan.conditions[0]
+    texts = [
+        f"{arm.name} does not converge even by default, so its other cells say nothing: its base rate is too high."
+        for arm in plan.arms
+        if broken(outcome.cells[arm.name, first.name])
+    ]
     firm = [name for name, where in breaks.items() if not where]
     if firm:
         texts.append(f"No condition breaks {listed(firm)}.")

@@ -103,8 +103,8 @@ def _request(definition: Definition, out: Path, options: Options) -> Request:
     stored = read_request(out)
     if stored and stored.get("study") != definition.name:
         raise UserError(f"{out} holds the study {stored.get('study')}: choose another --out")
-    if options.preset and stored and options.preset != stored["preset"]:
-        raise UserError(f"{out} holds this study with --preset {stored['preset']}: choose another --out")
+    if stored:
+        _check_same(out, stored, options)
     return Request(
         out=out,
         preset=options.preset or stored.get("preset", definition.preset),
@@ -114,6 +114,18 @@ def _request(definition: Definition, out: Path, options: Options) -> Request:
         overrides={**stored.get("overrides", {}), **options.overrides},
         workers=options.workers,
     )
+
+
+def _check_same(out: Path, stored: Mapping[str, Any], options: Options) -> None:
+    """Seeds, methods and workers may change between commands on one folder; what a run is may not."""
+    given = {**options.overrides, **({"preset": options.preset} if options.preset else {})}
+    there = {**stored["overrides"], "preset": stored["preset"]}
+    for name, value in given.items():
+        if str(there.get(name)) != str(value):
+            had = f"--{name} {there[name]}" if name in there else f"no --{name}"
+            raise UserError(f"{out} holds this study with {had}, asked for is {value}: choose another --out")
+    if options.tuned and not stored["tuned"]:
+        raise UserError(f"{out} holds this study without --tuned: choose another --out")
 
 
 def _tell(findings: Findings, console: Console) -> None:
