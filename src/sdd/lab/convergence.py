@@ -3,21 +3,24 @@
 import math
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+
 from sdd.lab.definition import DEFAULT, Arm, Cell, Definition, Outcome, Rates
 from sdd.lab.findings import Findings, Interval, Measured, Picture, Range, Table, listed, seeds_text
 from sdd.lab.results import RunResult
 from sdd.lab.shared_findings import (
     cost_table,
     curves_picture,
+    factor_words,
     general_limits,
     not_converged_text,
     rates_table,
-    ratio_words,
 )
 from sdd.lab.statistics import Estimate, bootstrap_factor, first_reach, mean_factor, paired_difference
 from sdd.lab.tuning import at_edge
 
 PUBLISHED_FACTOR = 1.5
+_SHOWN_FROM = 0.25  # of a run: earlier losses would press the rest together
 _FACTORS = tuple(2.0**step for step in range(-2, 4))
 
 
@@ -131,25 +134,18 @@ def _answer(factors: Mapping[tuple[str, str], Mapping[str, list[float]]]) -> str
     if not factors:
         return "Nothing to compare: that needs a placement of SDD and a baseline."
     method = next(iter(factors))[0]
-    parts = [
-        f"{_outcome(mean_factor(found['tokens']))} {base}" for (name, base), found in factors.items() if name == method
-    ]
-    return f"At its best rate {method} {listed(parts)}."
+    parts = [_verdict(mean_factor(found["tokens"]), base) for (name, base), found in factors.items() if name == method]
+    return f"Each at its best rate, {method} is {listed(parts)}."
 
 
-def _outcome(estimate: Estimate) -> str:
-    if math.isnan(estimate.value):
-        return "has no run that converged together with one of"
-    if math.isnan(estimate.low):
-        return f"converges {ratio_words(estimate)} as fast (one seed) as"
-    verdict = (
-        "faster than"
-        if estimate.low > 1
-        else "slower than"
-        if estimate.high < 1
-        else "not provably faster or slower than"
-    )
-    return f"converges {ratio_words(estimate)} as fast in tokens, so {verdict},"
+def _verdict(factor: Estimate, baseline: str) -> str:
+    if math.isnan(factor.value):
+        return f"in no seed to be compared with {baseline}"
+    if math.isnan(factor.low):
+        return f"{factor_words(factor)} as fast as {baseline} in tokens, in one seed"
+    if not factor.excludes(1):
+        return f"not told apart from {baseline} in tokens ({factor_words(factor)} as fast)"
+    return f"{factor_words(factor)} as fast as {baseline} in tokens"
 
 
 def _conclusions(
@@ -165,12 +161,14 @@ def _conclusions(
         side = (
             ""
             if math.isnan(change.low)
-            else (", which is apart from none" if change.excludes(0) else ", which is within what seeds alone do")
+            else ", more than seeds explain"
+            if change.excludes(0)
+            else ", no more than seeds explain"
         )
         seconds = mean_factor(factors[names]["seconds"])
         texts.append(
             f"{names[0]} ends {abs(change.value):.3f} nats {'below' if change.value < 0 else 'above'} "
-            f"{names[1]}{side}; by the clock of this machine it is {ratio_words(seconds)} as fast."
+            f"{names[1]}{side}; by the clock of this machine it is {factor_words(seconds)} as fast."
         )
     return texts
 
@@ -189,10 +187,20 @@ def _limits(outcome: Outcome) -> list[str]:
 
 
 def _pictures(cells: Mapping[str, Cell]) -> list[Picture]:
-    return [
-        curves_picture("tokens", {"": list(cells.values())}),
-        curves_picture("seconds", {"": list(cells.values())}, x="seconds"),
+    """Over the stretch in which the baselines' final losses are reached."""
+    everything = {"": list(cells.values())}
+    ends = {
+        f"{name} at its end": Measured(cell.losses).estimate.value for name, cell in cells.items() if not is_sdd(cell)
+    }
+    ends = {name: loss for name, loss in ends.items() if math.isfinite(loss)}
+    started = [
+        np.interp(_SHOWN_FROM * result.tokens, result.curve["tokens"], result.curve["eval_loss"])
+        for cell in cells.values()
+        for result in cell.results
+        if result.converged
     ]
+    top = float(np.max(started)) if started else None
+    return [curves_picture(x, everything, x, ceiling=top, levels=ends) for x in ("tokens", "seconds")]
 
 
 DEFINITION = Definition(

@@ -94,8 +94,23 @@ def general_limits(outcome: Outcome) -> list[str]:
     ]
 
 
-def curves_picture(name: str, panels: Mapping[str, Sequence[Cell]], x: str = "tokens") -> Picture:
-    """Held-out loss over training, a panel a setting and a line a method."""
+def curves_picture(
+    name: str,
+    panels: Mapping[str, Sequence[Cell]],
+    x: str = "tokens",
+    *,
+    ceiling: float | None = None,
+    levels: Mapping[str, float] | None = None,
+) -> Picture:
+    """Held-out loss over training, a panel a setting and a line a method.
+
+    Args:
+        name: of the figure's files.
+        panels: the cells of each panel, by title.
+        x: "tokens" or "seconds".
+        ceiling: the greatest loss shown; by default a little above that before training.
+        levels: horizontal lines, by name.
+    """
     seeds = max(len(cell.results) for cells in panels.values() for cell in cells)
     words = [
         f"{title}: " + ", ".join(f"{cell.arm.name} ends at {Measured(cell.losses)}" for cell in cells) + "."
@@ -106,11 +121,11 @@ def curves_picture(name: str, panels: Mapping[str, Sequence[Cell]], x: str = "to
         from sdd.lab.study_figures import Axis, CurvePanel, draw_curves
 
         everything = [result for cells in panels.values() for cell in cells for result in cell.results]
-        ceiling = 1.05 * float(np.median([result.initial_loss for result in everything]))
+        top = ceiling or 1.05 * float(np.median([result.initial_loss for result in everything]))
         axis = Axis("tokens", counts=True) if x == "tokens" else Axis("seconds in training steps")
         return draw_curves(
             [
-                CurvePanel(title, axis, loss_axis(), [_curve(cell, x) for cell in cells], ceiling)
+                CurvePanel(title, axis, loss_axis(), [_curve(cell, x) for cell in cells], top, levels)
                 for title, cells in panels.items()
             ]
         )
@@ -130,7 +145,7 @@ def mean_curve(results: Sequence[RunResult], x: str) -> tuple[np.ndarray, np.nda
     return np.where(np.isnan(across), longest, across), np.array(columns[1], float)
 
 
-def ratio_words(factor: Estimate) -> str:
+def factor_words(factor: Estimate) -> str:
     """A factor with its interval, in a sentence."""
     if math.isnan(factor.low):
         return f"{factor.value:.2f} times"

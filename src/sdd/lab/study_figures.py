@@ -77,7 +77,8 @@ def style_of(name: str, placement: str, place: int = 0) -> Style:
 
 
 def draw_curves(panels: Sequence[CurvePanel], columns: int = 2) -> Figure:
-    """Panels of curves side by side, with one legend below."""
+    """Panels of curves side by side, of one vertical scale, with one legend below."""
+    limits = _common_limits(panels)
     columns = min(columns, len(panels))
     rows = -(-len(panels) // columns)
     with look():
@@ -85,6 +86,7 @@ def draw_curves(panels: Sequence[CurvePanel], columns: int = 2) -> Figure:
         grid = figure.subplots(rows, columns, squeeze=False)
         for axes, panel in zip(grid.flat, panels, strict=False):
             _draw_curves(axes, panel)
+            axes.set_ylim(limits)
         for axes in grid.flat[len(panels) :]:
             axes.set_visible(False)
         _legend(figure, {curve.label: curve.style for panel in panels for curve in panel.curves}, columns)
@@ -150,7 +152,6 @@ def _dot(axes: Axes, cell: Mapping[int, float], height: float, style: Style, edg
 
 
 def _draw_curves(axes: Axes, panel: CurvePanel) -> None:
-    ceiling = panel.ceiling or math.inf
     for curve in panel.curves:
         color = curve.style.color
         x, y = _mean(curve.x), _mean(curve.y)
@@ -160,17 +161,27 @@ def _draw_curves(axes: Axes, panel: CurvePanel) -> None:
         if len(curve.y) > 1:
             stack = np.array(curve.y, float)
             axes.fill_between(x, stack.min(axis=0), stack.max(axis=0), color=color, alpha=0.15, linewidth=0)
+    lowest = min((panel.levels or {"": 0.0}).values())
     for name, height in (panel.levels or {}).items():
         axes.axhline(height, color=INK, linewidth=0.8, dashes=(4, 3))
-        axes.annotate(name, (1, height), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=7.5)
+        side = "top" if height == lowest else "bottom"
+        axes.annotate(name, (0.01, height), xycoords=("axes fraction", "data"), va=side, fontsize=7.5)
     axes.set_title(panel.title)
     _set_axis(axes, "x", panel.x)
     _set_axis(axes, "y", panel.y)
-    shown = np.array([value for curve in panel.curves for row in curve.y for value in row], float)
-    shown = shown[np.isfinite(shown) & (shown <= ceiling)]
-    if len(shown) and not panel.y.log:
-        margin = 0.05 * ((shown.max() - shown.min()) or 1)
-        axes.set_ylim(shown.min() - margin, shown.max() + margin)
+
+
+def _common_limits(panels: Sequence[CurvePanel]) -> tuple[float, float]:
+    """The lowest and highest value shown in any panel, with a small margin."""
+    parts = []
+    for panel in panels:
+        values = np.array([value for curve in panel.curves for row in curve.y for value in row], float)
+        levels = np.array(list((panel.levels or {}).values()), float)
+        parts.append(np.append(values[np.isfinite(values) & (values <= (panel.ceiling or math.inf))], levels))
+    shown = np.concatenate(parts)
+    low, high = (shown.min(), shown.max()) if len(shown) else (0.0, 1.0)
+    margin = 0.05 * ((high - low) or 1)
+    return float(low - margin), float(high + margin)
 
 
 def _mean(rows: Sequence[Sequence[float]]) -> np.ndarray:
