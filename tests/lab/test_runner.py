@@ -181,6 +181,43 @@ def test_a_run_that_another_process_writes_is_left_to_it(
     assert started == []
 
 
+def test_a_run_that_another_machine_took_over_is_stopped_here(
+    tiny: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a night in which this machine slept."""
+    config = replace(tiny, steps=20)
+
+    class Training(Finished):
+        def __init__(self, *_: object, **__: object) -> None:
+            self.code: int | None = None
+
+        def poll(self) -> int | None:  # type: ignore[override]
+            return self.code
+
+        def terminate(self) -> None:
+            self.code = 130
+            write_run(tmp_path / "runs/a", config)  # by the other machine
+
+    class Lost:
+        takes = iter([True])
+
+        def take(self, _: str) -> bool:
+            return next(self.takes, False)
+
+        def release(self, _: str) -> None:
+            pass
+
+        def renew(self) -> list[str]:
+            return ["a"]
+
+    monkeypatch.setattr(runner, "_LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(runner.subprocess, "Popen", Training)
+    monkeypatch.setattr(runner, "Claims", lambda _: Lost())
+    grid = Grid([("a", config)], tmp_path)
+    grid.run(Recorder())
+    assert grid.jobs[0].state == "done"
+
+
 def test_only_divergence_is_a_result(tiny: RunConfig, tmp_path: Path) -> None:
     write_run(tmp_path / "runs/diverged", tiny, breaks_at=30)
     full, hidden = (write_run(tmp_path / f"runs/{name}", tiny, until=30) for name in ("full", "hidden"))

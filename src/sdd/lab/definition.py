@@ -273,7 +273,8 @@ def _check_overrides(definition: Definition, request: Request) -> None:
         raise UserError(f"no preset {request.preset!r}{near}; choose one of {', '.join(model_presets)}")
     for name in request.overrides:
         if name in OWN_FIELDS:
-            raise UserError(f"{name} is what the study {definition.name} sets itself: leave it out")
+            instead = "name methods with --placements" if name == "model.placement" else "leave it out"
+            raise UserError(f"{name} is what the study {definition.name} sets itself: {instead}")
 
 
 def _without_rates(conditions: tuple[Condition, ...]) -> tuple[Condition, ...]:

@@ -10,6 +10,7 @@ of results, so an interrupted study that goes on, and several machines on one fo
 
 import json
 import math
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -250,7 +251,7 @@ def write_request(plan: Plan) -> None:
         "overrides": dict(request.overrides),
     }
     request.out.mkdir(parents=True, exist_ok=True)
-    aside = request.out / ".study.json"
+    aside = request.out / f".study.json.{uuid.uuid4().hex}"  # other machines write theirs
     aside.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     aside.replace(request.out / "study.json")
 

@@ -8,7 +8,7 @@ It holds the config and its hash, the losses on both held-out segments, a thinne
 import hashlib
 import json
 import math
-import os
+import uuid
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -192,7 +192,7 @@ def save(result: RunResult, folder: Path) -> Path:
     """Write FOLDER/NAME.json aside and rename it."""
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{result.name}.json"
-    aside = folder / f".{result.name}.{os.getpid()}"
+    aside = folder / f".{result.name}.{uuid.uuid4().hex}"  # another machine may write the same
     text = json.dumps({key: _plain(value) for key, value in asdict(result).items()}, separators=(", ", ": "))
     aside.write_text(text + "\n", encoding="utf-8")
     aside.replace(file)

@@ -100,6 +100,7 @@ class Grid:
         self._tails = {job.name: _Tail(self.path(job.name) / "metrics.jsonl", job) for job in self.jobs}
         self._active: list[_Process] = []
         self._claims = Claims(out / "claims")
+        self._lost: set[str] = set()  # runs that another machine has taken over
         self._looked = 0.0
         self._stops = 0
         for job in self.jobs:
@@ -161,7 +162,6 @@ class Grid:
         """Start a run unless another machine has it or has finished it."""
         run = self.path(job.name)
         mine = self._claims.take(job.name)
-        self._tails[job.name].read()
         self._find_out(job)  # after the claim: nobody else finishes it any more
         if job.state in FINISHED:
             self._claims.release(job.name)
@@ -190,12 +190,14 @@ class Grid:
             job.seconds = result.get("seconds", 0.0)
 
     def _poll(self) -> None:
-        lost = self._claims.renew()
+        self._lost |= set(self._claims.renew())
         for process in self._active:
-            process.tell(self._stops + (process.job.name in lost))
+            process.tell(self._stops + (process.job.name in self._lost))
         ended = [process for process in self._active if process.ended()]
         for process in ended:
             self._claims.release(process.job.name)
+            if process.job.name in self._lost and process.job.state == "interrupted":
+                process.job.state = "elsewhere"
         self._active = [process for process in self._active if process not in ended]
 
     def _farewell(self) -> str:

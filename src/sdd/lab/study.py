@@ -10,6 +10,7 @@ from rich.console import Console
 
 from sdd.errors import UserError
 from sdd.lab import convergence, demo, lr_sensitivity, robustness
+from sdd.lab.claims import Claims
 from sdd.lab.definition import Definition, Plan, Request
 from sdd.lab.engine import Engine, read_request, write_request
 from sdd.lab.extras import require_report_extra
@@ -92,9 +93,14 @@ def _run(definition: Definition, out: Path, options: Options) -> int:
     write_request(plan)
     outcome = Engine(plan, console).outcome()
     findings = definition.read(outcome)
-    page = write_study(outcome, findings)
     _tell(findings, console)
-    console.print(f"\nThe page: {page}", markup=False)
+    claims = Claims(out / "claims")
+    if claims.take("report"):
+        page = write_study(outcome, findings)
+        claims.release("report")
+        console.print(f"\nThe page: {page}", markup=False)
+    else:
+        console.print("\nThe page is being written by another machine.", markup=False)
     return 0
 
 
