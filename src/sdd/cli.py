@@ -277,18 +277,35 @@ def _tokenize(args: list[str]) -> int:
 
 
 def _study(args: list[str]) -> int:
-    from sdd.lab import run_study, studies
+    from sdd.lab import Options, run_study, studies
 
-    parser = Parser(prog="sdd study", description="Run a study: a grid of runs, a table, figures and a page.")
-    parser.add_argument("name", metavar="NAME", help=", ".join(studies))
-    parser.add_argument("--out", type=Path, help="folder of its runs, figures and page (default: studies/NAME)")
-    parser.add_argument("--seeds", type=positive_int, default=1, help="seeds a setting (default 1)")
-    parser.add_argument("--workers", type=positive_int, help="runs at once (default: one a core, at most four)")
-    options = parser.parse_known(args)
-    if options.name not in studies:
-        near = config_io.nearest(options.name, list(studies))
-        raise UserError(f"no study {options.name!r}{near}; choose one of {', '.join(studies)}")
-    return run_study(options.name, options.out or Path("studies") / options.name, options.seeds, options.workers)
+    parser = Parser(
+        prog="sdd study",
+        description="Run a study: a grid of runs, tables, figures and a page. Options default to those that --out has.",
+        usage="sdd study NAME [--preset P] [--seeds N] [--workers W] [--out DIR] [OPTIONS]",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "name", metavar="NAME", help="; ".join(f"{name}: {study.about}" for name, study in studies.items())
+    )
+    parser.add_argument("--out", type=Path, help="folder of its runs, results and page (default: studies/NAME)")
+    parser.add_argument("--preset", help="model and length of the runs (default nano)")
+    parser.add_argument("--seeds", type=positive_int, help="seeds a setting (default 3, of the demo 1)")
+    parser.add_argument(
+        "--workers", type=positive_int, help="runs at once (default: one a GPU, or a core, at most four)"
+    )
+    parser.add_argument("--placements", metavar="A,B", help="the methods to compare (default: the study's)")
+    parser.add_argument("--tuned", action="store_true", help="robustness: tune the learning rate of every cell")
+    _add_fields(parser)
+    options = vars(parser.parse_known(args))
+    name, out = options.pop("name"), options.pop("out")
+    if name not in studies:
+        near = config_io.nearest(name, list(studies))
+        raise UserError(f"no study {name!r}{near}; choose one of {', '.join(studies)}")
+    asked = {key: options.pop(key) for key in ("preset", "seeds", "workers", "tuned")}
+    asked["placements"] = tuple(filter(None, (options.pop("placements") or "").split(",")))
+    overrides = {SHORT.get(key, key): _value(text) for key, text in options.items() if text is not None}
+    return run_study(name, out or Path("studies") / name, Options(**asked, overrides=overrides))
 
 
 def _add_fields(parser: argparse.ArgumentParser) -> None:
