@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from sdd.cli import _train_request
 from sdd.errors import UserError
 from sdd.lab import live_page
 from sdd.lab.live_page import HOST, LivePage
@@ -118,12 +119,12 @@ def test_page_that_cannot_be_made_is_said_and_stops_nothing(
     made: list[Path], live: LivePage, make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object, **__: object) -> None:
-        raise OSError("no memory for a process")
+        raise OSError("no <memory> for a process")
 
     monkeypatch.setattr(live_page.subprocess, "Popen", refuse)
     with live.serving(make_run("a")):
         ask(live)
-        assert "no memory for a process" in ask(live)[2]
+        assert "no &lt;memory&gt; for a process" in ask(live)[2]
 
 
 def test_failing_run_leaves_nothing_behind(made: list[Path], live: LivePage, make_run: MakeRun) -> None:
@@ -140,3 +141,10 @@ def test_port_that_is_taken_is_said_and_the_usual_one_is_replaced(live: LivePage
     other = LivePage(0)
     assert other.url != live.url
     other._server.server_close()
+
+
+def test_command_takes_a_port_or_none() -> None:
+    assert [_train_request(["nano", *words])[-1] for words in ([], ["--live"], ["--live", "9000"])] == [None, 0, 9000]
+    for port in ("0", "65536", "x"):
+        with pytest.raises(UserError, match="no port"):
+            _train_request(["nano", "--live", port])

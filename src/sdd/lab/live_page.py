@@ -8,6 +8,7 @@ name: a foreign Host header means that a page from elsewhere had its name reboun
 
 import base64
 import hashlib
+import html
 import math
 import os
 import subprocess
@@ -24,7 +25,7 @@ from sdd.errors import UserError
 from sdd.lab.extras import require_report_extra
 
 HOST, PORT = "127.0.0.1", 8765
-#: Seconds between the starts of two pages: at least so many, and so many times what the last one took.
+#: Seconds between the beginnings of two pages: at least so many, and so many times what the last one took.
 SECONDS_BETWEEN, TIMES_THE_LAST = 5.0, 3.0
 #: How long the end of a run waits until a browser has fetched the last page; live.js asks every four seconds.
 LINGER = 12.0
@@ -105,8 +106,11 @@ class _Maker:
                 text = self._page.read_text(encoding="utf-8") if self._made_of else ""
             except OSError as error:
                 text, self._problem = "", str(error)
-        text = text or _EMPTY.format(f"No page: {self._problem}" if self._problem else "The page is being made …")
-        return text, hashlib.sha256(text.encode()).hexdigest()[:16]
+        if not text:
+            text = _EMPTY.format(
+                html.escape(f"No page: {self._problem}" if self._problem else "The page is being made …")
+            )
+        return text, f'"{hashlib.sha256(text.encode(errors="replace")).hexdigest()[:16]}"'
 
     def finish(self) -> None:
         """Make the last page and wait until it was fetched, if somebody looks on; in any case end the process."""

@@ -224,7 +224,7 @@ def _probe_rows(file: Path) -> list[dict[str, Any]]:
     rows = {
         row["step"]: row
         for row in _rows(file)
-        if isinstance(row.get("step"), int) and {"sites", "layers"} <= row.keys()
+        if isinstance(row.get("step"), int) and all(isinstance(row.get(part), dict) for part in ("sites", "layers"))
     }
     return [rows[step] for step in sorted(rows)]
 

@@ -8,15 +8,14 @@ from sdd.lab.runs import Run
 from sdd.probing.alarms import Alarm, broke_first
 from sdd.probing.checks import layer_of
 
-_ENDS = {"did not converge": "did not converge", "failed": "failed"}
-
 
 @dataclass(frozen=True)
 class Verdict:
     """The summary of one run.
 
     Attributes:
-        tone: "bad" if something is at least likely to be wrong, or the run did; "good" if nothing was seen.
+        tone: "bad" if something is at least likely to be wrong, or the run failed; "good" if all was looked at and
+            nothing was seen.
         headline: one sentence.
         details: what stands behind it, and what else there is, in sentences.
         advice: what to try, "" for nothing.
@@ -31,7 +30,7 @@ class Verdict:
 def verdict(run: Run) -> Verdict:
     """The summary of a run from its end and its alarms."""
     first = broke_first(run.alarms)
-    ended = f"The run {_ENDS[run.status]}: {run.reason}." if run.status in _ENDS else ""
+    ended = f"The run {run.status}: {run.reason}." if run.status in ("did not converge", "failed") else ""
     if first is None:
         watched = _watched(run)
         if ended:
@@ -50,7 +49,8 @@ def verdict(run: Run) -> Verdict:
         *(f"Then: {brief(alarm)}." for alarm in later[:3]),
         *([ended] if ended else []),
     ]
-    return Verdict("bad", headline, details, first.advice)
+    tone = "unknown" if first.certainty == "possible" and not ended else "bad"
+    return Verdict(tone, headline, details, first.advice)
 
 
 def brief(alarm: Alarm) -> str:
