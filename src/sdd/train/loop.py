@@ -16,6 +16,7 @@ from sdd.errors import Interrupted, RunFailed, UserError
 from sdd.models import LanguageModel, count_parameters
 from sdd.models.transformer import HAS_CHUNKED_LOSS
 from sdd.probing import Probe
+from sdd.probing.alarms import Alarms
 from sdd.train import checkpoint as ckpt
 from sdd.train.config import RunConfig
 from sdd.train.data import resolve
@@ -47,7 +48,7 @@ class Trainer:
         world: the processes that share the run.
 
     Attributes:
-        model, optimizer, loader, probe, recovery, reporter: the parts.
+        model, optimizer, loader, probe, alarms, recovery, reporter: the parts.
         step: optimiser steps done.
         seconds: spent in training steps, evaluation and saving excluded, over all sessions of the run.
     """
@@ -80,7 +81,8 @@ class Trainer:
         self._signals = StopSignals()
         if config.compile:
             compile_model(self.model)
-        self.probe = Probe(self.model, every=config.probe_every, out=partial(run_dir.append, "probe.jsonl"))
+        self.probe = Probe(self.model, every=config.probe_every, out=partial(self.record, "probe.jsonl"))
+        self.alarms = Alarms()
 
     def resume(self, path: Path) -> dict[str, Any]:
         """Go on from a checkpoint.
@@ -192,6 +194,13 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad()
 
+    def record(self, name: str, row: dict[str, Any]) -> None:
+        """Append a row to metrics.jsonl or probe.jsonl, and say what it alarms about."""
+        self.run_dir.append(name, row)
+        if self.world.is_main:
+            for alarm in self.alarms.update(row):
+                self.reporter.say(str(alarm))
+
     def _batch(self, step: int) -> Tensor:
         """This process's rows of a batch, on the device."""
         batch = self.world.alone(lambda: self.loader.batch(step))
@@ -283,7 +292,7 @@ class Trainer:
             "time": time.time(),
             "tokens_per_second": self.config.tokens_per_step / seconds,
         }
-        self.run_dir.append("metrics.jsonl", row)
+        self.record("metrics.jsonl", row)
         tensorboard.log(row)
         self.reporter.step(self.step, loss, row["tokens_per_second"])
 
@@ -295,7 +304,7 @@ class Trainer:
             "eval_bits_per_byte": evaluation.bits_per_byte,
             "eval_tokens": evaluation.tokens,
         }
-        self.run_dir.append("metrics.jsonl", row)
+        self.record("metrics.jsonl", row)
         tensorboard.log(row)
         self.reporter.say(f"step {self.step}   held-out {_describe(evaluation)}")
         return evaluation

@@ -156,7 +156,7 @@ class Recovery:
         row = {"step": step, "event": event, "kind": problem.kind, "what": problem.what, **more}
         if event != "roll back":
             row["batch"] = self._batch()
-        self.trainer.run_dir.append("metrics.jsonl", {**row, "time": time.time()})
+        self.trainer.record("metrics.jsonl", {**row, "time": time.time()})
         done = {
             "observe": "taken all the same",
             "skip": f"batch {row.get('batch')} skipped",
