@@ -127,7 +127,7 @@ def _answer(sensitivity: Mapping[str, Mapping[int, float]]) -> str:
 def _beside_reference(
     sensitivity: Mapping[str, Mapping[int, float]], best: Mapping[str, Mapping[int, float]]
 ) -> list[str]:
-    if REFERENCE not in sensitivity:
+    if REFERENCE not in sensitivity or len(sensitivity) == 1:
         return []
     texts: list[str] = []
     for what, numbers in (("sensitivity", sensitivity), ("loss at its best rate", best)):
