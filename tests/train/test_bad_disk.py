@@ -65,7 +65,8 @@ def at_step(monkeypatch, step, do):
     monkeypatch.setattr(loop.Loader, "batch", hooked)
 
 
-@settings(max_examples=10)
+@pytest.mark.slow
+@settings(max_examples=8)
 @given(step=st.integers(0, STEPS - 1), room=st.integers(0, 5000))
 def test_a_disk_that_fills_up_in_mid_run_costs_the_steps_since_the_last_checkpoint(whole, step, room):
     """At a drawn step files stop growing: metrics after part of a line, a checkpoint after part of its tensors."""
