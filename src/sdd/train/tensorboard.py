@@ -87,7 +87,7 @@ class EventFile:
     def __init__(self, folder: Path, step: int = 0) -> None:
         event_pb2: Any = importlib.import_module("tensorboard.compat.proto.event_pb2")
         summary_pb2: Any = importlib.import_module("tensorboard.compat.proto.summary_pb2")
-        from tensorboard.summary.writer.record_writer import RecordWriter
+        from tensorboard.summary.writer.record_writer import RecordWriter  # pyright: ignore[reportMissingImports]
 
         self._event, self._summary = event_pb2.Event, summary_pb2.Summary
         folder.mkdir(exist_ok=True)
