@@ -100,19 +100,25 @@ def with_overrides(config: RunConfig, overrides: Mapping[str, Any]) -> RunConfig
         *path, last = dotted.split(".")
         target = values
         for key in path:
+            if target[key] is None:  # an optional part, which this sets up
+                target[key] = {}
             target = target[key]
         target[last] = value
     return from_dict(values)
 
 
 def fields(cls: type = RunConfig, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
-    """Every settable field as (dotted name, type, explanation), nested dataclasses followed, placements left whole."""
+    """Every settable field as (dotted name, type, explanation), nested dataclasses followed, placements left whole.
+
+    An optional dataclass is set up by its fields.
+    """
     hints = get_type_hints(cls)
     explained = explanations(cls)
     for item in dataclasses.fields(cls):
         hint = hints[item.name]
-        if dataclasses.is_dataclass(hint) and hint is not Placement:
-            yield from fields(hint, f"{prefix}{item.name}.")  # pyright: ignore[reportArgumentType]
+        inner = next((arg for arg in (hint, *get_args(hint)) if dataclasses.is_dataclass(arg)), Placement)
+        if inner is not Placement:
+            yield from fields(inner, f"{prefix}{item.name}.")  # pyright: ignore[reportArgumentType]
         else:
             yield prefix + item.name, hint, explained.get(item.name, "")
 

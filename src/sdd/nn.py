@@ -1,4 +1,7 @@
-"""`SDDLinear`, the drop-in fully-connected layer, and `RMSNorm`, the plain norm of the other sites."""
+"""`SDDLinear`, the drop-in fully-connected layer, `RMSNorm`, the plain norm of the other sites, and layers of experts.
+
+`SDDExpertLinear` holds one SDD layer an expert of a mixture, stacked.
+"""
 
 from typing import Any
 
@@ -7,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sdd import points
-from sdd.functional import Group, alpha_size, resolve_group
+from sdd.functional import Eps, Group, alpha_size, resolve_group
+from sdd.grouped import Order, expert_scaled_norm, grouped_linear
 from sdd.kernels import scaled_norm
 
 
@@ -156,3 +160,103 @@ class RMSNorm(nn.Module):
     def extra_repr(self) -> str:
         """Width, initial scale and eps."""
         return f"{self.weight.shape[0]}, weight_init={self.weight_init:.4g}, eps={self.eps:g}"
+
+
+class ExpertLinear(nn.Module):
+    """A bias-free fully-connected layer for each expert of a mixture, `y = W_e x`, on rows sorted by expert.
+
+    Args:
+        n_experts: E.
+        in_features: I.
+        out_features: O.
+        device: as in every module.
+        dtype: of the weight, `[E, O, I]`: E weights of `nn.Linear`, stacked.
+
+    Shapes:
+        input `[M, I]`, output `[M, O]`.
+    """
+
+    def __init__(
+        self,
+        n_experts: int,
+        in_features: int,
+        out_features: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(n_experts, out_features, in_features, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw each matrix as `nn.Linear` does."""
+        bound = self.weight.shape[2] ** -0.5
+        nn.init.uniform_(self.weight, -bound, bound)
+
+    def product(self, x_MI: Tensor, order: Order) -> Tensor:
+        """`W_e x`, `[M, O]`."""
+        return grouped_linear(x_MI, self.weight, order.ends_E)
+
+    def forward(self, x_MI: Tensor, order: Order) -> Tensor:
+        """`[M, I]` to `[M, O]`."""
+        return self.product(x_MI, order)
+
+    def extra_repr(self) -> str:
+        """Its shape."""
+        E, O, I = self.weight.shape
+        return f"n_experts={E}, in_features={I}, out_features={O}"
+
+
+class SDDExpertLinear(ExpertLinear):
+    """An SDD layer for each expert of a mixture, `y = alpha_e * norm(V_e x)`, on rows sorted by expert.
+
+    Args:
+        n_experts: E.
+        in_features: I.
+        out_features: O.
+        device: as in every module.
+        dtype: of the weight, `[E, O, I]`; alpha, `[E, O]`, is at least float32.
+        alpha_init: initial value of every element of alpha.
+        eps: added to the mean square, inside the root.
+
+    Shapes:
+        input `[M, I]`, output `[M, O]`.
+    """
+
+    def __init__(
+        self,
+        n_experts: int,
+        in_features: int,
+        out_features: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        alpha_init: float = 1.0,
+        eps: float = 1e-6,
+    ) -> None:
+        super().__init__(n_experts, in_features, out_features, device, dtype)
+        self.alpha_init, self.eps = alpha_init, eps
+        alpha_dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        self.alpha = nn.Parameter(torch.empty(n_experts, out_features, device=device, dtype=alpha_dtype))
+        nn.init.constant_(self.alpha, alpha_init)
+
+    def reset_parameters(self) -> None:
+        """Draw each matrix as `nn.Linear` does and set alpha to `alpha_init`."""
+        super().reset_parameters()
+        if "alpha" in self._parameters:  # the first call comes before alpha exists
+            nn.init.constant_(self.alpha, self.alpha_init)
+
+    def forward(self, x_MI: Tensor, order: Order) -> Tensor:
+        """`[M, I]` to `[M, O]`."""
+        z = self.product(x_MI, order)
+        y = self.scale(z, order)
+        points.projection(self, z, y)
+        return y
+
+    def scale(self, z_MO: Tensor, order: Order, eps: Eps | None = None) -> Tensor:
+        """`alpha_e * norm(z)`; with another eps if one is given."""
+        return expert_scaled_norm(z_MO, self.alpha, order, eps=self.eps if eps is None else eps)
+
+    def extra_repr(self) -> str:
+        """The shape, and the arguments of the norm."""
+        return f"{super().extra_repr()}, alpha_init={self.alpha_init:.4g}, eps={self.eps:g}"

@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from sdd.nn import SDDLinear
+from sdd.nn import SDDExpertLinear, SDDLinear
 
 Role = Literal["matrix", "embedding", "alpha", "bias"]
 
@@ -21,7 +21,7 @@ def param_groups(
     |-----------|---------------------------------------------------------------------|------------------------|
     | matrix    | two or more dimensions: V, W, convolutions, positions               | weight_decay           |
     | embedding | the weight of an `nn.Embedding`, a head tied to it included         | embedding_weight_decay |
-    | alpha     | alpha of an `SDDLinear`; a 1-D weight of a class named `...norm...` | alpha_weight_decay     |
+    | alpha     | alpha of an SDD layer; a 1-D weight of a class named `...norm...`   | alpha_weight_decay     |
     | bias      | everything else                                                     | 0                      |
 
     Decay on V acts on the learning rate only (the forward pass does not see its scale); decay on alpha and on the
@@ -66,7 +66,7 @@ def _special_roles(model: nn.Module) -> dict[nn.Parameter, Role]:
     roles: dict[nn.Parameter, Role] = {}
     for module in model.modules():
         weight = module._parameters.get("weight")
-        if isinstance(module, SDDLinear):
+        if isinstance(module, (SDDLinear, SDDExpertLinear)):
             roles[module.alpha] = "alpha"
         elif weight is None:
             continue

@@ -6,6 +6,8 @@ run everywhere while a probe records, or if one of them was replaced or has hook
 Shape suffixes: B batch, T tokens, C d_model, H query heads, K key-value heads, D head_dim, F d_ff.
 """
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -25,6 +27,7 @@ from sdd.models.elimination import (
     superfluous_norms,
 )
 from sdd.models.kv_cache import Extend
+from sdd.models.moe import MoE, Routing
 from sdd.nn import RMSNorm, SDDLinear
 from sdd.placement import SCALES, Norm, Site
 
@@ -43,18 +46,24 @@ class Block(nn.Module):
         self.attn = Attention(config, norms, self.superfluous, device)
         self.attn_post = norm_at(norms.get("attn_post"), config, config.d_model, device)
         self.ffn_in = norm_at(norms.get("ffn_in"), config, config.d_model, device)
-        self.ffn = FeedForward(config, norms, self.superfluous, device)
+        self.ffn = feed_forward(config, norms, self.superfluous, device)
         self.ffn_post = norm_at(norms.get("ffn_post"), config, config.d_model, device)
 
-    def forward(self, x_BTC: Tensor, rope: Rope, mask: Tensor | None = None, extend: Extend | None = None) -> Tensor:
-        """`[B, T, C]` to `[B, T, C]`."""
+    def forward(
+        self, x_BTC: Tensor, rope: Rope, mask: Tensor | None = None, extend: Extend | None = None
+    ) -> tuple[Tensor, Routing | None]:
+        """`[B, T, C]` to `[B, T, C]`, and how a mixture of experts routed the tokens."""
         attn, ffn = self.attn, self.ffn
         h_BTC, before = self._enter("attn_in", self.attn_in, x_BTC, attn.q_proj, attn.k_proj, attn.v_proj)
         h_BTC, before = attn(h_BTC, rope, mask, extend, before)
         x_BTC = self._leave(x_BTC, h_BTC, before, attn.o_proj, self.attn_post)
+        if isinstance(ffn, MoE):
+            h_BTC, _ = self._enter("ffn_in", self.ffn_in, x_BTC)
+            y_BTC, routing = ffn(h_BTC)
+            return self._add(x_BTC, y_BTC, self.ffn_post), routing
         h_BTC, before = self._enter("ffn_in", self.ffn_in, x_BTC, ffn.gate_proj, ffn.up_proj)
         h_BTF, before = ffn(h_BTC, before)
-        return self._leave(x_BTC, h_BTF, before, ffn.down_proj, self.ffn_post)
+        return self._leave(x_BTC, h_BTF, before, ffn.down_proj, self.ffn_post), None
 
     def _enter(self, site: Site, norm: nn.Module, x: Tensor, *readers: nn.Module) -> tuple[Tensor, Skipped | None]:
         """`norm(x)`, or x if its readers make the norm superfluous; in the precision in which they multiply.
@@ -74,10 +83,19 @@ class Block(nn.Module):
         if not _fuses(x, out, post):
             return post(torch.add(read(out, h, before), x, alpha=self.residual_scale))
         z, eps = project(out, h, before)
+        return self._residual_norm(z, x, _alpha(out), eps, post)
+
+    def _add(self, x: Tensor, y: Tensor, post: nn.Module) -> Tensor:
+        """`post(c*x + y)`."""
+        if not _fuses(x, post):
+            return post(torch.add(y, x, alpha=self.residual_scale))
+        return self._residual_norm(y, x, None, 0.0, post)
+
+    def _residual_norm(self, z: Tensor, x: Tensor, alpha: Tensor | None, eps: Eps, post: nn.Module) -> Tensor:
         return kernels.residual_norm(
             z,
             x,
-            _alpha(out),
+            alpha,
             getattr(post, "weight", None),
             residual_scale=self.residual_scale,
             eps=eps,
@@ -237,7 +255,22 @@ def eliminations(config: ModelConfig, index: int) -> frozenset[Site]:
     """The norms of block `index` that are not computed, because their readers make them superfluous."""
     norms = config.placement.layer(index, config.n_layers)
     joint = config.placement.joint_gate_up and norms.keys() >= {"gate", "up"}
-    return superfluous_norms(norms, joint=joint) if config.eliminate_norms else frozenset()
+    router = config.moe is not None
+    return superfluous_norms(norms, joint=joint, router=router) if config.eliminate_norms else frozenset()
+
+
+def feed_forward(
+    config: ModelConfig,
+    norms: dict[Site, Norm],
+    superfluous: frozenset[Site] = frozenset(),
+    device: torch.device | str | None = None,
+) -> FeedForward | MoE:
+    """The feed-forward network of a block, or the mixture of experts in its place."""
+    if config.moe is None:
+        return FeedForward(config, norms, superfluous, device)
+    width = config.moe.d_shared
+    shared = FeedForward(replace(config, d_ff=width), norms, superfluous, device) if width else None
+    return MoE(config, norms, shared, superfluous, device)
 
 
 def _group(norm: Norm, config: ModelConfig) -> int | None:

@@ -6,13 +6,41 @@ from sdd.placement import Placement, placements
 
 
 @dataclass(frozen=True)
+class MoEConfig:
+    """A mixture of experts in the place of each block's feed-forward network, see `sdd.models.moe`.
+
+    Attributes:
+        n_experts: number of experts E of a block, each d_ff wide.
+        top_k: experts that a token uses.
+        d_shared: hidden width of a feed-forward network that every token uses too; 0 for none.
+        renormalise: divide a token's routing weights by their sum.
+        balance_loss: weight of the load balancing loss.
+        router_z_loss: weight of the router z-loss.
+    """
+
+    n_experts: int
+    top_k: int
+    d_shared: int = 0
+    renormalise: bool = False
+    balance_loss: float = 0.01
+    router_z_loss: float = 0.001
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.top_k <= self.n_experts:
+            raise ValueError(f"top_k={self.top_k} must be between 1 and n_experts={self.n_experts}")
+        for name in ("d_shared", "balance_loss", "router_z_loss"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"{name}={getattr(self, name)} must be finite and not negative")
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """A decoder-only Transformer with RoPE, grouped-query attention and SwiGLU.
 
     Attributes:
         n_layers: number of blocks L.
         d_model: width of the residual stream.
-        d_ff: hidden width of the feed-forward network.
+        d_ff: hidden width of the feed-forward network; of one expert in a mixture.
         n_heads: number of query heads.
         n_kv_heads: number of key and value heads; divides n_heads.
         vocab_size: number of tokens.
@@ -23,6 +51,7 @@ class ModelConfig:
         eliminate_norms: leave out norms whose readers make them superfluous (see `sdd.models.elimination`): the same
             function and gradients, but for rounding, in less time.
         placement: where the norms stand; a name on the command line, the whole definition in config.json.
+        moe: the mixture of experts; none for a dense model.
     """
 
     n_layers: int
@@ -37,6 +66,7 @@ class ModelConfig:
     init_scale: float = 1.0
     eliminate_norms: bool = True
     placement: Placement = field(default_factory=lambda: placements["sdd"])
+    moe: MoEConfig | None = None
 
     def __post_init__(self) -> None:
         for name in ("n_layers", "d_model", "d_ff", "n_heads", "n_kv_heads", "vocab_size", "context"):

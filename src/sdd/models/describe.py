@@ -19,24 +19,28 @@ def list_presets() -> str:
             config.n_layers,
             config.d_model,
             config.d_ff,
+            "" if config.moe is None else f"{config.moe.n_experts}/{config.moe.top_k}",
             f"{config.n_heads}/{config.n_kv_heads}",
             f"{config.vocab_size:,}",
             config.context,
             "tied" if config.tie_embeddings else "untied",
+            "" if config.moe is None else f"{count_parameters(config).published_active:,}",
             f"{count_parameters(config).published:,}",
         )
         for name, config in model_presets.items()
     ]
-    heading = ("preset", "layers", "d_model", "d_ff", "heads/kv", "vocabulary", "context", "embeddings", "parameters")
+    heading = ("preset", "layers", "d_model", "d_ff", "experts/k", "heads/kv", "vocabulary", "context", "embeddings")
+    heading = (*heading, "active", "parameters")
     methods: list[tuple[str, str]] = []
     for name, placement in placements.items():
         methods += [(name, _sites(placement)), ("", placement.source)]
     return "\n".join(
         [
-            *aligned([heading, *presets], right=(1, 2, 3, 4, 5, 6, 8)),
+            *aligned([heading, *presets], right=(1, 2, 3, 4, 5, 6, 7, 9, 10)),
             "",
             "Parameters: matrices and embeddings, a tied one once; without norms and alphas, as published labels count",
-            "them. --printed-shape gives 581m to 2b the 8 kv heads and 100,278 tokens that their table prints.",
+            "them. --printed-shape gives 581m to 2b the 8 kv heads and 100,278 tokens that their table prints. d_ff is",
+            "that of one expert; active parameters are those that a token uses (588M leaves the routers out).",
             "",
             *aligned([("placement", "norms at, and source"), *methods]),
             "",
@@ -66,13 +70,26 @@ def _shape(config: ModelConfig) -> list[str]:
         [
             ("blocks", config.n_layers),
             ("d_model", config.d_model),
-            ("d_ff", config.d_ff),
+            *_feed_forward(config),
             ("heads", f"{config.n_heads} of {config.head_dim}, {config.n_kv_heads} for keys and values"),
             ("vocabulary", f"{config.vocab_size:,}"),
             ("context", f"{config.context:,}"),
             ("rope theta", f"{config.rope_theta:,.0f}"),
         ]
     )
+
+
+def _feed_forward(config: ModelConfig) -> list[tuple[str, object]]:
+    moe = config.moe
+    if moe is None:
+        return [("d_ff", config.d_ff)]
+    shared = [("shared expert", f"d_ff {moe.d_shared}")] if moe.d_shared else []
+    weights = ", weights renormalised" if moe.renormalise else ""
+    return [
+        ("experts", f"{moe.n_experts} a block, d_ff {config.d_ff}; {moe.top_k} a token{weights}"),
+        *shared,
+        ("auxiliary losses", f"load balancing {moe.balance_loss:g}, router z-loss {moe.router_z_loss:g}"),
+    ]
 
 
 def _parameters(config: ModelConfig) -> list[str]:
@@ -85,6 +102,12 @@ def _parameters(config: ModelConfig) -> list[str]:
         ("all", f"{count.total:,}", ""),
         ("as published labels count", f"{count.published:,}", "without norms and alphas"),
     ]
+    if config.moe is not None:
+        rows += [
+            ("active a token", f"{count.active:,}", f"{config.moe.top_k} of {config.moe.n_experts} experts a block"),
+            ("  as published labels count", f"{count.published_active:,}", "without norms and alphas"),
+            ("  and without routers", f"{count.published_active - count.routers:,}", ""),
+        ]
     return aligned(rows, right=(1,))
 
 
@@ -94,7 +117,7 @@ def _flops(config: ModelConfig) -> list[str]:
         (
             "matrix products",
             f"{flops.matmul:,}",
-            f"6 * {flops.matmul_parameters:,} parameters: blocks and head, no look-up of embeddings",
+            f"6 * {flops.matmul_parameters:,} active parameters: blocks and head, no look-up of embeddings",
         ),
         ("attention", f"{flops.attention:,}", "12 * blocks * d_model * context: the causal half not subtracted"),
         ("together", f"{flops.model:,}", "norms not counted"),
@@ -113,6 +136,7 @@ def _stds(config: ModelConfig) -> list[str]:
         "gate_proj": (C, F),
         "up_proj": (C, F),
         "down_proj": (F, C),
+        **({} if config.moe is None else {"router": (C, config.moe.n_experts)}),
         "head": (C, config.vocab_size),
     }
     stds = {role: config.init_scale * init_std(config, role, *shape) for role, shape in shapes.items()}

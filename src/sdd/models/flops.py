@@ -2,7 +2,8 @@
 
 A multiplication and an addition are two operations, and a matrix product's backward costs twice its forward:
 
-    matrix products   6 * N                  N: parameters of the blocks' matrices and of the head
+    matrix products   6 * N                  N: parameters of the blocks' matrices and of the head; of experts, those
+                                             of the k that a token uses
     attention         12 * L * d_model * T   q k^T and weights * v, T the context, no part of it masked
 
 The look-up of embeddings, norms and other elementwise work are not counted (arXiv 2204.02311, appendix B).
@@ -19,7 +20,8 @@ class TrainingFlops:
     """FLOPs of forward and backward, a token.
 
     Attributes:
-        matmul_parameters: N, the parameters that a token is multiplied with: the blocks' matrices and the head.
+        matmul_parameters: N, the parameters that a token is multiplied with: the blocks' matrices, of experts those
+            that it uses, and the head.
         matmul: `6 * N`.
         attention: `12 * L * d_model * T`: every token against all T, as model FLOPs are counted by convention.
         recomputed: forward work that the backward pass does again; no part of the model's FLOPs.
@@ -58,15 +60,18 @@ def training_flops(
         fused_attention: the attention kernel does `q k^T` again in its backward pass: `2 * L * d_model * T` more.
     """
     count = count_parameters(config)
-    matmul_parameters = count.matrices + config.vocab_size * config.d_model
+    matrices = count.matrices - count.idle
+    matmul_parameters = matrices + config.vocab_size * config.d_model
     product = 2 * config.n_layers * config.d_model * config.context
     recomputed = product if fused_attention else 0
     if checkpoint_blocks:
-        recomputed += 2 * (count.matrices - _not_recomputed(config)) + 2 * product
+        recomputed += 2 * (matrices - _not_recomputed(config)) + 2 * product
     return TrainingFlops(matmul_parameters, 6 * matmul_parameters, 6 * product, recomputed)
 
 
 def _not_recomputed(config: ModelConfig) -> int:
     """Parameters of down projections that end their block: recomputation stops when all kept tensors are there."""
     layers = (config.placement.layer(index, config.n_layers) for index in range(config.n_layers))
-    return sum(config.d_model * config.d_ff for norms in layers if not {"ffn_out", "ffn_post"} & norms.keys())
+    # the routing weights' derivative wants the outputs of experts, that of nothing the output of the shared network
+    width = config.d_ff if config.moe is None else config.moe.d_shared
+    return sum(config.d_model * width for norms in layers if not {"ffn_out", "ffn_post"} & norms.keys())

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from sdd.models.config import ModelConfig
-from sdd.nn import RMSNorm, SDDLinear
+from sdd.nn import ExpertLinear, RMSNorm, SDDExpertLinear, SDDLinear
 from sdd.placement import SCALES
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def init_std(config: ModelConfig, role: str, fan_in: int, fan_out: int) -> float
 
     Args:
         config: gives the rule, d_model and the depth.
-        role: "embed", "head" or the projection's name ("q_proj", ..., "down_proj").
+        role: "embed", "head", "router" or the projection's name ("q_proj", ..., "down_proj").
         fan_in: number of input features.
         fan_out: number of output features.
     """
@@ -65,11 +65,11 @@ def init_weights(model: "LanguageModel") -> None:
     """
     config = model.config
     for role, weight in _matrices(model):
-        fan_out, fan_in = weight.shape
+        fan_out, fan_in = weight.shape[-2:]  # of each expert's matrix, where they are stacked
         std = config.init_scale * init_std(config, role, fan_in, fan_out)
         _draw(weight, std)
     for module in model.modules():
-        if isinstance(module, SDDLinear):
+        if isinstance(module, (SDDLinear, SDDExpertLinear)):
             nn.init.constant_(module.alpha, module.alpha_init)
         elif isinstance(module, RMSNorm):
             module.reset_parameters()
@@ -91,7 +91,7 @@ def _draw(weight: torch.Tensor, std: float) -> None:
 def _matrices(model: "LanguageModel") -> Iterator[tuple[str, torch.Tensor]]:
     yield "embed", model.embed.weight
     for name, module in model.blocks.named_modules():
-        if isinstance(module, nn.Linear):
+        if isinstance(module, (nn.Linear, ExpertLinear)):
             yield name.rsplit(".", 1)[-1], module.weight
     if model.head is not None:
         yield "head", model.head.weight

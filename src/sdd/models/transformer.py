@@ -3,7 +3,9 @@
 Shape suffixes: B batch, T tokens, C d_model, V vocabulary.
 """
 
+from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +18,21 @@ from sdd.models.blocks import Block, norm_at
 from sdd.models.config import ModelConfig
 from sdd.models.init import init_weights
 from sdd.models.kv_cache import KVCache
+from sdd.models.moe import Routing, auxiliary_losses
+
+
+class TrainingLoss(NamedTuple):
+    """What a training step differentiates, and its parts.
+
+    Attributes:
+        total: with gradient.
+        cross_entropy: `total` without the auxiliary losses of a mixture of experts, detached.
+        routing: of all layers, detached; None of a dense model, and in evaluation mode.
+    """
+
+    total: Tensor
+    cross_entropy: Tensor
+    routing: Routing | None
 
 
 class LanguageModel(nn.Module):
@@ -29,6 +46,7 @@ class LanguageModel(nn.Module):
     Attributes:
         checkpoint_blocks: recompute each block's activations in the backward pass instead of keeping them.
         chunked_loss: compute the loss without ever holding all logits, where torch has that (see `cross_entropy`).
+        sum_counts: sums a tensor over the processes that train a mixture of experts together; None for one process.
     """
 
     def __init__(self, config: ModelConfig, device: torch.device | str | None = None) -> None:
@@ -37,6 +55,7 @@ class LanguageModel(nn.Module):
         self.config = config
         self.checkpoint_blocks = False
         self.chunked_loss = False
+        self.sum_counts: Callable[[Tensor], Tensor] | None = None
         # without storage first: weights are drawn once, the same from one seed whether or not built on "meta"
         self.embed = nn.Embedding(config.vocab_size, config.d_model, device="meta")
         self.embed_norm = norm_at(config.placement.norms.get("embed"), config, config.d_model, "meta")
@@ -69,7 +88,8 @@ class LanguageModel(nn.Module):
         z_loss: float = 0.0,
         reduction: str = "mean",
         cache: KVCache | None = None,
-    ) -> Tensor:
+        detailed: bool = False,
+    ) -> Tensor | TrainingLoss:
         """Logits `[B, T, V]`, or the loss if targets are given.
 
         Args:
@@ -79,9 +99,11 @@ class LanguageModel(nn.Module):
             z_loss: weight of `logsumexp(logits)^2` (arXiv 2204.02311) added to the cross-entropy.
             reduction: "mean" or "none" (`[B, T]`); z_loss needs "mean".
             cache: the tokens come after those that it holds, and it holds them too afterwards.
+            detailed: return the loss as a `TrainingLoss`; needs "mean".
 
         Returns:
-            The logits, or cross-entropy in nats a token, in at least float32.
+            The logits, or cross-entropy in nats a token, in at least float32. In training mode, the mean has the
+            auxiliary losses of a mixture of experts in it.
 
         Raises:
             ValueError: if the sequence is longer than the context, or document_eos is given with a cache.
@@ -92,17 +114,32 @@ class LanguageModel(nn.Module):
         if self.config.context < T:
             raise ValueError(f"a sequence of {T} tokens was given, the model's context is {self.config.context}")
         mask = None if document_eos is None else document_mask(tokens_BT, document_eos)
-        x_BTC = self.hidden(tokens_BT, mask, cache)
+        layers: list[Routing] = []
+        x_BTC = self.hidden(tokens_BT, mask, cache, layers)
         if targets_BT is None:
             logits_BTV = F.linear(x_BTC, self.head_weight)
             points.output("logits", logits_BTV)
             return logits_BTV
-        return cross_entropy(
+        loss = cross_entropy(
             x_BTC, self.head_weight, targets_BT, z_loss=z_loss, reduction=reduction, chunked=self.chunked_loss
         )
+        total, routing = loss, None
+        if self.config.moe is not None and self.training and reduction == "mean":
+            auxiliary, routing = auxiliary_losses(layers, self.config.moe, self.sum_counts)
+            total = loss + auxiliary
+        return TrainingLoss(total, loss.detach(), routing) if detailed else total
 
-    def hidden(self, tokens_BT: Tensor, mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
-        """What the head reads: `[B, T]` to `[B, T, C]`; with a cache, which knows the mask, after what it holds."""
+    def hidden(
+        self,
+        tokens_BT: Tensor,
+        mask: Tensor | None = None,
+        cache: KVCache | None = None,
+        layers: list[Routing] | None = None,
+    ) -> Tensor:
+        """What the head reads: `[B, T]` to `[B, T, C]`; with a cache, which knows the mask, after what it holds.
+
+        `layers` receives the routing of each mixture of experts.
+        """
         positions = slice(tokens_BT.shape[1])
         if cache is not None:
             positions, mask = cache.grow(tokens_BT)
@@ -110,11 +147,13 @@ class LanguageModel(nn.Module):
         x_BTC = self.embed_norm(self.embed(tokens_BT))
         for layer, block in enumerate(self.blocks):
             if cache is not None:
-                x_BTC = block(x_BTC, rope, mask, partial(cache.write, layer))
+                x_BTC, routing = block(x_BTC, rope, mask, partial(cache.write, layer))
             elif self.checkpoint_blocks and torch.is_grad_enabled():
-                x_BTC = checkpoint(block, x_BTC, rope, mask, use_reentrant=False)
+                x_BTC, routing = checkpoint(block, x_BTC, rope, mask, use_reentrant=False)
             else:
-                x_BTC = block(x_BTC, rope, mask)
+                x_BTC, routing = block(x_BTC, rope, mask)
+            if layers is not None and routing is not None:
+                layers.append(routing)
         return self.final_norm(x_BTC)
 
     @property

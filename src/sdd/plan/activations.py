@@ -17,7 +17,7 @@ the residual stream float32. Norms that are left out (`sdd.models.elimination`) 
 All sizes are bytes a token.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sdd.models import ModelConfig
 from sdd.models.blocks import eliminations
@@ -102,7 +102,10 @@ def _block(tape: Tape, config: ModelConfig, index: int, x: Tensor, fused_attenti
     context = tape.skip(context) if "ctx" in left_out else _norm(tape, norms.get("ctx"), context, config.n_heads)
     x = _leave(tape, norms.get("attn_out"), norms.get("attn_post"), tape.linear(context, config.d_model), x)
     tape.part = "feed-forward"
-    h = _gated(tape, config, norms, left_out, _enter(tape, "ffn_in", norms, left_out, x))
+    h = _enter(tape, "ffn_in", norms, left_out, x)
+    if config.moe is not None:
+        return _leave(tape, None, norms.get("ffn_post"), _mixture(tape, config, norms, left_out, h), x)
+    h = _gated(tape, config, norms, left_out, h)
     return _leave(tape, norms.get("ffn_out"), norms.get("ffn_post"), tape.linear(h, config.d_model), x)
 
 
@@ -163,6 +166,62 @@ def _gated(tape: Tape, config: ModelConfig, norms: dict[Site, Norm], left_out: f
             else _norm(tape, norms.get("up"), up)
         )
     return tape.multiply(tape.silu(gate), up)
+
+
+def _mixture(tape: Tape, config: ModelConfig, norms: dict[Site, Norm], left_out: frozenset[Site], h: Tensor) -> Tensor:
+    """`sdd.models.moe.MoE`: k rows a token."""
+    assert config.moe is not None
+    E, k, C, F = config.moe.n_experts, config.moe.top_k, config.d_model, config.d_ff
+    logits = tape.cast(tape.linear(h, E), WIDE)
+    p, log_sum, pairs = Tensor(E, WIDE), Tensor(1, WIDE), Tensor(k, 8)
+    tape.record([logits], p, [p])
+    tape.record([logits], log_sum, [logits, log_sum])
+    weights = tape.record([p], Tensor(k, WIDE), [Tensor(k, 8)])  # indices of the chosen
+    if config.moe.renormalise:
+        weights = tape.record([weights], Tensor(k, WIDE), [weights, Tensor(1, WIDE)])
+    experts = Tensor(k, 8)
+    rows = tape.record([h], Tensor(k * C, h.itemsize), [pairs])
+    gate, up = tape.linear(rows, k * F), tape.linear(rows, k * F)
+    if config.placement.joint_gate_up and {"gate", "up"} <= norms.keys():
+        z = tape.record([gate, up], Tensor(2 * k * F, tape.itemsize))
+        y = _expert_norm(tape, norms.get("gate"), z, k, experts)
+        gate, up = (tape.record([y], Tensor(k * F, tape.itemsize)) for _ in range(2))
+    else:
+        gate = _expert_norm(tape, norms.get("gate"), gate, k, experts)
+        up = _expert_up(tape, norms, left_out, up, k, experts)
+    if tape.kernels:
+        h_rows = tape.record([gate, up], Tensor(k * F, tape.itemsize), [gate, up])
+    else:
+        h_rows = tape.multiply(tape.silu(gate), up)
+    y = _expert_norm(tape, norms.get("ffn_out"), tape.linear(h_rows, k * C), k, experts)
+    weights = tape.record([weights], Tensor(k, WIDE), [pairs])
+    weighted = tape.record([y, weights], Tensor(k * C, WIDE), [y, weights])
+    y = tape.cast(tape.record([weighted], Tensor(C, WIDE), [pairs]), tape.itemsize)
+    if not config.moe.d_shared:
+        return y
+    shared = _gated(tape, replace(config, d_ff=config.moe.d_shared), norms, left_out, h)
+    return tape.add(_norm(tape, norms.get("ffn_out"), tape.linear(shared, C)), y)
+
+
+def _expert_norm(tape: Tape, norm: Norm | None, z: Tensor, k: int, experts: Tensor) -> Tensor:
+    """`alpha_e * norm(z)` in one function."""
+    if norm is None:
+        return z
+    before, tape.part = tape.part, "norms"
+    y = tape.record([z], Tensor(z.width, z.itemsize), [z, Tensor(k, WIDE), experts], scratch=4 * z.width * WIDE)
+    tape.part = before
+    return y
+
+
+def _expert_up(
+    tape: Tape, norms: dict[Site, Norm], left_out: frozenset[Site], z: Tensor, k: int, experts: Tensor
+) -> Tensor:
+    if "up" not in left_out:
+        return _expert_norm(tape, norms.get("up"), z, k, experts)
+    wide = tape.cast(z, WIDE)
+    tape.record([wide], Tensor(k, WIDE), [wide, Tensor(k, WIDE)], scratch=wide.bytes)
+    alphas = Tensor(z.width, WIDE)
+    return tape.cast(tape.record([z], Tensor(z.width, WIDE), [z, alphas, experts]), z.itemsize)
 
 
 def _loss(tape: Tape, config: ModelConfig, x: Tensor, chunked: bool, z_loss: bool) -> None:

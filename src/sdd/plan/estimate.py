@@ -111,7 +111,7 @@ class Plan:
             "gpus": self.job.gpus,
             "gpu": asdict(self.gpu),
             "precision": self.precision,
-            "parameters": {**asdict(count), "total": count.total, "active": count.total, "published": count.published},
+            "parameters": {**asdict(count), "total": count.total, "active": count.active, "published": count.published},
             "flops_per_token": {
                 **asdict(flops),
                 "model": flops.model,

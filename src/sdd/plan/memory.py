@@ -142,8 +142,12 @@ def count_memory(job: Job) -> Memory:
     """The memory of one GPU by part."""
     model = job.model
     count = count_parameters(model)
+    experts = 1 if model.moe is None else model.moe.n_experts
     sizes = _Sizes(
-        count.matrices, model.d_model * model.d_ff, count.embedding + count.head, model.vocab_size * model.d_model
+        count.matrices,
+        model.d_model * max(model.d_ff * experts, model.d_model),
+        count.embedding + count.head,
+        model.vocab_size * model.d_model,
     )
     share = -(-(sizes.matrices + sizes.ends) // job.gpus) + count.scales
     tensors = len(list(LanguageModel(model, device="meta").parameters()))

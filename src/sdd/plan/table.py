@@ -31,17 +31,27 @@ def _parameters(plan: Plan) -> list[str]:
     count = plan.parameters
     rows = [
         ("all", f"{count.total:,}", f"{count.scales:,} of them alphas and norm weights"),
-        ("active a token", f"{count.total:,}", "all of a dense model, the whole embedding included"),
+        ("active a token", f"{count.active:,}", _active(plan)),
         ("as published labels count", f"{count.published:,}", "without alphas and norm weights"),
     ]
     return aligned(rows, right=(1,))
+
+
+def _active(plan: Plan) -> str:
+    moe = plan.run.model.moe
+    of = "all of a dense model" if moe is None else f"{moe.top_k} of {moe.n_experts} experts a block"
+    return f"{of}, the whole embedding included"
 
 
 def _flops(plan: Plan) -> list[str]:
     flops = plan.flops
     halved = f"what MFU counts; {_scaled(flops.causal)} if causal attention is halved"
     rows = [
-        ("matrix products", _scaled(flops.matmul), f"6 * {flops.matmul_parameters:,} parameters: blocks and head"),
+        (
+            "matrix products",
+            _scaled(flops.matmul),
+            f"6 * {flops.matmul_parameters:,} active parameters: blocks and head",
+        ),
         ("attention", _scaled(flops.attention), "12 * blocks * d_model * context: the causal half not subtracted"),
         ("model", _scaled(flops.model), halved),
         ("recomputed", _scaled(flops.recomputed), _recomputed(plan)),

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sdd import points
-from sdd.nn import SDDLinear
+from sdd.nn import SDDExpertLinear, SDDLinear
 from sdd.probing.attention import AttentionCalls, sampled_attention
 from sdd.probing.sites import Sites, first_tensor, is_norm, norm_ratio
 from sdd.probing.summary import layer_name
@@ -39,7 +39,7 @@ class Recorder:
         """Install everything."""
         handles = [module.register_forward_pre_hook(self._entered) for module in self._sites.names]
         for module in self._sites.watched:
-            if not isinstance(module, SDDLinear):
+            if not isinstance(module, (SDDLinear, SDDExpertLinear)):
                 handles.append(module.register_forward_hook(self._left_site))
         for index, block in enumerate(self._sites.blocks):
             handles.append(block.register_forward_hook(partial(self._left_block, index), with_kwargs=True))
@@ -75,7 +75,7 @@ class Recorder:
             self._output(name, y)
 
     def projection(self, module: nn.Module, z: Tensor, y: Tensor) -> None:
-        """An SDDLinear."""
+        """An SDD layer."""
         name = self._sites.names.get(module)
         if name is not None and self._is_recorded():
             self._output(name, y)

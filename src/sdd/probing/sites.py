@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from sdd.functional import Group, resolve_group
-from sdd.nn import SDDLinear
+from sdd.nn import SDDExpertLinear, SDDLinear
 
 Role = Literal["weight", "alpha"]
 
@@ -66,7 +66,7 @@ class Sites:
         """The place of each possible site in a row of probe.jsonl."""
         parameters: dict[str, list[str]] = {}
         for parameter, (module, leaf) in self._owners().items():
-            if parameter.ndim > 1 and leaf != "weight":
+            if parameter.ndim > 1 and leaf != "weight" and not _is_scale(module, leaf):
                 parameters.setdefault(self.names[module], []).append(_joined(self.names[module], leaf))
         names = [site for name in self.names.values() for site in (name, *parameters.get(name, ()))]
         return {name: index for index, name in enumerate(names)}
@@ -142,13 +142,15 @@ def _statistics_dtype(z: Tensor) -> torch.dtype:
 
 
 def _watched_parameter(module: nn.Module, name: str, leaf: str, parameter: nn.Parameter) -> WatchedParameter:
-    if parameter.ndim > 1:
+    if parameter.ndim > 1 and not _is_scale(module, leaf):
         return WatchedParameter(name if leaf == "weight" else _joined(name, leaf), "weight", parameter)
     return WatchedParameter(name, "alpha", parameter)
 
 
 def _is_scale(module: nn.Module, leaf: str) -> bool:
-    return leaf == "alpha" if isinstance(module, SDDLinear) else leaf == "weight" and is_norm(module)
+    if isinstance(module, (SDDLinear, SDDExpertLinear)):
+        return leaf == "alpha"
+    return leaf == "weight" and is_norm(module)
 
 
 def _blocks(root: nn.Module) -> list[nn.Module]:

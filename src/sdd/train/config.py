@@ -205,6 +205,7 @@ class RunConfig:
 
 # Large shapes: the paper's batch, schedule and rates; see docs/training.md.
 _PUBLISHED_OPTIM = OptimConfig(lr=3e-4, warmup=2000)
+_PUBLISHED_MOE_OPTIM = OptimConfig(lr=4e-4, warmup=2500)
 
 
 def _published(name: str) -> RunConfig:
@@ -229,7 +230,7 @@ def preset(name: str) -> RunConfig:
     """
     model = model_presets[name]
     match name:
-        case "nano":
+        case "nano" | "moe-nano":
             return RunConfig(
                 model, DataConfig(batch_size=4), OptimConfig(lr=4e-3, warmup=40), steps=400, checkpoint_every=200
             )
@@ -237,5 +238,7 @@ def preset(name: str) -> RunConfig:
             return RunConfig(
                 model, DataConfig(batch_size=16), OptimConfig(lr=2e-3, warmup=50), steps=500, eval_sequences=128
             )
+        case "moe-588m-3b" | "moe-1b-7b":
+            return replace(_published(name), optim=_PUBLISHED_MOE_OPTIM, steps=59_605)  # 250B tokens
         case _:
-            return replace(_published(name), model=model)
+            return _published(name)

@@ -14,7 +14,8 @@ from sdd import config_io
 from sdd.data import DataSource, Loader, eval_windows
 from sdd.errors import Interrupted, RunFailed, UserError
 from sdd.models import LanguageModel, count_parameters
-from sdd.models.transformer import HAS_CHUNKED_LOSS
+from sdd.models.moe import Routing
+from sdd.models.transformer import HAS_CHUNKED_LOSS, TrainingLoss
 from sdd.probing import Probe
 from sdd.probing.alarms import Alarms
 from sdd.train import checkpoint as ckpt
@@ -27,6 +28,7 @@ from sdd.train.parallel import ALONE, World
 from sdd.train.progress import Reporter
 from sdd.train.recovery import CHECK_EVERY, Recovery
 from sdd.train.resuming import accepted_state, resume_newest
+from sdd.train.routing import StepRouting
 from sdd.train.run_dir import RunDir, environment
 from sdd.train.schedule import learning_rate
 from sdd.train.sharding import average_gradients, build_model, compile_model
@@ -69,11 +71,13 @@ class Trainer:
         self.model = build_model(LanguageModel(config.model, "meta"), self.device, self.autocast_dtype, world)
         self.model.checkpoint_blocks = config.activation_checkpointing
         self.model.chunked_loss = config.chunked_loss and HAS_CHUNKED_LOSS
+        self.model.sum_counts = world.total if world.size > 1 else None
         self.optimizer = build_optimizer(self.model, config.optim)
         self.recovery = Recovery(self)
         self.reporter = Reporter(config.steps, quiet=not world.is_main)
         self.step = 0
         self.seconds = 0.0
+        self._routing: StepRouting | None = None
         self._passes = world.passes(config.data.batch_size, config.accumulate)
         self._eval_windows = eval_windows(self.data.validation, config.eval_sequences, config.model.context)
         self._token_bytes = self._token_lengths()
@@ -172,22 +176,33 @@ class Trainer:
         """Forward and backward of one step (from 0); the gradients are clipped and not yet used.
 
         Returns:
-            Loss (nats a token, of the whole batch) and global gradient norm before clipping, still on the device; the
-            same on every process.
+            Loss (nats a token, of the whole batch, without the auxiliary losses of a mixture of experts) and global
+            gradient norm before clipping, still on the device; the same on every process.
         """
         set_learning_rate(self.optimizer, learning_rate(self.config.optim, step + 1, self.config.steps))
         parts = self._batch(step).chunk(self._passes)
         total = torch.zeros((), device=self.device)
+        passes: list[Routing] = []
         for part in parts:
-            with torch.autocast(self.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
-                loss = self.model(
-                    part[:, :-1], part[:, 1:], document_eos=self._document_eos, z_loss=self.config.optim.z_loss
-                )
-            (loss / len(parts)).backward()
-            total += loss.detach() / len(parts)
+            loss = self._loss(part)
+            (loss.total / len(parts)).backward()
+            total += loss.cross_entropy / len(parts)
+            if loss.routing is not None:
+                passes.append(loss.routing)
         average_gradients(self.model, self.world)
+        self._routing = StepRouting(passes, self.world) if passes else None
         self.probe.gradients_ready()
         return self.world.mean(total), clip_gradients(self.model, self.config.optim.grad_clip)
+
+    def _loss(self, rows: Tensor) -> TrainingLoss:
+        with torch.autocast(self.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
+            return self.model(
+                rows[:, :-1],
+                rows[:, 1:],
+                document_eos=self._document_eos,
+                z_loss=self.config.optim.z_loss,
+                detailed=True,
+            )
 
     def update(self) -> None:
         """The optimiser's part of a step."""
@@ -291,6 +306,7 @@ class Trainer:
             "seconds": self.seconds,
             "time": time.time(),
             "tokens_per_second": self.config.tokens_per_step / seconds,
+            **(self._routing.row() if self._routing else {}),
         }
         self.record("metrics.jsonl", row)
         tensorboard.log(row)
@@ -303,6 +319,7 @@ class Trainer:
             "eval_loss": evaluation.loss,
             "eval_bits_per_byte": evaluation.bits_per_byte,
             "eval_tokens": evaluation.tokens,
+            **(self._routing.loads() if self._routing else {}),
         }
         self.record("metrics.jsonl", row)
         tensorboard.log(row)

@@ -78,11 +78,15 @@ class World:
 
     def mean(self, value: Tensor) -> Tensor:
         """The mean over ranks."""
+        return value if self.size == 1 else self.total(value) / self.size
+
+    def total(self, value: Tensor) -> Tensor:
+        """The sum over ranks, in the dtype of the value."""
         if self.size == 1:
             return value
         total = value.clone()
         dist.all_reduce(total)
-        return total / self.size
+        return total
 
     def sum(self, value: float) -> float:
         """The sum over ranks, in float64."""

@@ -1,8 +1,8 @@
 """A model's parts on many processes (FSDP2).
 
-Matrices are sharded, block by block. Alphas and norm weights, well under 0.1% of a model, stay whole and float32 on
-every rank: they never pass the bfloat16 cast of the matrices' all-gather, and their gradients are averaged in one
-all-reduce. All master weights, moments and reductions are float32.
+Matrices are sharded, block by block, those of experts by expert. Alphas and norm weights, well under 0.1% of a model,
+stay whole and float32 on every rank: they never pass the bfloat16 cast of the matrices' all-gather, and their gradients
+are averaged in one all-reduce. All master weights, moments and reductions are float32.
 """
 
 from collections.abc import Iterator
@@ -15,6 +15,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from sdd.models import LanguageModel
+from sdd.optim_groups import param_groups
 from sdd.train.parallel import World
 
 
@@ -41,7 +42,8 @@ def build_model(
 
 def _shard(model: LanguageModel, device: torch.device, autocast_dtype: torch.dtype | None, world: World) -> None:
     mesh = init_device_mesh(device.type, (world.size,))
-    whole = {parameter for parameter in model.parameters() if parameter.ndim < 2}
+    roles = param_groups(model)
+    whole = {parameter for group in roles if group["role"] in ("alpha", "bias") for parameter in group["params"]}
     policy = MixedPrecisionPolicy(autocast_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in model.blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy, ignored_params=whole)

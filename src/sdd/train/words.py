@@ -22,6 +22,8 @@ def opening(run: "Trainer") -> Iterator[str]:
         f"{model.placement.name or 'own placement'}: {model.n_layers} layers, d_model {model.d_model}, "
         f"{count.total:,} parameters ({count.scales:,} of them alphas and norms)"
     )
+    if model.moe is not None:
+        yield f"{model.moe.n_experts} experts, {model.moe.top_k} a token: {count.active:,} parameters active"
     epochs = config.steps * config.data.batch_size / run.loader.n_windows
     where = str(run.device) if run.world.size == 1 else f"{run.world.size} processes ({run.device.type})"
     yield (

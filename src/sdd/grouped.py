@@ -1,0 +1,240 @@
+"""Operations on rows that are sorted by expert, each group of rows with its expert's own matrix.
+
+Rows of one expert are consecutive. `ends` (int32 `[E]`) says where each expert's rows end, so that no shape depends on
+the routing: nothing is padded, nothing waits for a GPU, and torch.compile sees fixed shapes.
+
+Shape suffixes: N tokens, K experts a token, M = N*K rows, E experts, I input features, O output features.
+"""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from sdd.functional import Eps
+
+
+class Order(NamedTuple):
+    """Which pair of a token and one of its experts each of the sorted rows stands for.
+
+    Attributes:
+        pairs_M: the pair `n*K + k` of each row, int64.
+        experts_M: the expert of each row, ascending, int64.
+        ends_E: where each expert's rows end, int32.
+        top_k: K.
+    """
+
+    pairs_M: Tensor
+    experts_M: Tensor
+    ends_E: Tensor
+    top_k: int
+
+    @property
+    def tokens_M(self) -> Tensor:
+        """The token of each row, int64."""
+        return self.pairs_M // self.top_k
+
+    @property
+    def counts_E(self) -> Tensor:
+        """How many rows each expert has, int32."""
+        return self.ends_E.diff(prepend=self.ends_E.new_zeros(1))
+
+
+def sort_by_expert(experts_NK: Tensor, n_experts: int) -> Order:
+    """Sort all pairs of token and expert by expert; tokens keep their order."""
+    experts_M, pairs_M = experts_NK.flatten().sort(stable=True)
+    experts_E = torch.arange(n_experts, device=experts_M.device)
+    ends_E = torch.searchsorted(experts_M, experts_E, right=True, out_int32=True)
+    return Order(pairs_M, experts_M, ends_E, experts_NK.shape[1])
+
+
+def dispatch(x_NI: Tensor, order: Order) -> Tensor:
+    """A row for each pair of token and expert: `[N, I]` to `[M, I]`."""
+    return _Dispatch.apply(x_NI, order.pairs_M, order.top_k)  # pyright: ignore[reportReturnType]
+
+
+def collect(y_MO: Tensor, order: Order) -> Tensor:
+    """The sum of each token's rows: `[M, O]` to `[N, O]`, in the dtype of y."""
+    return _Collect.apply(y_MO, order.pairs_M, order.top_k)  # pyright: ignore[reportReturnType]
+
+
+def grouped_linear(x_MI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
+    """`y = W_e x` for each row, e being its expert; under autocast in its dtype, as `torch.nn.functional.linear`.
+
+    Args:
+        x_MI: rows sorted by expert.
+        weight_EOI: the experts' matrices.
+        ends_E: where each expert's rows end, int32; the last is M.
+
+    Returns:
+        `[M, O]`. It can be differentiated once.
+    """
+    device = x_MI.device.type
+    if torch.is_autocast_enabled(device) and x_MI.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+        x_MI, weight_EOI = x_MI.to(dtype), weight_EOI.to(dtype)
+    return _GroupedLinear.apply(x_MI.contiguous(), weight_EOI, ends_E)  # pyright: ignore[reportReturnType]
+
+
+def rows_of(alpha_EO: Tensor, order: Order) -> Tensor:
+    """The alpha of each row's expert, `[M, O]`."""
+    return alpha_EO.index_select(0, order.experts_M)
+
+
+def expert_scaled_norm(z_MO: Tensor, alpha_EO: Tensor, order: Order, *, eps: Eps = 1e-6) -> Tensor:
+    """`alpha_e * norm(z)` for each row, e being its expert; see `sdd.functional.scaled_norm`.
+
+    Args:
+        z_MO: rows sorted by expert.
+        alpha_EO: the experts' scales.
+        order: whose row is whose.
+        eps: added to the mean square, inside the root; a number, or `[M]`, one a row.
+
+    Returns:
+        `[M, O]` in the dtype of z. It can be differentiated once.
+    """
+    return _ExpertScaledNorm.apply(z_MO, alpha_EO, order.experts_M, eps)  # pyright: ignore[reportReturnType]
+
+
+class _ExpertScaledNorm(torch.autograd.Function):
+    """The equations of `sdd.functional.sdd_linear`; what is saved is z and r, one number a row."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, alpha: Tensor, experts: Tensor, eps: Eps) -> Tensor:
+        wide = z.to(torch.promote_types(z.dtype, torch.float32))
+        square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(z.shape[1])
+        r = square.add_(eps.unsqueeze(-1) if isinstance(eps, Tensor) else eps).rsqrt_()
+        ctx.save_for_backward(z, alpha, experts, r)
+        return (wide * r).mul_(alpha.index_select(0, experts)).to(z.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        z, alpha, experts, r = ctx.saved_tensors
+        n = z.to(r.dtype) * r
+        product = gradients[0] * n
+        dalpha = torch.zeros_like(alpha).index_add_(0, experts, product.to(alpha.dtype))
+        scaled = gradients[0] * alpha.index_select(0, experts)
+        mean = torch.linalg.vecdot(scaled.to(n.dtype), n).div_(z.shape[1]).unsqueeze(-1)
+        dz = scaled.to(r.dtype).addcmul(n, mean, value=-1).mul_(r).to(z.dtype)
+        deps = (mean * r.square()).mul_(-z.shape[1] / 2).squeeze(-1) if ctx.needs_input_grad[3] else None
+        return dz, dalpha, None, deps
+
+
+class _Dispatch(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, pairs: Tensor, top_k: int) -> Tensor:
+        ctx.save_for_backward(pairs)
+        ctx.top_k = top_k
+        return x.index_select(0, pairs // top_k)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (pairs,) = ctx.saved_tensors
+        return _sum_by_token(gradients[0], pairs, ctx.top_k), None, None
+
+
+class _Collect(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, pairs: Tensor, top_k: int) -> Tensor:
+        ctx.save_for_backward(pairs)
+        ctx.top_k = top_k
+        return _sum_by_token(y, pairs, top_k)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (pairs,) = ctx.saved_tensors
+        return gradients[0].index_select(0, pairs // ctx.top_k), None, None
+
+
+def _sum_by_token(rows: Tensor, pairs: Tensor, top_k: int) -> Tensor:
+    """The derivative of a gather, in one order of summation whatever the device."""
+    tokens = len(pairs) // top_k
+    if rows.device.type == "cpu":  # adds one row after the other
+        return rows.new_zeros(tokens, rows.shape[1]).index_add_(0, pairs // top_k, rows)
+    places = torch.empty_like(pairs).scatter_(0, pairs, torch.arange(len(pairs), device=pairs.device))
+    return rows[places.view(tokens, top_k)].sum(1)
+
+
+class _GroupedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight, ends)
+        return _rows_product(x, weight.transpose(1, 2), ends)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        x, weight, ends = ctx.saved_tensors
+        dy = gradients[0].contiguous()  # a broadcast one has strides that no kernel takes
+        dx = _rows_product(dy, weight, ends) if ctx.needs_input_grad[0] else None
+        return dx, _groups_product(dy, x, ends) if ctx.needs_input_grad[1] else None, None
+
+
+def _rows_product(x_MI: Tensor, matrices_EIO: Tensor, ends_E: Tensor) -> Tensor:
+    """`x A_e` for each row."""
+    if _takes_grouped_mm(x_MI, matrices_EIO.shape[2]):
+        return F.grouped_mm(x_MI, matrices_EIO, offs=ends_E)
+    return (_rows_op if torch.compiler.is_compiling() else _rows)(x_MI, matrices_EIO, ends_E)
+
+
+def _groups_product(y_MO: Tensor, x_MI: Tensor, ends_E: Tensor) -> Tensor:
+    """`y_e^T x_e` for each expert's rows; zero for an expert without any."""
+    if not _takes_grouped_mm(x_MI, y_MO.shape[1]):
+        return (_groups_op if torch.compiler.is_compiling() else _groups)(y_MO, x_MI, ends_E)
+    product = F.grouped_mm(y_MO.t(), x_MI, offs=ends_E)
+    if product.device.type == "cuda":  # some kernels do not write it (pytorch/pytorch#172439, #174314)
+        empty_E = ends_E.diff(prepend=ends_E.new_zeros(1)) == 0
+        product = product.masked_fill(empty_E[:, None, None], 0.0)
+    return product
+
+
+def _takes_grouped_mm(x: Tensor, width: int) -> bool:
+    """Whether torch's kernel takes rows of x's and of that width: rows of whole 16 bytes, and no float64.
+
+    Its compiled form takes bfloat16 on a GPU only.
+    """
+    if torch.compiler.is_compiling() and (x.device.type != "cuda" or x.dtype != torch.bfloat16):
+        return False
+    aligned = x.shape[1] * x.itemsize % 16 == 0 and width * x.itemsize % 16 == 0
+    return aligned and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _rows(x: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
+    out = x.new_empty(x.shape[0], matrices.shape[2])
+    for rows, matrix in zip(_slices(ends), matrices, strict=True):
+        torch.mm(x[rows], matrix, out=out[rows])
+    return out
+
+
+def _groups(y: Tensor, x: Tensor, ends: Tensor) -> Tensor:
+    out = x.new_empty(len(ends), y.shape[1], x.shape[1])
+    for rows, product in zip(_slices(ends), out, strict=True):
+        torch.mm(y[rows].t(), x[rows], out=product)
+    return out
+
+
+def _slices(ends: Tensor) -> Iterator[slice]:
+    """Each expert's rows; waits for the device."""
+    start = 0
+    for end in ends.tolist():
+        yield slice(start, end)
+        start = end
+
+
+# torch.compile cannot look into a loop whose length depends on the data, but calls an operation whose shapes it knows
+_rows_op = torch.library.custom_op("sdd::expert_rows", _rows, mutates_args=())
+_groups_op = torch.library.custom_op("sdd::expert_groups", _groups, mutates_args=())
+
+
+@_rows_op.register_fake
+def _(x: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], matrices.shape[2])
+
+
+@_groups_op.register_fake
+def _(y: Tensor, x: Tensor, ends: Tensor) -> Tensor:
+    return x.new_empty(len(ends), y.shape[1], x.shape[1])

@@ -1,0 +1,183 @@
+"""Dropless mixtures of experts: the feed-forward network of which each token uses only the k experts that suit it best.
+
+With h the input, `p = softmax(R h)` over all E experts in float32, and the k experts of largest p chosen,
+
+    y = sum over the chosen e of p_e * down_e(silu(gate_e h) * up_e h)
+
+and a shared feed-forward network of h added by choice. No token is dropped and none is padded to a capacity: rows are
+sorted by expert, so that memory and work grow with tokens * k. Norms at gate, up and ffn_out make each expert's
+projections SDD layers of their own, `alpha_e * norm(V_e x)`: its output is normed before p_e is applied.
+
+Two auxiliary losses join the training loss, each the mean over layers times its weight (arXiv 2409.02060):
+
+    load balancing   E * sum over e of f_e * P_e   f_e: share of all choices that fell on e; P_e: mean of p_e
+    router z-loss    mean of logsumexp(R h)^2
+
+f and P are those of the tokens of one forward pass, over all processes (see `auxiliary_losses`).
+
+Shape suffixes: B sequences, T tokens of each, N = B*T, K experts a token, M = N*K rows, E experts, C d_model, F d_ff,
+L layers.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from sdd import points
+from sdd.grouped import Order, collect, dispatch, expert_scaled_norm, rows_of, sort_by_expert
+from sdd.kernels import swiglu
+from sdd.models.config import ModelConfig, MoEConfig
+from sdd.models.elimination import is_plain, mean_square, product_dtype, read
+from sdd.nn import ExpertLinear, SDDExpertLinear
+from sdd.placement import Norm, Site
+
+
+class Routing(NamedTuple):
+    """How a forward pass routed its tokens: by one layer, or with a first dimension L by each of a model's layers.
+
+    A forward hook on `MoE` sees it as the second output. Nothing here waits for the device.
+
+    Attributes:
+        counts: int32 `[E]`, choices that fell on each expert; they add up to N*K.
+        probability: float32 `[E]`, the mean of p over tokens.
+        z_loss: float32, the mean of `logsumexp(R h)^2`.
+        entropy: float32, the mean over tokens of p's entropy in nats: log E where the router has no preference.
+    """
+
+    counts: Tensor
+    probability: Tensor
+    z_loss: Tensor
+    entropy: Tensor
+
+    @property
+    def load(self) -> Tensor:
+        """float32 `[E]`: each expert's choices over their mean; 1 is balanced, 0 a dead expert, E/k all tokens."""
+        return self.counts / self.counts.sum(-1, keepdim=True) * self.counts.shape[-1]
+
+    @property
+    def balance_loss(self) -> Tensor:
+        """`E * sum of f_e * P_e`, 1 where all is balanced."""
+        return (self.load * self.probability).sum(-1)
+
+
+class MoE(nn.Module):
+    """A mixture of SwiGLU experts, see the module's equations.
+
+    Args:
+        config: the model; must have `moe`.
+        norms: of the block, by site.
+        shared: the feed-forward network that every token uses, if there is one.
+        superfluous: norms that are not computed, see `sdd.models.elimination`.
+        device: as in every module.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        norms: dict[Site, Norm],
+        shared: nn.Module | None = None,
+        superfluous: frozenset[Site] = frozenset(),
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        assert config.moe is not None
+        C, F = config.d_model, config.d_ff
+        self.top_k, self.renormalise = config.moe.top_k, config.moe.renormalise
+        self.joint = config.placement.joint_gate_up and {"gate", "up"} <= norms.keys()
+        self.superfluous = superfluous
+        self.router = nn.Linear(C, config.moe.n_experts, bias=False, device=device)
+        self.gate_proj = _experts_at(C, F, norms.get("gate"), config, device)
+        self.up_proj = _experts_at(C, F, norms.get("up"), config, device)
+        self.down_proj = _experts_at(F, C, norms.get("ffn_out"), config, device)
+        self.shared = shared
+
+    def forward(self, x_BTC: Tensor) -> tuple[Tensor, Routing]:
+        """`[B, T, C]` to `[B, T, C]`, and how the tokens were routed."""
+        x_NC = x_BTC.flatten(0, -2)
+        weights_NK, order, routing = self.route(x_NC)
+        y_MC = self.experts(dispatch(x_NC, order), order)
+        weights_M = weights_NK.flatten().index_select(0, order.pairs_M)
+        y_NC = collect(y_MC * weights_M.unsqueeze(1), order).to(y_MC.dtype)
+        y_BTC = y_NC.view_as(x_BTC)
+        if self.shared is not None:
+            y_BTC = y_BTC + read(self.shared.down_proj, *self.shared(x_BTC))  # pyright: ignore[reportArgumentType]
+        return y_BTC, routing
+
+    def route(self, x_NC: Tensor) -> tuple[Tensor, Order, Routing]:
+        """The weights of each token's experts, at least float32 `[N, K]`; the order of the rows; statistics."""
+        logits_NE = self.router(x_NC)
+        logits_NE = logits_NE.to(torch.promote_types(logits_NE.dtype, torch.float32))
+        p_NE = logits_NE.softmax(-1)
+        weights_NK, experts_NK = p_NE.topk(self.top_k)
+        if self.renormalise:
+            weights_NK = weights_NK / weights_NK.sum(-1, keepdim=True)
+        order = sort_by_expert(experts_NK, p_NE.shape[1])
+        log_sum_N = logits_NE.logsumexp(-1)
+        with torch.no_grad():
+            entropy = (log_sum_N - torch.linalg.vecdot(p_NE, logits_NE)).mean()
+        return weights_NK, order, Routing(order.counts_E, p_NE.mean(0), log_sum_N.square().mean(), entropy)
+
+    def experts(self, x_MC: Tensor, order: Order) -> Tensor:
+        """Each row through its expert: `[M, C]` to `[M, C]`."""
+        if self.joint:
+            return self.down_proj(self._joint(x_MC, order), order)
+        gate_MF, up, down = self.gate_proj(x_MC, order), self.up_proj, self.down_proj
+        if "up" in self.superfluous and is_plain(up, down) and product_dtype(x_MC) != torch.float16:
+            return self._without_up_norm(gate_MF, x_MC, order)
+        return down(swiglu(gate_MF, up(x_MC, order)), order)
+
+    def _joint(self, x_MC: Tensor, order: Order) -> Tensor:
+        gate, up = self.gate_proj, self.up_proj
+        assert isinstance(gate, SDDExpertLinear)
+        assert isinstance(up, SDDExpertLinear)
+        z_M2F = torch.cat([gate.product(x_MC, order), up.product(x_MC, order)], -1)
+        alpha_E2F = torch.cat([gate.alpha, up.alpha], -1)
+        y_gate, y_up = expert_scaled_norm(z_M2F, alpha_E2F, order, eps=gate.eps).chunk(2, -1)
+        points.projection(gate, z_M2F, y_gate)
+        points.projection(up, z_M2F, y_up)
+        return swiglu(y_gate, y_up)
+
+    def _without_up_norm(self, gate_MF: Tensor, x_MC: Tensor, order: Order) -> Tensor:
+        up, down = self.up_proj, self.down_proj
+        assert isinstance(up, SDDExpertLinear)
+        assert isinstance(down, SDDExpertLinear)
+        z_MF = up.product(x_MC, order)
+        h_MF = swiglu(gate_MF, (rows_of(up.alpha, order) * z_MF).to(z_MF.dtype))
+        return down.scale(down.product(h_MF, order), order, down.eps * (mean_square(z_MF) + up.eps))
+
+
+def _experts_at(
+    in_features: int, out_features: int, norm: Norm | None, config: ModelConfig, device: torch.device | str | None
+) -> ExpertLinear:
+    """Plain layers, or with a norm at their site SDD layers."""
+    assert config.moe is not None
+    shape = (config.moe.n_experts, in_features, out_features, device)
+    if norm is None:
+        return ExpertLinear(*shape)
+    return SDDExpertLinear(*shape, alpha_init=norm.alpha(config.n_layers), eps=norm.eps)
+
+
+def auxiliary_losses(
+    layers: Sequence[Routing], config: MoEConfig, sum_counts: Callable[[Tensor], Tensor] | None = None
+) -> tuple[Tensor, Routing]:
+    """What the routers add to the training loss: `balance_loss * mean balance + router_z_loss * mean z`.
+
+    The load balancing loss is linear in P, and f has no derivative. So where every process computes it with its own P
+    and the counts of all, the mean over processes is the loss of all their tokens together, and so are the gradients.
+    With gradient accumulation, each forward pass has the f of its own tokens.
+
+    Args:
+        layers: one for each layer.
+        config: the weights.
+        sum_counts: sums a tensor over the processes that train together; None for one process.
+
+    Returns:
+        The scalar, and the routing of all layers (first dimension L), detached, with the counts of all processes.
+    """
+    routing = Routing(*(torch.stack(values) for values in zip(*layers, strict=True)))
+    if sum_counts is not None:
+        routing = routing._replace(counts=sum_counts(routing.counts))
+    total = config.balance_loss * routing.balance_loss.mean() + config.router_z_loss * routing.z_loss.mean()
+    return total, Routing(*(value.detach() for value in routing))
