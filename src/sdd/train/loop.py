@@ -85,7 +85,7 @@ class Trainer:
         self._signals = StopSignals()
         if config.compile:
             compile_model(self.model)
-        self.probe = Probe(self.model, every=config.probe_every, out=partial(self.record, "probe.jsonl"))
+        self.probe = Probe(self.model, every=config.probe_every, out=partial(self.record, "probe.jsonl"), early=True)
         self.alarms = Alarms()
 
     def resume(self, path: Path) -> dict[str, Any]:
