@@ -23,6 +23,8 @@ MAX_BLOCK = 16_384
 WIDE_BLOCK = 4096
 
 
+#: Features in a block of columns of an operation on two tensors.
+COLUMN_BLOCK = 2048
 #: Compiles a kernel; its declared type knows no launch options.
 jit: Any = triton.jit
 
@@ -52,7 +54,7 @@ def dense(x: Tensor | None) -> Tensor | None:
 def row_blocks(width: int, reduces: bool, most: int) -> tuple[int, int]:
     """Features of a block and blocks of a row: one where the row is summed over and at most `most` wide."""
     whole = next_power_of_2(width)
-    block = whole if reduces and whole <= most else min(whole, 2048)
+    block = whole if reduces and whole <= most else min(whole, COLUMN_BLOCK)
     return block, cdiv(width, block)
 
 
