@@ -22,7 +22,7 @@ UNTIMED = 2
 def configured(name: str, args: argparse.Namespace) -> RunConfig:
     base = preset(name)
     model = replace(base.model, placement=find_placement(args.placement))
-    return replace(base, model=model, threads=args.threads, device=args.device, eval_sequences=1)
+    return replace(base, model=model, threads=args.threads, device=args.device, eval_sequences=1, probe_every=0)
 
 
 def seconds(trainer: Trainer, probe: Probe, step: int, probed: bool) -> float:

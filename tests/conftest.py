@@ -1,3 +1,4 @@
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -7,6 +8,9 @@ from hypothesis import settings
 # No deadline: the machine may be busy. Drawn inputs are fixed so that a red run can be repeated.
 settings.register_profile("sdd", deadline=None, max_examples=50, derandomize=True)
 settings.load_profile("sdd")
+# Where there is no GPU kernels run under Triton's interpreter, which has to be asked for before Triton is imported.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 # Tests are small: a second thread costs more than it gives, and much more on a busy machine.
 torch.set_num_threads(1)
 

@@ -31,6 +31,7 @@ COMMANDS = {
     "report": ["run", "empty", "words.txt", "--out"],
     "generate": ["run", "--prompt", "--tokens", "--temperature", "--top-k", "--top-p", "--seed", "--json"],
     "eval": ["run", "--text", "words.txt", "--json"],
+    "probe": ["run", "empty", "--data", "words.txt", "--placement", "--batches", "--json", "--out"],
     "plan": [
         "nano",
         "581m",

@@ -59,7 +59,7 @@ NAMES = st.sampled_from([name for name, _, _ in config_io.fields()] + ["model", 
 
 @given(NAMES, JSON)
 def test_a_drawn_value_in_any_field_is_taken_or_refused_in_one_line(name, value):
-    values = json.loads(json.dumps(config_io.to_dict(preset("nano"))))
+    values = json.loads(json.dumps(config_io.to_dict(preset("moe-nano"))))  # with every optional part
     *path, last = name.split(".")
     target = values
     for key in path:

@@ -117,9 +117,9 @@ def field_table() -> str:
 
 
 def value_text(run: Any, dotted: str) -> str:
-    """A field's value as JSON would have it, numbers short."""
+    """A field's value as JSON would have it, numbers short; "none" in an optional part that is not set up."""
     for key in dotted.split("."):
-        run = run[key]
+        run = None if run is None else run[key]
     if run is None or isinstance(run, bool):
         return str(run).lower()
     return f"{run:g}" if isinstance(run, float) else str(run)

@@ -7,13 +7,13 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from sdd import config_io
-from sdd.cli_parser import Parser, base_config, positive_int
+from sdd.cli_parser import Parser, base_config, port_number, positive_int
 from sdd.errors import Interrupted, RunFailed, UserError, one_line
 from sdd.train.parallel import joined, speaks, supervised, tell
 
@@ -62,24 +62,30 @@ def _exit_code(args: list[str]) -> int:
         if not _is_out_of_memory(error):
             raise
         reason = one_line(next(iter(str(error).splitlines()), ""))[:200]
-        tell(f"sdd: failed: not enough memory ({reason}): lower data.batch_size, raise accumulate, or shrink the model")
-        return 3
+        return _failed(f"not enough memory ({reason}): lower data.batch_size, raise accumulate, or shrink the model")
     except OSError as error:
         _drop_stdout()
         where = f"{error.filename}: " if error.filename else ""
-        tell(f"sdd: failed: {one_line(where)}{error.strerror or one_line(error)}")
-        return 3
+        return _failed(one_line(f"{where}{error.strerror or error}"))
+
+
+def _failed(line: str) -> int:
+    """Tell it in whichever process of a job meets it: nobody knows whether the others do."""
+    tell(f"sdd: failed: {line}", int(os.environ.get("RANK", 0)))
+    return 3
 
 
 def _is_out_of_memory(error: Exception) -> bool:
     """Whether memory was refused, or so much was asked for that its amount is no number any more."""
-    known = "out of memory", "can't allocate memory", "overflow"
+    known = "out of memory", "can't allocate memory", "multiplication overflow", "calculation overflow"
     return isinstance(error, MemoryError) or any(words in str(error) for words in known)
 
 
 def _drop_stdout() -> None:
     """Let what could not be printed not be tried again at exit, where it would end in a traceback."""
-    with suppress(OSError, ValueError):  # ValueError: it has no descriptor, as under a test
+    try:
+        sys.stdout.flush()
+    except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -117,17 +123,18 @@ def _train(args: list[str]) -> int:
     from sdd.train.loop import fit_vocabulary, start
 
     with joined() as world:
-        config, out, as_json, own_vocabulary = world.together(lambda: _train_request(args))
+        config, out, as_json, own_vocabulary, port = world.together(lambda: _train_request(args))
         if out is None and world.may_restart:
             raise UserError("torchrun --max-restarts needs --out RUN, by which a restarted job finds its run")
         out = out or world.on_main(lambda: _free_directory(args[0], config))
         if not own_vocabulary:
             config = fit_vocabulary(config, world.in_turn(lambda: resolve(config)))
-        return _finish(start(config, out, world), as_json)
+        live = world.together(lambda: _live_page(port, world))
+        return _finish(start(config, out, world), as_json, live)
 
 
-def _train_request(args: list[str]) -> tuple[Any, Path | None, bool, bool]:
-    """The run, its directory if named, whether to answer in JSON, and whether the vocabulary was given."""
+def _train_request(args: list[str]) -> tuple[Any, Path | None, bool, bool, int | None]:
+    """The run, its directory if named, whether to answer in JSON, whether the vocabulary was given, --live's port."""
     from sdd.models import model_presets
 
     parser = Parser(
@@ -139,13 +146,14 @@ def _train_request(args: list[str]) -> tuple[Any, Path | None, bool, bool]:
     parser.add_argument("preset", metavar="PRESET", help=", ".join(model_presets) + "; or the path of a config.json")
     parser.add_argument("--out", type=Path, metavar="RUN", help="run directory (default: runs/PRESET-PLACEMENT)")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    _add_live(parser)
     parser.add_argument("--printed-shape", action="store_true", help="581m to 2b: 8 kv heads and 100,278 tokens")
     _add_fields(parser)
     options = vars(parser.parse_known(args))
     base = base_config(options.pop("preset"), options.pop("printed_shape"))
-    out, as_json = options.pop("out"), options.pop("json")
+    out, as_json, port = options.pop("out"), options.pop("json"), options.pop("live")
     overrides = {SHORT.get(name, name): _value(text) for name, text in options.items() if text is not None}
-    return config_io.with_overrides(base, overrides), out, as_json, "model.vocab_size" in overrides
+    return config_io.with_overrides(base, overrides), out, as_json, "model.vocab_size" in overrides, port
 
 
 def _resume(args: list[str]) -> int:
@@ -153,19 +161,22 @@ def _resume(args: list[str]) -> int:
 
     with joined() as world:
         options = world.together(lambda: _resume_request(args))
-        return _finish(reopen(options.run, options.steps, world), options.json)
+        live = world.together(lambda: _live_page(options.live, world))
+        return _finish(reopen(options.run, options.steps, world), options.json, live)
 
 
 def _resume_request(args: list[str]) -> argparse.Namespace:
     parser = Parser(prog="sdd resume", description="Go on with a run from its newest whole checkpoint.")
     parser.add_argument("run", metavar="RUN", type=Path, help="run directory")
     parser.add_argument("--steps", type=positive_int, help="a new total number of steps")
+    _add_live(parser)
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     return parser.parse_known(args)
 
 
-def _finish(trainer: Any, as_json: bool) -> int:
-    result = trainer.run()
+def _finish(trainer: Any, as_json: bool, live: Any) -> int:
+    with live.serving(trainer.run_dir.path) if live else nullcontext():
+        result = trainer.run()
     if not trainer.world.is_main:
         return 0
     if as_json:
@@ -180,6 +191,22 @@ def _finish(trainer: Any, as_json: bool) -> int:
     return 0
 
 
+def _add_live(parser: argparse.ArgumentParser) -> None:
+    about = "show the report on 127.0.0.1:PORT while training (default 8765, or a free one)"
+    parser.add_argument("--live", metavar="PORT", nargs="?", type=port_number, const=0, help=about)
+
+
+def _live_page(port: int | None, world: Any) -> Any:
+    """What serves the report while training, if that was asked for; on the first process only."""
+    if port is None or not world.is_main:
+        return None
+    from sdd.lab.live_page import LivePage
+
+    live = LivePage(port)
+    print(f"the report, until the run ends: {live.url} (for browsers on this machine)", file=sys.stderr, flush=True)
+    return live
+
+
 def _report(args: list[str]) -> int:
     from sdd.lab.report import write_report
 
@@ -188,8 +215,7 @@ def _report(args: list[str]) -> int:
     parser.add_argument("--out", type=Path, help="the page (default: report.html in the first run)")
     options = parser.parse_known(args)
     out = options.out or options.runs[0] / "report.html"
-    write_report(options.runs, out)
-    print(f"wrote {out}")
+    print(*write_report(options.runs, out), f"wrote {out}", sep="\n")
     return 0
 
 
@@ -251,18 +277,35 @@ def _tokenize(args: list[str]) -> int:
 
 
 def _study(args: list[str]) -> int:
-    from sdd.lab import run_study, studies
+    from sdd.lab import Options, run_study, studies
 
-    parser = Parser(prog="sdd study", description="Run a study: a grid of runs, a table, figures and a page.")
-    parser.add_argument("name", metavar="NAME", help=", ".join(studies))
-    parser.add_argument("--out", type=Path, help="folder of its runs, figures and page (default: studies/NAME)")
-    parser.add_argument("--seeds", type=positive_int, default=1, help="seeds a setting (default 1)")
-    parser.add_argument("--workers", type=positive_int, help="runs at once (default: one a core, at most four)")
-    options = parser.parse_known(args)
-    if options.name not in studies:
-        near = config_io.nearest(options.name, list(studies))
-        raise UserError(f"no study {options.name!r}{near}; choose one of {', '.join(studies)}")
-    return run_study(options.name, options.out or Path("studies") / options.name, options.seeds, options.workers)
+    parser = Parser(
+        prog="sdd study",
+        description="Run a study: a grid of runs, tables, figures and a page. Options default to those that --out has.",
+        usage="sdd study NAME [--preset P] [--seeds N] [--workers W] [--out DIR] [OPTIONS]",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "name", metavar="NAME", help="; ".join(f"{name}: {study.about}" for name, study in studies.items())
+    )
+    parser.add_argument("--out", type=Path, help="folder of its runs, results and page (default: studies/NAME)")
+    parser.add_argument("--preset", help="model and length of the runs (default nano)")
+    parser.add_argument("--seeds", type=positive_int, help="seeds a setting (default 3, of the demo 1)")
+    parser.add_argument(
+        "--workers", type=positive_int, help="runs at once (default: one a GPU, or a core, at most four)"
+    )
+    parser.add_argument("--placements", metavar="A,B", help="the methods to compare (default: the study's)")
+    parser.add_argument("--tuned", action="store_true", help="robustness: tune the learning rate of every cell")
+    _add_fields(parser)
+    options = vars(parser.parse_known(args))
+    name, out = options.pop("name"), options.pop("out")
+    if name not in studies:
+        near = config_io.nearest(name, list(studies))
+        raise UserError(f"no study {name!r}{near}; choose one of {', '.join(studies)}")
+    asked = {key: options.pop(key) for key in ("preset", "seeds", "workers", "tuned")}
+    asked["placements"] = tuple(filter(None, (options.pop("placements") or "").split(",")))
+    overrides = {SHORT.get(key, key): _value(text) for key, text in options.items() if text is not None}
+    return run_study(name, out or Path("studies") / name, Options(**asked, overrides=overrides))
 
 
 def _add_fields(parser: argparse.ArgumentParser) -> None:

@@ -3,9 +3,9 @@
 import dataclasses
 import difflib
 import json
-import operator
 import types
 from collections.abc import Iterator, Mapping
+from functools import reduce
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -16,8 +16,8 @@ from sdd.files import write_aside
 from sdd.placement import Placement, placements
 from sdd.train.config import RunConfig
 
-# Floats may be written as JSON cannot (a diverged run's threshold, say); unknown keys are mistakes, not extras.
 _LARGEST = 2**63 - 1  # an integer of torch
+# Floats may be written as JSON cannot (a diverged run's threshold, say); unknown keys are mistakes, not extras.
 _PYDANTIC = ConfigDict(extra="forbid")
 
 
@@ -58,10 +58,15 @@ def from_dict(values: Mapping[str, Any], cls: type = RunConfig) -> Any:
     except RecursionError:
         raise UserError("the config is nested too deeply to be one of ours") from None
     for dotted, _, _ in fields(cls):
-        value = operator.attrgetter(dotted)(config)
+        value = _value(config, dotted)
         if isinstance(value, int) and value > _LARGEST:
             raise UserError(f"{dotted}={value} is too large: at most {_LARGEST}")
     return config
+
+
+def _value(config: Any, dotted: str) -> Any:
+    """The value of a field; None in an optional part that is not set up."""
+    return reduce(lambda part, name: getattr(part, name, None), dotted.split("."), config)
 
 
 def load(path: Path) -> RunConfig:

@@ -200,7 +200,8 @@ def sdd_swiglu(
     Raises:
         ValueError: if a joint group lacks an alpha or has two eps.
     """
-    check_swiglu(z_gate, z_up, alpha_gate, alpha_up, joint, eps, up_eps)
+    unequal_eps = not isinstance(eps, Tensor) and up_eps not in (None, eps)
+    check_swiglu(z_gate, z_up, alpha_gate, alpha_up, joint, unequal_eps)
     if alpha_gate is not None and alpha_up is not None and joint:
         return swiglu(*joint_scaled_norm(z_gate, z_up, alpha_gate, alpha_up, eps=eps))
     gate = z_gate if alpha_gate is None else scaled_norm(z_gate, alpha_gate, eps=eps)
@@ -237,31 +238,28 @@ def sdd_swiglu_bare_up(
     Returns:
         h `[..., d_ff]` in the dtype of z_gate, and q `[...]` in at least float32.
     """
-    check_swiglu(z_gate, z_up, alpha_gate, alpha_up, False, eps, None)
+    check_shapes(z_gate, z_up, alpha_gate, alpha_up)
     gate = z_gate if alpha_gate is None else scaled_norm(z_gate, alpha_gate, eps=eps)
     wide = z_up.to(_statistics_dtype(z_up.dtype))
     return swiglu(gate, (alpha_up * wide).to(z_up.dtype)), wide.square().mean(-1)
 
 
 def check_swiglu(
-    z_gate: Tensor,
-    z_up: Tensor,
-    alpha_gate: Tensor | None,
-    alpha_up: Tensor | None,
-    joint: bool,
-    eps: Eps,
-    up_eps: Eps | None,
+    z_gate: Tensor, z_up: Tensor, alpha_gate: Tensor | None, alpha_up: Tensor | None, joint: bool, unequal_eps: bool
 ) -> None:
     """Raise ValueError if shapes do not fit, or a joint group lacks an alpha or has two eps."""
-    if z_gate.shape != z_up.shape:
-        raise ValueError(f"z_gate {list(z_gate.shape)} and z_up {list(z_up.shape)} differ in shape")
-    for name, alpha in (("alpha_gate", alpha_gate), ("alpha_up", alpha_up)):
-        if alpha is not None and alpha.shape != z_gate.shape[-1:]:
-            raise ValueError(f"{name} has shape {list(alpha.shape)}, expected {list(z_gate.shape[-1:])}")
-    if joint and (alpha_gate is None or alpha_up is None):
-        raise ValueError("joint=True is one norm over gate and up: give alpha_gate and alpha_up")
-    if joint and not isinstance(eps, Tensor) and up_eps not in (None, eps):
-        raise ValueError(f"joint=True has one eps: {eps} and up_eps={up_eps} were given")
+    check_shapes(z_gate, z_up, alpha_gate, alpha_up)
+    if joint and (alpha_gate is None or alpha_up is None or unequal_eps):
+        raise ValueError("joint=True is one norm over gate and up: give alpha_gate and alpha_up, and one eps")
+
+
+def check_shapes(z: Tensor, other: Tensor, *alphas: Tensor | None) -> None:
+    """Raise ValueError if two tensors that belong together differ in shape, or an alpha is not one a feature."""
+    if z.shape != other.shape:
+        raise ValueError(f"tensors of shapes {list(z.shape)} and {list(other.shape)} were given, expected one shape")
+    for alpha in alphas:
+        if alpha is not None and alpha.shape != z.shape[-1:]:
+            raise ValueError(f"alpha has shape {list(alpha.shape)}, expected {list(z.shape[-1:])}")
 
 
 def rope_tables(
@@ -347,15 +345,6 @@ def residual_prenorm(
     return stream.to(residual.dtype), (norm(stream, norm_eps) * norm_alpha).to(dtype or residual.dtype)
 
 
-def check_residual(z: Tensor, residual: Tensor, *alphas: Tensor | None) -> None:
-    """Raise ValueError if shapes do not fit."""
-    if z.shape != residual.shape:
-        raise ValueError(f"z {list(z.shape)} and the residual stream {list(residual.shape)} differ in shape")
-    for alpha in alphas:
-        if alpha is not None and alpha.shape != z.shape[-1:]:
-            raise ValueError(f"alpha has shape {list(alpha.shape)}, expected {list(z.shape[-1:])}")
-
-
 def qk_norm_rope(
     z: Tensor,
     alpha: Tensor | None,
@@ -388,6 +377,7 @@ def qk_norm_rope(
 
 def _stream(z: Tensor, residual: Tensor, alpha: Tensor | None, residual_scale: float, eps: Eps) -> Tensor:
     """`residual_scale * residual + alpha * norm(z)` in at least float32."""
+    check_shapes(z, residual, alpha)
     branch = z.to(_statistics_dtype(z.dtype))
     if alpha is not None:
         branch = scaled_norm(branch, alpha, eps=eps)

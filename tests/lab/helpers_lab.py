@@ -3,11 +3,13 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from sdd import config_io
 from sdd.placement import placements
+from sdd.probing import append_row, compact
 from sdd.train import RunConfig, preset
 from sdd.train.run_dir import RunDir
 
@@ -24,9 +26,19 @@ def config_of(placement: str = "sdd", steps: int = 60, seed: int = 0, lr: float 
 
 
 def write_run(
-    path: Path, config: RunConfig, *, end: float = 5.0, until: int | None = None, breaks_at: int | None = None
+    path: Path,
+    config: RunConfig,
+    *,
+    end: float = 5.0,
+    until: int | None = None,
+    breaks_at: int | None = None,
+    probed: bool = False,
+    fades_at: int | None = None,
 ) -> Path:
-    """A run directory as the trainer would leave it, without training: `until` leaves it unfinished there."""
+    """A run directory as the trainer would leave it, without training: `until` leaves it unfinished there.
+
+    From step `fades_at` on the gradient fades in block 1.
+    """
     path.mkdir(parents=True)
     config_io.save(config, path / "config.json")
     files = RunDir(path)
@@ -42,6 +54,11 @@ def write_run(
         if step % 10 == 0 and not broken:
             bits = {"eval_loss": loss, "eval_bits_per_byte": 0.3657 * loss, "eval_tokens": 8192}
             files.append("metrics.jsonl", {"step": step, **bits})
+    for step in range(10, last + 1, 10) if probed else ():
+        row = probe_row(step, noise[step])
+        if fades_at and step >= fades_at:
+            row["layers"]["grad_rms"][:2] = [1e-12, 1e-12]
+        append_row(path / "probe.jsonl", compact(row))
     result = {"placement": config.model.placement.name, "step": last, "steps": config.steps, "seconds": 0.1 * last}
     if breaks_at:
         reason = f"step {last}: loss nan, gradient norm nan: not finite"
@@ -50,6 +67,30 @@ def write_run(
         files.append("samples.jsonl", {"step": last, "prompt": "It was", "text": " the best of times"})
         files.write_json("result.json", {"status": "done", **result, "parameters": 1_080_768})
     return path
+
+
+def probe_row(step: int, noise: float = 0.0, blocks: int = 3) -> dict[str, Any]:
+    """A row of a healthy probe.jsonl."""
+    rough = float(np.exp(0.1 * noise))
+    matrix = {"rms": rough, "grad_rms": 1e-4, "weight_norm": 5.0, "weight_grad_rms": 1e-3, "update_ratio": 0.01}
+    sites: dict[str, dict[str, float]] = {"embed": {**matrix, "angle": 0.01}}
+    for block in range(blocks):
+        sites[f"blocks.{block}.attn"] = {"logit_max": 4 * rough, "entropy": 3 / rough}
+        sites[f"blocks.{block}.attn.o_proj"] = {
+            **matrix,
+            "angle": 0.01,
+            "eps_ratio": 1e-5 * rough,
+            "eps_ratio_max": 1e-4,
+            "alpha_norm": 8 * rough,
+            "alpha_grad_rms": 1e-3,
+        }
+        sites[f"blocks.{block}.ffn.up_proj"] = {**matrix, "angle": 0.01 * rough}
+    stream = [rough] * (blocks + 1)
+    return {
+        "step": step,
+        "sites": sites,
+        "layers": {"rms": stream, "cosine": stream[1:], "grad_rms": [1e-4] * (blocks + 1)},
+    }
 
 
 def edit_json(file: Path, **values: object) -> None:

@@ -1,3 +1,4 @@
+import math
 import re
 import sys
 from collections.abc import Callable
@@ -5,15 +6,16 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from helpers_lab import config_of, edit_json, write_run
+from helpers_lab import config_of, edit_json, probe_row, write_run
 
 from sdd.errors import UserError
 from sdd.lab import figures
 from sdd.lab.curves import loss_panel
-from sdd.lab.page import decimals, duration, setting, signed
-from sdd.lab.report import write_report
+from sdd.lab.page import decimals, duration, setting, signed, significant, write_page
+from sdd.lab.report import render, write_report
 from sdd.lab.runs import load_runs
 from sdd.lab.style import line_styles
+from sdd.probing import append_row, compact
 
 MakeRun = Callable[..., Path]
 
@@ -57,18 +59,18 @@ class Page(HTMLParser):
 
 def report(tmp_path: Path, *runs: Path) -> Page:
     out = tmp_path / "pages" / "report.html"
-    write_report(runs, out)
-    assert [path.name for path in out.parent.iterdir()] == ["report.html"]
+    write_page(out, render(load_runs(runs)))
     return Page(out)
 
 
 def test_page_fetches_nothing(tmp_path: Path, make_run: MakeRun) -> None:
-    page = report(tmp_path, make_run("a"), make_run("b", placement="postnorm"))
+    page = report(tmp_path, make_run("a"), make_run("b", placement="postnorm", probed=True))
+    assert any((image.get("xlink:href") or "").startswith("data:image/png;base64,") for image in page.all("image"))
     assert not {"script", "link", "img", "iframe", "object"} & {tag for tag, _ in page.elements}
     for _, attributes in page.elements:
         assert not attributes.get("src")
         for name in ("href", "xlink:href"):
-            assert (attributes.get(name) or "#").startswith("#")
+            assert (attributes.get(name) or "#").startswith(("#", "data:image/png;base64,"))
     assert "@import" not in page.source
     assert not re.search(r"url\((?!#)", page.source)
 
@@ -78,10 +80,10 @@ def test_page_has_what_phones_and_screen_readers_need(tmp_path: Path, make_run: 
     assert any(meta.get("name") == "viewport" for meta in page.all("meta"))
     assert page.all("html")[0]["lang"] == "en"
     pictures = [svg for svg in page.all("svg") if svg.get("aria-hidden") != "true"]
-    assert len(pictures) == 4
+    assert len(pictures) == 5
     for svg in pictures:
         assert svg["role"] == "img"
-        assert "against tokens" in (svg["aria-label"] or "")
+        assert re.search("against (tokens|seconds of training)", svg["aria-label"] or "")
         assert "width" not in svg
     ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
     assert len(ids) == len(set(ids))
@@ -173,6 +175,50 @@ def test_missing_extra_is_named(
         write_report([make_run("a")], tmp_path / "r.html")
 
 
+def test_page_begins_with_what_broke_first_and_tells_what_the_guard_did(tmp_path: Path, make_run: MakeRun) -> None:
+    path = make_run("a", placement="postnorm", lr=0.01, probed=True, fades_at=30)
+    with (path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 41, "event": "skip", "kind": "loss spike", "what": "loss 9.3 <b>", "batch": 40}\n')
+    page = report(tmp_path, path)
+    headline = "Gradients fade on their way down since step 30, first in block 1 (certain)."
+    assert page.text.index(headline) < page.text.index("Bits per byte")
+    for words in ("Try: lower optim.lr from 0.01 to 0.003", "loss 9.3 <b>; skip (batch 40)", "Then: the loss spikes"):
+        assert words in page.text
+    loss = load_runs([path])[0]
+    panel = loss_panel([loss], line_styles(["postnorm"]))
+    assert panel is not None
+    line = panel.lines[0]
+    assert (line.alarm, line.events) == (30 * 512, (41 * 512,))
+
+
+def test_runs_without_and_with_little_probe_are_shown(tmp_path: Path, make_run: MakeRun) -> None:
+    empty, odd, one = make_run("empty"), make_run("odd"), make_run("one", until=10, probed=True)
+    (empty / "probe.jsonl").touch()
+    (odd / "probe.jsonl").write_text('{"step": 1}\n{"step": "x", "sites": {}, "layers": {}}\n[]\n{"sites"')
+    page = report(tmp_path, empty, odd, one)
+    assert page.text.count("nothing was probed") == 2
+    assert "Residual stream" in page.text
+
+
+def test_page_of_a_deep_and_long_run_stays_small(tmp_path: Path, make_run: MakeRun) -> None:
+    path = make_run("a")
+    for step in range(1, 201):
+        append_row(path / "probe.jsonl", compact(probe_row(step, math.sin(step), blocks=32)))
+    page = render(load_runs([path]))
+    assert len(page) < 1_000_000
+
+
+def test_page_comes_with_its_figures_as_files(tmp_path: Path, make_run: MakeRun) -> None:
+    runs = [make_run("a", probed=True), make_run("b", probed=True, fades_at=30)]
+    first, second = write_report(runs, tmp_path / "pages" / "v1.0.html")
+    assert first == "a: No alarm."
+    assert second == "b: Gradients fade on their way down since step 30, first in block 1 (certain)."
+    assert sorted(path.name for path in (tmp_path / "pages").iterdir()) == ["v1.0-figures", "v1.0.html"]
+    names = {path.name for path in (tmp_path / "pages" / "v1.0-figures").iterdir()}
+    for name in ("heldout", "loss", "loss-time", "grad-norm", "lr", "map-stream", "map-stream-grad", "map-updates"):
+        assert {f"{name}.png", f"{name}.svg"} <= names
+
+
 def test_figure_files_are_written_and_reproducible(tmp_path: Path) -> None:
     path = write_run(tmp_path / "$a_1$ _ 走る", config_of())
     runs = load_runs([path])
@@ -196,4 +242,10 @@ def test_numbers_are_written_for_people() -> None:
     assert (duration(59.6), duration(3723), duration(None)) == ("1:00", "1:02:03", "–")
     assert (setting(0.004), setting(4096), setting(True), setting(None)) == ("0.004", "4,096", "true", "none")
     assert (signed(0.25, 2), signed(-0.25, 2), signed(float("nan"))) == ("+0.25", "−0.25", "–")
+    assert [significant(value) for value in (0.0012345, None, float("nan"), float("-inf"))] == [
+        "0.00123",
+        "",
+        "nan",
+        "−infinite",
+    ]
     assert figures.short_count(1_500_000) == "1.5M"

@@ -3,21 +3,28 @@
 import io
 import json
 import signal
+import threading
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
+from helpers_lab import write_run
 from rich.console import Console
 
+from sdd import config_io
 from sdd.errors import Interrupted, UserError
 from sdd.lab import runner
 from sdd.lab.live import Display, jobs_table
 from sdd.lab.runner import Grid, Job, same_settings, time_left
 from sdd.models import ModelConfig
 from sdd.train import DataConfig, OptimConfig, RunConfig
+from sdd.train.guard import weight_problem
 from sdd.train.loop import start
+from sdd.train.run_dir import RunDir
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +65,40 @@ class Recorder(Display):
             signal.raise_signal(signal.SIGINT)
 
 
+def observed(config: RunConfig) -> RunConfig:
+    """The run as studies make it: what is not finite ends it."""
+    return replace(config, guard=replace(config.guard, nonfinite="stop"))
+
+
+class Finished:
+    """In place of a process: one that has trained by the time it is looked at."""
+
+    started: ClassVar[list[str]] = []
+
+    def __init__(self, command: Sequence[str], env: dict[str, str], **_: object) -> None:
+        config, run = Path(command[-3]), Path(command[-1])
+        self.started.append(f"{run.name} on GPU {env.get('CUDA_VISIBLE_DEVICES')}")
+        time.sleep(0.01)
+        write_run(run, config_io.load(config))
+
+    def poll(self) -> int:
+        return 0
+
+    def terminate(self) -> None:
+        pass
+
+    def wait(self) -> int:
+        return 0
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Runs that were started, none of which trains."""
+    monkeypatch.setattr(Finished, "started", [])
+    monkeypatch.setattr(runner.subprocess, "Popen", Finished)
+    return Finished.started
+
+
 def losses(run: Path) -> list[tuple[int, float]]:
     rows = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
     return [(row["step"], row["loss"]) for row in rows if "loss" in row]
@@ -65,7 +106,7 @@ def losses(run: Path) -> list[tuple[int, float]]:
 
 def test_results_do_not_stop_a_grid_and_are_not_repeated(tiny: RunConfig, tmp_path: Path) -> None:
     runs = [
-        ("bursts", replace(tiny, optim=replace(tiny.optim, lr=1e30, warmup=0))),
+        ("bursts", observed(replace(tiny, optim=replace(tiny.optim, lr=1e30, warmup=0)))),
         ("good", replace(tiny, steps=20)),
         ("crashes", replace(tiny, data=replace(tiny.data, document_mask=True, path=str(tmp_path / "no-text.txt")))),
     ]
@@ -92,6 +133,112 @@ def test_results_do_not_stop_a_grid_and_are_not_repeated(tiny: RunConfig, tmp_pa
     other = [("good", replace(tiny, steps=30))]
     with pytest.raises(UserError, match="good holds a run with other settings"):
         Grid(other, tmp_path)
+
+
+def test_machines_that_share_a_folder_split_a_grid(
+    tiny: RunConfig, tmp_path: Path, started: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner, "_LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(runner, "visible_gpus", list)
+    runs = [(str(seed), replace(tiny, seed=seed, steps=20)) for seed in range(12)]
+    grids = [Grid(runs, tmp_path, workers=1) for _ in range(3)]
+    threads = [threading.Thread(target=grid.run, args=[Recorder()]) for grid in grids]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert sorted(started) == sorted(f"{name} on GPU None" for name, _ in runs)
+    for grid in grids:
+        assert {job.state for job in grid.jobs} == {"done"}
+        assert all(job.eval_loss is not None for job in grid.jobs)
+
+
+def test_a_run_that_another_process_writes_is_left_to_it(
+    tiny: RunConfig, tmp_path: Path, started: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the child of a study that was killed does: its claim is free, its run goes on."""
+    monkeypatch.setattr(runner, "_LOOK_SECONDS", 0.01)
+    run = write_run(tmp_path / "runs/a", replace(tiny, steps=20), until=7)
+    orphan = RunDir(run)
+    orphan.lock()
+    seen: list[str] = []
+
+    class Watcher(Recorder):
+        def update(self, jobs: Sequence[Job], seconds_left: float | None) -> None:
+            seen.append(jobs[0].state)
+            if len(seen) == 3:
+                for file in run.iterdir():
+                    file.unlink()
+                run.rmdir()
+                write_run(run, replace(tiny, steps=20))
+
+    grid = Grid([("a", replace(tiny, steps=20))], tmp_path)
+    assert grid.jobs[0].step == 7
+    grid.run(Watcher())
+    orphan.unlock()
+    assert seen[:3] == ["elsewhere"] * 3
+    assert grid.jobs[0].state == "done"
+    assert started == []
+
+
+def test_a_run_that_another_machine_took_over_is_stopped_here(
+    tiny: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a night in which this machine slept."""
+    config = replace(tiny, steps=20)
+
+    class Training(Finished):
+        def __init__(self, *_: object, **__: object) -> None:
+            self.code: int | None = None
+
+        def poll(self) -> int | None:  # type: ignore[override]
+            return self.code
+
+        def terminate(self) -> None:
+            self.code = 130
+            write_run(tmp_path / "runs/a", config)  # by the other machine
+
+    class Lost:
+        takes = iter([True])
+
+        def take(self, _: str) -> bool:
+            return next(self.takes, False)
+
+        def release(self, _: str) -> None:
+            pass
+
+        def renew(self) -> list[str]:
+            return ["a"]
+
+    monkeypatch.setattr(runner, "_LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(runner.subprocess, "Popen", Training)
+    monkeypatch.setattr(runner, "Claims", lambda _: Lost())
+    grid = Grid([("a", config)], tmp_path)
+    grid.run(Recorder())
+    assert grid.jobs[0].state == "done"
+
+
+def test_only_divergence_is_a_result(tiny: RunConfig, tmp_path: Path) -> None:
+    write_run(tmp_path / "runs/diverged", tiny, breaks_at=30)
+    full, hidden = (write_run(tmp_path / f"runs/{name}", tiny, until=30) for name in ("full", "hidden"))
+    damage = weight_problem([torch.full((2,), 1e9)])
+    assert damage is not None
+    for run, reason in ((full, "No space left on device"), (hidden, f"step 30: {damage.what}")):
+        RunDir(run).write_json("result.json", {"status": "failed", "step": 30, "reason": reason})
+    grid = Grid([(name, tiny) for name in ("diverged", "full", "hidden")], tmp_path)
+    assert [job.state for job in grid.jobs] == ["failed", "waiting", "failed"]
+
+
+def test_each_run_at_once_gets_a_gpu_of_its_own(
+    tiny: RunConfig, tmp_path: Path, started: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner, "visible_gpus", lambda: ["3", "5"])
+    runs = [(str(seed), replace(tiny, seed=seed, steps=20, device="auto")) for seed in range(4)]
+    grid = Grid(runs, tmp_path)
+    assert grid.workers == 2
+    grid.run(Recorder())
+    assert {line.rpartition(" ")[2] for line in started} == {"3", "5"}
+    assert Grid([("cpu", tiny)], tmp_path).gpus == []
 
 
 def test_interrupted_grid_saves_and_goes_on_as_if_nothing_had_been(tiny: RunConfig, tmp_path: Path) -> None:

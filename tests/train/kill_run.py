@@ -28,7 +28,7 @@ from sdd import config_io
 from sdd.errors import UserError
 from sdd.train.checkpoint import half_written, list_checkpoints, read_state, step_of, verify
 
-PATIENCE = 120.0  # seconds until a process that does nothing is a failure
+PATIENCE = 300.0  # seconds until a process that does nothing is a failure
 POLL = 0.0005
 MOMENTS = ("starting", "stepping", "saving", "saving")
 
@@ -94,7 +94,7 @@ def command(settings, folder, run):
         config_io.save(settings, folder / "settings.json")
         words = ["train", str(folder / "settings.json"), "--out", str(run)]
     words = [sys.executable, "-m", "sdd", *words]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
     return subprocess.Popen(words, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
@@ -102,7 +102,9 @@ def wait(process, reached):
     """Wait until `reached()`, or the process has ended."""
     end = time.monotonic() + PATIENCE
     while process.poll() is None and not reached():
-        assert time.monotonic() < end, "nothing happens"
+        if time.monotonic() > end:
+            process.send_signal(signal.SIGABRT)  # Python tells where it stands
+            raise AssertionError(f"nothing happens: {process.communicate()[1]}")
         time.sleep(POLL)
 
 

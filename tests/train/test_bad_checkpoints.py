@@ -13,6 +13,7 @@ import torch
 from helpers_train import TINY, little, rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from sdd import config_io
 from sdd.cli import main
@@ -98,7 +99,8 @@ def damage(draw, file):
     file.write_bytes(content)
 
 
-@settings(max_examples=40)
+@pytest.mark.slow
+@settings(max_examples=25)
 @given(st.data())
 def test_whatever_happens_to_the_newest_the_one_before_is_found(scratch, data):
     run = scratch()
@@ -121,7 +123,8 @@ def is_same(path, before):
         return False
 
 
-@settings(max_examples=40)
+@pytest.mark.slow
+@settings(max_examples=25)
 @given(
     field=st.sampled_from(
         ["step", "seconds", "tokens", "data", "data_files", "config", "environment", "files", "format"]
@@ -136,7 +139,8 @@ def test_a_forged_state_that_seals_itself_is_one_line_at_most(scratch, field, va
     ends_in_one_line(run)
 
 
-@settings(max_examples=40)
+@pytest.mark.slow
+@settings(max_examples=25)
 @given(st.data())
 def test_forged_tensors_with_the_right_hashes_are_one_line_at_most(scratch, data):
     run = scratch()
@@ -160,6 +164,36 @@ def test_forged_tensors_with_the_right_hashes_are_one_line_at_most(scratch, data
     if tensors.is_file():
         reseal(newest)
     ends_in_one_line(run)
+
+
+@pytest.mark.parametrize("field", ["step", "seconds", "tokens", "data", "config", "environment", "sha256"])
+def test_a_value_of_state_json_that_changed_is_damage(scratch, capsys, field):
+    run = scratch()
+    file = list_checkpoints(run / "checkpoints")[-1] / "state.json"
+    state = json.loads(file.read_text())
+    file.write_text(json.dumps({**state, field: [state[field]]}))
+    assert reopened(run) == 8
+    assert "step-00000012/state.json is damaged (its SHA-256 differs" in capsys.readouterr().err
+
+
+def test_tensors_of_another_dtype_are_not_converted(scratch, capsys):
+    run = scratch()
+    newest = list_checkpoints(run / "checkpoints")[-1]
+    (file,) = newest.glob("*.safetensors")
+    tensors = load_file(file)
+    tensors["model.embed.weight"] = tensors["model.embed.weight"].bfloat16()
+    save_file(tensors, file)
+    reseal(newest)
+    assert reopened(run) == 8
+    assert "model.embed.weight is torch.bfloat16, expected torch.float32" in capsys.readouterr().err
+
+
+def test_a_file_of_tensors_that_is_no_part_of_a_checkpoint_is_not_read(scratch, capsys):
+    run = scratch()
+    newest = list_checkpoints(run / "checkpoints")[-1]
+    save_file({"model.embed.weight": torch.zeros(64, 32)}, newest / "zz.safetensors")
+    assert reopened(run) == 8
+    assert "zz.safetensors is no part of it" in capsys.readouterr().err
 
 
 def reseal(path):
@@ -300,17 +334,18 @@ def test_an_unchanged_run_is_told_nothing(scratch, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_what_was_interrupted_at_its_last_checkpoint_is_brought_to_its_end(tmp_path):
-    """Killed after the last save, or interrupted before it: result.json tells of no end, or of an earlier one."""
+@pytest.mark.parametrize("earlier", ["interrupted", "done"])
+def test_what_was_killed_after_its_last_checkpoint_is_brought_to_its_end(tmp_path, earlier):
+    """result.json then tells of an earlier end: an interruption, or that of a run with fewer steps."""
     run = tmp_path / "run"
     result = loop.start(replace(TINY, steps=2), run).run()
     samples = (run / "samples.jsonl").read_text()
-    (run / "result.json").write_text(json.dumps({"status": "interrupted", "step": 1}))
+    (run / "result.json").write_text(json.dumps({"status": earlier, "step": 1}))
     assert loop.reopen(run).run()["eval_loss"] == result["eval_loss"]
     assert (run / "samples.jsonl").read_text() == samples, "the text is not sampled twice"
 
 
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(st.binary(max_size=300) | JSON.map(lambda value: (json.dumps(value) + "\n").encode()))
 def test_whatever_stands_in_metrics_the_run_goes_on(scratch, junk):
     run = scratch()

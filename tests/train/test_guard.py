@@ -16,7 +16,7 @@ from sdd.errors import RunFailed
 from sdd.train import loop
 from sdd.train.config import GuardConfig
 from sdd.train.guard import Guard, weight_problem
-from sdd.train.resuming import load_newest
+from sdd.train.resuming import resume_newest
 
 #: The batches are tiny and the loss falls fast: a nearer look back, and a narrower margin, than the defaults.
 CAREFUL = GuardConfig(spikes="skip", patience=2, window=16, loss_margin=6)
@@ -103,7 +103,7 @@ def test_without_faults_the_guard_changes_nothing(tmp_path, faultless):
     trainer.run_dir.unlock()
     assert plain == losses(faultless[0])
     guarded = loop.Trainer(RUN, loop.RunDir(faultless[0]))
-    load_newest(guarded)
+    resume_newest(guarded)
     for own, other in zip(trainer.model.parameters(), guarded.model.parameters(), strict=True):
         assert torch.equal(own, other)
     assert events(faultless[0]) == []

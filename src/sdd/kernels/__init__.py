@@ -1,6 +1,7 @@
 """Fused operations and the choice of who runs them; every function has its reference in `sdd.functional`."""
 
 from sdd.kernels.dispatch import (
+    Path,
     path_of,
     qk_norm_rope,
     residual_norm,
@@ -13,6 +14,7 @@ from sdd.kernels.dispatch import (
 )
 
 __all__ = [
+    "Path",
     "path_of",
     "qk_norm_rope",
     "residual_norm",

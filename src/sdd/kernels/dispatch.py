@@ -4,10 +4,10 @@
     recompute   PyTorch operations with the backward pass written out (`sdd.kernels.recompute`)
     triton      the fused kernels (`sdd.kernels.fused`)
 
-By itself ("auto"), a CUDA tensor of float32, bfloat16 or float16 runs on the kernels where Triton is installed.
-Everything else recomputes; under torch.compile, whose inductor fuses by itself, and under `torch.func`, which
-transforms any PyTorch code, it is composed. The environment variable SDD_KERNELS and the context manager `use` force
-one path.
+By itself ("auto"), a large CUDA tensor of float32, bfloat16 or float16 runs on the kernels where Triton is installed,
+and every other large tensor recomputes in training. Small tensors, no_grad, torch.compile without CUDA (inductor fuses
+by itself) and `torch.func` (which transforms any PyTorch code) are composed. The environment variable SDD_KERNELS and
+the context manager `use` force one path.
 """
 
 import os
@@ -30,6 +30,10 @@ Path = Literal["auto", "composed", "recompute", "triton"]
 #: Whether Triton is installed.
 HAS_TRITON = find_spec("triton") is not None
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Below these sizes the time is that of Python, which composed operations take less of. CPU: measured, 64x256 is 1.2
+# times slower and 256x256 1.3 times faster. CUDA: estimated from host time alone (a forward and backward pass of a
+# custom operation takes 0.25 ms more of it than the composed one); benchmarks/kernels.py measures it.
+_SMALL = {"cpu": 32_768, "cuda": 1_048_576}
 # a global, not a context variable: checkpointed blocks run again in autograd's own threads
 _forced = os.environ.get("SDD_KERNELS", "auto")
 
@@ -62,9 +66,7 @@ def path_of(z: Tensor) -> Path:
     """
     path = _checked(_forced)
     if path == "auto":
-        if HAS_TRITON and z.is_cuda and z.dtype in _DTYPES and not _transformed():
-            return "triton"
-        return "composed" if torch.compiler.is_compiling() or _transformed() else "recompute"
+        return _automatic(z)
     if path == "triton":
         _check_triton(z)
     return path
@@ -163,12 +165,23 @@ def _chosen(z: Tensor) -> ModuleType:
     """The module whose functions run an operation on z."""
     match path_of(z):
         case "triton":
-            from sdd.kernels import fused
+            from sdd.kernels.fused import operations
 
-            return fused
+            return operations
         case "recompute":
             return recompute
     return sdd_F
+
+
+def _automatic(z: Tensor) -> Path:
+    compiling = torch.compiler.is_compiling()
+    if not compiling and (
+        z.numel() < _SMALL.get(z.device.type, 0) or torch._C._are_functorch_transforms_active()  # torch.func
+    ):
+        return "composed"
+    if HAS_TRITON and z.is_cuda and z.dtype in _DTYPES:
+        return "triton"
+    return "composed" if compiling or not torch.is_grad_enabled() else "recompute"
 
 
 def _checked(path: str) -> Path:
@@ -176,11 +189,6 @@ def _checked(path: str) -> Path:
         if path == known:
             return known
     raise UserError(f"SDD_KERNELS={path!r} is no path of the kernels: choose one of {', '.join(get_args(Path))}")
-
-
-def _transformed() -> bool:
-    """Whether torch.func (grad, vmap, jvp) is at work; torch.compile sees through it by itself."""
-    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
 def _check_triton(z: Tensor) -> None:

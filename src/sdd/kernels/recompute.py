@@ -53,7 +53,7 @@ def sdd_swiglu(
     up_eps: float | None = None,
 ) -> Tensor:
     """`sdd.functional.sdd_swiglu`."""
-    sdd_F.check_swiglu(z_gate, z_up, alpha_gate, alpha_up, joint, eps, up_eps)
+    sdd_F.check_swiglu(z_gate, z_up, alpha_gate, alpha_up, joint, up_eps not in (None, eps))
     if joint:
         assert alpha_gate is not None
         assert alpha_up is not None
@@ -148,6 +148,7 @@ def differentiate_again(
 
 def _stream(z: Tensor, residual: Tensor, alpha: Tensor | None, residual_scale: float, eps: Eps) -> Tensor:
     """`residual_scale * residual + alpha * norm(z)` in at least float32."""
+    sdd_F.check_shapes(z, residual, alpha)
     wide = _wide(z.dtype)
     branch = z.to(wide) if alpha is None else scaled_norm(z, alpha, eps=eps, dtype=wide)
     return torch.add(branch, residual, alpha=residual_scale)
@@ -170,7 +171,8 @@ class _Rope(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (dy,) = gradients
         cos, sin = ctx.saved_tensors
         dx = dy * cos
         (dx1, dx2), (dy1, dy2), (sin1, sin2) = (a.chunk(2, -1) for a in (dx, dy, sin))
@@ -209,7 +211,8 @@ class _ScaledNorm(torch.autograd.Function):
         return y.to(dtype)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (dy,) = gradients
         z, alpha, bias, row_eps, r = ctx.saved_tensors
         if torch.is_grad_enabled():
             return (*differentiate_again(_composed(ctx), (z, alpha, bias, row_eps), [dy]), None, None, None)

@@ -6,8 +6,9 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from sdd.lab.runs import Run
+from sdd.lab.runs import Run, number
 from sdd.lab.style import Style
+from sdd.probing.alarms import broke_first
 
 _SMOOTHED_OVER = 25  # a smoothed curve averages over 1/25 of the run
 _MOST_POINTS = 600
@@ -24,6 +25,8 @@ class Line:
         raw: the points before smoothing, drawn faintly underneath.
         marked: whether every point gets its marker.
         broken: whether it ends because the run failed; it then ends in a cross.
+        alarm: where the first alarm begins, marked by a triangle; None for nowhere.
+        events: where the guard acted, marked by a stroke.
     """
 
     label: str
@@ -33,6 +36,16 @@ class Line:
     raw: tuple[np.ndarray, np.ndarray] | None = None
     marked: bool = False
     broken: bool = False
+    alarm: float | None = None
+    events: tuple[float, ...] = ()
+
+    def at(self, x: float) -> tuple[float, float]:
+        """The point of the curve nearest to x, among those that are drawn."""
+        finite = np.flatnonzero(np.isfinite(self.y))
+        if not len(finite):
+            return x, math.nan
+        nearest = finite[np.abs(self.x[finite] - x).argmin()]
+        return float(self.x[nearest]), float(self.y[nearest])
 
 
 @dataclass(frozen=True)
@@ -47,6 +60,7 @@ class Panel:
         ceiling: the greatest value shown; what lies above runs off the top. None shows all.
         limits: of the vertical axis; None fits it to the curves.
         reference: a horizontal line, its height and name.
+        against: the horizontal axis.
     """
 
     title: str
@@ -56,6 +70,7 @@ class Panel:
     ceiling: float | None = None
     limits: tuple[float, float] | None = None
     reference: tuple[float, str] | None = None
+    against: str = "tokens"
 
     @property
     def clipped(self) -> bool:
@@ -64,7 +79,7 @@ class Panel:
 
     def describe(self) -> str:
         """The figure in words, for those who cannot see it."""
-        parts = [f"{self.title}, {self.unit}, against tokens."]
+        parts = [f"{self.title}, {self.unit}, against {self.against}."]
         if self.reference:
             parts.append(f"{self.reference[1]}: {self.reference[0]:.3g}.")
         for line in self.lines:
@@ -119,6 +134,22 @@ def loss_panel(runs: Sequence[Run], styles: Sequence[Style], title: str = "Train
     return Panel(title, "nats a token", lines, ceiling=_untrained(runs, False)) if lines else None
 
 
+def time_panel(runs: Sequence[Run], styles: Sequence[Style], title: str = "Training loss in time") -> Panel | None:
+    """Training loss against the time spent in training steps, smoothed."""
+    ends = [run.seconds for run in runs if math.isfinite(run.seconds)]
+    if not ends:
+        return None
+    size, unit = _time_unit(max(ends))
+    lines = []
+    for run, style in zip(runs, styles, strict=True):
+        y = _finite(run.steps["loss"])
+        if np.isfinite(y).any():
+            curve = thin(run.steps["seconds"] / size, smooth(y))
+            lines.append(Line(run.name, *curve, style, broken=_broke(run)))
+    ceiling = _untrained(runs, False)
+    return Panel(title, "nats a token", lines, ceiling=ceiling, against=f"{unit} of training") if lines else None
+
+
 def grad_norm_panel(runs: Sequence[Run], styles: Sequence[Style], title: str = "Gradient norm") -> Panel | None:
     """Global gradient norm before clipping, smoothed in its logarithm."""
     lines = _smooth_lines(runs, styles, "grad_norm", _smooth_log)
@@ -171,8 +202,27 @@ def _smooth_lines(
         x, y = run.steps["tokens"], _finite(run.steps[column])
         if np.isfinite(y).any():
             curve = thin(x, smoother(y))
-            lines.append(Line(run.name, *curve, style, raw=thin(x, y), broken=_broke(run)))
+            marks = {"alarm": _alarm_at(run, x), "events": _events_at(run, x)}
+            lines.append(Line(run.name, *curve, style, raw=thin(x, y), broken=_broke(run), **marks))
     return lines
+
+
+def _alarm_at(run: Run, x: np.ndarray) -> float | None:
+    first = broke_first(run.alarms)
+    return float(np.interp(first.since_step, run.steps["step"], x)) if first else None
+
+
+def _events_at(run: Run, x: np.ndarray) -> tuple[float, ...]:
+    steps = [number(row.get("step")) for row in run.events]
+    return tuple(float(np.interp(step, run.steps["step"], x)) for step in steps if math.isfinite(step))
+
+
+def _time_unit(seconds: float) -> tuple[float, str]:
+    """What a run of that length is measured in."""
+    for size, unit in ((86_400.0, "days"), (3600.0, "hours"), (60.0, "minutes")):
+        if seconds >= 2 * size:
+            return size, unit
+    return 1.0, "seconds"
 
 
 def _smooth_log(values: np.ndarray) -> np.ndarray:

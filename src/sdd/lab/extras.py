@@ -4,7 +4,7 @@ import importlib
 
 from sdd.errors import UserError
 
-_REPORT = ("matplotlib", "jinja2")
+_REPORT = ("matplotlib", "jinja2", "scipy")
 
 
 def require_report_extra() -> None:

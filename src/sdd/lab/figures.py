@@ -53,6 +53,15 @@ _SETTINGS: dict[Any, Any] = {
 }
 
 
+_TRIANGLE = {
+    "arrowstyle": "-|>,head_width=0.35,head_length=0.7",
+    "color": INK,
+    "linewidth": 0,
+    "shrinkA": 0,
+    "shrinkB": 1,
+}
+
+
 def draw(panels: Sequence[Panel], *, columns: int = 2, title: str = "", legend: bool = True) -> Figure:
     """Draw panels side by side.
 
@@ -64,7 +73,7 @@ def draw(panels: Sequence[Panel], *, columns: int = 2, title: str = "", legend: 
     """
     columns = min(columns, len(panels))
     rows = -(-len(panels) // columns)
-    with _settings():
+    with look():
         figure = Figure((columns * _WIDTH, rows * _HEIGHT), layout="constrained")
         grid = figure.subplots(rows, columns, squeeze=False)
         for axes, panel in zip(grid.flat, panels, strict=False):
@@ -83,7 +92,7 @@ def save_figure(fig: Figure, path_without_suffix: Path) -> list[Path]:
     path_without_suffix.parent.mkdir(parents=True, exist_ok=True)
     # Not with_suffix: a name may hold a dot.
     paths = [path_without_suffix.with_name(f"{path_without_suffix.name}.{kind}") for kind in ("png", "svg")]
-    with _settings():
+    with look():
         for path in paths:
             fig.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
     return paths
@@ -98,7 +107,7 @@ def inline_svg(fig: Figure, name: str, description: str) -> str:
         description: read out in place of the picture.
     """
     buffer = io.StringIO()
-    with _settings():
+    with look():
         fig.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
@@ -153,7 +162,7 @@ def _draw_panel(axes: Axes, panel: Panel) -> None:
     axes.set_xlim(left=0)
     axes.set_title(panel.title)
     axes.set_ylabel(panel.unit)
-    axes.set_xlabel("tokens")
+    axes.set_xlabel(panel.against)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short_count(value)))
 
 
@@ -166,9 +175,17 @@ def _draw_line(axes: Axes, line: Line) -> None:
     every = 1 if line.marked else max(1, len(line.x) // 6)
     offset = 0 if line.marked else every // 2
     axes.plot(line.x, line.y, **look, marker=line.style.marker, markevery=(offset, every))
-    ends = np.flatnonzero(np.isfinite(line.y))
-    if line.broken and len(ends):
-        axes.plot(line.x[ends[-1]], line.y[ends[-1]], "x", color=INK, markersize=7, markeredgewidth=1.4)
+    if line.broken and len(line.x):
+        axes.plot(*line.at(line.x[-1]), "x", color=INK, markersize=7, markeredgewidth=1.4)
+    for event in line.events:
+        axes.plot(*line.at(event), "|", color=INK, markersize=9, markeredgewidth=1.2)
+    if line.alarm is not None:
+        _draw_alarm(axes, *line.at(line.alarm))
+
+
+def _draw_alarm(axes: Axes, x: float, y: float) -> None:
+    """A filled triangle that stands on the curve."""
+    axes.annotate("", (x, y), xytext=(0, 9), textcoords="offset points", annotation_clip=False, arrowprops=_TRIANGLE)
 
 
 def _legend(figure: Figure, styles: dict[str, Style], columns: int) -> None:
@@ -189,7 +206,7 @@ def short_count(value: float) -> str:
 
 
 @contextmanager
-def _settings() -> Iterator[None]:
+def look() -> Iterator[None]:
     """Our look, whatever the user's matplotlibrc says; a glyph that the font lacks is drawn as a box, silently."""
     with mpl.rc_context(), warnings.catch_warnings():
         mpl.rcdefaults()

@@ -15,7 +15,14 @@ if TYPE_CHECKING:
     from sdd.lab.runner import Job
 
 _SECONDS_BETWEEN_LINES = 20.0
-_COLORS = {"waiting": "dim", "running": "cyan", "done": "green", "failed": "yellow", "crashed": "red"}
+_COLORS = {
+    "waiting": "dim",
+    "running": "cyan",
+    "elsewhere": "blue",
+    "done": "green",
+    "failed": "yellow",
+    "crashed": "red",
+}
 
 
 class Display:
@@ -54,8 +61,8 @@ class Display:
                 self._say(_line(job))
         if time.monotonic() - self._shown > _SECONDS_BETWEEN_LINES:
             self._shown = time.monotonic()
-            running = [f"{job.name} {job.step}/{job.config.steps}" for job in jobs if job.state == "running"]
-            self._say(f"{', '.join(running)}; {_left(jobs, seconds_left)}")
+            shown = [_progress(job) for job in jobs if job.state in ("running", "elsewhere")]
+            self._say(f"{', '.join(shown)}; {_left(jobs, seconds_left)}")
 
     def _say(self, line: str) -> None:
         self.console.print(line, markup=False, soft_wrap=True)
@@ -94,6 +101,11 @@ def _left(jobs: Sequence["Job"], seconds_left: float | None) -> str:
     ended = sum(job.state in ("done", "failed", "crashed") for job in jobs)
     left = "" if seconds_left is None or ended == len(jobs) else f", about {clock(seconds_left)} left"
     return f"{ended} of {len(jobs)} runs{left}"
+
+
+def _progress(job: "Job") -> str:
+    where = " elsewhere" if job.state == "elsewhere" else ""
+    return f"{job.name} {job.step}/{job.config.steps}{where}"
 
 
 def _line(job: "Job") -> str:

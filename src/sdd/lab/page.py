@@ -1,7 +1,7 @@
 """Self-contained HTML pages: one file, style and figures inline, nothing fetched. Needs the extra `report`."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +13,11 @@ from markupsafe import Markup
 from sdd.errors import UserError
 from sdd.lab.curves import Panel, seeds_note
 from sdd.lab.figures import draw, inline_svg, legend_styles, swatch_svg
+from sdd.lab.heat import HeatMap
+from sdd.lab.heat_figures import draw_maps
 from sdd.lab.runs import CONVERGENCE_SHARE, Run
 from sdd.lab.style import Style
+from sdd.lab.verdict import brief, place, places, span
 
 _NOTHING = "–"
 
@@ -50,6 +53,33 @@ def figure_group(name: str, panels: Sequence[Panel], runs: Sequence[Run]) -> Fig
     return FigureGroup(svgs, legend, _note(panels, runs))
 
 
+@dataclass(frozen=True)
+class MapGroup:
+    """Maps of one statistic.
+
+    Attributes:
+        title: of the statistic.
+        maps: (swatch, run, picture) for each run.
+    """
+
+    title: str
+    maps: list[tuple[Markup, str, Markup]]
+
+
+def map_group(maps: Sequence[HeatMap], swatches: Mapping[str, Markup]) -> MapGroup:
+    """Draw the maps of one statistic, each as a picture of its own.
+
+    Args:
+        maps: of one statistic; the first in the page of their name.
+        swatches: by run.
+    """
+    svgs = [
+        inline_svg(draw_maps([each]), f"map-{each.name}-{index}", each.describe()) for index, each in enumerate(maps)
+    ]
+    drawn = [(swatches[each.run], each.run, Markup(svg)) for each, svg in zip(maps, svgs, strict=True)]
+    return MapGroup(maps[0].title, drawn)
+
+
 def swatch(style: Style) -> Markup:
     """The piece of line that stands for a run in tables and legends."""
     return Markup(swatch_svg(style))
@@ -70,6 +100,11 @@ def render(template: str, **values: Any) -> str:
         "count": count,
         "duration": duration,
         "setting": setting,
+        "significant": significant,
+        "brief": brief,
+        "place": place,
+        "places": places,
+        "span": span,
     }
     environment.globals["convergence_percent"] = round(100 * CONVERGENCE_SHARE)
     return environment.get_template(template).render(**values)
@@ -107,6 +142,13 @@ def signed(value: Any, places: int = 3) -> str:
     return text.replace("-", "−") if text[0] in f"-{_NOTHING}i" else f"+{text}"
 
 
+def significant(value: Any) -> str:
+    """A number with three significant digits; a dash for none."""
+    if value is None:
+        return ""
+    return f"{value:.3g}" if math.isfinite(value) else {math.inf: "infinite", -math.inf: "−infinite"}.get(value, "nan")
+
+
 def count(value: Any) -> str:
     """A whole number with separators; a dash for none."""
     return f"{value:,.0f}" if isinstance(value, int | float) and math.isfinite(value) else _NOTHING
@@ -141,4 +183,8 @@ def _note(panels: Sequence[Panel], runs: Sequence[Run]) -> str:
         parts.append("What lies far above the loss of an untrained model runs off the top.")
     if any(line.broken for line in lines):
         parts.append("A cross marks where a run became non-finite.")
+    if any(line.alarm is not None for line in lines):
+        parts.append("A triangle marks where what broke first began to.")
+    if any(line.events for line in lines):
+        parts.append("A stroke marks where the guard acted.")
     return " ".join(parts)

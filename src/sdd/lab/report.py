@@ -6,44 +6,101 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sdd.lab import curves
+from sdd.errors import UserError
+from sdd.lab import curves, heat
 from sdd.lab.extras import require_report_extra
 from sdd.lab.runs import Run, load_runs
-from sdd.lab.style import line_styles
+from sdd.lab.style import Style, line_styles
+from sdd.lab.verdict import verdict
+from sdd.probing import STATISTICS
 
 _ENVIRONMENT = ("sdd", "torch", "python", "platform", "device", "cuda", "precision", "threads", "cpus", "command")
 
 
-def write_report(runs: Sequence[Path], out: Path) -> None:
-    """Write one self-contained page (no network, opens from a file) about runs in any state.
+def write_report(runs: Sequence[Path], out: Path) -> list[str]:
+    """Write one self-contained page (no network, opens from a file) about runs in any state, and its figures.
+
+    Beside PAGE.html the folder PAGE-figures holds every figure as PNG and SVG.
 
     Args:
         runs: run directories, at least one.
         out: the page; its folder is made if missing.
 
+    Returns:
+        A line a run: how it fares.
+
     Raises:
-        UserError: if a directory is no run, the page cannot be written, or the extra `report` is not installed.
+        UserError: if a directory is no run, a file cannot be written, or the extra `report` is not installed.
     """
     require_report_extra()
     from sdd.lab import page
 
     loaded = load_runs(runs)
-    styles = line_styles([run.placement for run in loaded])
-    panels = [
-        panel
-        for build in (curves.heldout_panel, curves.loss_panel, curves.grad_norm_panel, curves.lr_panel)
-        if (panel := build(loaded, styles)) is not None
-    ]
-    text = page.render(
+    page.write_page(out, render(loaded))
+    try:
+        _write_figures(loaded, out.with_name(f"{out.stem}-figures"))
+    except OSError as error:
+        raise UserError(f"cannot write {error.filename or out.parent}: {error.strerror}") from None
+    return [f"{run.name}: {verdict(run).headline}" for run in loaded]
+
+
+def render(runs: Sequence[Run]) -> str:
+    """The page about some runs."""
+    from sdd.lab import page
+
+    styles = line_styles([run.placement for run in runs])
+    panels = list(_panels(runs, styles).values())
+    swatches = [page.swatch(style) for style in styles]
+    by_name = {run.name: swatch for run, swatch in zip(runs, swatches, strict=True)}
+    return page.render(
         "report.html",
-        title=loaded[0].name if len(loaded) == 1 else f"{len(loaded)} runs",
-        runs=loaded,
-        swatches=[page.swatch(style) for style in styles],
-        figures=page.figure_group("curves", panels, loaded) if panels else None,
-        settings=settings_tables(loaded),
-        environments=environment_rows(loaded),
+        title=runs[0].name if len(runs) == 1 else f"{len(runs)} runs",
+        runs=runs,
+        verdicts=[verdict(run) for run in runs],
+        swatches=swatches,
+        figures=page.figure_group("curves", panels, runs) if panels else None,
+        maps=[page.map_group(maps, by_name) for maps in heat.block_maps(runs)],
+        site_maps=[page.map_group(maps, by_name) for maps in heat.site_maps(runs)],
+        last_rows=[(run, _last_row(run)) for run in runs if run.probe],
+        statistics=STATISTICS,
+        settings=settings_tables(runs),
+        environments=environment_rows(runs),
     )
-    page.write_page(out, text)
+
+
+def _panels(runs: Sequence[Run], styles: Sequence[Style]) -> dict[str, curves.Panel]:
+    """The curves that there are, by the names of their files."""
+    built = {
+        "heldout": curves.heldout_panel,
+        "loss": curves.loss_panel,
+        "loss-time": curves.time_panel,
+        "grad-norm": curves.grad_norm_panel,
+        "lr": curves.lr_panel,
+    }
+    return {name: panel for name, build in built.items() if (panel := build(runs, styles)) is not None}
+
+
+def _write_figures(runs: Sequence[Run], folder: Path) -> None:
+    from sdd.lab import figures
+    from sdd.lab.heat_figures import draw_maps
+
+    note = curves.seeds_note(runs)
+    for name, panel in _panels(runs, line_styles([run.placement for run in runs])).items():
+        figures.save_figure(figures.draw([panel], title=note), folder / name)
+    for maps in heat.block_maps(runs):
+        figures.save_figure(draw_maps(maps, maps[0].title), folder / f"map-{maps[0].name}")
+
+
+def _last_row(run: Run) -> tuple[int, list[str], list[tuple[str, list[float | None]]]]:
+    """The last probed step as a table: its number, the statistics, and the sites with their numbers."""
+    assert run.probe is not None
+    stats = [stat for stat in STATISTICS if run.probe.has(stat)]
+    columns = {stat: (run.probe.present[stat], run.probe.stats[stat][-1]) for stat in stats}
+    rows = [
+        (site, [float(values[index]) if has[index] else None for has, values in columns.values()])
+        for index, site in enumerate(run.probe.sites)
+    ]
+    return int(run.probe.steps[-1]), stats, rows
 
 
 def settings_tables(runs: Sequence[Run]) -> dict[str, Any]:

@@ -3,9 +3,11 @@
     OUT/runs/NAME/          the run directory, as `sdd train` makes it
     OUT/configs/NAME.json   what was asked for, which `sdd train` reads
     OUT/logs/NAME.log       what the process said
+    OUT/claims/NAME/        which machine has it, see sdd.lab.claims
 
-Finished runs are not repeated, interrupted ones go on from their last checkpoint, and a run that fails because its
-loss became non-finite is a result like another.
+Finished runs are not repeated, interrupted ones go on from their last checkpoint, and a run that diverged is a result
+like another. A run that ended for another reason (a full disk, lost data) is not: the next command tries it again. Any
+number of machines may work on one folder: each takes runs that no other has.
 """
 
 import json
@@ -21,15 +23,21 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
 
+import torch
+
 from sdd import config_io
 from sdd.errors import Interrupted, UserError
+from sdd.lab.claims import Claims
 from sdd.lab.live import Display
+from sdd.lab.runs import load_run
 from sdd.train import RunConfig
+from sdd.train.run_dir import RunDir
 
-State = Literal["waiting", "running", "done", "failed", "crashed", "interrupted"]
+State = Literal["waiting", "running", "elsewhere", "done", "failed", "crashed", "interrupted"]
 #: States in which a run has said all it will say.
 FINISHED: tuple[State, ...] = ("done", "failed")
 _POLL_SECONDS = 0.3
+_LOOK_SECONDS = 2.0  # between looks at runs that other machines have
 _MOST_WORKERS = 4
 
 
@@ -40,7 +48,8 @@ class Job:
     Attributes:
         name: the run directory's name, unique in the grid.
         config: the run.
-        state: "done" and "failed" (non-finite) are results; "crashed" is any other end, to be tried again.
+        state: "done" and "failed" (diverged) are results; "crashed" is any other end, to be tried again; "elsewhere"
+            is with another machine.
         detail: why it failed or crashed.
         step: steps done.
         loss: the last training loss.
@@ -73,7 +82,8 @@ class Grid:
     Args:
         runs: (name, config) of each; names are directory names.
         out: the folder.
-        workers: runs at once; by default one a core, at most four.
+        workers: runs at once on this machine; by default one a GPU, or without GPUs one a core, at most four. Each run
+            sees one GPU.
 
     Raises:
         UserError: if a run directory of that name holds a run with other settings.
@@ -82,13 +92,19 @@ class Grid:
     def __init__(self, runs: Sequence[tuple[str, RunConfig]], out: Path, workers: int | None = None) -> None:
         cores = available_cores()
         self.out = out
-        self.workers = max(1, min(workers or min(cores, _MOST_WORKERS), len(runs)))
+        self.gpus = visible_gpus() if any(config.device in ("auto", "cuda") for _, config in runs) else []
+        self.workers = max(1, min(workers or len(self.gpus) or min(cores, _MOST_WORKERS), len(runs)))
         # A fixed number of threads a run, so that a result does not depend on which runs stood beside it.
         self.threads = max(1, cores // self.workers)
         self.jobs = [Job(name, replace(config, threads=config.threads or self.threads)) for name, config in runs]
+        self._tails = {job.name: _Tail(self.path(job.name) / "metrics.jsonl", job) for job in self.jobs}
         self._active: list[_Process] = []
+        self._claims = Claims(out / "claims")
+        self._lost: set[str] = set()  # runs that another machine has taken over
+        self._looked = 0.0
         self._stops = 0
         for job in self.jobs:
+            self._check_settings(job)
             self._find_out(job)
 
     @property
@@ -101,21 +117,20 @@ class Grid:
         return self.out / "runs" / name
 
     def run(self, display: Display | None = None) -> None:
-        """Run what is not finished; afterwards `jobs` say how each ended.
+        """Run what is not finished, with the other machines that do; afterwards `jobs` say how each ended.
 
         Raises:
-            Interrupted: after Ctrl-C or SIGTERM, when every run has saved.
+            Interrupted: after Ctrl-C or SIGTERM, when every run of this machine has saved.
         """
-        queue = self.waiting
-        for job in queue:
+        for job in self.waiting:
             job.state, job.detail = "waiting", ""
-        if not queue:
+        if not self.waiting:
             return
         with self._signals(), display or Display() as shown:
             try:
-                while (queue and not self._stops) or self._active:
-                    while queue and not self._stops and len(self._active) < self.workers:
-                        self._active.append(_Process(queue.pop(0), self.out, self.threads))
+                while self._active or (self._open() and not self._stops):
+                    if not self._stops:
+                        self._fill()
                     self._poll()
                     shown.update(self.jobs, time_left(self.jobs, self.workers))
                     time.sleep(_POLL_SECONDS)
@@ -123,29 +138,67 @@ class Grid:
                 for process in self._active:
                     process.child.terminate()
                     process.child.wait()
+                    self._claims.release(process.job.name)
         if self._stops:
             raise Interrupted(self._farewell())
+
+    def _open(self) -> list[Job]:
+        return [job for job in self.jobs if job.state in ("waiting", "elsewhere")]
+
+    def _fill(self) -> None:
+        """Start runs that nobody has, until every worker is busy."""
+        looks = time.monotonic() - self._looked > _LOOK_SECONDS
+        if looks:
+            self._looked = time.monotonic()
+        for job in self._open():
+            if job.state == "elsewhere" and not looks:
+                continue
+            if len(self._active) == self.workers:
+                self._tails[job.name].read()
+            else:
+                self._start(job)
+
+    def _start(self, job: Job) -> None:
+        """Start a run unless another machine has it or has finished it."""
+        run = self.path(job.name)
+        mine = self._claims.take(job.name)
+        self._find_out(job)  # after the claim: nobody else finishes it any more
+        if job.state in FINISHED:
+            self._claims.release(job.name)
+        elif not mine or _is_written(run):  # of a study that was killed, a run may go on
+            job.state = "elsewhere"
+        else:
+            taken = {process.slot for process in self._active}
+            slot = next(number for number in range(self.workers) if number not in taken)
+            gpu = self.gpus[slot % len(self.gpus)] if self.gpus else None
+            self._active.append(_Process(job, self.out, self._tails[job.name], slot, self.threads, gpu))
+
+    def _check_settings(self, job: Job) -> None:
+        run = self.path(job.name)
+        if (run / "config.json").exists() and not same_settings(config_io.load(run / "config.json"), job.config):
+            raise UserError(
+                f"{run} holds a run with other settings than are asked for: choose another --out, or delete it"
+            )
 
     def _find_out(self, job: Job) -> None:
         """What the run directory says about a job."""
         run = self.path(job.name)
-        if not (run / "config.json").exists():
-            return
-        there = config_io.load(run / "config.json")
-        if not same_settings(there, job.config):
-            raise UserError(
-                f"{run} holds a run with other settings than are asked for: choose another --out, or delete it"
-            )
-        _Tail(run / "metrics.jsonl", job).read()
         result = _read_result(run)
-        if result.get("status") in FINISHED:
+        self._tails[job.name].read()
+        if result.get("status") == "done" or diverged(run):
             job.state, job.detail = result["status"], result.get("reason", "")
             job.seconds = result.get("seconds", 0.0)
 
     def _poll(self) -> None:
+        self._lost |= set(self._claims.renew())
         for process in self._active:
-            process.tell(self._stops)
-        self._active = [process for process in self._active if not process.ended()]
+            process.tell(self._stops + (process.job.name in self._lost))
+        ended = [process for process in self._active if process.ended()]
+        for process in ended:
+            self._claims.release(process.job.name)
+            if process.job.name in self._lost and process.job.state == "interrupted":
+                process.job.state = "elsewhere"
+        self._active = [process for process in self._active if process not in ended]
 
     def _farewell(self) -> str:
         finished = sum(job.state in FINISHED for job in self.jobs)
@@ -176,11 +229,10 @@ class Grid:
 class _Process:
     """The process of one run."""
 
-    def __init__(self, job: Job, out: Path, threads: int) -> None:
-        self.job = job
+    def __init__(self, job: Job, out: Path, tail: "_Tail", slot: int, threads: int, gpu: str | None) -> None:
+        self.job, self.tail, self.slot = job, tail, slot
         self.run = out / "runs" / job.name
         self.log = out / "logs" / f"{job.name}.log"
-        self.tail = _Tail(self.run / "metrics.jsonl", job)
         config = out / "configs" / f"{job.name}.json"
         for file in (config, self.log, self.run):
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -193,7 +245,11 @@ class _Process:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+                env={
+                    **os.environ,
+                    "OMP_NUM_THREADS": str(threads),
+                    **({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}),
+                },
                 process_group=0,  # Ctrl-C reaches this process alone, which tells its children once
             )
         self.began = time.monotonic()
@@ -222,7 +278,7 @@ class _Process:
         result = _read_result(self.run)
         if code == 0:
             self.job.state = "done"
-        elif code == 3 and result.get("status") == "failed":
+        elif code == 3 and diverged(self.run):
             self.job.state, self.job.detail = "failed", result.get("reason", "")
         elif self._told:
             self.job.state = "interrupted"
@@ -265,6 +321,22 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def visible_gpus() -> list[str]:
+    """The CUDA devices that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is not None:
+        return [name.strip() for name in named.split(",") if name.strip()] if torch.cuda.is_available() else []
+    return [str(number) for number in range(torch.cuda.device_count())]
+
+
+def diverged(run: Path) -> bool:
+    """Whether a run was ended by a loss, gradient or weight that is not finite or absurdly large: that is a result."""
+    if _read_result(run).get("status") != "failed":
+        return False
+    ended = load_run(run)
+    return ended.status == "did not converge" or "a weight of" in ended.reason
+
+
 def same_settings(there: RunConfig, asked: RunConfig) -> bool:
     """Whether a run's config is what is asked for, given what `sdd train` does to it.
 
@@ -287,7 +359,8 @@ def time_left(jobs: Sequence[Job], workers: int) -> float | None:
         if job.state in ("running", "waiting"):
             rate = job.steps_per_second or usual
             lanes[lanes.index(min(lanes))] += (job.config.steps - job.step) / rate
-    return max(lanes)
+    elsewhere = [(job.config.steps - job.step) / usual for job in jobs if job.state == "elsewhere"]
+    return max([*lanes, *elsewhere])
 
 
 def _read_result(run: Path) -> dict[str, Any]:
@@ -295,6 +368,19 @@ def _read_result(run: Path) -> dict[str, Any]:
         return json.loads((run / "result.json").read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return {}
+
+
+def _is_written(run: Path) -> bool:
+    """Whether a process is writing into a run directory."""
+    if not run.is_dir():
+        return False
+    files = RunDir(run)
+    try:
+        files.lock()
+    except UserError:
+        return True
+    files.unlock()
+    return False
 
 
 def _last_line(log: Path) -> str:

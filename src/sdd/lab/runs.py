@@ -3,13 +3,15 @@
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from sdd.errors import UserError
+from sdd.probing import ProbeHistory, history
+from sdd.probing.alarms import Alarm, judge
 from sdd.train.run_dir import read_jsonl
 
 #: A run "did not converge" if it became non-finite, or ended by this share above its own lowest held-out loss, or not
@@ -34,6 +36,9 @@ class Run:
         steps: columns of metrics.jsonl, one entry a step: step, tokens, loss, grad_norm, lr, seconds.
         evals: the same for evaluations: step, tokens, eval_loss, eval_bits_per_byte.
         samples: rows of samples.jsonl.
+        events: the rows of metrics.jsonl that tell what the guard did.
+        probe: probe.jsonl, None if there is none.
+        alarms: what went wrong, the earliest first.
     """
 
     path: Path
@@ -44,6 +49,9 @@ class Run:
     steps: dict[str, np.ndarray]
     evals: dict[str, np.ndarray]
     samples: list[dict[str, Any]]
+    events: list[dict[str, Any]] = field(default_factory=list)
+    probe: ProbeHistory | None = None
+    alarms: list[Alarm] = field(default_factory=list)
 
     @property
     def placement(self) -> str:
@@ -133,6 +141,8 @@ def load_run(path: Path, name: str | None = None) -> Run:
     if not config:
         raise UserError(f"{path} is no run: its config.json is not a JSON object")
     rows = _rows(path / "metrics.jsonl")
+    probed = _probe_rows(path / "probe.jsonl")
+    settings = flatten(config)
     steps = _columns([row for row in rows if "loss" in row], _STEP_FIELDS)
     evals = _columns([row for row in rows if "eval_loss" in row], _EVAL_FIELDS)
     evals["tokens"] = np.interp(evals["step"], steps["step"], steps["tokens"]) if len(steps["step"]) else evals["step"]
@@ -142,12 +152,15 @@ def load_run(path: Path, name: str | None = None) -> Run:
     return Run(
         path=path,
         name=name or path.resolve().name,
-        config=flatten(config),
+        config=settings,
         environment=_read_object(path / "environment.json"),
         result=result,
         steps=steps,
         evals=evals,
         samples=_rows(path / "samples.jsonl"),
+        events=[row for row in rows if "event" in row],
+        probe=history(probed) if probed else None,
+        alarms=judge(probed, [row for row in rows if isinstance(row.get("step"), int)], settings),
     )
 
 
@@ -204,6 +217,16 @@ def _read_object(file: Path) -> dict[str, Any]:
 
 def _rows(file: Path) -> list[dict[str, Any]]:
     return list(read_jsonl(file)) if file.is_file() else []
+
+
+def _probe_rows(file: Path) -> list[dict[str, Any]]:
+    """The rows of a probe.jsonl by ascending steps; of a step that stands twice, the last."""
+    rows = {
+        row["step"]: row
+        for row in _rows(file)
+        if isinstance(row.get("step"), int) and all(isinstance(row.get(part), dict) for part in ("sites", "layers"))
+    }
+    return [rows[step] for step in sorted(rows)]
 
 
 def _columns(rows: list[dict[str, Any]], names: Sequence[str]) -> dict[str, np.ndarray]:

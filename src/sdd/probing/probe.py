@@ -54,9 +54,10 @@ class Probe:
         out: a file to append rows to, or a function that takes each row; see `sdd.probing.rows`. Only the first of
             several processes writes. On a GPU a row is written at the next step, when it has arrived.
         done: steps done before, in a loop that goes on.
+        early: probe steps 2, 4, 8, ... below `every` too, since what breaks often breaks early; `sdd train` does.
 
     Attributes:
-        every: as given.
+        every, early: as given.
         done: steps done.
         latest: the last row, None before the first.
 
@@ -72,10 +73,11 @@ class Probe:
         out: str | Path | Callable[[Row], None] | None = None,
         *,
         done: int = 0,
+        early: bool = False,
     ) -> None:
         if every < 0 or done < 0:
             raise ValueError(f"every={every} and done={done} must not be negative")
-        self.every, self.done = every, done
+        self.every, self.done, self.early = every, done, early
         self.latest: Row | None = None
         self._sites = Sites(model)
         self._order = self._sites.order()
@@ -150,7 +152,8 @@ class Probe:
 
     def _begin_if_due(self) -> None:
         number = self.done + 1
-        if self.every and (number == 1 or number % self.every == 0):
+        early = number == 1 or (self.early and number < self.every and number.bit_count() == 1)
+        if self.every and (early or number % self.every == 0):
             self._under_way = _Step(self._sites)
             self._under_way.recorder.open()
             # a loop that ends just before a probed step, and lets go of its probe without closing it

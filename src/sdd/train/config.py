@@ -161,7 +161,8 @@ class RunConfig:
         eval_every: steps between evaluations on the held-out text; 0 only at the end.
         eval_sequences: held-out sequences an evaluation, spread evenly and the same each time.
         checkpoint_every: steps between checkpoints; 0 only at the end and on interruption.
-        probe_every: steps between those at which `sdd.Probe` looks into the model, into probe.jsonl; 0 never looks.
+        probe_every: steps between those at which `sdd.Probe` looks into the model, into probe.jsonl, and steps 1, 2, 4,
+            8, ... before the first of them; 0 never looks.
         keep_checkpoints: how many of the newest checkpoints to keep; 0 keeps all.
         sample_tokens: tokens of the sample written at the end; 0 writes none.
         device: "auto" is the first of cuda, mps (untested) and cpu that exists.

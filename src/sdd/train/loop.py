@@ -17,6 +17,7 @@ from sdd.models import LanguageModel, count_parameters
 from sdd.models.moe import Routing
 from sdd.models.transformer import HAS_CHUNKED_LOSS, TrainingLoss
 from sdd.probing import Probe
+from sdd.probing.alarms import Alarms
 from sdd.train import checkpoint as ckpt
 from sdd.train.config import RunConfig
 from sdd.train.data import resolve
@@ -26,7 +27,7 @@ from sdd.train.optim import build_optimizer, clip_gradients, set_learning_rate
 from sdd.train.parallel import ALONE, World
 from sdd.train.progress import Reporter
 from sdd.train.recovery import CHECK_EVERY, Recovery
-from sdd.train.resuming import accepted_state, load_newest
+from sdd.train.resuming import accepted_state, resume_newest
 from sdd.train.routing import StepRouting
 from sdd.train.run_dir import RunDir, environment
 from sdd.train.schedule import learning_rate
@@ -49,7 +50,7 @@ class Trainer:
         world: the processes that share the run.
 
     Attributes:
-        model, optimizer, loader, probe, recovery, reporter: the parts.
+        model, optimizer, loader, probe, alarms, recovery, reporter: the parts.
         step: optimiser steps done.
         seconds: spent in training steps, evaluation and saving excluded, over all sessions of the run.
     """
@@ -84,7 +85,8 @@ class Trainer:
         self._signals = StopSignals()
         if config.compile:
             compile_model(self.model)
-        self.probe = Probe(self.model, every=config.probe_every, out=partial(run_dir.append, "probe.jsonl"))
+        self.probe = Probe(self.model, every=config.probe_every, out=partial(self.record, "probe.jsonl"), early=True)
+        self.alarms = Alarms()
 
     def resume(self, path: Path) -> dict[str, Any]:
         """Go on from a checkpoint.
@@ -207,6 +209,13 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad()
 
+    def record(self, name: str, row: dict[str, Any]) -> None:
+        """Append a row to metrics.jsonl or probe.jsonl, and say what it alarms about."""
+        self.run_dir.append(name, row)
+        if self.world.is_main:
+            for alarm in self.alarms.update(row):
+                self.reporter.say(str(alarm))
+
     def _batch(self, step: int) -> Tensor:
         """This process's rows of a batch, on the device."""
         batch = self.world.alone(lambda: self.loader.batch(step))
@@ -239,7 +248,7 @@ class Trainer:
             "environment": self.environment(),
             **self.recovery.state_dict(),
         }
-        self.run_dir.sync()
+        self.world.on_main(self.run_dir.sync)
         path = ckpt.save_checkpoint(self.run_dir.checkpoints, self.model, self.optimizer, state, self.world)
         self.world.on_main(lambda: ckpt.prune(self.run_dir.checkpoints, self.config.keep_checkpoints, path))
         return path
@@ -299,7 +308,7 @@ class Trainer:
             "tokens_per_second": self.config.tokens_per_step / seconds,
             **(self._routing.row() if self._routing else {}),
         }
-        self.run_dir.append("metrics.jsonl", row)
+        self.record("metrics.jsonl", row)
         tensorboard.log(row)
         self.reporter.step(self.step, loss, row["tokens_per_second"])
 
@@ -312,7 +321,7 @@ class Trainer:
             "eval_tokens": evaluation.tokens,
             **(self._routing.loads() if self._routing else {}),
         }
-        self.run_dir.append("metrics.jsonl", row)
+        self.record("metrics.jsonl", row)
         tensorboard.log(row)
         self.reporter.say(f"step {self.step}   held-out {_describe(evaluation)}")
         return evaluation
@@ -428,8 +437,9 @@ def reopen(out: Path, steps: int | None = None, world: World = ALONE) -> Trainer
         if steps is not None:
             config = replace(config, steps=steps)
         trainer = Trainer(config, run_dir, world=world)
-        load_newest(trainer)
-        if trainer.step >= config.steps and run_dir.read_json("result.json").get("status") == "done":
+        resume_newest(trainer)
+        result = run_dir.read_json("result.json")
+        if trainer.step >= config.steps and (result.get("status"), result.get("step")) == ("done", trainer.step):
             raise UserError(f"{out} is complete at step {trainer.step}: give more with --steps N to go on")
         if steps is not None:
             world.on_main(lambda: config_io.save(config, run_dir.config))

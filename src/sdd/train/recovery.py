@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from sdd.errors import RunFailed, UserError
 from sdd.train.guard import Guard, Problem, weight_problem
-from sdd.train.resuming import load_newest
+from sdd.train.resuming import resume_newest
 
 if TYPE_CHECKING:
     from sdd.train.loop import Trainer
@@ -130,7 +130,7 @@ class Recovery:
         self._skips_in_a_row = 0
         found_bad, at = self.skipped, trainer.step
         try:
-            load_newest(trainer)
+            resume_newest(trainer)
         except UserError as error:
             raise RunFailed(f"{problem.what}; cannot roll back: {error}") from None
         if problem.kind != "damaged weights":  # then the batches were innocent
@@ -156,7 +156,7 @@ class Recovery:
         row = {"step": step, "event": event, "kind": problem.kind, "what": problem.what, **more}
         if event != "roll back":
             row["batch"] = self._batch()
-        self.trainer.run_dir.append("metrics.jsonl", {**row, "time": time.time()})
+        self.trainer.record("metrics.jsonl", {**row, "time": time.time()})
         done = {
             "observe": "taken all the same",
             "skip": f"batch {row.get('batch')} skipped",

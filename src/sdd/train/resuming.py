@@ -1,11 +1,12 @@
 """From which checkpoint a run goes on, whether it can, and what is no longer as it was."""
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdd import config_io
-from sdd.errors import UserError
+from sdd.errors import UserError, one_line
 from sdd.train.checkpoint import DamagedCheckpoint, half_written, list_checkpoints, read_state, remove
 
 if TYPE_CHECKING:
@@ -21,28 +22,7 @@ _QUIET = (
 #: What the last bits of a result depend on.
 _BITS = ("torch", "device", "cuda", "machine", "cpu", "precision", "processes", "threads")
 
-
-def load_newest(run: "Trainer") -> None:
-    """Go on from the newest whole checkpoint, at step 0 if there is none; what is passed over is named.
-
-    Raises:
-        UserError: if there are checkpoints but no whole one, or the newest whole one does not fit the run.
-    """
-    folder, world, say = run.run_dir.checkpoints, run.world, run.reporter.say
-    for line in world.on_main(lambda: list(_passed_over_leftovers(folder))):
-        say(line)
-    for path in reversed(world.on_main(lambda: list_checkpoints(folder))):
-        try:
-            state = run.resume(path)
-        except DamagedCheckpoint as error:
-            say(f"passed over: {error}")
-        else:
-            for line in _remarks(state, run):
-                say(line)
-            return
-    world.on_main(lambda: _check_some_whole(folder))
-    say("no checkpoint yet: at step 0 again")
-    run.begin_again()
+_ABSENT = object()
 
 
 def accepted_state(path: Path, run: "Trainer") -> dict[str, Any]:
@@ -83,57 +63,67 @@ def _numbers(values: Any, kind: Any) -> bool:
     return isinstance(values, list) and all(isinstance(value, kind) and 0 <= value < 2**62 for value in values)
 
 
-def _remarks(state: dict[str, Any], run: "Trainer") -> Iterator[str]:
+def resume_newest(run: "Trainer") -> None:
+    """Go on from the newest whole checkpoint, at step 0 if there is none; what is passed over is named.
+
+    Raises:
+        UserError: if there are checkpoints and none is whole: to lose all the work is for the user to decide.
+    """
+    folder, world, say = run.run_dir.checkpoints, run.world, run.reporter.say
+    for path in world.on_main(lambda: half_written(folder)):
+        say(f"passed over: {path} is half-written, the process that wrote it was ended")
+        world.on_main(partial(remove, path))
+    found = world.on_main(lambda: list_checkpoints(folder))
+    for path in reversed(found):
+        try:
+            state = run.resume(path)
+        except DamagedCheckpoint as error:
+            say(f"passed over: {one_line(error)}")
+        else:
+            for line in _remarks(state, config_io.to_dict(run.config), run.environment()):
+                say(one_line(line))
+            return
+    if found:
+        raise UserError(
+            f"{folder} has no whole checkpoint, {len(found)} damaged: bring one back, or delete them to begin again at "
+            "step 0"
+        )
+    say("no checkpoint yet: at step 0 again")
+    run.begin_again()
+
+
+def _remarks(state: dict[str, Any], config: dict[str, Any], environment: dict[str, Any]) -> Iterator[str]:
     """One line each for settings and surroundings that are not those of the checkpoint, though they may change."""
     settings = [
         f"{name} {before} -> {now}"
-        for name, before, now in _changes(state["config"], config_io.to_dict(run.config))
+        for name, before, now in _changes(state["config"], config)
         if not _is_among(name, (*FIXED, *_QUIET))
     ]
     if settings:
         yield f"settings changed since step {state['step']}: {', '.join(settings)}"
-    then, environment = state["environment"], run.environment()
+    then = state["environment"]
     other = [name for name in _BITS if then.get(name) != environment[name]]
     around = [f"{name} {_word(then.get(name))} -> {environment[name]}" for name in other]
     if around:
         yield f"from here on not bit for bit what an uninterrupted run gives: {', '.join(around)}"
 
 
-def _passed_over_leftovers(folder: Path) -> Iterator[str]:
-    """Delete what processes left that were killed while they saved; one line for each."""
-    for path in half_written(folder):
-        remove(path)
-        yield f"passed over: {path} is half-written, the process that wrote it was ended"
-
-
-def _check_some_whole(folder: Path) -> None:
-    """To be called when no checkpoint could be loaded.
-
-    Raises:
-        UserError: if there are any: all the work done would be lost, and that is for the user to decide.
-    """
-    if damaged := list_checkpoints(folder):
-        raise UserError(
-            f"{folder} has no whole checkpoint, {len(damaged)} damaged: bring one back, or delete them to begin again "
-            "at step 0"
-        )
-
-
 def _changes(before: dict[str, Any], now: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
-    """Name, old and new value of each field that differs; a placement is told by its name."""
+    """Name, old and new value of each field that differs, of those that the checkpoint's version had."""
     for name, _, _ in config_io.fields():
         old, new = _field(before, name), _field(now, name)
-        if old != new:
+        if old not in (new, _ABSENT):
             yield name, _word(old), _word(new)
 
 
 def _field(values: Any, dotted: str) -> Any:
     for key in dotted.split("."):
-        values = values.get(key) if isinstance(values, dict) else None
+        values = values.get(key, _ABSENT) if isinstance(values, dict) else _ABSENT
     return values
 
 
 def _word(value: Any) -> str:
+    """A value in a message; of a placement, its name."""
     name = value.get("name") if isinstance(value, dict) else value
     return str(name)[:100]
 

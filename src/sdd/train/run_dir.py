@@ -21,7 +21,7 @@ from typing import IO, Any
 import torch
 
 from sdd.errors import UserError
-from sdd.files import lock, sync, write_aside
+from sdd.files import lock, naming, sync, write_aside
 
 
 class RunDir:
@@ -115,7 +115,8 @@ class RunDir:
         """Append one object to a JSON-lines file."""
         if not self.writes:
             return
-        with (self.path / name).open("a", encoding="utf-8") as stream:
+        file = self.path / name
+        with naming(file), file.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(_finite(values)) + "\n")
 
     def put(self, name: str, values: dict[str, Any]) -> None:

@@ -10,6 +10,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from sdd.files import naming
+
 
 class TensorBoard:
     """Writes every number of a metrics row as a scalar; without a writer it does nothing.
@@ -52,7 +54,7 @@ class TensorBoard:
             self._give_up(error)
 
     def _give_up(self, error: Exception) -> "TensorBoard":
-        why = f"{error.filename or 'the disk'}: {error.strerror}" if isinstance(error, OSError) else str(error)
+        why = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else str(error)
         self._say(f"TensorBoard gets nothing from here on ({why}); the run goes on")
         if self._writer is not None:
             self._writer.close()
@@ -85,12 +87,13 @@ class EventFile:
     def __init__(self, folder: Path, step: int = 0) -> None:
         event_pb2: Any = importlib.import_module("tensorboard.compat.proto.event_pb2")
         summary_pb2: Any = importlib.import_module("tensorboard.compat.proto.summary_pb2")
-        from tensorboard.summary.writer.record_writer import RecordWriter
+        from tensorboard.summary.writer.record_writer import RecordWriter  # pyright: ignore[reportMissingImports]
 
         self._event, self._summary = event_pb2.Event, summary_pb2.Summary
         folder.mkdir(exist_ok=True)
         name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
-        self._file = (folder / name).open("xb", buffering=0)
+        self._path = folder / name
+        self._file = self._path.open("xb", buffering=0)
         self._records = RecordWriter(self._file)
         try:
             self._write(self._event(file_version="brain.Event:2"))
@@ -112,4 +115,5 @@ class EventFile:
 
     def _write(self, event: Any) -> None:
         event.wall_time = time.time()
-        self._records.write(event.SerializeToString())
+        with naming(self._path):
+            self._records.write(event.SerializeToString())

@@ -1,8 +1,5 @@
 """The Triton kernels, each operation registered as `torch.ops.sdd.*`; importing this imports Triton."""
 
-from sdd.kernels.fused.qk_norm_rope import qk_norm_rope
-from sdd.kernels.fused.residual_norm import residual_norm, residual_prenorm
-from sdd.kernels.fused.scaled_norm import scaled_norm
-from sdd.kernels.fused.swiglu import sdd_swiglu, sdd_swiglu_bare_up
+from sdd.kernels.fused import operations
 
-__all__ = ["qk_norm_rope", "residual_norm", "residual_prenorm", "scaled_norm", "sdd_swiglu", "sdd_swiglu_bare_up"]
+__all__ = ["operations"]

@@ -5,20 +5,38 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton import knobs
 
 from sdd.functional import Eps, Parts, alpha_size
 
 #: Whether kernels run under Triton's interpreter (TRITON_INTERPRET=1 before its import), on CPU tensors.
-INTERPRETED = bool(triton.knobs.runtime.interpret)
+INTERPRETED = bool(knobs.runtime.interpret)
 #: The most features that one program holds at once; wider rows are read twice.
 MAX_BLOCK = 16_384
 #: Features in a block of columns of a row that is wider, or of several heads.
 WIDE_BLOCK = 4096
+
+
+#: Features in a block of columns of an operation on two tensors.
+COLUMN_BLOCK = 2048
+#: Compiles a kernel; its declared type knows no launch options.
+jit: Any = triton.jit
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of two that is at least n."""
+    return 1 << (n - 1).bit_length()
+
+
+def cdiv(a: int, b: int) -> int:
+    """`a / b`, rounded up."""
+    return -(-a // b)
 
 
 def rows(x: Tensor) -> Tensor:
@@ -35,9 +53,9 @@ def dense(x: Tensor | None) -> Tensor | None:
 
 def row_blocks(width: int, reduces: bool, most: int) -> tuple[int, int]:
     """Features of a block and blocks of a row: one where the row is summed over and at most `most` wide."""
-    whole = triton.next_power_of_2(width)
-    block = whole if reduces and whole <= most else min(whole, 2048)
-    return block, triton.cdiv(width, block)
+    whole = next_power_of_2(width)
+    block = whole if reduces and whole <= most else min(whole, COLUMN_BLOCK)
+    return block, cdiv(width, block)
 
 
 def warps(block: int, numbers_a_thread: int) -> int:
@@ -94,10 +112,23 @@ def parts_of(flat: list[int], alpha: Tensor) -> Iterator[Part]:
         yield Part(columns, alphas, groups, group)
 
 
-@triton.jit
+@jit
 def load_row(ptr, column, there):
     """A block of a row in float32."""
     return tl.load(ptr + column, mask=there, other=0).to(tl.float32)
+
+
+@jit
+def mean_square_kernel(z_ptr, mean_ptr, WIDTH, z_stride, mean_stride, BLOCK: tl.constexpr):
+    """mean(z^2) of one wide group."""
+    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    z_ptr += row * z_stride + head * WIDTH
+    total = tl.full((BLOCK,), 0, tl.float32)
+    for start in range(0, WIDTH, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        z = tl.load(z_ptr + column, mask=column < WIDTH, other=0).to(tl.float32)
+        total += z * z
+    tl.store(mean_ptr + row * mean_stride + head, tl.sum(total) / WIDTH)
 
 
 def once(name: str) -> None:

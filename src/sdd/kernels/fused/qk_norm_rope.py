@@ -14,20 +14,30 @@ import math
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from sdd import functional as sdd_F
 from sdd.functional import resolve_group, split_alpha
-from sdd.kernels.fused.common import WIDE_BLOCK, dense, n_programs, on_device, once, rows, warps
+from sdd.kernels.fused.common import (
+    WIDE_BLOCK,
+    cdiv,
+    dense,
+    jit,
+    n_programs,
+    next_power_of_2,
+    on_device,
+    once,
+    rows,
+    warps,
+)
 from sdd.kernels.fused.scaled_norm import scaled_norm
 
 #: The widest row whose norm and rotation are one kernel; a wider one takes two.
 MAX_FUSED = 8192
 
 
-@triton.jit
+@jit
 def place(HEADS, HALF, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr):
     """Heads `[H, 1]`, columns of the first half `[1, D/2]`, and which of them there are."""
     head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)[:, None]
@@ -35,7 +45,7 @@ def place(HEADS, HALF, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr):
     return head, column, (head < HEADS) & (column < HALF)
 
 
-@triton.jit
+@jit
 def halves(ptr, first, HALF, there):
     """Both halves of a tile in float32."""
     one = tl.load(ptr + first, mask=there, other=0).to(tl.float32)
@@ -43,17 +53,14 @@ def halves(ptr, first, HALF, there):
     return one, two
 
 
-@triton.jit
+@jit
 def mean(x, HEADS, HALF, FULL: tl.constexpr):
     """The mean over each head, or over all."""
-    if FULL:  # noqa: SIM108 (the branches differ in type)
-        total = tl.sum(x) / HEADS
-    else:
-        total = tl.sum(x, 1)[:, None]
+    total = tl.sum(x) / HEADS if FULL else tl.sum(x, 1)[:, None]
     return total / (2 * HALF)
 
 
-@triton.jit
+@jit
 def forward_kernel(
     z_ptr,
     alpha_ptr,
@@ -96,7 +103,7 @@ def forward_kernel(
     tl.store(out_ptr + first + HALF, (y2 * cos2 + y1 * sin2).to(out_ptr.dtype.element_ty), mask=there)
 
 
-@triton.jit
+@jit
 def backward_kernel(
     dout_ptr,
     z_ptr,
@@ -250,7 +257,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.save_for_backward(None if alpha is None else z, alpha, cos, sin, output[1])
 
 
-def _backward(ctx: Any, dout: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, dout: Tensor | None, _r: None) -> tuple[Tensor | None, ...]:
     once("qk_norm_rope")
     z, alpha, cos, sin, r = ctx.saved_tensors
     if dout is None:
@@ -289,11 +296,11 @@ def qk_norm_rope(
 
 def _launch(z: Tensor, heads: int, whole: bool) -> tuple[tuple[int], dict[str, int]]:
     """Blocks of heads, and the heads and half width of a block: all heads if the norm is over all."""
-    block_d = triton.next_power_of_2(z.shape[-1] // heads // 2)
-    block_h = triton.next_power_of_2(heads)
+    block_d = next_power_of_2(z.shape[-1] // heads // 2)
+    block_h = next_power_of_2(heads)
     if not whole:
         block_h = min(block_h, max(1, WIDE_BLOCK // (2 * block_d)))
-    return (triton.cdiv(heads, block_h),), {"BLOCK_H": block_h, "BLOCK_D": block_d}
+    return (cdiv(heads, block_h),), {"BLOCK_H": block_h, "BLOCK_D": block_d}
 
 
 def _shared(z: Tensor, alpha: Tensor | None) -> bool:

@@ -13,7 +13,6 @@ else reads it, from which s is recomputed. Without alpha, s and r2 alone.
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -23,8 +22,11 @@ from sdd.kernels.fused.common import (
     MAX_BLOCK,
     WIDE_BLOCK,
     dense,
+    jit,
     load_row,
+    mean_square_kernel,
     n_programs,
+    next_power_of_2,
     on_device,
     once,
     row_blocks,
@@ -32,13 +34,13 @@ from sdd.kernels.fused.common import (
     rows,
     warps,
 )
-from sdd.kernels.fused.scaled_norm import mean_square_kernel, scaled_norm, scaled_norm_backward_op
+from sdd.kernels.fused.scaled_norm import scaled_norm, scaled_norm_backward_op
 
 #: The widest row with both norms in one kernel; a wider one takes two.
 MAX_FUSED = 8192
 
 
-@triton.jit
+@jit
 def forward_kernel(
     z_ptr,
     residual_ptr,
@@ -86,7 +88,7 @@ def forward_kernel(
         tl.store(y_ptr + row * WIDTH + column, y.to(y_ptr.dtype.element_ty), mask=there)
 
 
-@triton.jit
+@jit
 def backward_kernel(
     dy_ptr,
     ds_ptr,
@@ -222,7 +224,7 @@ def residual_norm_backward_op(
     if not n_rows:
         return dz, dresidual, dalpha.zero_(), dpost_alpha.zero_(), deps
     with on_device(z):
-        block = triton.next_power_of_2(width)
+        block = next_power_of_2(width)
         programs = n_programs(z, n_rows, block)
         partial = z.new_empty(2, programs, width, dtype=torch.float32)
         backward_kernel[(programs,)](
@@ -266,10 +268,12 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.save_for_backward(*kept, alpha, row_eps, post_alpha, r, post_r)
 
 
-def _backward(ctx: Any, ds: Tensor | None, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, ds: Tensor | None, dy: Tensor | None, *_statistics: None) -> tuple[Tensor | None, ...]:
     once("residual_norm")
     z, residual, s, alpha, row_eps, post_alpha, r, post_r = ctx.saved_tensors
-    dalpha = dpost_alpha = deps = None
+    dalpha: Tensor | None = None
+    dpost_alpha: Tensor | None = None
+    deps: Tensor | None = None
     if alpha is not None and post_alpha is not None:
         dy = z.new_zeros(z.shape) if dy is None else dy
         dz, dresidual, dalpha, dpost_alpha, deps = residual_norm_backward_op(
@@ -277,7 +281,7 @@ def _backward(ctx: Any, ds: Tensor | None, dy: Tensor | None, *_: None) -> tuple
         )
     else:
         if post_alpha is not None and dy is not None:
-            ds, dpost_alpha = _norm_backward(dy, s, post_alpha, post_r, ds)[:2]
+            ds, dpost_alpha, _, _ = _norm_backward(dy, s, post_alpha, post_r, ds)
         assert ds is not None
         dz, dresidual = ds.to(ctx.dtype), ds if ctx.scale == 1 else ctx.scale * ds
         if alpha is not None:
@@ -285,9 +289,9 @@ def _backward(ctx: Any, ds: Tensor | None, dy: Tensor | None, *_: None) -> tuple
     return (
         dz,
         dresidual,
-        None if dalpha is None else dalpha.to(alpha.dtype),
+        None if dalpha is None or alpha is None else dalpha.to(alpha.dtype),
         None if row_eps is None else deps,
-        None if dpost_alpha is None else dpost_alpha.to(post_alpha.dtype),
+        None if dpost_alpha is None or post_alpha is None else dpost_alpha.to(post_alpha.dtype),
         *[None] * 5,
     )
 
@@ -317,7 +321,7 @@ def residual_norm(
     if post_alpha is None and alpha is None:
         return sdd_F.residual_norm(z, residual, None, residual_scale=residual_scale)
     scale, inner, dtype = float(residual_scale), row_eps_of(eps, z), residual.dtype
-    sdd_F.check_residual(z, residual, alpha, post_alpha)
+    sdd_F.check_shapes(z, residual, alpha, post_alpha)
     if post_alpha is not None and z.shape[-1] <= MAX_FUSED:
         stream = alpha is None  # then it is what the backward pass needs
         return residual_norm_op(z, residual, alpha, inner[0], post_alpha, scale, inner[1], post_eps, stream, dtype)[1]
@@ -340,7 +344,7 @@ def residual_prenorm(
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`sdd.functional.residual_prenorm` by the kernels."""
-    sdd_F.check_residual(z, residual, alpha, norm_alpha)
+    sdd_F.check_shapes(z, residual, alpha, norm_alpha)
     if z.shape[-1] > MAX_FUSED:
         stream = residual_norm(z, residual, alpha, residual_scale=residual_scale, eps=eps)
         return stream, scaled_norm(stream, norm_alpha, eps=norm_eps, dtype=dtype)

@@ -12,7 +12,6 @@ blocks of columns, whose statistic a kernel before it takes.
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -20,7 +19,11 @@ from sdd.functional import Eps, Group, resolve_group, split_alpha
 from sdd.kernels.fused.common import (
     MAX_BLOCK,
     WIDE_BLOCK,
+    cdiv,
+    jit,
+    mean_square_kernel,
     n_programs,
+    next_power_of_2,
     on_device,
     once,
     pairs,
@@ -31,7 +34,7 @@ from sdd.kernels.fused.common import (
 )
 
 
-@triton.jit
+@jit
 def tile(BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, BY_COLUMN: tl.constexpr):
     """This program's heads `[H, 1]` and columns `[1, D]`."""
     head = tl.arange(0, BLOCK_H)[:, None]
@@ -44,20 +47,7 @@ def tile(BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, BY_COLUMN: tl.constexpr):
     return head, column
 
 
-@triton.jit
-def mean_square_kernel(z_ptr, mean_ptr, WIDTH, z_stride, mean_stride, BLOCK: tl.constexpr):
-    """mean(z^2) of one wide group."""
-    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    z_ptr += row * z_stride + head * WIDTH
-    total = tl.full((BLOCK,), 0, tl.float32)
-    for start in range(0, WIDTH, BLOCK):
-        column = start + tl.arange(0, BLOCK)
-        z = tl.load(z_ptr + column, mask=column < WIDTH, other=0).to(tl.float32)
-        total += z * z
-    tl.store(mean_ptr + row * mean_stride + head, tl.sum(total) / WIDTH)
-
-
-@triton.jit
+@jit
 def forward_kernel(
     z_ptr,
     alpha_ptr,
@@ -98,7 +88,7 @@ def forward_kernel(
     tl.store(y_ptr + row * y_stride + feature, y.to(y_ptr.dtype.element_ty), mask=there)
 
 
-@triton.jit
+@jit
 def backward_mean_kernel(
     dy_ptr,
     z_ptr,
@@ -131,7 +121,7 @@ def backward_mean_kernel(
     tl.store(mean_ptr + row * mean_stride + head, tl.sum(total) * r / WIDTH)
 
 
-@triton.jit
+@jit
 def backward_kernel(
     dy_ptr,
     z_ptr,
@@ -265,10 +255,10 @@ def differentiate(
 def launch(n_rows: int, heads: int, group: int) -> tuple[tuple[int, int, int], dict[str, Any]]:
     """Grid and block sizes: a row in one program, its heads in several, or a wide group in blocks of columns."""
     if group > MAX_BLOCK:
-        return (n_rows, triton.cdiv(group, WIDE_BLOCK), heads), {"BLOCK_H": 1, "BLOCK_D": WIDE_BLOCK, "BY_COLUMN": True}
-    block_d = triton.next_power_of_2(group)
-    block_h = min(triton.next_power_of_2(heads), max(1, WIDE_BLOCK // block_d))
-    return (n_rows, triton.cdiv(heads, block_h), 1), {"BLOCK_H": block_h, "BLOCK_D": block_d, "BY_COLUMN": False}
+        return (n_rows, cdiv(group, WIDE_BLOCK), heads), {"BLOCK_H": 1, "BLOCK_D": WIDE_BLOCK, "BY_COLUMN": True}
+    block_d = next_power_of_2(group)
+    block_h = min(next_power_of_2(heads), max(1, WIDE_BLOCK // block_d))
+    return (n_rows, cdiv(heads, block_h), 1), {"BLOCK_H": block_h, "BLOCK_D": block_d, "BY_COLUMN": False}
 
 
 @torch.library.custom_op("sdd::scaled_norm", mutates_args=())
@@ -386,7 +376,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.save_for_backward(z, alpha, bias, row_eps, output[1])
 
 
-def _backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, dy: Tensor | None, _r: None) -> tuple[Tensor | None, ...]:
     once("scaled_norm")
     if dy is None:
         return (None,) * 7

@@ -15,7 +15,6 @@ Saved for backward: z_g, z_u and r.
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -23,7 +22,9 @@ from sdd import functional as sdd_F
 from sdd.kernels.fused.common import (
     WIDE_BLOCK,
     dense,
+    jit,
     load_row,
+    mean_square_kernel,
     n_programs,
     on_device,
     once,
@@ -31,7 +32,6 @@ from sdd.kernels.fused.common import (
     rows,
     warps,
 )
-from sdd.kernels.fused.scaled_norm import mean_square_kernel
 
 #: The most features of gate and of up that one program holds at once.
 MAX_PAIR = 8192
@@ -39,7 +39,7 @@ MAX_PAIR = 8192
 PLAIN, BARE, NORMED = range(3)
 
 
-@triton.jit
+@jit
 def forward_kernel(
     z_gate_ptr,
     z_up_ptr,
@@ -65,6 +65,7 @@ def forward_kernel(
     there = column < WIDTH
     g = load_row(z_gate_ptr + row * gate_stride, column, there)
     u = load_row(z_up_ptr + row * up_stride, column, there)
+    r_gate = 1.0
     if GATE:
         if BY_COLUMN:
             r_gate = tl.load(r_ptr + 2 * row)
@@ -90,7 +91,7 @@ def forward_kernel(
     tl.store(h_ptr + row * WIDTH + column, h.to(h_ptr.dtype.element_ty), mask=there)
 
 
-@triton.jit
+@jit
 def gradients(z_gate, z_up, dh, alpha_gate, alpha_up, r_gate, r_up):
     """`n_g`, `n_u` (z times r, which is 1 where no norm is), dg and du; alpha is 1 for a plain branch."""
     n_gate, n_up = z_gate * r_gate, z_up * r_up
@@ -99,7 +100,7 @@ def gradients(z_gate, z_up, dh, alpha_gate, alpha_up, r_gate, r_up):
     return n_gate, n_up, dh * u * sigma * (1 + g * (1 - sigma)), dh * g * sigma
 
 
-@triton.jit
+@jit
 def backward_mean_kernel(
     z_gate_ptr,
     z_up_ptr,
@@ -140,7 +141,7 @@ def backward_mean_kernel(
     tl.store(mean_ptr + 2 * row + 1, tl.sum(up_total) / WIDTH)
 
 
-@triton.jit
+@jit
 def backward_kernel(
     z_gate_ptr,
     z_up_ptr,
@@ -296,8 +297,8 @@ def swiglu_backward_op(
             *outputs[:2], *partial, n_rows, width, *strides, **flags,
             JOINT=joint, HAS_DQ=dq is not None, BY_COLUMN=n_blocks > 1, BLOCK=block, num_warps=warps(block, 8),
         )  # fmt: skip
-    dalphas = [sums.sum(0) if sums.shape[0] else empty for sums, empty in zip(partial, outputs[2:], strict=True)]
-    return *outputs[:2], *dalphas
+    dalpha_gate, dalpha_up = (sums.sum(0) if sums.shape[0] else sums.view(-1) for sums in partial)
+    return *outputs[:2], dalpha_gate, dalpha_up
 
 
 @swiglu_backward_op.register_fake
@@ -325,7 +326,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.save_for_backward(z_gate, z_up, alpha_gate, alpha_up, r)
 
 
-def _backward(ctx: Any, dh: Tensor | None, _: None, dq: Tensor | None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, dh: Tensor | None, _r: None, dq: Tensor | None) -> tuple[Tensor | None, ...]:
     once("sdd_swiglu")
     z_gate, z_up, alpha_gate, alpha_up, r = ctx.saved_tensors
     dh = torch.zeros_like(z_gate) if dh is None else dh
@@ -355,7 +356,7 @@ def sdd_swiglu(
     up_eps: float | None = None,
 ) -> Tensor:
     """`sdd.functional.sdd_swiglu` (and `swiglu`, without alphas) by the kernels."""
-    sdd_F.check_swiglu(z_gate, z_up, alpha_gate, alpha_up, joint, eps, up_eps)
+    sdd_F.check_swiglu(z_gate, z_up, alpha_gate, alpha_up, joint, up_eps not in (None, eps))
     up = PLAIN if alpha_up is None else NORMED
     return swiglu_op(z_gate, z_up, alpha_gate, alpha_up, up, joint, eps, eps if up_eps is None else up_eps)[0]
 
@@ -364,7 +365,7 @@ def sdd_swiglu_bare_up(
     z_gate: Tensor, z_up: Tensor, alpha_gate: Tensor | None, alpha_up: Tensor, *, eps: float = 1e-6
 ) -> tuple[Tensor, Tensor]:
     """`sdd.functional.sdd_swiglu_bare_up` by the kernels."""
-    sdd_F.check_swiglu(z_gate, z_up, alpha_gate, alpha_up, False, eps, None)
+    sdd_F.check_shapes(z_gate, z_up, alpha_gate, alpha_up)
     h, _, q = swiglu_op(z_gate, z_up, alpha_gate, alpha_up, BARE, False, eps, eps)
     return h, q
 

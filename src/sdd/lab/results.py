@@ -1,0 +1,292 @@
+"""The result of one run as a small file, which is what a study commits: a later study adds runs and repeats none.
+
+    OUT/results/NAME.json
+
+It holds the config and its hash, the losses on both held-out segments, a thinned curve, wall clock and versions.
+"""
+
+import hashlib
+import json
+import math
+import uuid
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path, PurePath
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from sdd import config_io
+from sdd.data import DataSource
+from sdd.data.token_file import TokenFile
+from sdd.errors import UserError
+from sdd.evals.text import load_trained
+from sdd.evals.unigram import token_frequencies
+from sdd.lab.runner import diverged
+from sdd.lab.runs import Run, load_run, number
+from sdd.train import RunConfig
+from sdd.train.data import resolve
+from sdd.train.device import pick_autocast
+from sdd.train.evaluate import evaluate
+
+#: A run that ends less than this share below what token frequencies reach has learned nothing from the context.
+LEARNED_SHARE = 0.01
+_CURVE_POINTS = 60
+_VERSIONS = (
+    "sdd",
+    "torch",
+    "python",
+    "platform",
+    "machine",
+    "device",
+    "cuda",
+    "precision",
+    "processes",
+    "threads",
+    "cpus",
+)
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run came to.
+
+    Attributes:
+        name: of its run directory.
+        config_hash: of the config, see `config_hash`.
+        config: complete, as in config.json, paths without their folders.
+        data: fingerprint of the data.
+        status: "did not converge" by the criterion of `sdd.lab.runs`, or if it ended less than `LEARNED_SHARE` below
+            what token frequencies reach.
+        reason: why it did not.
+        step: steps done.
+        tokens: trained on.
+        seconds: in training steps.
+        parameters: of the model.
+        initial_loss: of the first training step, in nats a token, as all losses.
+        eval_loss: at the end, on the reporting segment, which is what runs evaluate on.
+        bits_per_byte: the same a byte; nan if unknown.
+        tuning_loss: at the end, on the tuning segment; nan if the run diverged.
+        token_frequencies: what token frequencies alone reach on the reporting segment.
+        curve: evaluations as columns `tokens`, `seconds`, `eval_loss`.
+        training: the training loss as columns `tokens`, `loss`, each point the mean of a stretch.
+        environment: versions and machine.
+    """
+
+    name: str
+    config_hash: str
+    config: dict[str, Any]
+    data: str
+    status: Literal["done", "did not converge"]
+    reason: str
+    step: int
+    tokens: int
+    seconds: float
+    parameters: int
+    initial_loss: float
+    eval_loss: float
+    bits_per_byte: float
+    tuning_loss: float
+    token_frequencies: float
+    curve: dict[str, list[float]]
+    training: dict[str, list[float]]
+    environment: dict[str, Any]
+
+    @property
+    def converged(self) -> bool:
+        """Whether the run is a loss rather than a dash."""
+        return self.status == "done"
+
+    @property
+    def seed(self) -> int:
+        """The run's seed."""
+        return self.config["seed"]
+
+    @cached_property
+    def run_config(self) -> RunConfig:
+        """The config, with today's defaults for fields that did not exist when the run was made."""
+        return config_io.from_dict(self.config)
+
+
+class HeldOut:
+    """What a study needs of its data beside the runs: the tuning segment, what token frequencies reach, a fingerprint.
+
+    The reporting segment is the windows that a run evaluates on itself, spread evenly over the held-out data; the
+    tuning segment is as many, midway between them.
+
+    Args:
+        config: a run; data, context and number of windows count.
+    """
+
+    def __init__(self, config: RunConfig) -> None:
+        self._config = config
+
+    @cached_property
+    def source(self) -> DataSource:
+        """The data."""
+        return resolve(self._config)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of the data."""
+        return self.source.fingerprint()
+
+    @cached_property
+    def token_frequencies(self) -> float:
+        """Loss in nats a token on the reporting segment."""
+        return token_frequencies(self.source, self._config.eval_sequences, self._config.model.context).loss
+
+    @cached_property
+    def tuning_windows(self) -> torch.Tensor:
+        """int64 [n, context + 1]."""
+        return tuning_windows(self.source.validation, self._config.eval_sequences, self._config.model.context)
+
+
+def tuning_windows(file: TokenFile, n: int, context: int) -> torch.Tensor:
+    """As many held-out windows as `sdd.data.eval_windows` gives, midway between those: no token is a target in both.
+
+    Raises:
+        UserError: if the held-out data have fewer than 2 n windows.
+    """
+    count = file.n_windows(context)
+    if count < 2 * n:
+        raise UserError(
+            f"{file.path}: the held-out data have {count} windows of {context} tokens, a study needs {2 * n} (tuning "
+            "and reporting read different ones): lower --eval_sequences, or bring more text"
+        )
+    starts = np.arange(n + 1) * count // n
+    return torch.from_numpy(file.read((starts[:-1] + starts[1:]) // 2 * context, context + 1))
+
+
+def harvest(run_dir: Path, held_out: HeldOut) -> RunResult:
+    """The result of a run that has ended: its files, and an evaluation of its last checkpoint on the tuning segment."""
+    run = load_run(run_dir)
+    config = config_io.load(run_dir / "config.json")
+    lost = diverged(run_dir)
+    reason = _why_not(run, lost, held_out.token_frequencies)
+    return RunResult(
+        name=run_dir.name,
+        config_hash=config_hash(config),
+        config=config_io.to_dict(portable(config)),
+        data=held_out.fingerprint,
+        status="did not converge" if reason else "done",
+        reason=reason,
+        step=run.step,
+        tokens=run.tokens,
+        seconds=round(run.seconds, 2),
+        parameters=int(run.result.get("parameters") or 0),
+        initial_loss=_short(run.steps["loss"][0]),
+        eval_loss=math.nan if lost else _short(run.eval_loss),
+        bits_per_byte=math.nan if lost else _short(run.bits_per_byte),
+        tuning_loss=math.nan if lost else _short(_tuning_loss(run_dir, held_out.tuning_windows)),
+        token_frequencies=_short(held_out.token_frequencies),
+        curve=_curve(run),
+        training=_training(run),
+        environment={key: run.environment[key] for key in _VERSIONS if run.environment.get(key) is not None},
+    )
+
+
+def save(result: RunResult, folder: Path) -> Path:
+    """Write FOLDER/NAME.json aside and rename it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"{result.name}.json"
+    aside = folder / f".{result.name}.{uuid.uuid4().hex}"  # another machine may write the same
+    text = json.dumps({key: _plain(value) for key, value in asdict(result).items()}, separators=(", ", ": "))
+    aside.write_text(text + "\n", encoding="utf-8")
+    aside.replace(file)
+    return file
+
+
+def load(file: Path) -> RunResult:
+    """Read a result file.
+
+    Raises:
+        UserError: if it is damaged.
+    """
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+        for key in ("eval_loss", "bits_per_byte", "tuning_loss", "initial_loss"):
+            values[key] = number(values[key])
+        for columns in (values["curve"], values["training"]):
+            columns |= {key: [number(value) for value in column] for key, column in columns.items()}
+        return RunResult(**values)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file} is no result of a run ({error!r}): delete it, and the run is made again") from None
+
+
+def config_hash(config: RunConfig) -> str:
+    """Twelve hex digits that two runs share if they ask for the same computation, see `portable`."""
+    text = json.dumps(config_io.to_dict(portable(config)), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def portable(config: RunConfig) -> RunConfig:
+    """The config without what depends on the machine (threads, folders) or changes nothing (a source's words)."""
+    data = config.data
+    path = data.path and ",".join(PurePath(part).name for part in data.path.split(","))
+    return replace(
+        config,
+        threads=0,
+        data=replace(data, path=path, tokenizer=data.tokenizer and PurePath(data.tokenizer).name),
+        model=replace(config.model, placement=replace(config.model.placement, source="")),
+    )
+
+
+def answers(result: RunResult, asked: RunConfig) -> bool:
+    """Whether a result is that of the run which is asked for; its vocabulary may have grown to that of the data."""
+    there = result.run_config
+    vocabulary = max(there.model.vocab_size, asked.model.vocab_size)
+    return config_hash(there) == config_hash(replace(asked, model=replace(asked.model, vocab_size=vocabulary)))
+
+
+def _why_not(run: Run, lost: bool, frequencies: float) -> str:
+    if lost or run.status != "done":
+        return run.reason
+    if run.eval_loss > (1 - LEARNED_SHARE) * frequencies:
+        return f"ended at a held-out loss of {run.eval_loss:.3f}, token frequencies alone reach {frequencies:.3f}"
+    return ""
+
+
+def _tuning_loss(run_dir: Path, windows: torch.Tensor) -> float:
+    trained = load_trained(run_dir)
+    config = trained.config
+    dtype = pick_autocast(config.precision, trained.model.embed.weight.device)
+    eos = resolve(config).eos if config.data.document_mask else None
+    rows = config.data.batch_size // config.accumulate
+    return evaluate(trained.model, windows, rows, document_eos=eos, autocast_dtype=dtype).loss
+
+
+def _curve(run: Run) -> dict[str, list[float]]:
+    kept = _spread(len(run.evals["step"]))
+    seconds = np.interp(run.evals["step"], run.steps["step"], run.steps["seconds"])
+    columns = {"tokens": run.evals["tokens"], "seconds": seconds, "eval_loss": run.evals["eval_loss"]}
+    return {name: [_short(float(value)) for value in column[kept]] for name, column in columns.items()}
+
+
+def _training(run: Run) -> dict[str, list[float]]:
+    stretches = np.array_split(np.arange(len(run.steps["loss"])), min(_CURVE_POINTS, len(run.steps["loss"])))
+    return {
+        "tokens": [_short(float(run.steps["tokens"][part[-1]])) for part in stretches],
+        "loss": [_short(run.steps["loss"][part].mean()) for part in stretches],
+    }
+
+
+def _spread(count: int) -> Sequence[int]:
+    """At most `_CURVE_POINTS` places, the first and the last among them."""
+    return sorted(set(np.linspace(0, count - 1, min(count, _CURVE_POINTS)).round().astype(int).tolist()))
+
+
+def _short(value: float) -> float:
+    """Six digits after the point are more than a loss has."""
+    return round(float(value), 6) if math.isfinite(value) else float(value)
+
+
+def _plain(value: Any) -> Any:
+    """JSON has neither nan nor infinity: None and a text."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None if math.isnan(value) else str(value)
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list) else value

@@ -1,0 +1,211 @@
+"""Figures of studies, drawn with matplotlib in the look of `sdd.lab.figures`. Needs the extra `report`."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+from sdd.lab.figures import look, short_count
+from sdd.lab.statistics import mean_interval
+from sdd.lab.style import INK, OWN_STYLE, PLACEMENT_STYLES, Style
+
+_WIDTH, _HEIGHT = 4.6, 3.0  # inches a panel
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A line with one curve a seed; its mean is drawn, and the range of the seeds as a band.
+
+    Attributes:
+        label: in the legend.
+        style: colour, marker and dash.
+        x: common to all seeds, or one a seed.
+        y: one a seed; nan is a gap.
+    """
+
+    label: str
+    style: Style
+    x: Sequence[Sequence[float]]
+    y: Sequence[Sequence[float]]
+
+
+@dataclass(frozen=True)
+class Axis:
+    """An axis.
+
+    Attributes:
+        label: with its unit.
+        log: logarithmic.
+        counts: write 1500000 as 1.5M.
+    """
+
+    label: str
+    log: bool = False
+    counts: bool = False
+
+
+@dataclass(frozen=True)
+class CurvePanel:
+    """A panel of curves.
+
+    Attributes:
+        title: above it.
+        x, y: its axes.
+        curves: its lines.
+        ceiling: the greatest height shown.
+        levels: horizontal lines, by name.
+    """
+
+    title: str
+    x: Axis
+    y: Axis
+    curves: Sequence[Curve]
+    ceiling: float | None = None
+    levels: Mapping[str, float] | None = None
+
+
+def style_of(name: str, placement: str, place: int = 0) -> Style:
+    """A placement's look; a further arm of one placement is dashed."""
+    base = PLACEMENT_STYLES.get(name) or PLACEMENT_STYLES.get(placement, OWN_STYLE)
+    return Style(base.color, base.marker, (5, 2) if place else ())
+
+
+def draw_curves(panels: Sequence[CurvePanel], columns: int = 2) -> Figure:
+    """Panels of curves side by side, of one vertical scale, with one legend below."""
+    limits = _common_limits(panels)
+    columns = min(columns, len(panels))
+    rows = -(-len(panels) // columns)
+    with look():
+        figure = Figure((columns * _WIDTH, rows * _HEIGHT + 0.35), layout="constrained")
+        grid = figure.subplots(rows, columns, squeeze=False)
+        for axes, panel in zip(grid.flat, panels, strict=False):
+            _draw_curves(axes, panel)
+            axes.set_ylim(limits)
+        for axes in grid.flat[len(panels) :]:
+            axes.set_visible(False)
+        _legend(figure, {curve.label: curve.style for panel in panels for curve in panel.curves}, columns)
+    return figure
+
+
+def draw_dots(
+    rows: Sequence[str],
+    series: Mapping[str, Sequence[Mapping[int, float]]],
+    axis: Axis,
+    broken: str,
+) -> Figure:
+    """One line a row and one marker a series, with its interval; what did not converge stands at the right as a cross.
+
+    Args:
+        rows: names, from top to bottom.
+        series: for each name one measurement a row, by seed, nan where the run did not converge.
+        axis: of the numbers.
+        broken: what the crosses are called.
+    """
+    styles = dict(zip(series, _series_styles(), strict=False))
+    finite = [value for cells in series.values() for cell in cells for value in cell.values() if math.isfinite(value)]
+    low, high = (min(finite), max(finite)) if finite else (0.0, 1.0)
+    edge = high + 0.08 * ((high - low) or 1)
+    with look():
+        figure = Figure((1.5 * _WIDTH, 0.62 + 0.46 * len(rows)), layout="constrained")
+        axes = figure.subplots()
+        for number, (name, cells) in enumerate(series.items()):
+            offset = (number - (len(series) - 1) / 2) * 0.13
+            for place, cell in enumerate(cells):
+                _dot(axes, cell, place + offset, styles[name], edge)
+        axes.set_yticks(range(len(rows)), rows)
+        axes.set_ylim(len(rows) - 0.5, -0.5)
+        axes.set_xlabel(axis.label)
+        handles = [_handle(style) for style in styles.values()]
+        handles.append(Line2D([], [], color=INK, marker="x", linestyle="none"))
+        figure.legend(handles, [*series, broken], loc="outside lower center", ncols=min(3, len(handles)))
+    return figure
+
+
+def _series_styles() -> list[Style]:
+    """Looks of series that are no placements: the palette of Okabe and Ito in its darker shades, with markers."""
+    return [
+        Style("#0072b2", "o"),
+        Style("#d55e00", "s"),
+        Style("#009068", "D"),
+        Style("#c05f98", "^"),
+        Style("#857d00", "P"),
+        Style("#7a6fd0", "X"),
+        Style("#a0742c", "v"),
+    ]
+
+
+def _dot(axes: Axes, cell: Mapping[int, float], height: float, style: Style, edge: float) -> None:
+    values = [value for value in cell.values() if math.isfinite(value)]
+    if len(values) < len(cell):
+        axes.plot(edge, height, "x", color=style.color, markersize=6)
+    if values:
+        estimate = mean_interval(values)
+        if not math.isnan(estimate.half_width):
+            axes.plot([min(values), max(values)], [height, height], color=style.color, linewidth=1)
+        axes.plot(estimate.value, height, style.marker, color=style.color)
+
+
+def _draw_curves(axes: Axes, panel: CurvePanel) -> None:
+    for curve in panel.curves:
+        color = curve.style.color
+        x, y = _mean(curve.x), _mean(curve.y)
+        (line,) = axes.plot(x, y, color=color, marker=curve.style.marker, markevery=max(1, len(x) // 7))
+        if curve.style.dash:
+            line.set_dashes(curve.style.dash)
+        if len(curve.y) > 1:
+            stack = np.array(curve.y, float)
+            axes.fill_between(x, stack.min(axis=0), stack.max(axis=0), color=color, alpha=0.15, linewidth=0)
+    lowest = min((panel.levels or {"": 0.0}).values())
+    for name, height in (panel.levels or {}).items():
+        axes.axhline(height, color=INK, linewidth=0.8, dashes=(4, 3))
+        side = "top" if height == lowest else "bottom"
+        axes.annotate(name, (0.01, height), xycoords=("axes fraction", "data"), va=side, fontsize=7.5)
+    axes.set_title(panel.title)
+    _set_axis(axes, "x", panel.x)
+    _set_axis(axes, "y", panel.y)
+
+
+def _common_limits(panels: Sequence[CurvePanel]) -> tuple[float, float]:
+    """The lowest and highest value shown in any panel, with a small margin."""
+    parts = []
+    for panel in panels:
+        values = np.array([value for curve in panel.curves for row in curve.y for value in row], float)
+        levels = np.array(list((panel.levels or {}).values()), float)
+        parts.append(np.append(values[np.isfinite(values) & (values <= (panel.ceiling or math.inf))], levels))
+    shown = np.concatenate(parts)
+    low, high = (shown.min(), shown.max()) if len(shown) else (0.0, 1.0)
+    margin = 0.05 * ((high - low) or 1)
+    return float(low - margin), float(high + margin)
+
+
+def _mean(rows: Sequence[Sequence[float]]) -> np.ndarray:
+    """Mean over the seeds, nan where one is."""
+    return np.array(rows, float).mean(axis=0)
+
+
+def _set_axis(axes: Axes, which: str, axis: Axis) -> None:
+    target = axes.xaxis if which == "x" else axes.yaxis
+    (axes.set_xlabel if which == "x" else axes.set_ylabel)(axis.label)
+    if axis.log:
+        (axes.set_xscale if which == "x" else axes.set_yscale)("log")
+        target.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        target.set_minor_formatter(NullFormatter())
+    text = short_count if axis.counts else lambda value: f"{value:g}"
+    target.set_major_formatter(FuncFormatter(lambda value, _: text(value)))
+
+
+def _handle(style: Style) -> Line2D:
+    dash = style.dash or (None, None)
+    return Line2D([], [], color=style.color, marker=style.marker or None, dashes=dash)
+
+
+def _legend(figure: Figure, styles: Mapping[str, Style], columns: int) -> None:
+    handles = [_handle(style) for style in styles.values()]
+    figure.legend(
+        handles, [f" {name}" for name in styles], loc="outside lower center", ncols=min(len(styles), 3 * columns)
+    )

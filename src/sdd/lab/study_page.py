@@ -1,0 +1,124 @@
+"""What a study leaves beside its results: tables, figures, one self-contained page, and the same as Markdown.
+
+OUT/report.html   question, method, published numbers, ours, conclusion; opens from a file
+OUT/README.md     the same for those who read the repository
+OUT/tables/       each table as Markdown, CSV and JSON
+OUT/figures/      each figure as PNG and SVG
+"""
+
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sdd import config_io
+from sdd.lab.definition import Outcome, Plan
+from sdd.lab.findings import Findings, write_tables
+from sdd.lab.results import RunResult
+from sdd.lab.runs import flatten
+from sdd.placement import placements
+
+_UNTOLD = ("cpus", "processes", "machine")
+
+
+def write_study(outcome: Outcome, findings: Findings) -> Path:
+    """Write tables, figures and pages; returns report.html."""
+    from sdd.lab import figures, page
+
+    plan = outcome.plan
+    out = plan.request.out
+    write_tables(findings.all_tables, out / "tables")
+    svgs: dict[str, Any] = {}
+    for picture in findings.pictures:
+        figure = picture.draw()
+        figures.save_figure(figure, out / "figures" / picture.name)
+        svgs[picture.name] = page.Markup(figures.inline_svg(figure, picture.name, picture.description))
+    text = page.render(
+        "study.html",
+        title=plan.definition.title,
+        plan=plan,
+        findings=findings,
+        svgs=svgs,
+        command=command(plan),
+        placements=[placements[name] for name in dict.fromkeys(arm.placement for arm in plan.arms)],
+        settings=_settings(plan),
+        environments=environments(outcome.results),
+        runs=len(outcome.results),
+    )
+    page.write_page(out / "report.html", text)
+    page.write_page(out / "README.md", markdown(outcome, findings))
+    return out / "report.html"
+
+
+def command(plan: Plan) -> str:
+    """The one command that regenerates the page."""
+    request = plan.request
+    words = ["sdd", "study", plan.definition.name, "--preset", request.preset, "--seeds", str(request.seeds)]
+    if request.placements:
+        words += ["--placements", ",".join(request.placements)]
+    if request.tuned:
+        words.append("--tuned")
+    for name, value in request.overrides.items():
+        words += [f"--{name}", "none" if value is None else str(value)]
+    return shlex.join([*words, "--out", request.out.as_posix()])
+
+
+def markdown(outcome: Outcome, findings: Findings) -> str:
+    """The page as Markdown."""
+    plan = outcome.plan
+    parts = [
+        f"# {plan.definition.title}",
+        f"**Question:** {plan.definition.question}",
+        f"**Answer:** {findings.answer}",
+        "\n".join(f"- {sentence}" for sentence in findings.conclusions),
+        "## Method",
+        " ".join(plan.definition.method),
+    ]
+    if findings.published:
+        parts += ["## Published and ours", *_table_parts(findings.published)]
+    parts.append("## Ours")
+    for table in findings.tables:
+        parts += [f"### {table.title}", *_table_parts(table)[1:]]
+    for picture in findings.pictures:
+        parts += [f"![{picture.description}](figures/{picture.name}.png)", f"*{picture.caption}*"]
+    parts += [
+        "## What cannot be concluded",
+        "\n".join(f"- {sentence}" for sentence in findings.limits),
+        "## How to make this page again",
+        f"```\n{command(plan)}\n```",
+        f"It draws the page from the {len(outcome.results)} result files in `results/`, and runs what is missing "
+        "there: more seeds with a larger `--seeds`.",
+        _environment_text(outcome.results),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def environments(results: list[RunResult]) -> Mapping[str, list[tuple[str, str]]]:
+    """Versions and machines as (how many runs, value), as the page's template takes them."""
+    rows: dict[str, list[tuple[str, str]]] = {}
+    for name in dict.fromkeys(key for result in results for key in result.environment if key not in _UNTOLD):
+        values: dict[str, int] = {}
+        for result in results:
+            text = str(result.environment.get(name, "-"))
+            values[text] = values.get(text, 0) + 1
+        rows[name] = [("" if len(values) == 1 else f"{count} runs", text) for text, count in values.items()]
+    return rows
+
+
+def _table_parts(table: Any) -> list[str]:
+    return [table.title, table.markdown().strip(), table.note]
+
+
+def _settings(plan: Plan) -> dict[str, Any]:
+    """The fields common to all runs; those that arms, conditions and seeds change are not among them."""
+    changed = {"model.placement", "optim.lr", "seed", "threads"}
+    changed |= {name for condition in plan.conditions for name in condition.changes}
+    changed |= {name for arm in plan.arms for name in arm.changes}
+    fields = flatten(config_io.to_dict(plan.base))
+    return {name: value for name, value in fields.items() if name not in changed}
+
+
+def _environment_text(results: list[RunResult]) -> str:
+    rows = environments(results)
+    told = [f"{name} {', '.join(value for _, value in values)}" for name, values in rows.items()]
+    return f"Made with {'; '.join(told)}." if told else ""

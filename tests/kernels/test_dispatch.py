@@ -1,0 +1,69 @@
+"""Who runs an operation, and how one path is forced."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from helpers_kernels import DEVICE
+
+from sdd import kernels
+from sdd.errors import UserError
+from sdd.kernels.dispatch import HAS_TRITON
+
+LARGE = torch.empty(2048, 1024, device=DEVICE)
+SMALL = torch.empty(4, 1024, device=DEVICE)
+
+
+def test_by_itself() -> None:
+    kernel_device = DEVICE == "cuda" and HAS_TRITON
+    assert kernels.path_of(LARGE) == ("triton" if kernel_device else "recompute")
+    assert kernels.path_of(LARGE.double()) == "recompute"
+    assert kernels.path_of(SMALL) == "composed"
+    with torch.no_grad():
+        assert kernels.path_of(LARGE) == ("triton" if kernel_device else "composed")
+
+
+def test_forced_and_given_back() -> None:
+    before = kernels.path_of(LARGE)
+    with kernels.use("composed"):
+        assert kernels.path_of(LARGE) == "composed"
+        with kernels.use("recompute"):
+            assert kernels.path_of(SMALL) == "recompute"
+        assert kernels.path_of(LARGE) == "composed"
+    assert kernels.path_of(LARGE) == before
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="no Triton")
+def test_forced_where_it_cannot_run() -> None:
+    with pytest.raises(UserError, match=r"'fast' is no path .* choose one of auto, composed, recompute, triton"):
+        kernels.use("fast").__enter__()  # pyright: ignore[reportArgumentType]
+    with kernels.use("triton"), pytest.raises(UserError, match=r"float64: they take float32, bfloat16 and float16"):
+        kernels.scaled_norm(torch.ones(2, 4, dtype=torch.float64), torch.ones(4))
+
+
+@pytest.mark.parametrize(
+    ("value", "answer"),
+    [
+        ("fast", "UserError: SDD_KERNELS='fast' is no path"),
+        ("triton", "UserError: the kernels are forced" + (" on a cpu tensor" if HAS_TRITON else " (SDD_KERNELS")),
+    ],
+)
+def test_the_environment_variable(value: str, answer: str) -> None:
+    script = "import torch, sdd.kernels as k; print(k.path_of(torch.ones(9)))"
+    environment = {key: text for key, text in os.environ.items() if key != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment | {"SDD_KERNELS": value}, capture_output=True, text=True
+    )
+    assert answer in done.stderr
+
+
+def test_the_package_comes_without_triton() -> None:
+    """Importing sdd and running on a CPU never imports Triton, so that it need not be there."""
+    script = (
+        "import sys; sys.modules['triton'] = None; import torch, sdd\n"
+        "sdd.SDDLinear(64, 1024)(torch.ones(64, 64)).sum().backward(); print('fine')"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout == "fine\n", done.stderr

@@ -1,0 +1,172 @@
+"""What the kernels must bear: wide rows, far offsets, zero rows, repetition, and PyTorch's own checks of operations."""
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+import pytest
+import torch
+from helpers_kernels import DEVICE, EXAMPLES, check, drawn, seeds
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from sdd import functional as sdd_F
+from sdd import kernels
+from sdd.kernels.dispatch import HAS_TRITON
+
+pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="no Triton")
+
+
+def tables(length: int, head_dim: int) -> tuple[Tensor, Tensor]:
+    return sdd_F.rope_tables(length, head_dim, 20.0, DEVICE)
+
+
+def operations(width: int) -> dict[str, tuple[str, dict[str, Any]]]:
+    """Every operation with the arguments beside its activations, for two rows of that width (a multiple of 4)."""
+    alpha, other = drawn(1, width), drawn(2, width)
+    cos, sin = tables(2, width // 2)
+    eps = drawn(3, 2).square()
+    return {
+        "scaled_norm": ("scaled_norm", {"alpha": alpha, "bias": other, "eps": eps}),
+        "two groups": ("scaled_norm", {"alpha": alpha[: width // 2], "group": width // 2, "eps": eps}),
+        "swiglu": ("swiglu", {}),
+        "sdd_swiglu": ("sdd_swiglu", {"alpha_gate": alpha, "alpha_up": other, "up_eps": 1e-2}),
+        "joint": ("sdd_swiglu", {"alpha_gate": alpha, "alpha_up": other, "joint": True}),
+        "bare up": ("sdd_swiglu_bare_up", {"alpha_gate": alpha, "alpha_up": other}),
+        "residual": ("residual_norm", {"alpha": alpha, "residual_scale": 1.5, "eps": eps}),
+        "post-norm": ("residual_norm", {"alpha": alpha, "post_alpha": other, "eps": eps}),
+        "plain post-norm": ("residual_norm", {"alpha": None, "post_alpha": other}),
+        "pre-norm": ("residual_prenorm", {"alpha": alpha, "norm_alpha": other, "eps": eps}),
+        "plain pre-norm": ("residual_prenorm", {"alpha": None, "norm_alpha": other}),
+        "qk": ("qk_norm_rope", {"alpha": alpha, "cos": cos, "sin": sin, "n_heads": 2}),
+        "qk by head": ("qk_norm_rope", {"alpha": alpha, "cos": cos, "sin": sin, "n_heads": 2, "group": width // 2}),
+        "rope": ("qk_norm_rope", {"alpha": None, "cos": cos, "sin": sin, "n_heads": 2}),
+    }
+
+
+OPERATIONS = list(operations(4))
+ACTIVATIONS = {
+    "scaled_norm": ("z",),
+    "swiglu": ("gate", "up"),
+    "sdd_swiglu": ("z_gate", "z_up"),
+    "sdd_swiglu_bare_up": ("z_gate", "z_up"),
+    "residual_norm": ("z", "residual"),
+    "residual_prenorm": ("z", "residual"),
+    "qk_norm_rope": ("z",),
+}
+
+
+def arguments_of(name: str, width: int, activation: Callable[[int], Tensor]) -> tuple[str, dict[str, Any]]:
+    """The function of an operation, and all its arguments."""
+    function, others = operations(width)[name]
+    return function, {key: activation(i) for i, key in enumerate(ACTIVATIONS[function])} | others
+
+
+def outputs_of(y: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (y,) if isinstance(y, Tensor) else y
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+@settings(max_examples=max(1, EXAMPLES // 30))
+@given(seed=seeds, quarter=st.integers(5, 8))
+def test_rows_wider_than_a_program_holds(name: str, seed: int, quarter: int) -> None:
+    sizes = {"MAX_BLOCK": 16, "MAX_FUSED": 16, "MAX_PAIR": 16, "WIDE_BLOCK": 8, "COLUMN_BLOCK": 8}
+    with pytest.MonkeyPatch.context() as patch:
+        for module in ("common", "scaled_norm", "swiglu", "residual_norm", "qk_norm_rope"):
+            for constant, value in sizes.items():
+                module_ = import_module(f"sdd.kernels.fused.{module}")
+                if hasattr(module_, constant):
+                    patch.setattr(module_, constant, value)
+        function, arguments = arguments_of(name, 4 * quarter, lambda i: drawn(seed + i, 2, 4 * quarter))
+        check("triton", function, getattr(sdd_F, function), arguments, seed + 9, "contiguous")
+
+
+@pytest.mark.parametrize("name", OPERATIONS if DEVICE == "cuda" else ["scaled_norm", "swiglu", "residual", "qk"])
+def test_rows_of_65536_features(name: str) -> None:
+    function, arguments = arguments_of(name, 65_536, lambda i: drawn(i, 2, 65_536, dtype=torch.bfloat16))
+    rounded = "norm" in name or name == "qk"  # two kernels, and a rounding in between
+    check("triton", function, getattr(sdd_F, function), arguments, 9, "contiguous", rounded)
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_offsets_beyond_two_to_the_31(name: str) -> None:
+    """Two rows whose distance in memory does not fit into 32 bits together with their index."""
+    width, distance = 8, 2**30 + 8
+    far = torch.empty(2 * distance + width, dtype=torch.bfloat16, device=DEVICE)  # pages that no one touches
+    view = far.as_strided((2, width), (2 * distance, 1))
+    view.copy_(drawn(0, 2, width))
+    three = far.as_strided((3, width), (distance, 1))
+    three.copy_(drawn(0, 3, width))
+
+    function, near = arguments_of(name, width, lambda i: three.clone())
+    _, strided = arguments_of(name, width, lambda i: three)
+    for arguments in (near, strided):
+        for key in ("eps", "cos", "sin"):
+            if isinstance(arguments.get(key), Tensor):
+                arguments[key] = {"eps": drawn(3, 3).square(), "cos": tables(3, 4)[0], "sin": tables(3, 4)[1]}[key]
+    with kernels.use("triton"):
+        results = []
+        for arguments in (near, strided):
+            leaves = [arguments[key].detach().requires_grad_() for key in ACTIVATIONS[function]]
+            y = getattr(kernels, function)(**arguments | dict(zip(ACTIVATIONS[function], leaves, strict=True)))
+            y = outputs_of(y)[0]
+            results.append((y, *torch.autograd.grad(y, leaves, torch.ones_like(y))))
+    for ours, theirs in zip(*results, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_zero_rows_and_repetition(name: str) -> None:
+    """Rows of zeros give what the reference gives, and the same numbers give the same bits."""
+
+    def activation(i: int) -> Tensor:
+        return torch.cat([drawn(i, 1, 12), torch.zeros(1, 12, device=DEVICE)])
+
+    function, arguments = arguments_of(name, 12, activation)
+    check("triton", function, getattr(sdd_F, function), arguments, 9, "contiguous")
+    with kernels.use("triton"):
+        leaves = [value.requires_grad_() for value in arguments.values() if isinstance(value, Tensor)]
+        leaves = [leaf for leaf in leaves if leaf is not arguments.get("cos") and leaf is not arguments.get("sin")]
+
+        def once() -> tuple[Tensor, ...]:
+            y = outputs_of(getattr(kernels, function)(**arguments))
+            return *y, *torch.autograd.grad(sum(part.square().sum() for part in y), leaves)
+
+        assert all(torch.equal(a, b) for a, b in zip(once(), once(), strict=True))
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_differentiating_twice_says_what_to_do(name: str) -> None:
+    function, arguments = arguments_of(name, 8, lambda i: drawn(i, 2, 8).requires_grad_())
+    with kernels.use("triton"):
+        y = outputs_of(getattr(kernels, function)(**arguments))[0]
+        with pytest.raises(RuntimeError, match=r"cannot be differentiated twice .* sdd.kernels.use\('composed'\)"):
+            y.sum().backward(create_graph=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["scaled_norm", "sdd_swiglu", "bare up", "post-norm", "plain pre-norm", "qk", "rope"])
+def test_opcheck(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Schema, fake tensors, autograd registration and AOT dispatch of the very calls that an operation makes."""
+    function, arguments = arguments_of(name, 8, lambda i: drawn(i, 2, 8).requires_grad_())
+    calls: list[tuple[Any, tuple[Any, ...]]] = []
+    modules = [
+        import_module(f"sdd.kernels.fused.{m}") for m in ("scaled_norm", "swiglu", "residual_norm", "qk_norm_rope")
+    ]
+    for module in modules:
+        for attribute in [key for key in vars(module) if key.endswith("_op")]:
+            operation = getattr(module, attribute)
+
+            def recorded(*args: Any, operation: Any = operation) -> Any:
+                calls.append((operation, args))
+                return operation(*args)
+
+            monkeypatch.setattr(module, attribute, recorded)
+    with kernels.use("triton"):
+        sum(y.sum() for y in outputs_of(getattr(kernels, function)(**arguments))).backward()
+    assert len(calls) == 2
+    for operation, args in calls:
+        if operation is calls[1][0]:  # a backward pass, which has none itself
+            args = tuple(arg.detach() if isinstance(arg, Tensor) else arg for arg in args)
+        torch.library.opcheck(operation, args)
