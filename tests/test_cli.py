@@ -141,13 +141,13 @@ def test_a_signal_saves_and_says_how_to_go_on(tmp_path, number):
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.05)
     process.send_signal(number)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=300)
     assert process.returncode == 130
     assert f"sdd resume {out}" in err
     assert "Traceback" not in err
     step = json.loads((out / "result.json").read_text())["step"]
     process = command("resume", out, "--steps", step + 2)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     assert f"going on from step {step}" in err
 
