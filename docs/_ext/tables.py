@@ -85,14 +85,16 @@ def preset_table() -> str:
     rows = []
     for name, model in model_presets.items():
         count, run = count_parameters(model), preset(name)
+        active = "" if model.moe is None else f" ({count.published_active / 1e6:,.1f}M)"
+        experts = "" if model.moe is None else f" x {model.moe.n_experts}, {model.moe.top_k} used"
         rows.append(
             [
                 f"`{name}`",
-                *(str(value) for value in (model.n_layers, model.d_model, model.d_ff)),
+                *(str(value) for value in (model.n_layers, model.d_model, f"{model.d_ff}{experts}")),
                 f"{model.n_heads} / {model.n_kv_heads}",
                 f"{model.vocab_size:,}{', tied' if model.tie_embeddings else ''}",
                 f"{run.data.batch_size} x {model.context}",
-                f"{count.published / 1e6:,.1f}M",
+                f"{count.published / 1e6:,.1f}M" + active,
                 f"{count_parameters(as_printed(name)).published / 1e6:,.1f}M" if name in PRINTED_SHAPES else "",
             ]
         )

@@ -22,20 +22,17 @@ class Order(NamedTuple):
 
     Attributes:
         pairs_M: the pair `n*K + k` of each row, int64.
+        tokens_M: its token n, int64.
         experts_M: the expert of each row, ascending, int64.
         ends_E: where each expert's rows end, int32.
         top_k: K.
     """
 
     pairs_M: Tensor
+    tokens_M: Tensor
     experts_M: Tensor
     ends_E: Tensor
     top_k: int
-
-    @property
-    def tokens_M(self) -> Tensor:
-        """The token of each row, int64."""
-        return self.pairs_M // self.top_k
 
     @property
     def counts_E(self) -> Tensor:
@@ -48,17 +45,17 @@ def sort_by_expert(experts_NK: Tensor, n_experts: int) -> Order:
     experts_M, pairs_M = experts_NK.flatten().sort(stable=True)
     experts_E = torch.arange(n_experts, device=experts_M.device)
     ends_E = torch.searchsorted(experts_M, experts_E, right=True, out_int32=True)
-    return Order(pairs_M, experts_M, ends_E, experts_NK.shape[1])
+    return Order(pairs_M, pairs_M // experts_NK.shape[1], experts_M, ends_E, experts_NK.shape[1])
 
 
 def dispatch(x_NI: Tensor, order: Order) -> Tensor:
     """A row for each pair of token and expert: `[N, I]` to `[M, I]`."""
-    return _Dispatch.apply(x_NI, order.pairs_M, order.top_k)  # pyright: ignore[reportReturnType]
+    return _Dispatch.apply(x_NI, order.pairs_M, order.tokens_M, order.top_k)  # pyright: ignore[reportReturnType]
 
 
 def collect(y_MO: Tensor, order: Order) -> Tensor:
     """The sum of each token's rows: `[M, O]` to `[N, O]`, in the dtype of y."""
-    return _Collect.apply(y_MO, order.pairs_M, order.top_k)  # pyright: ignore[reportReturnType]
+    return _Collect.apply(y_MO, order.pairs_M, order.tokens_M, order.top_k)  # pyright: ignore[reportReturnType]
 
 
 def grouped_linear(x_MI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
@@ -126,37 +123,36 @@ class _ExpertScaledNorm(torch.autograd.Function):
 
 class _Dispatch(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, pairs: Tensor, top_k: int) -> Tensor:
-        ctx.save_for_backward(pairs)
+    def forward(ctx: Any, x: Tensor, pairs: Tensor, tokens: Tensor, top_k: int) -> Tensor:
+        ctx.save_for_backward(pairs, tokens)
         ctx.top_k = top_k
-        return x.index_select(0, pairs // top_k)
+        return x.index_select(0, tokens)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (pairs,) = ctx.saved_tensors
-        return _sum_by_token(gradients[0], pairs, ctx.top_k), None, None
+        pairs, tokens = ctx.saved_tensors
+        return _sum_by_token(gradients[0], pairs, tokens, ctx.top_k), None, None, None
 
 
 class _Collect(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, y: Tensor, pairs: Tensor, top_k: int) -> Tensor:
-        ctx.save_for_backward(pairs)
-        ctx.top_k = top_k
-        return _sum_by_token(y, pairs, top_k)
+    def forward(ctx: Any, y: Tensor, pairs: Tensor, tokens: Tensor, top_k: int) -> Tensor:
+        ctx.save_for_backward(tokens)
+        return _sum_by_token(y, pairs, tokens, top_k)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (pairs,) = ctx.saved_tensors
-        return gradients[0].index_select(0, pairs // ctx.top_k), None, None
+        (tokens,) = ctx.saved_tensors
+        return gradients[0].index_select(0, tokens), None, None, None
 
 
-def _sum_by_token(rows: Tensor, pairs: Tensor, top_k: int) -> Tensor:
+def _sum_by_token(rows: Tensor, pairs: Tensor, tokens: Tensor, top_k: int) -> Tensor:
     """The derivative of a gather, in one order of summation whatever the device."""
-    tokens = len(pairs) // top_k
+    n_tokens = len(pairs) // top_k
     if rows.device.type == "cpu":  # adds one row after the other
-        return rows.new_zeros(tokens, rows.shape[1]).index_add_(0, pairs // top_k, rows)
+        return rows.new_zeros(n_tokens, rows.shape[1]).index_add_(0, tokens, rows)
     places = torch.empty_like(pairs).scatter_(0, pairs, torch.arange(len(pairs), device=pairs.device))
-    return rows[places.view(tokens, top_k)].sum(1)
+    return rows[places.view(n_tokens, top_k)].sum(1)
 
 
 class _GroupedLinear(torch.autograd.Function):

@@ -20,6 +20,7 @@ from sdd.lab.definition import Definition, Plan, Request
 from sdd.lab.engine import Engine
 from sdd.lab.findings import Findings, Measured, Table
 from sdd.lab.statistics import Estimate
+from sdd.models import model_presets
 from sdd.placement import placements
 from sdd.train import RunConfig
 
@@ -189,12 +190,13 @@ def test_definitions_hold_together() -> None:
         assert len(definition.method) == 3
         assert all(sentence.endswith(".") for sentence in definition.method)
         assert {arm.placement for arm in definition.arms} <= placements.keys()
+        assert {definition.preset, *(arm.preset for arm in definition.arms if arm.preset)} <= model_presets.keys()
+        assert definition.name in studies
         names = [name for name, _, _ in config_io.fields()]
         for condition in definition.conditions:
             assert condition.changes.keys() <= set(names)
         assert list(definition.rates.factors) == sorted(definition.rates.factors)
     assert lr_sensitivity.FACTORS[-1] / lr_sensitivity.FACTORS[0] == pytest.approx(100)
-    assert "moe" not in studies  # its presets do not exist yet
 
 
 SEEDS = st.dictionaries(st.integers(0, 9), st.floats(0.1, 9.9) | st.just(math.nan), min_size=1, max_size=5)

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from sdd.errors import UserError
-from sdd.lab import convergence, demo, lr_sensitivity, robustness
+from sdd.lab import convergence, demo, lr_sensitivity, moe, robustness
 from sdd.lab.claims import Claims
 from sdd.lab.definition import Definition, Plan, Request
 from sdd.lab.engine import Engine, read_request, write_request
@@ -148,7 +148,7 @@ studies: Mapping[str, Study] = MappingProxyType(
         "demo": Study(demo.QUESTION, _run_demo),
         **{
             definition.name: _study_of(definition)
-            for definition in (robustness.DEFINITION, lr_sensitivity.DEFINITION, convergence.DEFINITION)
+            for definition in (robustness.DEFINITION, lr_sensitivity.DEFINITION, convergence.DEFINITION, moe.DEFINITION)
         },
     }
 )

@@ -109,14 +109,15 @@ class MoE(nn.Module):
         """The weights of each token's experts, at least float32 `[N, K]`; the order of the rows; statistics."""
         logits_NE = self.router(x_NC)
         logits_NE = logits_NE.to(torch.promote_types(logits_NE.dtype, torch.float32))
-        p_NE = logits_NE.softmax(-1)
+        log_p_NE = logits_NE.log_softmax(-1)
+        p_NE = log_p_NE.exp()
         weights_NK, experts_NK = p_NE.topk(self.top_k)
         if self.renormalise:
             weights_NK = weights_NK / weights_NK.sum(-1, keepdim=True)
         order = sort_by_expert(experts_NK, p_NE.shape[1])
-        log_sum_N = logits_NE.logsumexp(-1)
+        log_sum_N = logits_NE[:, 0] - log_p_NE[:, 0]
         with torch.no_grad():
-            entropy = (log_sum_N - torch.linalg.vecdot(p_NE, logits_NE)).mean()
+            entropy = -torch.linalg.vecdot(p_NE, log_p_NE).mean()
         return weights_NK, order, Routing(order.counts_E, p_NE.mean(0), log_sum_N.square().mean(), entropy)
 
     def experts(self, x_MC: Tensor, order: Order) -> Tensor:

@@ -173,14 +173,16 @@ def _mixture(tape: Tape, config: ModelConfig, norms: dict[Site, Norm], left_out:
     assert config.moe is not None
     E, k, C, F = config.moe.n_experts, config.moe.top_k, config.d_model, config.d_ff
     logits = tape.cast(tape.linear(h, E), WIDE)
-    p, log_sum, pairs = Tensor(E, WIDE), Tensor(1, WIDE), Tensor(k, 8)
-    tape.record([logits], p, [p])
-    tape.record([logits], log_sum, [logits, log_sum])
+    p, log_p, log_sum = Tensor(E, WIDE), Tensor(E, WIDE), Tensor(1, WIDE)
+    pairs, tokens = Tensor(k, 8), Tensor(k, 8)
+    tape.record([logits], log_p, [log_p])
+    tape.record([log_p], p, [p])
+    tape.record([logits, log_p], log_sum, [log_sum])
     weights = tape.record([p], Tensor(k, WIDE), [Tensor(k, 8)])  # indices of the chosen
     if config.moe.renormalise:
         weights = tape.record([weights], Tensor(k, WIDE), [weights, Tensor(1, WIDE)])
     experts = Tensor(k, 8)
-    rows = tape.record([h], Tensor(k * C, h.itemsize), [pairs])
+    rows = tape.record([h], Tensor(k * C, h.itemsize), [pairs, tokens])
     gate, up = tape.linear(rows, k * F), tape.linear(rows, k * F)
     if config.placement.joint_gate_up and {"gate", "up"} <= norms.keys():
         z = tape.record([gate, up], Tensor(2 * k * F, tape.itemsize))
@@ -196,7 +198,7 @@ def _mixture(tape: Tape, config: ModelConfig, norms: dict[Site, Norm], left_out:
     y = _expert_norm(tape, norms.get("ffn_out"), tape.linear(h_rows, k * C), k, experts)
     weights = tape.record([weights], Tensor(k, WIDE), [pairs])
     weighted = tape.record([y, weights], Tensor(k * C, WIDE), [y, weights])
-    y = tape.cast(tape.record([weighted], Tensor(C, WIDE), [pairs]), tape.itemsize)
+    y = tape.cast(tape.record([weighted], Tensor(C, WIDE), [tokens]), tape.itemsize)
     if not config.moe.d_shared:
         return y
     shared = _gated(tape, replace(config, d_ff=config.moe.d_shared), norms, left_out, h)
