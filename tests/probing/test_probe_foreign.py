@@ -74,7 +74,7 @@ def step(model, loss_of):
     before = parameters_of(model)
     with sdd.Probe(model, optimizer) as probe:
         loss_of(model).backward()
-        gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+        gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
         optimizer.step()
     return probe.latest, before, parameters_of(model), gradients
 
@@ -213,6 +213,23 @@ def test_images_and_norms_over_channels():
     assert row["sites"]["0"]["weight_grad_rms"] == pytest.approx(rms(gradients["0.weight"]), rel=1e-4)
     assert row["sites"]["1"].keys() == {"rms", "grad_rms"}
     assert row["layers"] == {}
+
+
+def test_an_expert_without_tokens_has_no_statistics_of_them():
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.experts = nn.ModuleList(sdd.SDDLinear(4, 4) for _ in range(3))
+
+        def forward(self, x):
+            return self.experts[0](x) + self.experts[1](x[:0]).sum()
+
+    row, *_ = step(Experts(), lambda model: model(torch.randn(6, 4)).square().sum())
+    assert {"rms", "eps_ratio", "angle"} <= row["sites"]["experts.0"].keys()
+    assert not {"rms", "eps_ratio", "grad_rms"} & row["sites"]["experts.1"].keys()
+    assert row["sites"]["experts.1"]["weight_grad_rms"] == 0
+    assert "weight_grad_rms" not in row["sites"]["experts.2"]
+    assert row["sites"]["experts.2"]["weight_norm"] > 0
 
 
 def test_frozen_and_shared_parts():

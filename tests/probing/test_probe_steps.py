@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers_probing import assert_close, drawn_tokens, parameters_of, tiny_model
 from torch import nn
+from torch._C import _len_torch_function_stack
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import sdd
@@ -152,6 +153,20 @@ def test_a_step_that_fails_leaves_nothing_behind():
         model(drawn_tokens(vocab_size=100))  # no such tokens
     assert rows == []
     assert_bare(model)
+
+
+def test_an_interrupt_leaves_nothing_behind():
+    """No hook of a module runs when a KeyboardInterrupt leaves its forward."""
+
+    class Interrupted(nn.Linear):
+        def forward(self, x):
+            raise KeyboardInterrupt
+
+    model = nn.Sequential(nn.Linear(2, 2), Interrupted(2, 2))
+    with pytest.raises(KeyboardInterrupt), sdd.Probe(model, torch.optim.SGD(model.parameters())):
+        model(torch.ones(2))
+    assert_bare(model)
+    assert _len_torch_function_stack() == 0
 
 
 def test_a_probe_that_is_lost_lets_go():
@@ -332,6 +347,26 @@ def test_compiled_models_run_eagerly_in_probed_steps_and_are_compiled_once(how, 
         train(trained, optimizer, batches(6), lambda: compiled.append(counter.frame_count))
     assert compiled == [0, 1, 1, 1, 1, 1], "steps 1, 3 and 6 are probed"
     assert [row["step"] for row in rows] == [1, 3, 6]
+    for row, other in zip(rows, expected, strict=True):
+        assert_close(row["sites"], other["sites"], rel=1e-3)
+    torch._dynamo.reset()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning", "ignore::DeprecationWarning")
+def test_an_optimizer_whose_step_is_compiled():
+    expected = rows_of(tiny_model("sdd", n_layers=1), batches(4), every=2)
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("eager")
+    model, rows = tiny_model("sdd", n_layers=1), []
+    optimizer = torch.optim.AdamW(sdd.param_groups(model), lr=1e-2)
+    step = torch.compile(optimizer.step, backend=counter)
+    with sdd.Probe(model, optimizer, 2, rows.append):
+        for tokens in batches(4):
+            model(tokens[:, :-1], tokens[:, 1:]).backward()
+            step()
+            optimizer.zero_grad()
+    assert counter.frame_count == 1, "step 3 is compiled, the others are probed"
     for row, other in zip(rows, expected, strict=True):
         assert_close(row["sites"], other["sites"], rel=1e-3)
     torch._dynamo.reset()

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
@@ -87,8 +88,8 @@ class Probe:
         self._under_way: _Step | None = None
         self._optimizers = _listed(optimizer)
         self._to_step = set(self._optimizers)
-        self._handles = [each.register_step_pre_hook(self._before_update) for each in self._optimizers]
-        self._handles += [each.register_step_post_hook(self._after_update) for each in self._optimizers]
+        self._handles = [each.register_step_pre_hook(_eager(self._before_update)) for each in self._optimizers]
+        self._handles += [each.register_step_post_hook(_eager(self._after_update)) for each in self._optimizers]
         if self._optimizers:
             self._begin_if_due()
 
@@ -110,7 +111,7 @@ class Probe:
         self.flush()
         self.done = self.done if number is None else number - 1
         self._begin_if_due()
-        handles = [each.register_step_pre_hook(self._before_update) for each in _listed(optimizer)]
+        handles = [each.register_step_pre_hook(_eager(self._before_update)) for each in _listed(optimizer)]
         try:
             yield
             self._end()
@@ -233,6 +234,11 @@ class _Step:
     def keys(self) -> list[Key]:
         """The keys of the sums that every process has, whatever it saw."""
         return self.recorder.keys() + self.weights.keys()
+
+
+def _eager(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """A hook of an optimiser whose step may be compiled."""
+    return torch.compiler.disable(hook)
 
 
 def _listed(optimizer: Optimizer | Sequence[Optimizer] | None) -> list[Optimizer]:

@@ -56,6 +56,8 @@ class Recorder:
         """Remove everything."""
         self._is_open = False
         self._open.close()
+        self._inside.clear()  # a keyboard interrupt passes by the hooks that would have emptied it
+        self._calls.close()
 
     def __deepcopy__(self, _: object) -> "Recorder":
         """The recorder of a model that is copied within a step, with its hooks: one that is closed."""
@@ -149,7 +151,7 @@ class Recorder:
 
     def _norm(self, name: str, module: nn.Module, z: Tensor) -> None:
         ratio = norm_ratio(module, z.detach())
-        if ratio is not None:
+        if ratio is not None and ratio.numel():  # an expert may have no tokens
             self._tally.add((name, "eps_ratio"), ratio.sum(), ratio.numel())
             self._tally.highest((name, "eps_ratio_max"), ratio.amax())
 

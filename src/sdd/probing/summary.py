@@ -37,7 +37,7 @@ def make_row(step: int, sums: Sums, maxima: Mapping[Key, float], order: Mapping[
         if value != -math.inf:
             names.setdefault(name, {})[stat] = value
     for (name, stat), (step_square, _) in sums.items():
-        if stat == "step" and "weight_norm" in names[name]:
+        if stat == "step" and "weight_norm" in names.get(name, {}):
             square, radial = sums[name, "weight_norm"][0], sums[name, "radial"][0]
             names[name]["update_ratio"] = math.sqrt(_ratio(step_square, square))
             names[name]["angle"] = angle(square, step_square, radial)

@@ -11,7 +11,9 @@ from sdd.probing.tally import Key, Tally, processes, rank, sum_of_squares
 
 
 class Weights:
-    """The parameters of one probed step. Of a sharded one, each process sums over its part.
+    """The parameters of one probed step.
+
+    Of a sharded one, each process sums over its part; of what several processes hold alike, the first one does.
 
     Args:
         parameters: what to look at.
@@ -19,19 +21,19 @@ class Weights:
     """
 
     def __init__(self, parameters: Sequence[WatchedParameter], tally: Tally) -> None:
-        self._parameters, self._tally = parameters, tally
-        self._matrices = [watched for watched in parameters if watched.role == "weight"]
+        self._all, self._tally = parameters, tally
+        self._counted = [watched for watched in parameters if _is_counted_here(watched.parameter)]
+        self._matrices = [watched for watched in self._counted if watched.role == "weight"]
         self._has_gradients = False
         self._before: list[Tensor] | None = None
 
     def keys(self) -> list[Key]:
         """The keys of all sums, whether or not this process holds a part."""
-        keys = [
-            (watched.site, f"{watched.role}_{what}") for watched in self._parameters for what in ("norm", "grad_rms")
-        ]
+        keys = [(watched.site, f"{watched.role}_{what}") for watched in self._all for what in ("norm", "grad_rms")]
         if self._before is None:
             return keys
-        return keys + [(watched.site, what) for watched in self._matrices for what in ("step", "radial")]
+        matrices = [watched for watched in self._all if watched.role == "weight"]
+        return keys + [(watched.site, what) for watched in matrices for what in ("step", "radial")]
 
     @torch.no_grad()
     def gradients(self) -> None:
@@ -39,7 +41,7 @@ class Weights:
         if self._has_gradients:
             return
         self._has_gradients = True
-        for watched in self._parameters:
+        for watched in self._counted:
             gradient = watched.parameter.grad
             if gradient is not None and not gradient.is_sparse:
                 self._add(watched, f"{watched.role}_grad_rms", sum_of_squares(_rows(_part(gradient))))
@@ -68,13 +70,11 @@ class Weights:
             self._add(watched, "radial", torch.linalg.vecdot(step, before).sum())
 
     def _squares(self) -> None:
-        for watched in self._parameters:
+        for watched in self._counted:
             self._add(watched, f"{watched.role}_norm", sum_of_squares(_rows(_part(watched.parameter))))
 
     def _add(self, watched: WatchedParameter, what: str, total: Tensor) -> None:
-        """Add a sum over this process's part, unless another process counts the same part."""
-        if _is_counted_here(watched.parameter):
-            self._tally.add((watched.site, what), total, _part(watched.parameter).numel())
+        self._tally.add((watched.site, what), total, _part(watched.parameter).numel())
 
 
 def angle(square: float, step: float, radial: float) -> float:
@@ -102,7 +102,7 @@ def _part(tensor: Tensor) -> Tensor:
 
 
 def _is_counted_here(tensor: Tensor) -> bool:
-    """Whether this process adds its part: of what several hold alike, the first one does."""
+    """Whether no process before this one holds the same part of a tensor."""
     if processes() == 1:
         return True
     from torch.distributed.tensor import DTensor
