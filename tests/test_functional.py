@@ -16,11 +16,13 @@ from sdd.functional import (
     norm,
     qk_norm_rope,
     residual_norm,
+    residual_prenorm,
     resolve_group,
     rope_tables,
     scaled_norm,
     sdd_linear,
     sdd_swiglu,
+    sdd_swiglu_bare_up,
     swiglu,
 )
 
@@ -344,6 +346,88 @@ def test_residual_norm(dtype):
     assert residual_norm(z.bfloat16(), residual.float(), alpha).dtype == torch.float32
 
 
+@pytest.mark.parametrize("post", [False, True])
+def test_residual_norm_rounds_once(post):
+    z, residual = randn(0, (64, 32), (64, 32), dtype=torch.bfloat16)
+    alphas = randn(1, (32,), (32,), dtype=torch.float32)[: 1 + post]
+    expected = residual_norm(z.double(), residual.double(), *(alpha.double() for alpha in alphas))
+    unequal = (residual_norm(z, residual, *alphas) != expected.bfloat16()).float().mean()
+    assert unequal < 0.01  # but where float32 falls on the other side of a tie
+
+
+def test_residual_prenorm_returns_the_stream_and_its_norm():
+    z, residual, alpha, norm_alpha = randn(0, (2, 3, 8), (2, 3, 8), (8,), (8,))
+    for branch_alpha in (alpha, None):
+        options = {"residual_scale": 1.5, "eps": 1e-3}
+        stream, normed = residual_prenorm(z, residual, branch_alpha, norm_alpha, norm_eps=1e-2, **options)
+        assert torch.equal(stream, residual_norm(z, residual, branch_alpha, **options))
+        assert torch.equal(normed, residual_norm(z, residual, branch_alpha, norm_alpha, post_eps=1e-2, **options))
+    narrow = residual_prenorm(z.bfloat16(), residual.float(), alpha, norm_alpha, dtype=torch.bfloat16)
+    assert [y.dtype for y in narrow] == [torch.float32, torch.bfloat16]
+
+
+def test_without_alpha_there_is_no_norm():
+    z, other, alpha = randn(0, (2, 3, 8), (2, 3, 8), (8,))
+    torch.testing.assert_close(residual_norm(z, other, None, residual_scale=1.5), 1.5 * other + z)
+    torch.testing.assert_close(sdd_swiglu(z, other, None, None), swiglu(z, other))
+    torch.testing.assert_close(sdd_swiglu(z, other, alpha, None), swiglu(scaled_norm(z, alpha), other))
+    cos, sin = rope_tables(3, 4)
+    rotated = qk_norm_rope(z, None, cos, sin, n_heads=2)
+    torch.testing.assert_close(rotated, apply_rope(z.unflatten(-1, (2, 4)).transpose(1, 2), cos, sin))
+
+
+def test_gate_and_up_may_have_their_own_eps():
+    gate, up, alpha_gate, alpha_up = randn(0, (4, 8), (4, 8), (8,), (8,))
+    h = sdd_swiglu(gate, up, alpha_gate, alpha_up, eps=1e-1, up_eps=1e-3)
+    expected = swiglu(scaled_norm(gate, alpha_gate, eps=1e-1), scaled_norm(up, alpha_up, eps=1e-3))
+    torch.testing.assert_close(h, expected)
+
+
+@pytest.mark.parametrize("group", [None, 4, [(8, 2), (4, 0), (4, 4)]])
+@pytest.mark.parametrize("shared", [False, True])
+def test_eps_may_differ_from_row_to_row(group, shared):
+    alpha_width = alpha_size(resolve_group(group, 16), shared)
+    z, alpha, eps = randn(0, (2, 3, 16), (alpha_width,), (2, 3))
+    eps = eps.square()
+    together = scaled_norm(z, alpha, group=group, eps=eps)
+    for i in range(2):
+        for j in range(3):
+            alone = scaled_norm(z[i, j], alpha, group=group, eps=eps[i, j].item())
+            torch.testing.assert_close(together[i, j], alone)
+
+
+@pytest.mark.parametrize("eps", [1e-5, 1e-6])
+@pytest.mark.parametrize("init_scale", [1.0, 0.1])
+def test_a_bare_up_before_sdd_equals_the_normed_one(init_scale, eps):
+    """What the consumer's norm removes need not be computed, if its eps follows."""
+    shapes = (5, 16), (24, 16), (24, 16), (16, 24), (24,), (24,), (16,), (5, 16)
+    x, v_gate, v_up, v_down, alpha_gate, alpha_up, alpha_down, dy = randn(0, *shapes)
+    weights = [init_scale * (2.5 * 16) ** -0.5 * v for v in (v_gate, v_up, v_down)]
+    leaves = [leaf.requires_grad_() for leaf in (x, *weights, alpha_gate, alpha_up, alpha_down)]
+    x, v_gate, v_up, v_down, *_ = leaves
+    kept = sdd_linear(sdd_swiglu(x @ v_gate.T, x @ v_up.T, alpha_gate, alpha_up, eps=eps), v_down, alpha_down, eps=eps)
+    h, q = sdd_swiglu_bare_up(x @ v_gate.T, x @ v_up.T, alpha_gate, alpha_up, eps=eps)
+    bare = scaled_norm(h @ v_down.T, alpha_down, eps=eps * (q + eps))
+    torch.testing.assert_close(bare, kept, rtol=1e-10, atol=1e-10)
+    for ours, theirs in zip(*(torch.autograd.grad(y, leaves, dy) for y in (bare, kept)), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: sdd_swiglu(*randn(0, (2, 8), (2, 6)), None, None), r"\[2, 8\] and \[2, 6\]"),
+        (lambda: sdd_swiglu(*randn(0, (2, 8), (2, 8), (6,)), None), r"alpha has shape \[6\], expected \[8\]"),
+        (lambda: sdd_swiglu(*randn(0, (2, 8), (2, 8), (8,)), None, joint=True), "give alpha_gate and alpha_up"),
+        (lambda: sdd_swiglu(*randn(0, (2, 8), (2, 8), (8,), (8,)), joint=True, up_eps=1.0), "and one eps"),
+        (lambda: residual_norm(*randn(0, (2, 8), (3, 8)), None), r"\[2, 8\] and \[3, 8\]"),
+    ],
+)
+def test_shapes_that_do_not_fit_say_so(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
 @pytest.mark.parametrize(("group", "size"), [(4, 4), (4, 12), (None, 12)])
 def test_qk_norm_rope_is_norm_then_rotation_by_head(group, size):
     z, alpha = randn(0, (2, 5, 12), (size,))
@@ -394,6 +478,7 @@ TOKEN_WISE: dict[str, Callable[[Tensor], Tensor]] = {
     "sdd_linear by part": lambda x: sdd_linear(x, _WEIGHT, _ALPHA[:6], group=[(2, 2), (4, 2), (2, 0)]),
     "sdd_swiglu": lambda x: sdd_swiglu(x, x.flip(-1), _ALPHA, _ALPHA),
     "sdd_swiglu joint": lambda x: sdd_swiglu(x, x.flip(-1), _ALPHA, _ALPHA, joint=True),
+    "sdd_swiglu_bare_up": lambda x: sdd_swiglu_bare_up(x, x.flip(-1), _ALPHA, _ALPHA)[0],
     "residual_norm": lambda x: residual_norm(x, x.flip(-1), _ALPHA, _ALPHA),
     "qk_norm_rope": lambda x: qk_norm_rope(x, _ALPHA, *rope_tables(5, 4), n_heads=2).transpose(1, 2).flatten(-2),
 }

@@ -21,8 +21,6 @@ INTERPRETED = bool(knobs.runtime.interpret)
 MAX_BLOCK = 16_384
 #: Features in a block of columns of a row that is wider, or of several heads.
 WIDE_BLOCK = 4096
-
-
 #: Features in a block of columns of an operation on two tensors.
 COLUMN_BLOCK = 2048
 #: Compiles a kernel; its declared type knows no launch options.
@@ -113,6 +111,19 @@ def parts_of(flat: list[int], alpha: Tensor) -> Iterator[Part]:
 
 
 @jit
+def tile(BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, BY_COLUMN: tl.constexpr):
+    """This program's heads `[H, 1]` and columns `[1, D]`."""
+    head = tl.arange(0, BLOCK_H)[:, None]
+    column = tl.arange(0, BLOCK_D)[None, :]
+    if BY_COLUMN:
+        head += tl.program_id(2)
+        column += tl.program_id(1) * BLOCK_D
+    else:
+        head += tl.program_id(1) * BLOCK_H
+    return head, column
+
+
+@jit
 def load_row(ptr, column, there):
     """A block of a row in float32."""
     return tl.load(ptr + column, mask=there, other=0).to(tl.float32)
@@ -120,7 +131,7 @@ def load_row(ptr, column, there):
 
 @jit
 def mean_square_kernel(z_ptr, mean_ptr, WIDTH, z_stride, mean_stride, BLOCK: tl.constexpr):
-    """mean(z^2) of one wide group."""
+    """The mean of z^2 over one wide group."""
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     z_ptr += row * z_stride + head * WIDTH
     total = tl.full((BLOCK,), 0, tl.float32)
@@ -131,7 +142,7 @@ def mean_square_kernel(z_ptr, mean_ptr, WIDTH, z_stride, mean_stride, BLOCK: tl.
     tl.store(mean_ptr + row * mean_stride + head, tl.sum(total) / WIDTH)
 
 
-def once(name: str) -> None:
+def forbid_double_backward(name: str) -> None:
     """Say it where a backward pass is to be differentiated itself."""
     if torch.is_grad_enabled():
         raise RuntimeError(

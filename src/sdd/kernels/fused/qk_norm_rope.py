@@ -23,11 +23,11 @@ from sdd.kernels.fused.common import (
     WIDE_BLOCK,
     cdiv,
     dense,
+    forbid_double_backward,
     jit,
     n_programs,
     next_power_of_2,
     on_device,
-    once,
     rows,
     warps,
 )
@@ -258,7 +258,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _backward(ctx: Any, dout: Tensor | None, _r: None) -> tuple[Tensor | None, ...]:
-    once("qk_norm_rope")
+    forbid_double_backward("qk_norm_rope")
     z, alpha, cos, sin, r = ctx.saved_tensors
     if dout is None:
         return (None,) * 7

@@ -22,13 +22,13 @@ from sdd.kernels.fused.common import (
     MAX_BLOCK,
     WIDE_BLOCK,
     dense,
+    forbid_double_backward,
     jit,
     load_row,
     mean_square_kernel,
     n_programs,
     next_power_of_2,
     on_device,
-    once,
     row_blocks,
     row_eps_of,
     rows,
@@ -258,26 +258,27 @@ def _empty_backward(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    z, residual, alpha, row_eps, post_alpha, ctx.scale, _, _, stream, _ = inputs
+    z, residual, alpha, _, post_alpha, ctx.scale, _, _, stream, _ = inputs
     s, y, r, post_r = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(r, post_r, *([y] if post_alpha is None else []), *([] if stream else [s]))
     ctx.dtype = z.dtype
     both = alpha is not None and post_alpha is not None
     kept = (None if alpha is None else z, residual if both else None, s if alpha is None else None)
-    ctx.save_for_backward(*kept, alpha, row_eps, post_alpha, r, post_r)
+    ctx.save_for_backward(*kept, alpha, post_alpha, r, post_r)
 
 
 def _backward(ctx: Any, ds: Tensor | None, dy: Tensor | None, *_statistics: None) -> tuple[Tensor | None, ...]:
-    once("residual_norm")
-    z, residual, s, alpha, row_eps, post_alpha, r, post_r = ctx.saved_tensors
+    forbid_double_backward("residual_norm")
+    z, residual, s, alpha, post_alpha, r, post_r = ctx.saved_tensors
+    row_eps = ctx.needs_input_grad[3]
     dalpha: Tensor | None = None
     dpost_alpha: Tensor | None = None
     deps: Tensor | None = None
     if alpha is not None and post_alpha is not None:
         dy = z.new_zeros(z.shape) if dy is None else dy
         dz, dresidual, dalpha, dpost_alpha, deps = residual_norm_backward_op(
-            dy, ds, z, residual, alpha, post_alpha, r, post_r, ctx.scale, row_eps is not None
+            dy, ds, z, residual, alpha, post_alpha, r, post_r, ctx.scale, row_eps
         )
     else:
         if post_alpha is not None and dy is not None:
@@ -285,12 +286,12 @@ def _backward(ctx: Any, ds: Tensor | None, dy: Tensor | None, *_statistics: None
         assert ds is not None
         dz, dresidual = ds.to(ctx.dtype), ds if ctx.scale == 1 else ctx.scale * ds
         if alpha is not None:
-            dz, dalpha, _, deps = _norm_backward(ds, z, alpha, r, None, row_eps is not None)
+            dz, dalpha, _, deps = _norm_backward(ds, z, alpha, r, None, row_eps)
     return (
         dz,
         dresidual,
         None if dalpha is None or alpha is None else dalpha.to(alpha.dtype),
-        None if row_eps is None else deps,
+        deps if row_eps else None,
         None if dpost_alpha is None or post_alpha is None else dpost_alpha.to(post_alpha.dtype),
         *[None] * 5,
     )

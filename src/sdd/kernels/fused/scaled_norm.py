@@ -20,31 +20,19 @@ from sdd.kernels.fused.common import (
     MAX_BLOCK,
     WIDE_BLOCK,
     cdiv,
+    forbid_double_backward,
     jit,
     mean_square_kernel,
     n_programs,
     next_power_of_2,
     on_device,
-    once,
     pairs,
     parts_of,
     row_eps_of,
     rows,
+    tile,
     warps,
 )
-
-
-@jit
-def tile(BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, BY_COLUMN: tl.constexpr):
-    """This program's heads `[H, 1]` and columns `[1, D]`."""
-    head = tl.arange(0, BLOCK_H)[:, None]
-    column = tl.arange(0, BLOCK_D)[None, :]
-    if BY_COLUMN:
-        head += tl.program_id(2)
-        column += tl.program_id(1) * BLOCK_D
-    else:
-        head += tl.program_id(1) * BLOCK_H
-    return head, column
 
 
 @jit
@@ -370,28 +358,21 @@ def _empty_backward(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    z, alpha, bias, row_eps, _, ctx.parts, _ = inputs
+    z, alpha, bias, _, _, ctx.parts, _ = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(z, alpha, bias, row_eps, output[1])
+    ctx.save_for_backward(z, alpha, bias, output[1])
 
 
 def _backward(ctx: Any, dy: Tensor | None, _r: None) -> tuple[Tensor | None, ...]:
-    once("scaled_norm")
+    forbid_double_backward("scaled_norm")
     if dy is None:
         return (None,) * 7
-    z, alpha, bias, row_eps, r = ctx.saved_tensors
+    z, alpha, bias, r = ctx.saved_tensors
     _, _, has_bias, has_row_eps, *_ = ctx.needs_input_grad
     dz, dalpha, dbias, deps = scaled_norm_backward_op(dy, z, alpha, r, None, ctx.parts, has_bias, has_row_eps)
-    return (
-        dz,
-        dalpha.to(alpha.dtype),
-        dbias.to(bias.dtype) if has_bias else None,
-        deps.to(row_eps.dtype) if has_row_eps else None,
-        None,
-        None,
-        None,
-    )
+    dbias_, deps_ = dbias.to(bias.dtype) if has_bias else None, deps if has_row_eps else None
+    return dz, dalpha.to(alpha.dtype), dbias_, deps_, None, None, None
 
 
 scaled_norm_op.register_autograd(_backward, setup_context=_setup_context)

@@ -22,12 +22,12 @@ from sdd import functional as sdd_F
 from sdd.kernels.fused.common import (
     WIDE_BLOCK,
     dense,
+    forbid_double_backward,
     jit,
     load_row,
     mean_square_kernel,
     n_programs,
     on_device,
-    once,
     row_blocks,
     rows,
     warps,
@@ -327,7 +327,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _backward(ctx: Any, dh: Tensor | None, _r: None, dq: Tensor | None) -> tuple[Tensor | None, ...]:
-    once("sdd_swiglu")
+    forbid_double_backward("sdd_swiglu")
     z_gate, z_up, alpha_gate, alpha_up, r = ctx.saved_tensors
     dh = torch.zeros_like(z_gate) if dh is None else dh
     dz_gate, dz_up, dalpha_gate, dalpha_up = swiglu_backward_op(
