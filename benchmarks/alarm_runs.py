@@ -13,8 +13,8 @@ from typing import Any
 from sdd.placement import placements
 from sdd.probing import Probe, append_row
 from sdd.train import RunConfig, preset
-from sdd.train.loop import start
 from sdd.train.run_dir import read_jsonl
+from sdd.train.starting import start
 
 #: Steps that are kept: dense at first, where runs break.
 STEPS = (1, 2, 4, 8, 16, 30, 50, 100, 150, 200, 250, 350)

@@ -120,7 +120,7 @@ def _dispatch(args: list[str]) -> int:
 
 def _train(args: list[str]) -> int:
     from sdd.train.data import resolve
-    from sdd.train.loop import fit_vocabulary, start
+    from sdd.train.starting import fit_vocabulary, start
 
     with joined() as world:
         config, out, as_json, own_vocabulary, port = world.together(lambda: _train_request(args))
@@ -157,7 +157,7 @@ def _train_request(args: list[str]) -> tuple[Any, Path | None, bool, bool, int |
 
 
 def _resume(args: list[str]) -> int:
-    from sdd.train.loop import reopen
+    from sdd.train.starting import reopen
 
     with joined() as world:
         options = world.together(lambda: _resume_request(args))

@@ -15,7 +15,7 @@ from sdd.errors import RunFailed, UserError
 from sdd.models import ModelConfig
 from sdd.placement import placements
 from sdd.train import DataConfig, RunConfig
-from sdd.train.loop import reopen, start
+from sdd.train.starting import reopen, start
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from sdd.evals import text as evals
 from sdd.evals.generation import continue_texts
 from sdd.evals.unigram import token_frequencies
 from sdd.train.data import resolve
-from sdd.train.loop import start
+from sdd.train.starting import start
 
 CONTEXT = 16
 WORDS = "It is a truth universally acknowledged, that a single man must be in want of a wife."

@@ -11,8 +11,9 @@ from sdd.cli import main
 from sdd.models import ModelConfig
 from sdd.placement import placements
 from sdd.train import DataConfig, OptimConfig, RunConfig
-from sdd.train.loop import Trainer, start
+from sdd.train.loop import Trainer
 from sdd.train.run_dir import RunDir
+from sdd.train.starting import start
 
 UPDATED = ("update_ratio", "angle")
 

@@ -22,7 +22,7 @@ from sdd.lab.results import HeldOut, answers, config_hash, portable, tuning_wind
 from sdd.lab.robustness import DEFINITION
 from sdd.models import ModelConfig
 from sdd.train import DataConfig, OptimConfig, RunConfig
-from sdd.train.loop import start
+from sdd.train.starting import start
 
 TINY = RunConfig(
     model=ModelConfig(n_layers=1, d_model=16, d_ff=32, n_heads=2, n_kv_heads=1, vocab_size=4096, context=32),

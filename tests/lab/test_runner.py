@@ -23,8 +23,8 @@ from sdd.lab.runner import Grid, Job, same_settings, time_left
 from sdd.models import ModelConfig
 from sdd.train import DataConfig, OptimConfig, RunConfig
 from sdd.train.guard import weight_problem
-from sdd.train.loop import start
 from sdd.train.run_dir import RunDir
+from sdd.train.starting import start
 
 
 @pytest.fixture(scope="module")

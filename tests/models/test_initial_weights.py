@@ -53,11 +53,11 @@ def expected_std(rule: str, role: str, weight: Tensor, c: ModelConfig) -> float:
             return base
         case "normal-0.02", _:
             return 0.02
-        case "deepnorm", "embed":
+        case "deepnorm", ("embed" | "head"):
             return 1 / math.sqrt(d)
         case "deepnorm", ("v_proj" | "o_proj" | "up_proj" | "down_proj"):
             return gain * xavier
-        case "deepnorm", ("q_proj" | "k_proj" | "gate_proj" | "head"):
+        case "deepnorm", ("q_proj" | "k_proj" | "gate_proj"):
             return xavier
         case _:
             raise AssertionError(f"no expectation for {rule}, {role}")

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from sdd import config_io
 from sdd.cli import main
 from sdd.errors import UserError
-from sdd.train import loop
+from sdd.train import starting
 from sdd.train.checkpoint import FORMAT, list_checkpoints, sealed
 
 
@@ -36,7 +36,7 @@ class Touch:
 def finished(tmp_path_factory):
     """A run with checkpoints at 4, 8 and 12, to be copied."""
     folder = tmp_path_factory.mktemp("finished")
-    loop.start(little(folder), folder / "run").run()
+    starting.start(little(folder), folder / "run").run()
     return folder / "run"
 
 
@@ -56,7 +56,7 @@ def scratch(finished, tmp_path_factory):
 
 def reopened(run):
     """The step at which a run goes on, found as `sdd resume` does."""
-    trainer = loop.reopen(run)
+    trainer = starting.reopen(run)
     trainer.run_dir.unlock()
     return trainer.step
 
@@ -266,7 +266,7 @@ def test_a_damaged_one_does_not_count_among_those_to_keep(scratch):
     (run / "config.json").write_text(json.dumps({**settings, "keep_checkpoints": 1, "checkpoint_every": 5}))
     newest = list_checkpoints(run / "checkpoints")[-1]
     (newest / "state.json").write_text("{}")
-    trainer = loop.reopen(run)
+    trainer = starting.reopen(run)
     trainer.step = 9
     trainer.save()
     trainer.run_dir.unlock()
@@ -338,10 +338,10 @@ def test_an_unchanged_run_is_told_nothing(scratch, capsys):
 def test_what_was_killed_after_its_last_checkpoint_is_brought_to_its_end(tmp_path, earlier):
     """result.json then tells of an earlier end: an interruption, or that of a run with fewer steps."""
     run = tmp_path / "run"
-    result = loop.start(replace(TINY, steps=2), run).run()
+    result = starting.start(replace(TINY, steps=2), run).run()
     samples = (run / "samples.jsonl").read_text()
     (run / "result.json").write_text(json.dumps({"status": earlier, "step": 1}))
-    assert loop.reopen(run).run()["eval_loss"] == result["eval_loss"]
+    assert starting.reopen(run).run()["eval_loss"] == result["eval_loss"]
     assert (run / "samples.jsonl").read_text() == samples, "the text is not sampled twice"
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from sdd import config_io
 from sdd.cli import main
-from sdd.train import loop
+from sdd.train import loop, starting
 from sdd.train.checkpoint import list_checkpoints
 
 STEPS = 12
@@ -26,7 +26,7 @@ def whole(tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
     config = little(folder, steps=STEPS, keep_checkpoints=2)
     config_io.save(config, folder / "settings.json")
-    loop.start(config, folder / "run").run()
+    starting.start(config, folder / "run").run()
     return folder / "run"
 
 

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sdd.errors import RunFailed
-from sdd.train import loop
+from sdd.train import loop, starting
 from sdd.train.config import GuardConfig
 from sdd.train.guard import Guard, weight_problem
 from sdd.train.resuming import resume_newest
@@ -37,7 +37,7 @@ FIRST_FAULT = 18
 
 def train(out, config=RUN, fault=None, calls=()):
     """A run; `fault(trainer)` strikes at those calls of `gradients`, counted from 0; returns the result."""
-    trainer = loop.start(config, out)
+    trainer = starting.start(config, out)
     inject(trainer, fault, calls)
     return trainer.run()
 
@@ -98,7 +98,7 @@ def faultless(tmp_path_factory):
 
 def test_without_faults_the_guard_changes_nothing(tmp_path, faultless):
     """An unguarded loop, written out here, gives the same weights bit for bit."""
-    trainer = loop.start(RUN, tmp_path / "plain")
+    trainer = starting.start(RUN, tmp_path / "plain")
     plain = [trainer.train_step(step)[0].item() for step in range(RUN.steps)]
     trainer.run_dir.unlock()
     assert plain == losses(faultless[0])
@@ -158,7 +158,7 @@ def test_before_the_first_checkpoint_a_flipped_weight_begins_the_run_again(tmp_p
 
 def test_a_damaged_weight_is_never_saved(tmp_path, monkeypatch):
     """Struck after the gradients of the step that a checkpoint follows: nothing shows in loss or gradient."""
-    trainer = loop.start(RUN, tmp_path / "run")
+    trainer = starting.start(RUN, tmp_path / "run")
     update, count = trainer.update, iter(range(1000))
 
     def struck():
@@ -177,7 +177,7 @@ def test_a_damaged_weight_is_never_saved(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("good_steps", [0, 14])
 def test_a_fault_that_stays_stops_the_run(tmp_path, good_steps):
-    trainer = loop.start(RUN, tmp_path / "run")
+    trainer = starting.start(RUN, tmp_path / "run")
     inject(trainer, nan_gradient, range(good_steps, 1000))
     with pytest.raises(RunFailed, match=f"rolled back 3 times without getting past step {good_steps + 1}"):
         trainer.run()
@@ -219,7 +219,7 @@ def _drawn_flip(draw):
 
 def test_skips_survive_a_kill_bit_for_bit(tmp_path):
     train(tmp_path / "whole", fault=nan_gradient, calls=[20])
-    trainer = loop.start(RUN, tmp_path / "cut")
+    trainer = starting.start(RUN, tmp_path / "cut")
     inject(trainer, nan_gradient, [20])
     spoiled = trainer.gradients
 
@@ -231,7 +231,7 @@ def test_skips_survive_a_kill_bit_for_bit(tmp_path):
     trainer.gradients = gradients
     with pytest.raises(KeyboardInterrupt):
         trainer.run()
-    resumed = loop.reopen(tmp_path / "cut")
+    resumed = starting.reopen(tmp_path / "cut")
     assert resumed.step == 24
     assert resumed.run()["skipped_batches"] == [20]
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
@@ -240,7 +240,7 @@ def test_skips_survive_a_kill_bit_for_bit(tmp_path):
 
 def struck_by_one(world, out):
     """A weight flips on the second process only, later a gradient is NaN on both, as an all-reduce leaves it."""
-    trainer = loop.start(RUN, out, world)
+    trainer = starting.start(RUN, out, world)
     if world.rank == 1:
         inject(trainer, _flip_own_shard, [20])
     inject(trainer, nan_norm, [30])
@@ -295,3 +295,13 @@ def test_damaged_weights_are_seen(value):
     assert weight_problem(weights) is None
     weights[0][1, 2] = value
     assert weight_problem(weights).kind == "damaged weights"
+
+
+def test_the_step_that_ends_a_run_is_probed(tmp_path):
+    config = replace(RUN, guard=GuardConfig(nonfinite="stop"), probe_every=1)
+    with pytest.raises(RunFailed):
+        train(tmp_path / "run", config, nan_gradient, [5])
+    last = (tmp_path / "run" / "probe.jsonl").read_text().splitlines()[-1]
+    row = json.loads(last)
+    assert row["step"] == 6
+    assert row["sites"]["blocks.0.attn.q_proj"]["rms"] > 0

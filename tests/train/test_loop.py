@@ -8,16 +8,16 @@ from helpers_train import TINY, assert_same_tensors, rows, tiny
 from sdd.errors import RunFailed, UserError
 from sdd.lab.report import write_report
 from sdd.placement import placements
-from sdd.train import loop
+from sdd.train import loop, starting
 from sdd.train.checkpoint import list_checkpoints
 
 
 def train(out, config=TINY):
-    return loop.start(config, out).run()
+    return starting.start(config, out).run()
 
 
 def resume(out, steps=None):
-    return loop.reopen(out, steps).run()
+    return starting.reopen(out, steps).run()
 
 
 def test_the_files_of_a_run(tmp_path):
@@ -52,7 +52,7 @@ def test_the_same_config_gives_the_same_run_bit_for_bit(tmp_path):
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path, accumulate):
     config = replace(TINY, accumulate=accumulate)
     train(tmp_path / "whole", config)
-    trainer = loop.start(config, tmp_path / "cut")
+    trainer = starting.start(config, tmp_path / "cut")
     trainer.run_dir.append("metrics.jsonl", {"step": 0})
     while trainer.step < 5:  # as a killed process leaves it: a checkpoint at 4, metrics up to 5
         loss, _ = trainer.train_step(trainer.step)
@@ -61,7 +61,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path, accumul
         if trainer.step == 4:
             trainer.save()
     trainer.run_dir.unlock()
-    resumed = loop.reopen(tmp_path / "cut")
+    resumed = starting.reopen(tmp_path / "cut")
     assert resumed.step == 4
     resumed.run()
     whole = {row["step"]: row for row in rows(tmp_path / "whole") if "loss" in row}
@@ -126,7 +126,7 @@ def test_damaged_checkpoints_are_passed_over(tmp_path, capsys):
     (tensors,) = newest.glob("*.safetensors")
     tensors.write_bytes(tensors.read_bytes()[:-1])
     before = rows(tmp_path / "run")
-    trainer = loop.reopen(tmp_path / "run")
+    trainer = starting.reopen(tmp_path / "run")
     assert trainer.step == 8
     trainer.run()
     assert "passed over" in capsys.readouterr().err
@@ -134,22 +134,22 @@ def test_damaged_checkpoints_are_passed_over(tmp_path, capsys):
 
 
 def test_two_processes_cannot_write_into_one_run(tmp_path):
-    trainer = loop.start(TINY, tmp_path / "run")
+    trainer = starting.start(TINY, tmp_path / "run")
     with pytest.raises(UserError, match="another process"):
-        loop.reopen(tmp_path / "run")
+        starting.reopen(tmp_path / "run")
     trainer.run_dir.unlock()
-    loop.reopen(tmp_path / "run").run_dir.unlock()
+    starting.reopen(tmp_path / "run").run_dir.unlock()
 
 
 def test_nothing_the_user_had_is_overwritten(tmp_path):
     train(tmp_path / "run")
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     with pytest.raises(UserError, match="holds a run already"):
-        loop.start(TINY, tmp_path / "run")
+        starting.start(TINY, tmp_path / "run")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.tex").write_text("x")
     with pytest.raises(UserError, match=r"thesis\.tex"):
-        loop.start(TINY, tmp_path / "other")
+        starting.start(TINY, tmp_path / "other")
     assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
 
 
@@ -163,7 +163,7 @@ def test_a_start_that_was_killed_before_its_config_stood_can_be_repeated(tmp_pat
 def test_a_complete_run_goes_on_only_with_more_steps(tmp_path):
     train(tmp_path / "run", replace(TINY, optim=replace(TINY.optim, schedule="constant")))
     with pytest.raises(UserError, match="complete at step 12"):
-        loop.reopen(tmp_path / "run")
+        starting.reopen(tmp_path / "run")
 
 
 def test_more_steps_go_on(tmp_path):
@@ -182,7 +182,7 @@ def test_changed_data_are_refused(tmp_path):
     train(tmp_path / "run", config)
     text.write_text("something else entirely, and longer than before\n" * 3000)
     with pytest.raises(UserError, match="not those that"):
-        loop.reopen(tmp_path / "run", 20)
+        starting.reopen(tmp_path / "run", 20)
 
 
 def test_document_mask_and_z_loss_and_checkpointing_and_chunks_train(tmp_path):

@@ -13,7 +13,7 @@ from sdd.cli import main
 from sdd.errors import Interrupted
 from sdd.models import MoEConfig
 from sdd.placement import placements
-from sdd.train import loop
+from sdd.train import loop, starting
 from sdd.train.optim import optimizer_tensors
 from sdd.train.parallel import World
 
@@ -34,7 +34,7 @@ LOSS, NORM = 1e-5, 1e-4
 
 
 def run(world, config, out):
-    trainer = loop.start(config, out, world)
+    trainer = starting.start(config, out, world)
     trainer.run()
     return {name: whole(parameter).numpy() for name, parameter in trainer.model.named_parameters()}
 
@@ -120,7 +120,7 @@ def state(trainer):
 
 
 def step_and_save(world, out, config=None):
-    trainer = loop.start(config, out, world) if config else loop.reopen(out, world=world)
+    trainer = starting.start(config, out, world) if config else starting.reopen(out, world=world)
     before = state(trainer)
     trainer.train_step(trainer.step)
     trainer.step += 1
@@ -143,7 +143,7 @@ def test_checkpoints_load_on_another_number_of_processes_bit_for_bit(tmp_path):
 
 
 def test_a_stopped_and_resumed_run_is_the_whole_one_bit_for_bit(tmp_path, alone):
-    trainer = loop.start(CONFIG, tmp_path / "run")
+    trainer = starting.start(CONFIG, tmp_path / "run")
     append = trainer.run_dir.append
 
     def stop_at_seven(name, row):
@@ -154,7 +154,7 @@ def test_a_stopped_and_resumed_run_is_the_whole_one_bit_for_bit(tmp_path, alone)
     trainer.run_dir.append = stop_at_seven
     with pytest.raises(Interrupted):
         trainer.run()
-    again = loop.reopen(tmp_path / "run")
+    again = starting.reopen(tmp_path / "run")
     assert again.step == 7
     again.run()
     assert rows(tmp_path / "run") == rows(alone[0])

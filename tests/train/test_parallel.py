@@ -14,7 +14,7 @@ from sdd.cli import main
 from sdd.errors import Interrupted, RunFailed, UserError
 from sdd.placement import placements
 from sdd.train import checkpoint as ckpt
-from sdd.train import loop
+from sdd.train import loop, starting
 from sdd.train.optim import optimizer_tensors
 from sdd.train.parallel import World
 
@@ -135,7 +135,7 @@ def test_what_is_exchanged_and_errors_reach_every_rank():
 
 
 def train(world, config, out):
-    trainer = loop.start(config, out, world)
+    trainer = starting.start(config, out, world)
     found = {f"first.{name}": tensor for name, tensor in everything(trainer).items() if name.startswith("model.")}
     trainer.run()
     alphas = {f"alpha.{name}": p.detach() for name, p in trainer.model.named_parameters() if p.ndim < 2}
@@ -175,7 +175,7 @@ def test_several_processes_train_as_one_does(tmp_path, alone, size, changes):
 
 def train_and_save(world, config, out):
     """Two steps and an evaluation, which must leave the parameters in their parts."""
-    trainer = loop.start(config, out, world)
+    trainer = starting.start(config, out, world)
     for step in range(2):
         trainer.train_step(step)
         trainer.step += 1
@@ -188,7 +188,7 @@ def train_and_save(world, config, out):
 
 def load_and_save(world, out, step):
     torch.manual_seed(123)
-    trainer = loop.reopen(out, world=world)
+    trainer = starting.reopen(out, world=world)
     assert trainer.step == step
     found = everything(trainer)
     loss = trainer.train_step(step)[0].item()
@@ -305,7 +305,7 @@ def fails(world, out, how):
     if how == "no data" and world.rank == 1:
         config = replace(config, data=replace(config.data, path=str(out / "nowhere.npy")))
     try:
-        trainer = loop.start(config, out, world)
+        trainer = starting.start(config, out, world)
         if how == "disk" and world.rank == 1:
             ckpt.HuggingFaceStorageWriter.write_data = full
         if how == "signal" and world.rank == 1:
@@ -342,7 +342,7 @@ def test_all_ranks_end_together_and_the_first_says_why(tmp_path, how, kind, text
 
 
 def data_lost_by_one(world, out):
-    trainer = loop.start(TINY, out, world)
+    trainer = starting.start(TINY, out, world)
     if world.rank == 1:
 
         def batch(_):
@@ -365,19 +365,19 @@ def test_an_error_that_one_rank_meets_alone_is_told_by_it(tmp_path):
 
 def test_a_restarted_job_goes_on_with_its_own_run_only(tmp_path):
     run = tmp_path / "run"
-    trainer = loop.start(TINY, run, World(job="a"))
+    trainer = starting.start(TINY, run, World(job="a"))
     trainer.run_dir.write_json("environment.json", trainer.environment())
     trainer.train_step(0)
     trainer.step = 1
     trainer.save()
     trainer.run_dir.unlock()
     for world in (World(restarted=True), World(job="a")):
-        again = loop.start(TINY, run, world)
+        again = starting.start(TINY, run, world)
         assert again.step == 1
         again.run_dir.unlock()
     for config, world in ((replace(TINY, seed=1), World(restarted=True)), (TINY, World(job="b")), (TINY, World())):
         with pytest.raises(UserError, match="holds a run already"):
-            loop.start(config, run, world)
+            starting.start(config, run, world)
 
 
 def test_a_job_that_may_be_restarted_must_name_its_run(monkeypatch, capsys):
@@ -389,7 +389,7 @@ def test_a_job_that_may_be_restarted_must_name_its_run(monkeypatch, capsys):
 
 
 def damage_and_reopen(world, out):
-    trainer = loop.reopen(out, world=world)
+    trainer = starting.reopen(out, world=world)
     trainer.run_dir.unlock()
     return trainer.step
 

@@ -10,7 +10,7 @@ from helpers_train import TINY, rows
 
 import sdd
 from sdd.models import LanguageModel
-from sdd.train import loop
+from sdd.train import loop, starting
 from sdd.train.parallel import World
 from sdd.train.tensorboard import TensorBoard
 
@@ -115,7 +115,7 @@ def probe_rows(run):
 
 def test_a_run_is_probed_and_not_changed_by_it(tmp_path):
     for every in (0, 5):
-        loop.start(replace(TINY, probe_every=every), tmp_path / str(every)).run()
+        starting.start(replace(TINY, probe_every=every), tmp_path / str(every)).run()
     assert rows(tmp_path / "0") == rows(tmp_path / "5")
     assert not (tmp_path / "0" / "probe.jsonl").exists()
     assert [row["step"] for row in probe_rows(tmp_path / "5")] == [1, 2, 4, 5, 10]
@@ -123,15 +123,15 @@ def test_a_run_is_probed_and_not_changed_by_it(tmp_path):
 
 def test_a_resumed_run_is_probed_as_an_uninterrupted_one(tmp_path):
     config = replace(TINY, probe_every=3)
-    loop.start(config, tmp_path / "whole").run()
-    trainer = loop.start(config, tmp_path / "cut")
+    starting.start(config, tmp_path / "whole").run()
+    trainer = starting.start(config, tmp_path / "cut")
     while trainer.step < 7:  # as a killed process leaves it: a checkpoint at 4, a probed step after it
         trainer._take_step(TensorBoard())
         if trainer.step == 4:
             trainer.save()
     trainer.run_dir.unlock()
     assert [row["step"] for row in probe_rows(tmp_path / "cut")] == [1, 2, 3, 6]
-    loop.reopen(tmp_path / "cut").run()
+    starting.reopen(tmp_path / "cut").run()
     assert probe_rows(tmp_path / "cut") == probe_rows(tmp_path / "whole")
 
 
@@ -139,7 +139,7 @@ def test_gradients_are_those_before_clipping(tmp_path):
     found = []
     for limit in (0.0, 1e-3):
         out = tmp_path / str(limit)
-        trainer = loop.start(replace(TINY, optim=replace(TINY.optim, grad_clip=limit)), out)
+        trainer = starting.start(replace(TINY, optim=replace(TINY.optim, grad_clip=limit)), out)
         trainer._take_step(TensorBoard())
         trainer.run_dir.unlock()
         (row,) = probe_rows(out)
@@ -148,7 +148,7 @@ def test_gradients_are_those_before_clipping(tmp_path):
 
 
 def whole_run(world, config, out):
-    loop.start(config, out, world).run()
+    starting.start(config, out, world).run()
 
 
 def test_two_processes_write_what_one_writes(tmp_path):

@@ -22,9 +22,9 @@ from sdd.train.checkpoint import load_checkpoint
 from sdd.train.config import RunConfig
 from sdd.train.data import resolve
 from sdd.train.device import pick_autocast, pick_device
-from sdd.train.loop import fit_vocabulary
 from sdd.train.parallel import ALONE
 from sdd.train.sharding import build_model
+from sdd.train.starting import fit_vocabulary
 
 #: The columns of the tables: heading and statistic.
 COLUMNS = {

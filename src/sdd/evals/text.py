@@ -17,8 +17,8 @@ from sdd.models import LanguageModel
 from sdd.train.checkpoint import DamagedCheckpoint, list_checkpoints, load_checkpoint
 from sdd.train.config import RunConfig
 from sdd.train.data import resolve
+from sdd.train.device import pick_autocast, pick_device
 from sdd.train.evaluate import Evaluation, evaluate
-from sdd.train.loop import pick_autocast, pick_device
 
 _log = logging.getLogger(__name__)
 _ROWS = 8  # windows a forward pass

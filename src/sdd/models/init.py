@@ -7,8 +7,9 @@ All draws are normal, truncated at three standard deviations. The rules are
     megatron          base, with the output and down projections divided by sqrt(2L) (arXiv 1909.08053)
     normal-0.02       0.02 everywhere (arXiv 2501.00656, OLMo 2)
     deepnorm          Xavier, sqrt(2 / (fan_in + fan_out)), times the gain (8L)^(-1/4) on v, o, up and down
-                      (arXiv 2203.00555). The gate of the GLU keeps gain 1, as in its authors' own GLU, so that the
-                      product of the two gained matrices on the linear path is the paper's; embedding 1/sqrt(d_model).
+                      (arXiv 2203.00555). Of a GLU's two matrices one takes the gain of the paper's first: here up, the
+                      linear branch (the authors' code takes the activated one). Embedding and an untied head
+                      1/sqrt(d_model), as in the authors' code.
 """
 
 from collections.abc import Iterator
@@ -48,7 +49,7 @@ def init_std(config: ModelConfig, role: str, fan_in: int, fan_out: int) -> float
         case "normal-0.02":
             return 0.02
         case "deepnorm":
-            if role == "embed":
+            if role in ("embed", "head"):
                 return config.d_model**-0.5
             gain = SCALES["(8L)^(-1/4)"](config.n_layers) if role in _DEEPNORM_GAINED else 1.0
             return gain * (2 / (fan_in + fan_out)) ** 0.5

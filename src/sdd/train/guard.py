@@ -6,24 +6,20 @@ bit. What is done about a bad one is in `sdd.train.recovery`.
 """
 
 import math
-import statistics
-from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from sdd.spikes import Usual
 from sdd.train.config import GuardConfig
 
 Kind = Literal["nonfinite", "loss spike", "gradient spike", "damaged weights"]
 
 #: No healthy weight comes near; a weight whose top exponent bit flipped stands at 1e36 or above.
 LARGEST_WEIGHT = 1e6
-_ENOUGH = 16
-_SIGMA_PER_MAD = 1.4826  # of a normal distribution
 
 
 @dataclass(frozen=True)
@@ -40,13 +36,7 @@ class Problem:
 
 
 class Guard:
-    """Judges steps against the accepted ones before.
-
-    A loss is a spike if it exceeds the median of the last `window` accepted losses by more than `loss_margin` robust
-    standard deviations and by more than 2% of the median; a gradient norm if it exceeds `grad_factor` times the median
-    of theirs. Neither is judged before 16 steps were accepted. The standard deviation is that of the noise from step to
-    step, `1.4826 / sqrt(2)` times the median absolute difference of successive losses: a falling loss does not add to
-    it.
+    """Judges steps against the accepted ones before, by the rules of `sdd.spikes`.
 
     Args:
         config: thresholds, and what to do.
@@ -54,21 +44,16 @@ class Guard:
 
     def __init__(self, config: GuardConfig) -> None:
         self.config = config
-        self._losses: deque[float] = deque(maxlen=config.window)
-        self._norms: deque[float] = deque(maxlen=config.window)
+        self._usual = Usual(config.window)
 
     def judge(self, loss: float, grad_norm: float) -> Problem | None:
         """What is wrong with a step, given loss (nats a token) and gradient norm before clipping; None if nothing."""
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             return Problem("nonfinite", f"loss {loss:.4g}, gradient norm {grad_norm:.4g}: not finite")
-        if len(self._losses) < _ENOUGH:
-            return None
-        usual, sigma = statistics.median(self._losses), _noise(self._losses)
-        if loss - usual > max(self.config.loss_margin * sigma, 0.02 * usual):
-            return Problem("loss spike", f"loss {loss:.4g}, lately {usual:.4g} +- {sigma:.2g}")
-        usual = statistics.median(self._norms)
-        if grad_norm > self.config.grad_factor * usual:
-            return Problem("gradient spike", f"gradient norm {grad_norm:.4g}, lately {usual:.4g}")
+        if spike := self._usual.loss_spike(loss, self.config.loss_margin):
+            return Problem("loss spike", spike.what)
+        if spike := self._usual.gradient_spike(grad_norm, self.config.grad_factor):
+            return Problem("gradient spike", spike.what)
         return None
 
     def acts_on(self, problem: Problem) -> bool:
@@ -80,23 +65,17 @@ class Guard:
     def accept(self, loss: float, grad_norm: float) -> None:
         """Take a step into the running estimates."""
         if math.isfinite(loss) and math.isfinite(grad_norm):
-            self._losses.append(loss)
-            self._norms.append(grad_norm)
+            self._usual.accept(loss, grad_norm)
 
     def state_dict(self) -> dict[str, Any]:
         """The running estimates as JSON values."""
-        return {"losses": list(self._losses), "norms": list(self._norms)}
+        return {"losses": list(self._usual.losses), "norms": list(self._usual.norms)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take the running estimates up again."""
-        self._losses = deque(state["losses"], maxlen=self.config.window)
-        self._norms = deque(state["norms"], maxlen=self.config.window)
-
-
-def _noise(losses: Iterable[float]) -> float:
-    """Robust standard deviation of what is not trend."""
-    differences = [abs(after - before) for before, after in pairwise(losses)]
-    return _SIGMA_PER_MAD / math.sqrt(2) * statistics.median(differences)
+        self._usual = Usual(self.config.window)
+        for loss, norm in zip(state["losses"], state["norms"], strict=True):
+            self._usual.accept(loss, norm)
 
 
 def weight_problem(parameters: Iterable[Tensor]) -> Problem | None:
