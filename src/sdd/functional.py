@@ -83,7 +83,7 @@ def norm(z: Tensor, eps: Eps = 1e-6, group: int | None = None) -> Tensor:
     Returns:
         `[..., N]` in at least float32 (float64 stays float64).
     """
-    z = z.to(_statistics_dtype(z.dtype))
+    z = z.to(statistics_dtype(z.dtype))
     if isinstance(eps, Tensor):
         eps = eps.unsqueeze(-1)
     if group is not None and group != z.shape[-1]:
@@ -124,7 +124,7 @@ def scaled_norm(
         alphas = split_alpha(alpha, parts)
         y = torch.cat(
             [
-                _scale_part(part, part_alpha, group_width, eps) if group_width else part.to(_statistics_dtype(z.dtype))
+                _scale_part(part, part_alpha, group_width, eps) if group_width else part.to(statistics_dtype(z.dtype))
                 for part, part_alpha, (_, group_width) in zip(z.split(widths, -1), alphas, parts, strict=True)
             ],
             -1,
@@ -240,7 +240,7 @@ def sdd_swiglu_bare_up(
     """
     check_shapes(z_gate, z_up, alpha_gate, alpha_up)
     gate = z_gate if alpha_gate is None else scaled_norm(z_gate, alpha_gate, eps=eps)
-    wide = z_up.to(_statistics_dtype(z_up.dtype))
+    wide = z_up.to(statistics_dtype(z_up.dtype))
     return swiglu(gate, (alpha_up * wide).to(z_up.dtype)), wide.square().mean(-1)
 
 
@@ -369,7 +369,7 @@ def qk_norm_rope(
     Returns:
         `[B, H, T, D]` in the dtype of z.
     """
-    y = z.to(_statistics_dtype(z.dtype))
+    y = z.to(statistics_dtype(z.dtype))
     if alpha is not None:
         y = scaled_norm(y, alpha, group=group, eps=eps)
     return apply_rope(y.unflatten(-1, (n_heads, -1)).transpose(-3, -2), cos, sin).to(z.dtype)
@@ -378,13 +378,14 @@ def qk_norm_rope(
 def _stream(z: Tensor, residual: Tensor, alpha: Tensor | None, residual_scale: float, eps: Eps) -> Tensor:
     """`residual_scale * residual + alpha * norm(z)` in at least float32."""
     check_shapes(z, residual, alpha)
-    branch = z.to(_statistics_dtype(z.dtype))
+    branch = z.to(statistics_dtype(z.dtype))
     if alpha is not None:
         branch = scaled_norm(branch, alpha, eps=eps)
     return torch.add(branch, residual, alpha=residual_scale)
 
 
-def _statistics_dtype(dtype: torch.dtype) -> torch.dtype:
+def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
+    """At least float32; float64 stays float64."""
     return torch.promote_types(dtype, torch.float32)
 
 

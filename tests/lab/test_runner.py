@@ -281,7 +281,7 @@ def test_relative_paths_stay_the_same_run(tiny: RunConfig, monkeypatch: pytest.M
 def test_workers_and_threads_share_the_cores(tiny: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runs = [(str(seed), replace(tiny, seed=seed, threads=0)) for seed in range(6)]
     for cores, asked, expected in ((1, None, (1, 1)), (2, None, (2, 1)), (16, None, (4, 4)), (4, 9, (6, 1))):
-        monkeypatch.setattr(runner, "available_cores", lambda cores=cores: cores)
+        monkeypatch.setattr(runner, "available_cpus", lambda cores=cores: cores)
         grid = Grid(runs, tmp_path, workers=asked)
         assert (grid.workers, grid.threads) == expected
         assert {job.config.threads for job in grid.jobs} == {grid.threads}

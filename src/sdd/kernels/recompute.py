@@ -1,8 +1,9 @@
 """Plain PyTorch operations whose backward passes are written out: any device and dtype, what a CPU runs.
 
 Where autograd saves every intermediate, the norm saves z and r = 1/sqrt(mean(z^2) + eps) and reads memory less often:
-forward and backward together are two to three times faster on a CPU (benchmarks/results/kernels_cpu.json). Equations are
-those of the kernels. What was measured to be no faster than the composed function (SwiGLU, additions) is composed.
+on a CPU, forward and backward together are two to three times faster (benchmarks/results/kernels_cpu.json). The
+equations are those of the kernels. What was measured to be no faster than the composed function (SwiGLU, additions) is
+composed.
 """
 
 import math
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sdd import functional as sdd_F
-from sdd.functional import Eps, Group, resolve_group, split_alpha
+from sdd.functional import Eps, Group, resolve_group, split_alpha, statistics_dtype
 
 
 def scaled_norm(
@@ -116,7 +117,7 @@ def qk_norm_rope(
     eps: float = 1e-6,
 ) -> Tensor:
     """`sdd.functional.qk_norm_rope`."""
-    y = z.to(_wide(z.dtype))
+    y = z.to(statistics_dtype(z.dtype))
     if alpha is not None:
         y = scaled_norm(y, alpha, group=group, eps=eps)
     return _Rope.apply(y.unflatten(-1, (n_heads, -1)).transpose(-3, -2), cos, sin).to(z.dtype)
@@ -149,13 +150,9 @@ def differentiate_again(
 def _stream(z: Tensor, residual: Tensor, alpha: Tensor | None, residual_scale: float, eps: Eps) -> Tensor:
     """`residual_scale * residual + alpha * norm(z)` in at least float32."""
     sdd_F.check_shapes(z, residual, alpha)
-    wide = _wide(z.dtype)
+    wide = statistics_dtype(z.dtype)
     branch = z.to(wide) if alpha is None else scaled_norm(z, alpha, eps=eps, dtype=wide)
     return torch.add(branch, residual, alpha=residual_scale)
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
 
 
 class _Rope(torch.autograd.Function):
@@ -245,7 +242,7 @@ def _differentiate(dy: Tensor, z: Tensor, alpha: Tensor, r: Tensor, group: int) 
 
 def _tiles(x: Tensor, group: int) -> Tensor:
     """`[..., N]` as `[rows, N/group, group]` in at least float32."""
-    x = x.to(_wide(x.dtype))
+    x = x.to(statistics_dtype(x.dtype))
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1] // group, group)
 
 

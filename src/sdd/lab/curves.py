@@ -6,9 +6,10 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from sdd.lab.runs import Run, number
+from sdd.lab.runs import Run
 from sdd.lab.style import Style
 from sdd.probing.alarms import broke_first
+from sdd.probing.rows import number
 
 _SMOOTHED_OVER = 25  # a smoothed curve averages over 1/25 of the run
 _MOST_POINTS = 600

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import numpy as np
 
 from sdd.evals.unigram import Reference
+from sdd.lab.findings import listed
 from sdd.lab.runs import Run
 
 #: Bits per byte. Smaller differences are not counted: the largest spread of three seeds at this size was 0.03.
@@ -158,12 +159,12 @@ def _on_hard(results: Results) -> list[str]:
     if failed:
         parts = [f"{row.placement} ({_how(row.hard)})" for row in failed]
         texts.append(
-            f"Under it {_and(parts)} did not learn: token frequencies alone reach {results.rows[0].reference:.2f}."
+            f"Under it {listed(parts)} did not learn: token frequencies alone reach {results.rows[0].reference:.2f}."
         )
     rest = [row for row in results.rows if row not in failed]
     if rest:
         parts = [f"{row.placement} {_beside_recommended(row)}" for row in rest]
-        texts.append(f"Compared with its own recommended run, {_and(parts)}.")
+        texts.append(f"Compared with its own recommended run, {listed(parts)}.")
     if len(rest) > 1:
         ranking = _ranking([row.hard for row in rest])
         texts.append(f"Of those that learn under the hard setting, {ranking}")
@@ -175,7 +176,7 @@ def _on_recommended(results: Results) -> str:
     failed = [cell.placement for cell in cells if not learned(cell, results.rows[0].reference)]
     start = "Under the recommended setting "
     if failed:
-        return f"{start}{_and(failed)} did not learn; {_ranking([c for c in cells if c.placement not in failed])}"
+        return f"{start}{listed(failed)} did not learn; {_ranking([c for c in cells if c.placement not in failed])}"
     return f"{start}every placement learns; {_ranking(cells)}"
 
 
@@ -199,7 +200,7 @@ def _ranking(cells: Sequence[Cell]) -> str:
     text = ", ".join(f"{cell.placement} {'reaches ' * (cell is best)}{cell.bits_per_byte:.2f}" for cell in cells)
     close = [cell.placement for cell in cells[1:] if cell.bits_per_byte - best.bits_per_byte <= NOISE]
     if close:
-        text += f"; {_and([best.placement, *close])} are closer than {NOISE:g}, which is not told apart here"
+        text += f"; {listed([best.placement, *close])} are closer than {NOISE:g}, which is not told apart here"
     return text + "."
 
 
@@ -219,10 +220,6 @@ def _compared(ahead: float) -> str:
     if abs(ahead) <= NOISE:
         return f"neither better nor worse by more than {NOISE:g} bits per byte"
     return f"{abs(ahead):.2f} bits per byte {'better' if ahead > 0 else 'worse'}"
-
-
-def _and(names: Sequence[str]) -> str:
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
 def as_dict(results: Results) -> dict[str, Any]:

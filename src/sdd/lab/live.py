@@ -11,6 +11,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from sdd.terminal import clock
+
 if TYPE_CHECKING:
     from sdd.lab.runner import Job
 
@@ -88,13 +90,6 @@ def jobs_table(jobs: Sequence["Job"], seconds_left: float | None) -> Table:
             Text(job.detail, overflow="ellipsis", no_wrap=True),
         )
     return table
-
-
-def clock(seconds: float) -> str:
-    """Seconds as m:ss or h:mm:ss."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
 def _left(jobs: Sequence["Job"], seconds_left: float | None) -> str:

@@ -25,7 +25,8 @@ from sdd.errors import UserError
 from sdd.evals.text import load_trained
 from sdd.evals.unigram import token_frequencies
 from sdd.lab.runner import diverged
-from sdd.lab.runs import Run, load_run, number
+from sdd.lab.runs import Run, load_run
+from sdd.probing.rows import number
 from sdd.train import RunConfig
 from sdd.train.data import resolve
 from sdd.train.device import pick_autocast

@@ -26,6 +26,7 @@ from typing import Any, Literal
 import torch
 
 from sdd import config_io
+from sdd.data.workers import available_cpus
 from sdd.errors import Interrupted, UserError
 from sdd.lab.claims import Claims
 from sdd.lab.live import Display
@@ -90,7 +91,7 @@ class Grid:
     """
 
     def __init__(self, runs: Sequence[tuple[str, RunConfig]], out: Path, workers: int | None = None) -> None:
-        cores = available_cores()
+        cores = available_cpus()
         self.out = out
         self.gpus = visible_gpus() if any(config.device in ("auto", "cuda") for _, config in runs) else []
         self.workers = max(1, min(workers or len(self.gpus) or min(cores, _MOST_WORKERS), len(runs)))
@@ -314,11 +315,6 @@ class _Tail:
         job.loss = row.get("loss", job.loss)
         job.eval_loss = row.get("eval_loss", job.eval_loss)
         job.bits_per_byte = row.get("eval_bits_per_byte", job.bits_per_byte)
-
-
-def available_cores() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def visible_gpus() -> list[str]:

@@ -12,6 +12,7 @@ import numpy as np
 from sdd.errors import UserError
 from sdd.probing import ProbeHistory, history
 from sdd.probing.alarms import Alarm, judge
+from sdd.probing.rows import number
 from sdd.train.run_dir import read_jsonl
 
 #: A run "did not converge" if it became non-finite, or ended by this share above its own lowest held-out loss, or not
@@ -188,14 +189,6 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[name] = value
     return flat
-
-
-def number(value: Any) -> float:
-    """A number of a JSON file as float; "nan", "inf" and "-inf" are numbers, anything else is nan."""
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        return math.nan
 
 
 def _short_name(path: Path, others: Sequence[Path]) -> str:

@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sdd import points
-from sdd.functional import Eps
+from sdd.functional import Eps, statistics_dtype
 from sdd.kernels import scaled_norm
 from sdd.nn import RMSNorm, SDDExpertLinear, SDDLinear
 from sdd.placement import Norm, Site
@@ -114,7 +114,7 @@ def read(layer: nn.Module, x: Tensor, before: Skipped | None) -> Tensor:
 
 def mean_square(z: Tensor) -> Tensor:
     """`mean(z^2)` of each row, at least float32 `[...]`."""
-    return z.to(torch.promote_types(z.dtype, torch.float32)).square().mean(-1)
+    return z.to(statistics_dtype(z.dtype)).square().mean(-1)
 
 
 def product_dtype(x: Tensor) -> torch.dtype:

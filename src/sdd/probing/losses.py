@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from sdd.probing.checks import Finding
+from sdd.probing.rows import number
 from sdd.spikes import Usual
 
 #: Accepted steps that say what is usual, and steps between two looks at that: it costs something in a run of a million.
@@ -41,7 +42,7 @@ class Losses:
         if "event" in row:
             yield from _event(row)
         elif "loss" in row:
-            yield from self._step(_number(row["loss"]), _number(row.get("grad_norm")))
+            yield from self._step(number(row["loss"]), number(row.get("grad_norm")))
 
     @property
     def looks_at_rises(self) -> bool:
@@ -74,10 +75,3 @@ def _event(row: Mapping[str, Any]) -> Iterator[Finding]:
     if kind:
         done = _DONE.get(str(row["event"]), str(row["event"]))
         yield Finding(kind, "", math.inf, f"{row.get('what', '')}; {done}")  # pyright: ignore[reportArgumentType]
-
-
-def _number(value: Any) -> float:
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        return math.nan

@@ -146,3 +146,11 @@ def _objects(file: Path) -> Iterator[Row]:
                 continue
             if isinstance(row, dict):
                 yield row
+
+
+def number(value: Any) -> float:
+    """A number of a JSON file as float; "nan", "inf" and "-inf" are numbers, anything else is nan."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return math.nan

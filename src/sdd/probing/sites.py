@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from sdd.functional import Group, resolve_group
+from sdd.functional import Group, resolve_group, statistics_dtype
 from sdd.nn import SDDExpertLinear, SDDLinear
 
 Role = Literal["weight", "alpha"]
@@ -107,7 +107,7 @@ def norm_ratio(module: nn.Module, z: Tensor) -> Tensor | None:
     axes = len(module.normalized_shape) if isinstance(module, nn.LayerNorm | nn.RMSNorm) else 1
     rows = z if axes == 1 else z.flatten(-axes)
     if subtracts_mean(module):
-        return eps / rows.to(_statistics_dtype(z)).var(-1, correction=0).flatten()
+        return eps / rows.to(statistics_dtype(z.dtype)).var(-1, correction=0).flatten()
     return eps / _mean_squares(rows, getattr(module, "group", None))
 
 
@@ -132,13 +132,9 @@ def _mean_squares(z: Tensor, group: Group) -> Tensor:
     for piece, (_, width) in zip(z.split([width for width, _ in parts], -1), parts, strict=True):
         if width:
             heads = piece.unflatten(-1, (-1, width))
-            norms = torch.linalg.vector_norm(heads, dim=-1, dtype=_statistics_dtype(z))
+            norms = torch.linalg.vector_norm(heads, dim=-1, dtype=statistics_dtype(z.dtype))
             found.append(norms.square().flatten() / width)
     return found[0] if len(found) == 1 else torch.cat(found)
-
-
-def _statistics_dtype(z: Tensor) -> torch.dtype:
-    return torch.promote_types(z.dtype, torch.float32)
 
 
 def _watched_parameter(module: nn.Module, name: str, leaf: str, parameter: nn.Parameter) -> WatchedParameter:
