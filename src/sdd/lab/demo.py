@@ -47,8 +47,7 @@ class Setting:
     warmup: int
 
 
-#: The recommended rate is the largest of 1e-3, 2e-3 and 4e-3 at which every placement learns within STEPS (DeepNorm
-#: does not at 2e-3, Post-Norm not at 4e-3). The hard setting joins two perturbations of arXiv 2502.15499, table 2.
+#: At the recommended rate every placement learns within STEPS (at 4e-3 Post-Norm does not). The hard setting joins two perturbations of arXiv 2502.15499, table 2.
 SETTINGS = (Setting("recommended", lr=1e-3, warmup=40), Setting("hard", lr=1e-2, warmup=0))
 
 
