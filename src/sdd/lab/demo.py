@@ -47,7 +47,8 @@ class Setting:
     warmup: int
 
 
-#: At the recommended rate every placement learns within STEPS (at 4e-3 Post-Norm does not). The hard setting joins two perturbations of arXiv 2502.15499, table 2.
+#: At the recommended rate every placement learns within STEPS (at 4e-3 Post-Norm does not). The hard setting joins two
+#: perturbations of arXiv 2502.15499, table 2.
 SETTINGS = (Setting("recommended", lr=1e-3, warmup=40), Setting("hard", lr=1e-2, warmup=0))
 
 
