@@ -88,6 +88,16 @@ def test_robustness_says_where_it_agrees_and_where_it_begins_to_differ(
     assert not re.search(r"\bnan\b", sentences(found))
 
 
+def test_narrow_models_do_not_start_from_an_init_for_wide_ones(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    found = findings(monkeypatch, robustness.DEFINITION, breaking({}), tmp_path)
+    assert any("olmo2 and peri start from std 1/sqrt(2.5 d)" in limit for limit in found.limits)
+    for preset, init in (("nano", "base"), ("581m", "normal-0.02")):
+        plan = Plan(robustness.DEFINITION, Request(tmp_path, preset, 1))
+        inits = {arm.name: plan.run(arm, plan.conditions[0], 1e-3, 0)[1].model.placement.init for arm in plan.arms}
+        assert inits["olmo2"] == inits["peri"] == init
+        assert inits["prenorm-qk"] == "megatron"
+
+
 def test_robustness_pairs_changes_by_seed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def loss(config: RunConfig) -> float:
         return 5.0 + wobble(config) + (0.3 if condition_of(config) == "no warm-up" else 0.0)

@@ -11,6 +11,7 @@ from sdd.lab.results import LEARNED_SHARE, RunResult
 from sdd.lab.runs import CONVERGENCE_SHARE
 from sdd.lab.statistics import Estimate
 from sdd.lab.tuning import at_edge, best_rate
+from sdd.placement import placements
 
 LOSS_UNIT = "held-out loss, nats a token"
 
@@ -88,9 +89,21 @@ def general_limits(outcome: Outcome) -> list[str]:
         )
     )
     return [
+        *_redrawn(outcome),
         f"This is {seeds_text(n)}: {spread}.",
         f"Models have {parameters / 1e6:.1f} million parameters and see {tokens:,} tokens; the published ones have 581 "
         "million and more, and see 200 billion. What holds here need not hold there, nor the other way round.",
+    ]
+
+
+def _redrawn(outcome: Outcome) -> list[str]:
+    """Which methods do not start from the init of their authors."""
+    names = [arm.name for arm in outcome.plan.arms if outcome.plan.placement(arm) != placements[arm.placement]]
+    if not names:
+        return []
+    return [
+        f"{listed(names)} {'starts' if len(names) == 1 else 'start'} from std 1/sqrt(2.5 d) like SDD, not 0.02 like "
+        "their authors, at whose widths the two are about the same."
     ]
 
 

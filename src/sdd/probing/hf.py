@@ -1,4 +1,4 @@
-"""A probe in transformers' Trainer: `Trainer(..., callbacks=[ProbeCallback()])`."""
+"""A probe in transformers' Trainer: `Trainer(..., callbacks=[ProbeCallback()])`. Needs the extra `hf`."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -6,10 +6,14 @@ from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from sdd.probing.probe import Probe
 from sdd.probing.rows import Row
+
+try:
+    from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+except ModuleNotFoundError as error:
+    raise ImportError("sdd.probing.hf needs the extra hf: pip install 'sdd[hf]'") from error
 
 
 class ProbeCallback(TrainerCallback):

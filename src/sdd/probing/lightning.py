@@ -1,4 +1,4 @@
-"""A probe in Lightning's Trainer: `Trainer(..., callbacks=[ProbeCallback()])`."""
+"""A probe in Lightning's Trainer: `Trainer(..., callbacks=[ProbeCallback()])`. Needs the extra `lightning`."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -10,12 +10,15 @@ from sdd.probing.probe import Probe
 from sdd.probing.rows import Row
 
 try:
-    from lightning.pytorch import Callback  # pyright: ignore[reportMissingImports]
+    from lightning.pytorch import Callback
 except ModuleNotFoundError:
-    from pytorch_lightning import Callback  # pyright: ignore[reportMissingImports]
+    try:  # under its older name, which has classes of its own
+        from pytorch_lightning import Callback
+    except ModuleNotFoundError as error:
+        raise ImportError("sdd.probing.lightning needs the extra lightning: pip install 'sdd[lightning]'") from error
 
 
-class ProbeCallback(Callback):
+class ProbeCallback(Callback):  # pyright: ignore[reportGeneralTypeIssues] (one class or the other)
     """Attaches a `Probe` to the LightningModule that a Trainer trains; gradients are seen before they are clipped.
 
     Args:
