@@ -22,6 +22,10 @@ class RunFailed(SddError):
     """A run that cannot go on, told in one line; the command line exits with code 3."""
 
 
+class Diverged(RunFailed):
+    """A run whose loss, gradient or weights are no sound numbers any more: what was trained failed, not the machine."""
+
+
 class Interrupted(SddError):
     """A run that Ctrl-C or SIGTERM ended after saving; the command line exits with code 130."""
 

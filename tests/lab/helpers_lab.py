@@ -62,7 +62,7 @@ def write_run(
     result = {"placement": config.model.placement.name, "step": last, "steps": config.steps, "seconds": 0.1 * last}
     if breaks_at:
         reason = f"step {last}: loss nan, gradient norm nan: not finite"
-        files.write_json("result.json", {"status": "failed", **result, "reason": reason})
+        files.write_json("result.json", {"status": "failed", **result, "cause": "diverged", "reason": reason})
     elif until is None:
         files.append("samples.jsonl", {"step": last, "prompt": "It was", "text": " the best of times"})
         files.write_json("result.json", {"status": "done", **result, "parameters": 1_080_768})

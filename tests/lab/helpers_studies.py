@@ -10,12 +10,13 @@ import pytest
 
 from sdd import config_io
 from sdd.errors import Interrupted
-from sdd.lab import engine, results
+from sdd.lab import engine, results, timing
 from sdd.lab.results import RunResult, config_hash, portable
 from sdd.lab.runner import Job
 from sdd.train import RunConfig
 
 INITIAL, FREQUENCIES = 8.3, 6.7
+SECONDS_A_STEP = 0.5
 #: The final held-out loss of a run; nan diverges.
 LossOf = Callable[[RunConfig], float]
 
@@ -102,6 +103,7 @@ class FakeLab:
 
         monkeypatch.setattr(engine, "Grid", Grid)
         monkeypatch.setattr(engine, "HeldOut", HeldOut)
+        monkeypatch.setattr(timing, "step_seconds", lambda config, _: SECONDS_A_STEP)
         monkeypatch.setattr(engine, "grid_seconds", lambda configs, *_: 60.0 * len(configs))
         monkeypatch.setattr(results, "harvest", harvest)
         return self

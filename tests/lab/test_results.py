@@ -22,8 +22,10 @@ from sdd.lab.results import HeldOut, answers, config_hash, portable, tuning_wind
 from sdd.lab.robustness import DEFINITION
 from sdd.models import ModelConfig
 from sdd.train import DataConfig, OptimConfig, RunConfig
+from sdd.train.run_dir import RunDir
 from sdd.train.starting import start
 
+REASON = "step 31: loss nan: not finite"
 TINY = RunConfig(
     model=ModelConfig(n_layers=1, d_model=16, d_ff=32, n_heads=2, n_kv_heads=1, vocab_size=4096, context=32),
     data=DataConfig(batch_size=4),
@@ -127,9 +129,9 @@ def test_a_run_that_became_non_finite_has_no_loss(trained: Path, tmp_path: Path)
     shutil.copytree(trained, run)
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 31, "loss": "nan", "grad_norm": "nan", "tokens": 3968, "lr": 0.1, "seconds": 1}\n')
-    (run / "result.json").write_text('{"status": "failed", "step": 31, "reason": "step 31: loss nan: not finite"}')
+    RunDir(run).write_json("result.json", {"status": "failed", "step": 31, "cause": "diverged", "reason": REASON})
     found = results.harvest(run, HeldOut(TINY))
-    assert (found.status, found.reason) == ("did not converge", "step 31: loss nan: not finite")
+    assert (found.status, found.reason) == ("did not converge", REASON)
     assert math.isnan(found.eval_loss)
     assert math.isnan(found.tuning_loss)
     json.loads(results.save(found, tmp_path).read_text(), parse_constant=pytest.fail)

@@ -50,7 +50,7 @@ def test_non_finite_run_did_not_converge(make_run: MakeRun) -> None:
 
 def test_run_that_failed_for_another_reason_is_told_from_one_that_diverged(make_run: MakeRun) -> None:
     path = make_run("a")
-    edit_json(path / "result.json", status="failed", reason="out of memory")
+    edit_json(path / "result.json", status="failed", cause="stopped", reason="out of memory")
     run = load_run(path)
     assert (run.status, run.reason) == ("failed", "out of memory")
 

@@ -323,7 +323,7 @@ def full(*_):
 @pytest.mark.parametrize(
     ("how", "kind", "text"),
     [
-        ("diverges", "RunFailed", "rolled back 3 times"),
+        ("diverges", "Diverged", "rolled back 3 times"),
         ("batch", "UserError", "5 rows does not divide among 2 processes"),
         ("no data", "UserError", "no data at"),
         ("other data", "UserError", "do not see the same training data"),

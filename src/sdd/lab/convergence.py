@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -26,7 +27,7 @@ _FACTORS = tuple(2.0**step for step in range(-2, 4))
 
 def read(outcome: Outcome) -> Findings:
     """Factors of tokens and seconds, the losses they rest on, and the rates that were tuned."""
-    cells = {arm.name: outcome.cells[arm.name, DEFAULT.name] for arm in outcome.plan.arms}
+    cells = {arm.name: clocked(outcome.cells[arm.name, DEFAULT.name], outcome) for arm in outcome.plan.arms}
     pairs = [(ours, base) for ours in cells.values() if is_sdd(ours) for base in cells.values() if not is_sdd(base)]
     factors = {(method.arm.name, base.arm.name): factors_of(method, base) for method, base in pairs}
     return Findings(
@@ -38,7 +39,7 @@ def read(outcome: Outcome) -> Findings:
             _factor_table(pairs, factors),
             _loss_table(outcome, cells),
             *rates_table(outcome),
-            cost_table(list(cells.values())),
+            cost_table(list(cells.values()), outcome.seconds_per_token),
         ],
         pictures=[*_pictures(cells)],
     )
@@ -68,6 +69,14 @@ def factors_of(method: Cell, baseline: Cell) -> Mapping[str, list[float]]:
     theirs = {result.seed: result for result in baseline.results if result.converged}
     both = [(result, theirs[result.seed]) for result in method.results if result.converged and result.seed in theirs]
     return {column: [factor(ours, base, column) for ours, base in both] for column in ("tokens", "seconds")}
+
+
+def clocked(cell: Cell, outcome: Outcome) -> Cell:
+    """The cell with the seconds of its curves by the study's clock, not by that of each run."""
+    cost = outcome.seconds_per_token[cell.arm.name]
+    curves = [{**result.curve, "seconds": [cost * at for at in result.curve["tokens"]]} for result in cell.results]
+    results = (replace(result, curve=curve) for result, curve in zip(cell.results, curves, strict=True))
+    return replace(cell, results=tuple(results))
 
 
 def is_sdd(cell: Cell) -> bool:
@@ -168,7 +177,7 @@ def _conclusions(
         seconds = mean_factor(factors[names]["seconds"])
         texts.append(
             f"{names[0]} ends {abs(change.value):.3f} nats {'below' if change.value < 0 else 'above'} "
-            f"{names[1]}{side}; by the clock of this machine it is {factor_words(seconds)} as fast."
+            f"{names[1]}{side}; by the clock of that machine it is {factor_words(seconds)} as fast."
         )
     return texts
 
@@ -181,7 +190,8 @@ def _limits(outcome: Outcome) -> list[str]:
         "The method's curve is read before the end of its schedule, where its rate has not yet fallen, and the "
         "baseline's at its end: that favours the baseline, as in the paper's figure. A run as long as the crossing "
         "would reach the loss sooner.",
-        "Seconds are those of unfused norms beside other runs on one machine, no statement about other hardware.",
+        "Seconds are tokens times what a token costs, by training steps of all methods timed in turn on one machine: "
+        "no statement about other hardware.",
         *general_limits(outcome),
     ]
 
@@ -219,4 +229,5 @@ DEFINITION = Definition(
     rates=Rates("tuned", _FACTORS, tuning_seeds=2),
     sizes={"nano": {"steps": 600, "optim.warmup": 60}},
     read=read,
+    clock=True,
 )

@@ -3,6 +3,7 @@
     OUT/study.json          what was asked for, so that the folder alone regenerates its page
     OUT/results/NAME.json   the result of each run, see sdd.lab.results
     OUT/runs/ ...           the runs, see sdd.lab.runner
+    OUT/timing.json         what a token costs each method, see sdd.lab.timing
 
 A run that has a result file is not run again, whether or not its directory is still there. Rounds are a pure function
 of results, so an interrupted study that goes on, and several machines on one folder, come to the same tables.
@@ -12,7 +13,7 @@ import json
 import math
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from sdd.lab.definition import Arm, Cell, Condition, Outcome, Plan, round_rate
 from sdd.lab.estimate import grid_seconds
 from sdd.lab.results import HeldOut, RunResult
 from sdd.lab.runner import Grid
+from sdd.lab.timing import seconds_per_token
 from sdd.lab.tuning import best_rate, extension
 from sdd.models import count_parameters
 from sdd.train import RunConfig
@@ -55,6 +57,10 @@ class Engine:
             UserError: if the folder holds other runs or results than are asked for.
         """
         self._announce()
+        outcome = self._outcome()
+        return replace(outcome, seconds_per_token=self._clock()) if self.plan.definition.clock else outcome
+
+    def _outcome(self) -> Outcome:
         match self.plan.rates.kind:
             case "common":
                 return Outcome(self.plan, self._common(), {})
@@ -74,6 +80,13 @@ class Engine:
             grid.run()
             self._harvest(grid)
         return {name: self._known[name] for name, _ in runs}
+
+    def _clock(self) -> dict[str, float]:
+        """Seconds a token of each arm; steps are timed when the runs are over."""
+        plan = self.plan
+        runs = {arm.name: plan.run(arm, plan.conditions[0], plan.base.optim.lr, 0)[1] for arm in plan.arms}
+        threads = Grid(list(runs.items()), self.out, plan.request.workers).threads
+        return seconds_per_token(runs, threads, self.out)
 
     def _common(self) -> dict[tuple[str, str], Cell]:
         rates = dict.fromkeys(self._pairs, self.plan.base.optim.lr)

@@ -30,7 +30,6 @@ from sdd.data.workers import available_cpus
 from sdd.errors import Interrupted, UserError
 from sdd.lab.claims import Claims
 from sdd.lab.live import Display
-from sdd.lab.runs import load_run
 from sdd.train import RunConfig
 from sdd.train.run_dir import RunDir
 
@@ -327,10 +326,8 @@ def visible_gpus() -> list[str]:
 
 def diverged(run: Path) -> bool:
     """Whether a run was ended by a loss, gradient or weight that is not finite or absurdly large: that is a result."""
-    if _read_result(run).get("status") != "failed":
-        return False
-    ended = load_run(run)
-    return ended.status == "did not converge" or "a weight of" in ended.reason
+    result = _read_result(run)
+    return result.get("status") == "failed" and result.get("cause") == "diverged"
 
 
 def same_settings(there: RunConfig, asked: RunConfig) -> bool:

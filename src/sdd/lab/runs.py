@@ -91,7 +91,7 @@ class Run:
         """How the run ended; see `CONVERGENCE_SHARE` for "did not converge"."""
         match self.result.get("status"):
             case "failed":
-                return "did not converge" if self._non_finite() else "failed"
+                return "did not converge" if self.result.get("cause") == "diverged" else "failed"
             case "interrupted":
                 return "interrupted"
             case "done":
@@ -111,10 +111,6 @@ class Run:
                 return where if self.status == "interrupted" else f"running, or killed, {where}"
             case _:
                 return str(self.result.get("reason") or self._unconverged())
-
-    def _non_finite(self) -> bool:
-        last = [_last(self.steps[name], math.nan) for name in ("loss", "grad_norm")]
-        return bool(self.step) and not all(map(math.isfinite, last))
 
     def _unconverged(self) -> str:
         """Why a run that reached its end did not converge; empty if it did."""

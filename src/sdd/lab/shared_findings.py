@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from sdd.lab.definition import Cell, Outcome
-from sdd.lab.findings import Measured, Picture, Table, listed, seeds_text
+from sdd.lab.findings import Measured, Picture, Table, Value, listed, seeds_text
 from sdd.lab.results import LEARNED_SHARE, RunResult
 from sdd.lab.runs import CONVERGENCE_SHARE
 from sdd.lab.statistics import Estimate
@@ -33,22 +33,28 @@ def not_converged_text() -> str:
     )
 
 
-def cost_table(cells: Sequence[Cell]) -> Table:
-    """Tokens, wall clock and speed a method."""
-    rows = []
+def cost_table(cells: Sequence[Cell], seconds_per_token: Mapping[str, float] | None = None) -> Table:
+    """Tokens, wall clock and speed a method.
+
+    Args:
+        cells: a method each.
+        seconds_per_token: by method, of steps timed in turn; where they were.
+    """
+    rows: list[list[Value]] = []
     for cell in cells:
         seconds = {result.seed: result.seconds for result in cell.results}
-        speed = {result.seed: result.tokens / result.seconds for result in cell.results if result.seconds > 0}
         tokens = max((result.tokens for result in cell.results), default=0)
         parameters = max((result.parameters for result in cell.results), default=0)
-        rows.append([cell.arm.name, parameters, tokens, Measured(seconds, digits=1), Measured(speed, digits=0)])
+        row: list[Value] = [cell.arm.name, parameters, tokens, Measured(seconds, digits=1)]
+        rows.append([*row, f"{1 / seconds_per_token[cell.arm.name]:,.0f}"] if seconds_per_token else row)
+    columns = ["method", "parameters", "tokens", "seconds in training steps"]
+    timed = " Tokens a second are of training steps of all methods, timed in turn." if seconds_per_token else ""
     return Table(
         "cost",
         "Cost of a default run",
-        ["method", "parameters", "tokens", "seconds in training steps", "tokens a second"],
+        [*columns, "tokens a second"] if seconds_per_token else columns,
         rows,
-        "Wall clock of runs that stood beside others on one machine, without fused kernels: differences of some "
-        "percent are the machine's.",
+        "Wall clock of runs that stood beside others on one machine: what else it did is in them." + timed,
     )
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sdd import config_io
 from sdd.data import DataSource, Loader, eval_windows
-from sdd.errors import Interrupted, RunFailed, UserError
+from sdd.errors import Diverged, Interrupted, RunFailed, UserError
 from sdd.models import LanguageModel, count_parameters
 from sdd.models.moe import Routing
 from sdd.models.transformer import HAS_CHUNKED_LOSS, TrainingLoss
@@ -148,11 +148,11 @@ class Trainer:
                 self.reporter.say(line)
             try:
                 evaluation = self._train(tensorboard)
-            except FloatingPointError as error:
-                self._save_result("failed", reason=str(error))
-                raise RunFailed(f"{error}; the last checkpoint is {self._newest()}") from None
+            except Diverged as error:
+                self._save_result("failed", cause="diverged", reason=str(error))
+                raise Diverged(f"{error}; the last checkpoint is {self._newest()}") from None
             except RunFailed as error:
-                self._save_result("failed", reason=str(error))
+                self._save_result("failed", cause="stopped", reason=str(error))
                 failure = RunFailed(f"step {self.step}: {error}; the last checkpoint is {self._newest()}")
                 failure.rank = error.rank
                 raise failure from None
@@ -284,7 +284,7 @@ class Trainer:
                 loss, grad_norm = (value.item() for value in self.gradients(self.step))
                 try:
                     allowed = self.recovery.allows(loss, grad_norm)
-                except FloatingPointError as error:  # the step that ends the run is logged and probed like any other
+                except Diverged as error:  # the step that ends the run is logged and probed like any other
                     allowed, fatal = True, error
                 if not allowed:
                     raise _NotAllowed  # past the probe, which then leaves this attempt out

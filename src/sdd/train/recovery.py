@@ -12,7 +12,7 @@ Each action is a row `{"step", "event", "kind", "what", "batch", ...}` of metric
 import time
 from typing import TYPE_CHECKING, Any
 
-from sdd.errors import RunFailed, UserError
+from sdd.errors import Diverged, RunFailed, UserError
 from sdd.train.guard import Guard, Problem, weight_problem
 from sdd.train.resuming import resume_newest
 
@@ -53,8 +53,8 @@ class Recovery:
             True to take the step; False if something was done about it, and the trainer's step may be another now.
 
         Raises:
-            FloatingPointError: if it is not finite and the config says stop.
-            RunFailed: if rolling back did not help.
+            Diverged: if it is not finite and the config says stop, or if rolling back did not help.
+            RunFailed: if it cannot roll back.
         """
         problem = self.guard.judge(loss, grad_norm)
         if problem is None:
@@ -67,7 +67,7 @@ class Recovery:
         if not self.guard.acts_on(problem):
             if problem.kind == "nonfinite":
                 causes = [problem.what, *([damage.what] if damage else [])]
-                raise FloatingPointError(f"step {self.trainer.step + 1}: {'; '.join(causes)}")
+                raise Diverged(f"step {self.trainer.step + 1}: {'; '.join(causes)}")
             self._note("observe", problem)
             self._accept(loss, grad_norm)
             return True
@@ -81,14 +81,14 @@ class Recovery:
             False if the trainer was rolled back.
 
         Raises:
-            FloatingPointError: if one is damaged and the config says stop.
-            RunFailed: if rolling back did not help.
+            Diverged: if one is damaged and the config says stop, or if rolling back did not help.
+            RunFailed: if it cannot roll back.
         """
         damage = self._damage()
         if damage is None:
             return True
         if not self.guard.acts_on(damage):
-            raise FloatingPointError(f"step {self.trainer.step}: {damage.what}")
+            raise Diverged(f"step {self.trainer.step}: {damage.what}")
         self._roll_back(damage)
         return False
 
@@ -121,8 +121,8 @@ class Recovery:
     def _roll_back(self, problem: Problem) -> None:
         config, trainer = self.guard.config, self.trainer
         if self._rollbacks == config.max_rollbacks:
-            raise RunFailed(
-                f"{problem.what}; rolled back {self._rollbacks} times without getting past step "
+            raise Diverged(
+                f"step {trainer.step}: {problem.what}; rolled back {self._rollbacks} times without getting past step "
                 f"{self._worst_step + 1}: lower the learning rate (optim.lr), or look at data and machine"
             )
         self._rollbacks += 1
