@@ -109,6 +109,16 @@ def test_without_faults_the_guard_changes_nothing(tmp_path, faultless):
     assert events(faultless[0]) == []
 
 
+def probed(out):
+    return [json.loads(line)["step"] for line in (out / "probe.jsonl").read_text().splitlines()]
+
+
+def test_what_follows_an_event_is_probed_and_of_a_burst_only_the_first(tmp_path, faultless):
+    train(tmp_path / "run", fault=nan_gradient, calls=(FIRST_FAULT, FIRST_FAULT + 3))
+    assert len(events(tmp_path / "run")) == 2
+    assert probed(tmp_path / "run") == sorted([*probed(faultless[0]), FIRST_FAULT + 1])
+
+
 def test_a_bad_batch_is_skipped_and_recorded(tmp_path, faultless):
     result = train(tmp_path / "run", fault=bad_batch, calls=[30])
     assert events(tmp_path / "run", "event", "kind", "step", "batch") == [("skip", "loss spike", 31, 30)]
@@ -236,6 +246,26 @@ def test_skips_survive_a_kill_bit_for_bit(tmp_path):
     assert resumed.run()["skipped_batches"] == [20]
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
     assert events(tmp_path / "cut", "event", "batch") == [("skip", 20)]
+
+
+def test_a_step_that_is_to_be_probed_is_so_after_a_kill(tmp_path, faultless):
+    """A spike in the last step before a checkpoint, and a kill in the one after."""
+    observing = replace(RUN, guard=replace(CAREFUL, spikes="observe"))
+    trainer = starting.start(observing, tmp_path / "cut")
+    inject(trainer, bad_batch, [23])
+    spoiled = trainer.gradients
+
+    def gradients(step):
+        if step == 24:
+            raise KeyboardInterrupt
+        return spoiled(step)
+
+    trainer.gradients = gradients
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run()
+    starting.reopen(tmp_path / "cut").run()
+    assert events(tmp_path / "cut", "event", "step") == [("observe", 24)]
+    assert probed(tmp_path / "cut") == sorted([*probed(faultless[0]), 25])
 
 
 def struck_by_one(world, out):

@@ -61,6 +61,7 @@ class Probe:
         every, early: as given.
         done: steps done.
         latest: the last row, None before the first.
+        asked: whether `look` asked for the next step.
 
     Raises:
         ValueError: if every or done is negative.
@@ -86,6 +87,7 @@ class Probe:
         self._met: tuple[list[Key], list[Key]] | None = None
         self._pending: tuple[int, Packed] | None = None
         self._under_way: _Step | None = None
+        self.asked = False
         self._optimizers = _listed(optimizer)
         self._to_step = set(self._optimizers)
         self._handles = [each.register_step_pre_hook(_eager(self._before_update)) for each in self._optimizers]
@@ -119,6 +121,10 @@ class Probe:
             self._close_step()
             for handle in handles:
                 handle.remove()
+
+    def look(self) -> None:
+        """Probe the next step that begins, whatever its number: something has happened."""
+        self.asked = True
 
     def gradients_ready(self) -> None:
         """Take the statistics of the weights' gradients now, before they are clipped.
@@ -154,7 +160,8 @@ class Probe:
     def _begin_if_due(self) -> None:
         number = self.done + 1
         early = number == 1 or (self.early and number < self.every and number.bit_count() == 1)
-        if self.every and (early or number % self.every == 0):
+        if self.every and (early or self.asked or number % self.every == 0):
+            self.asked = False
             self._under_way = _Step(self._sites)
             self._under_way.recorder.open()
             # a loop that ends just before a probed step, and lets go of its probe without closing it

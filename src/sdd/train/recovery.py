@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from sdd.errors import Diverged, RunFailed, UserError
 from sdd.train.guard import Guard, Problem, weight_problem
-from sdd.train.resuming import resume_newest
+from sdd.train.resuming import NO_LOOKS, resume_newest
 
 if TYPE_CHECKING:
     from sdd.train.loop import Trainer
@@ -41,6 +41,7 @@ class Recovery:
         self._skips_in_a_row = 0
         self._rollbacks = 0
         self._worst_step = -1
+        self._looked_at: int | None = None
 
     def allows(self, loss: float, grad_norm: float) -> bool:
         """Judge the trainer's present step, whose gradients are known and not yet used.
@@ -94,11 +95,14 @@ class Recovery:
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint must hold, as JSON values."""
-        return {"skipped_batches": self.skipped, "guard": self.guard.state_dict()}
+        looks = {"asked": self.trainer.probe.asked, "at": self._looked_at}
+        return {"skipped_batches": self.skipped, "guard": self.guard.state_dict(), "looks": looks}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up the state of a checkpoint."""
         self.guard.load_state_dict(state["guard"])
+        looks = state.get("looks", NO_LOOKS)
+        self.trainer.probe.asked, self._looked_at = looks["asked"], looks["at"]
         self._pass_over(state["skipped_batches"])
 
     def forget(self) -> None:
@@ -150,6 +154,12 @@ class Recovery:
     def _batch(self) -> int:
         return self.trainer.loader.batch_index(self.trainer.step)
 
+    def _look(self, step: int) -> None:
+        """Have the step after an event probed; of events close together, after the first."""
+        if self._looked_at is None or abs(step - self._looked_at) >= self.guard.config.window:
+            self._looked_at = step
+            self.trainer.probe.look()
+
     def _note(self, event: str, problem: Problem, at: int | None = None, **more: int) -> None:
         """Record an action on the step after `at`."""
         step = (self.trainer.step if at is None else at) + 1
@@ -157,6 +167,7 @@ class Recovery:
         if event != "roll back":
             row["batch"] = self._batch()
         self.trainer.record("metrics.jsonl", {**row, "time": time.time()})
+        self._look(step)
         done = {
             "observe": "taken all the same",
             "skip": f"batch {row.get('batch')} skipped",

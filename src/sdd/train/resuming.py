@@ -23,6 +23,8 @@ _QUIET = (
 _BITS = ("torch", "device", "cuda", "machine", "cpu", "precision", "processes", "threads")
 
 _ABSENT = object()
+#: Whether the next step is to be probed, and after which event that was last so.
+NO_LOOKS: dict[str, Any] = {"asked": False, "at": None}
 
 
 def accepted_state(path: Path, run: "Trainer") -> dict[str, Any]:
@@ -36,6 +38,7 @@ def accepted_state(path: Path, run: "Trainer") -> dict[str, Any]:
     kinds = {"seconds": int | float, "data": str, "config": dict, "environment": dict}
     fits = {name: isinstance(state.get(name), kind) for name, kind in kinds.items()}
     fits |= {"skipped_batches": _numbers(state.get("skipped_batches"), int), "guard": _is_guard(state.get("guard"))}
+    fits["looks"] = _are_looks(state.get("looks", NO_LOOKS))
     for name, fine in fits.items():
         if not fine:
             raise DamagedCheckpoint(f"{path}/state.json has no {name} that fits: it is no checkpoint of a run")
@@ -57,6 +60,14 @@ def accepted_state(path: Path, run: "Trainer") -> dict[str, Any]:
 
 def _is_guard(value: Any) -> bool:
     return isinstance(value, dict) and all(_numbers(value.get(name), int | float) for name in ("losses", "norms"))
+
+
+def _are_looks(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and isinstance(value.get("asked"), bool)
+        and (value.get("at") is None or _numbers([value["at"]], int))
+    )
 
 
 def _numbers(values: Any, kind: Any) -> bool:
