@@ -98,7 +98,8 @@ class Tape:
     def skip(self, z: Tensor) -> Tensor:
         """The same z without its norm, of which the statistic is left: `mean(z^2)`."""
         wide = self.cast(z, WIDE)
-        self.record([wide], Tensor(1, WIDE), [wide, Tensor(1, WIDE)], scratch=wide.bytes)
+        statistic = [] if self.kernels else [Tensor(1, WIDE)]  # the reader's kernel has it in its own r
+        self.record([wide], Tensor(1, WIDE), [wide, *statistic], scratch=wide.bytes)
         return z
 
     def normalise(self, z: Tensor, groups: int = 1) -> Tensor:
