@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from sdd import config_io
+from sdd.errors import UserError
 from sdd.lab import convergence, lr_sensitivity, moe, robustness, studies
 from sdd.lab.convergence import factor
-from sdd.lab.definition import Definition, Plan, Request
+from sdd.lab.definition import DEFAULT, Definition, Plan, Request
 from sdd.lab.engine import Engine
 from sdd.lab.findings import Findings, Measured, Table
 from sdd.lab.statistics import Estimate
@@ -194,13 +195,40 @@ def test_convergence_without_a_run_that_converged_is_concluded_too(
     assert not re.search(r"\bnan\b", sentences(found))
 
 
+@pytest.mark.parametrize("gain", [0.3, -0.3])
+def test_mixtures_are_set_beside_dense_models_of_their_placement(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, gain: float
+) -> None:
+    def loss(config: RunConfig) -> float:
+        return (
+            5.5 - gain * (config.model.moe is not None) + 0.1 * math.log2(config.optim.lr / 4e-3) ** 2 + wobble(config)
+        )
+
+    found = findings(monkeypatch, moe.DEFINITION, loss, tmp_path, preset="moe-nano")
+    table = next(table for table in found.tables if table.name == "experts").json()["rows"]
+    assert [row["placement"] for row in table] == ["sdd", "prenorm-qk"]
+    for row in table:
+        assert row["difference"]["value"] == pytest.approx(-gain)
+        assert (row["tokens, factor"]["value"] > 1) == (gain > 0)
+    assert f"0.300 nats {'below' if gain > 0 else 'above'} the dense model" in sentences(found)
+
+
+def test_a_study_of_mixtures_takes_mixtures(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"nano is none: choose one of moe-nano"):
+        Plan(moe.DEFINITION, Request(tmp_path, "nano", 1))
+    plan = Plan(moe.DEFINITION, Request(tmp_path, "moe-588m-3b", 1))
+    dense = next(arm for arm in plan.arms if arm.dense)
+    shape = plan.run(dense, DEFAULT, 1e-3, 0)[1].model
+    assert (shape.moe, shape.d_ff) == (None, 8 * 512)
+
+
 def test_definitions_hold_together() -> None:
     for definition in (robustness.DEFINITION, lr_sensitivity.DEFINITION, convergence.DEFINITION, moe.DEFINITION):
         assert definition.question.endswith("?")
         assert len(definition.method) == 3
         assert all(sentence.endswith(".") for sentence in definition.method)
         assert {arm.placement for arm in definition.arms} <= placements.keys()
-        assert {definition.preset, *(arm.preset for arm in definition.arms if arm.preset)} <= model_presets.keys()
+        assert definition.preset in model_presets
         assert definition.name in studies
         names = [name for name, _, _ in config_io.fields()]
         for condition in definition.conditions:

@@ -28,7 +28,12 @@ _FACTORS = tuple(2.0**step for step in range(-2, 4))
 def read(outcome: Outcome) -> Findings:
     """Factors of tokens and seconds, the losses they rest on, and the rates that were tuned."""
     cells = {arm.name: clocked(outcome.cells[arm.name, DEFAULT.name], outcome) for arm in outcome.plan.arms}
-    pairs = [(ours, base) for ours in cells.values() if is_sdd(ours) for base in cells.values() if not is_sdd(base)]
+    pairs = [
+        (ours, base)
+        for ours in cells.values()
+        for base in cells.values()
+        if is_sdd(ours) and not is_sdd(base) and ours.arm.dense == base.arm.dense
+    ]
     factors = {(method.arm.name, base.arm.name): factors_of(method, base) for method, base in pairs}
     return Findings(
         answer=_answer(factors),

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from sdd import config_io
 from sdd.errors import UserError
 from sdd.lab.results import RunResult
-from sdd.models import model_presets
+from sdd.models import ModelConfig, model_presets
 from sdd.placement import Placement, placements
 from sdd.train import RunConfig, preset
 
@@ -37,13 +37,13 @@ class Arm:
         name: in tables, figures and run names.
         placement: the placement's name.
         changes: what is its own in the recipe, by dotted name.
-        preset: of its model, where that is not the study's (a dense model beside mixtures of experts).
+        dense: the feed-forward networks of a preset with experts are made one, as wide as what a token uses of them.
     """
 
     name: str
     placement: str
     changes: Mapping[str, Any] = field(default_factory=dict)
-    preset: str | None = None
+    dense: bool = False
 
 
 @dataclass(frozen=True)
@@ -163,12 +163,14 @@ class Plan:
         self.rates = tuned
         self.conditions = _without_rates(definition.conditions) if request.tuned else definition.conditions
         _check_overrides(definition, request)
-        self._bases = {name: self._base(name) for name in {request.preset, *(arm.preset for arm in self.arms)} if name}
-
-    @property
-    def base(self) -> RunConfig:
-        """The run without arm, condition and seed; its learning rate is the base rate."""
-        return self._bases[self.request.preset]
+        #: The run without arm, condition and seed; its learning rate is the base rate.
+        self.base = self._base()
+        if self.base.model.moe is None and any(arm.dense for arm in self.arms):
+            mixtures = [name for name, shape in model_presets.items() if shape.moe]
+            raise UserError(
+                f"the study {definition.name} compares mixtures of experts, {request.preset} is none: choose one of "
+                f"{', '.join(mixtures)}, or give --model.moe.n_experts and --model.moe.top_k"
+            )
 
     @property
     def seeds(self) -> range:
@@ -188,7 +190,7 @@ class Plan:
     def run(self, arm: Arm, condition: Condition, rate: float, seed: int) -> tuple[str, RunConfig]:
         """Name and config of a run; `rate` is before the condition's factor."""
         rate = round_rate(rate * condition.rate_factor)
-        config = self._bases[arm.preset or self.request.preset]
+        config = replace(self.base, model=_dense(self.base.model)) if arm.dense else self.base
         own = {"model.placement": self.placement(arm), "optim.lr": rate, "seed": seed}
         for name, value in {**arm.changes, **condition.changes, **own}.items():
             config = _replaced(config, name, value)
@@ -197,11 +199,11 @@ class Plan:
     def placement(self, arm: Arm) -> Placement:
         """The arm's placement; of a narrow model, with std 1/sqrt(2.5 d) in place of 0.02."""
         found = placements[arm.placement]
-        narrow = self._bases[arm.preset or self.request.preset].model.d_model < _WIDE
+        narrow = self.base.model.d_model < _WIDE
         return replace(found, init="base") if narrow and found.init == "normal-0.02" else found
 
-    def _base(self, name: str) -> RunConfig:
-        run = preset(name)
+    def _base(self) -> RunConfig:
+        run = preset(self.request.preset)
         sized = {**self.definition.sizes.get(self.request.preset, {}), **self.request.overrides}
         run = config_io.with_overrides(run, sized)
         if "eval_every" not in sized:
@@ -256,6 +258,12 @@ class Outcome:
         """Every run, once."""
         cells = [*self.cells.values(), *(cell for grid in self.grids.values() for cell in grid.values())]
         return list({result.name: result for cell in cells for result in cell.results}.values())
+
+
+def _dense(model: ModelConfig) -> ModelConfig:
+    """A dense model with as many active parameters, but for routers."""
+    assert model.moe is not None
+    return replace(model, moe=None, d_ff=model.moe.top_k * model.d_ff + model.moe.d_shared)
 
 
 def _replaced(config: Any, name: str, value: Any) -> Any:
