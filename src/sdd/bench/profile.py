@@ -1,5 +1,6 @@
 """Where the time of a step goes: the operations of torch's profiler, by the time that they take themselves."""
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -35,14 +36,21 @@ def times_of(run: Callable[[], Any], device: torch.device) -> dict[str, dict[str
             run()
         if on_gpu:
             torch.cuda.synchronize()
-    rows: list[tuple[str, float, int]] = []
+    found: dict[str, dict[str, float]] = {}
     for event in profile.key_averages():
         is_kernel = event.device_type != DeviceType.CPU
         time = event.self_device_time_total if on_gpu else event.self_cpu_time_total
         if is_kernel == on_gpu and time > 0:
-            rows.append((event.key, time, event.count))
-    rows.sort(key=lambda row: -row[1])
-    return {name: {"ms": time / 1e3 / STEPS, "calls": count / STEPS} for name, time, count in rows[:KEPT]}
+            row = found.setdefault(common_name(event.key), {"ms": 0.0, "calls": 0.0})
+            row["ms"] += time / 1e3 / STEPS
+            row["calls"] += event.count / STEPS
+    return dict(sorted(found.items(), key=lambda item: -item[1]["ms"])[:KEPT])
+
+
+def common_name(name: str) -> str:
+    """A compiled kernel's name without the numbers by which one variant's differ from another's."""
+    name = re.sub(r"^## Call CompiledFxGraph \S+ ##$", "CompiledFxGraph", name)
+    return re.sub(r"^graph_\d+_(?=cpp_)|(?<=_)\d+$", "", name).rstrip("_") if "fused" in name else name
 
 
 def differences(own: Mapping[str, Mapping[str, float]], base: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
