@@ -20,6 +20,8 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 DRAWN = {"operations": kernels_table, "small": small_table, "shapes": step_time_table}
 #: Columns of a table; more go under headings of their own.
 COLUMNS = 12
+#: Rounds of which a result has the medians too.
+RAW = "seconds"
 
 
 def target_table(results: Mapping[str, Mapping[str, Any]]) -> str:
@@ -53,32 +55,39 @@ def heading(name: str, result: Mapping[str, Any], about: Mapping[str, str]) -> s
 
 def numbers(result: Mapping[str, Any]) -> Iterator[nodes.Node | str]:
     """A result's numbers: as its command shows them, or as tables that follow from the file's own structure."""
-    for key, draw in DRAWN.items():
-        if result.get(key):
-            text = "\n".join(draw(result)).strip()
-            yield nodes.literal_block(text, text, language="text")
-            return
     values = {key: value for key, value in result.items() if key not in ("machine", "what", "interrupted")}
-    yield from structure(values)
+    drawn = next((key for key in DRAWN if values.get(key)), None)
+    if drawn is None:
+        yield from structure(values)
+        return
+    yield loose_line({key: value for key, value in values.items() if is_cell(value)})
+    text = "\n".join(DRAWN[drawn](result)).strip()
+    yield nodes.literal_block(text, text, language="text")
 
 
 def structure(values: Mapping[str, Any], title: str = "") -> Iterator[str]:
-    """Markdown: loose values in one line, likes in one table, the rest under a title of its own."""
+    """Markdown: loose values in one line, likes in one table, the rest under titles of its own."""
     loose = {key: value for key, value in values.items() if is_cell(value)}
-    rest = {key: value for key, value in values.items() if key not in loose and value}
-    if title:
+    rest = {key: value for key, value in values.items() if key not in loose and value and key != RAW}
+    if title and (loose or is_table(rest)):
         yield f"**{title}**"
-    if loose and not (rest and is_table(loose)):
-        yield ", ".join(f"{plain(key)} {cell(value)}" for key, value in loose.items())
-    if rest and all(isinstance(value, Mapping) for value in rest.values()) and is_table(rest):
+    if loose:
+        yield loose_line(loose)
+    if is_table(rest):
         yield rows_table([(key, flat(value)) for key, value in rest.items()])
         return
     for key, value in rest.items():
+        inner = f"{title}, {plain(key)}" if title else plain(key)
         if isinstance(value, Mapping):
-            yield from structure(value, f"{title}, {plain(key)}" if title else plain(key))
-        elif len(value) <= 2 * COLUMNS:  # longer lists are raw rounds, which medians stand for
-            yield f"**{f'{title}, {plain(key)}' if title else plain(key)}**"
+            yield from structure(value, inner)
+        else:
+            yield f"**{inner}**"
             yield rows_table([(str(index + 1), flat(row)) for index, row in enumerate(value)])
+
+
+def loose_line(values: Mapping[str, Any]) -> str:
+    """Values that belong to no table."""
+    return ", ".join(f"{plain(key)} {cell(value)}" for key, value in values.items())
 
 
 def is_cell(value: Any) -> bool:
@@ -87,14 +96,11 @@ def is_cell(value: Any) -> bool:
 
 
 def is_table(values: Mapping[str, Any]) -> bool:
-    """Whether these are the rows of one table."""
-    flats = [flat(value) for value in values.values() if isinstance(value, Mapping)]
-    columns = {key for row in flats for key in row}
-    return (
-        len(flats) == len(values)
-        and len(columns) <= COLUMNS
-        and all(map(is_cell, (v for r in flats for v in r.values())))
-    )
+    """Whether these are the rows of one table: several, of values that fit into not too many columns."""
+    rows = [flat(value) for value in values.values() if isinstance(value, Mapping)]
+    columns = {key for row in rows for key in row}
+    fit = all(is_cell(value) for row in rows for value in row.values())
+    return 1 < len(rows) == len(values) and len(columns) <= COLUMNS and fit
 
 
 def flat(values: Mapping[str, Any]) -> dict[str, Any]:
