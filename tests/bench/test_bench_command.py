@@ -220,6 +220,14 @@ def test_interrupted_it_keeps_the_rounds_that_it_has(tmp_path, capsys, monkeypat
     assert len(result["shapes"][0]["variants"]["sdd"]["modes"]["eager"]["seconds"]) == 2
 
 
+def test_interrupted_in_a_second_shape_it_keeps_the_first(tmp_path, monkeypatch):
+    failing_after(monkeypatch, 6, KeyboardInterrupt())
+    out = tmp_path / "out.json"
+    assert run(STEP.replace("nano", "nano nano"), "--variants", "prenorm-qk,sdd", "--out", out) == 130
+    (shape,) = read(out)["shapes"]
+    assert shape["rounds"] == 3
+
+
 def test_interrupted_before_the_first_round_it_leaves_an_older_result(tmp_path, capsys, monkeypatch):
     failing_after(monkeypatch, 0, KeyboardInterrupt())
     out = tmp_path / "out.json"

@@ -52,12 +52,10 @@ class Plan:
 def measure(plans: list[Plan], record: Record) -> None:
     """Fill `shapes` of the record, one entry a shape, saving it after every round."""
     turns = sum(len(plan.names) * len(plan.modes) * (plan.rounds + 1) for plan in plans)
-    shapes = record.values["shapes"] = []
+    record.values["shapes"] = []
     with Ticker(turns) as ticker:
         for plan in plans:
-            entry = heading(plan)
-            shapes.append(entry)
-            measure_one(plan, entry, record, ticker)
+            measure_one(plan, record, ticker)
             free(plan.setting.device)
 
 
@@ -78,9 +76,9 @@ def heading(plan: Plan) -> dict[str, Any]:
     }
 
 
-def measure_one(plan: Plan, entry: dict[str, Any], record: Record, ticker: Ticker) -> None:
+def measure_one(plan: Plan, record: Record, ticker: Ticker) -> None:
     """Warm up, then take turns; what is there after each round is in the file."""
-    device = plan.setting.device
+    device, entry = plan.setting.device, heading(plan)
     torch._dynamo.reset()
     # each variant is one more version of the same code; past the limit torch would quietly run them eagerly
     with torch._dynamo.config.patch(recompile_limit=64, fail_on_recompile_limit_hit=True), kernel_names(plan.profile):
@@ -95,6 +93,8 @@ def measure_one(plan: Plan, entry: dict[str, Any], record: Record, ticker: Ticke
                 variant.turn(device)
                 ticker.tick()
             entry |= {"rounds": index + 1, **summary(plan, variants)}
+            if index == 0:
+                record.values["shapes"].append(entry)
             record.save()
         if plan.profile:
             ticker.at(f"{plan.title}: profile")

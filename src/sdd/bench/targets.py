@@ -93,7 +93,7 @@ def _on(
         for shape in result.get("shapes", []) if fits else []:
             wanted = {"preset": preset, "part": "step", "baseline": "prenorm-qk"}
             wanted |= {"precision": "bfloat16"} if gpu else {}
-            if all(shape[key] == value for key, value in wanted.items()) and "variants" in shape:
+            if all(shape[key] == value for key, value in wanted.items()):
                 yield from ((what, value) for what, value in number(shape) if value is not None)
 
     return values
