@@ -13,7 +13,8 @@ html_title = f"sdd {release}"
 html_theme = "furo"
 html_copy_source = False
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "docstrings", "tables", "command_output"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "docstrings", "tables"]
+extensions += ["command_output", "benchmark_results"]
 exclude_patterns = ["_build", "studies/**"]  # pages of studies stand beside their results
 myst_enable_extensions = ["deflist"]
 myst_heading_anchors = 3

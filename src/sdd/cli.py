@@ -14,7 +14,7 @@ from typing import Any
 
 from sdd import config_io
 from sdd.cli_parser import Parser, base_config, port_number, positive_int
-from sdd.errors import Interrupted, RunFailed, UserError, one_line
+from sdd.errors import Interrupted, RunFailed, UserError, is_out_of_memory, one_line
 from sdd.train.parallel import joined, speaks, supervised, tell
 
 #: Options with a short name of their own; every other field goes by its dotted name.
@@ -59,7 +59,7 @@ def _exit_code(args: list[str]) -> int:
         _drop_stdout()
         return 0
     except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         reason = one_line(next(iter(str(error).splitlines()), ""))[:200]
         return _failed(f"not enough memory ({reason}): lower data.batch_size, raise accumulate, or shrink the model")
@@ -73,12 +73,6 @@ def _failed(line: str) -> int:
     """Tell it in whichever process of a job meets it: nobody knows whether the others do."""
     tell(f"sdd: failed: {line}", int(os.environ.get("RANK", 0)))
     return 3
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    """Whether memory was refused, or so much was asked for that its amount is no number any more."""
-    known = "out of memory", "can't allocate memory", "multiplication overflow", "calculation overflow"
-    return isinstance(error, MemoryError) or any(words in str(error) for words in known)
 
 
 def _drop_stdout() -> None:
@@ -98,6 +92,7 @@ def _dispatch(args: list[str]) -> int:
         "eval": (_eval, "held-out loss and bits per byte of a run"),
         "probe": (_probe, "statistics of a checkpoint's activations, gradients and weights on given data"),
         "plan": (_plan, "memory, time and GPU-hours of a preset on given GPUs, before anything is run"),
+        "bench": (_bench, "time of fused operations and of training steps on this machine"),
         "presets": (_presets, "list the presets and placements, or show one"),
         "study": (_study, "run a study and write its page"),
         "tokenize": (_tokenize, "turn text, JSON lines, parquet or a dataset into token files"),
@@ -249,6 +244,12 @@ def _probe(args: list[str]) -> int:
 
 def _plan(args: list[str]) -> int:
     from sdd.plan.command import run
+
+    return run(args)
+
+
+def _bench(args: list[str]) -> int:
+    from sdd.bench.command import run
 
     return run(args)
 

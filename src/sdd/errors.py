@@ -30,6 +30,12 @@ class Interrupted(SddError):
     """A run that Ctrl-C or SIGTERM ended after saving; the command line exits with code 130."""
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory was refused, or so much was asked for that its amount is no number any more."""
+    known = "out of memory", "can't allocate memory", "multiplication overflow", "calculation overflow"
+    return isinstance(error, MemoryError) or any(words in str(error) for words in known)
+
+
 def one_line(text: object) -> str:
     """A message as one line that cannot do anything to a terminal, whatever names of files it repeats."""
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in str(text))

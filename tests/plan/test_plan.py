@@ -9,6 +9,7 @@ from sdd.cli import main
 from sdd.errors import UserError
 from sdd.models.flops import training_flops
 from sdd.plan import Job, count_memory, find_gpu, gpus, make_plan, show_plan
+from sdd.plan.gpus import gpu_of_device
 from sdd.train import DataConfig, preset
 from sdd.train.parallel import World
 
@@ -26,6 +27,29 @@ def test_an_unknown_gpu_is_told_with_the_nearest() -> None:
         find_gpu("H100 SMX")
     with pytest.raises(UserError, match="no GPU 'TPU'"):
         find_gpu("TPU")
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("NVIDIA A100-SXM4-40GB", "A100-40"),
+        ("NVIDIA A100 80GB PCIe", "A100-80"),
+        ("NVIDIA H100 80GB HBM3", "H100-SXM"),
+        ("NVIDIA H100 PCIe", "H100-PCIe"),
+        ("NVIDIA H100 NVL", "H100-NVL"),
+        ("NVIDIA H200", "H200"),
+        ("NVIDIA H200 NVL", None),
+        ("NVIDIA L40S", "L40S"),
+        ("NVIDIA L40", None),
+        ("NVIDIA A10G", None),
+        ("NVIDIA GeForce RTX 3090", "RTX-3090"),
+        ("NVIDIA GeForce RTX 3090 Ti", None),
+        ("AMD Instinct MI300X", "MI300X"),
+    ],
+)
+def test_a_device_is_found_by_what_its_driver_calls_it(name: str, expected: str | None) -> None:
+    found = gpu_of_device(name)
+    assert (found.name if found else None) == expected
 
 
 @pytest.mark.parametrize("gpu", gpus.values(), ids=gpus)

@@ -32,7 +32,7 @@ HAS_TRITON = find_spec("triton") is not None
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Below these sizes the time is that of Python, which composed operations take less of. CPU: measured, 64x256 is 1.2
 # times slower and 256x256 1.3 times faster. CUDA: estimated from host time alone (a forward and backward pass of a
-# custom operation takes 0.25 ms more of it than the composed one); benchmarks/kernels.py measures it.
+# custom operation takes 0.25 ms more of it than the composed one); `sdd bench kernels --small` measures it.
 _SMALL = {"cpu": 32_768, "cuda": 1_048_576}
 # a global, not a context variable: checkpointed blocks run again in autograd's own threads
 _forced = os.environ.get("SDD_KERNELS", "auto")

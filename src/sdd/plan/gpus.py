@@ -1,6 +1,7 @@
 """GPUs by name, as their vendors' datasheets give them."""
 
 import difflib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -53,6 +54,8 @@ _TABLE = (
 )
 #: Known GPUs by name.
 gpus: Mapping[str, Gpu] = MappingProxyType({gpu.name: gpu for gpu in _TABLE})
+# where drivers have another name than the table
+_DRIVER_NAMES = {"A100-40": r"\bA100.*40GB", "A100-80": r"\bA100.*80GB", "H100-SXM": r"\bH100.*HBM3"}
 
 
 def find_gpu(name: str) -> Gpu:
@@ -67,6 +70,19 @@ def find_gpu(name: str) -> Gpu:
     near = difflib.get_close_matches(_key(name), by_key, n=3, cutoff=0.4)
     hint = f" (did you mean {' or '.join(by_key[key].name for key in near)}?)" if near else ""
     raise UserError(f"no GPU {name!r} in the table{hint}; choose one of {', '.join(gpus)}")
+
+
+def gpu_of_device(name: str) -> Gpu | None:
+    """The GPU that a driver calls by this name, e.g. "NVIDIA H100 80GB HBM3"; None if the table has none.
+
+    Args:
+        name: as `torch.cuda.get_device_name` tells it.
+    """
+    for gpu in gpus.values():
+        pattern = _DRIVER_NAMES.get(gpu.name, rf"\b{gpu.name.replace('-', ' ')}\b(?! Ti| NVL| D\b| Laptop)")
+        if re.search(pattern, name):
+            return gpu
+    return None
 
 
 def _key(name: str) -> str:

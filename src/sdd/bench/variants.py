@@ -1,0 +1,251 @@
+"""What takes turns in `sdd bench step-time`: a placement in one mode, as a whole model or as one block alone.
+
+All variants share one set of matrices with their AdamW moments: no time depends on the numbers, and so a dozen models
+of a billion parameters fit into the memory of one.
+"""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from sdd import functional as sdd_F
+from sdd import kernels
+from sdd.bench.timing import OUT_OF_MEMORY, free, wait, wall_seconds
+from sdd.config_io import find_placement
+from sdd.errors import UserError, is_out_of_memory
+from sdd.models import LanguageModel, ModelConfig
+from sdd.models.blocks import Block
+from sdd.models.flops import training_flops
+from sdd.train import OptimConfig
+from sdd.train.optim import build_optimizer, clip_gradients, optimizer_tensors
+
+Mode = Literal["eager", "compiled"]
+#: Marks a placement that is run as people compose it: every norm a module of its own, none left out, no kernel.
+COMPOSED = "composed"
+
+
+@dataclass
+class Setting:
+    """What is the same for all variants of a shape.
+
+    Attributes:
+        shape: of the models, whatever its placement.
+        block: one block alone, not a whole model.
+        batch: sequences of a step.
+        device: where.
+        dtype: of autocast, None for float32.
+    """
+
+    shape: ModelConfig
+    block: bool
+    batch: int
+    device: torch.device
+    dtype: torch.dtype | None
+
+    @property
+    def tokens(self) -> int:
+        """Of a step."""
+        return self.batch * self.shape.context
+
+    def autocast(self) -> Any:
+        """The precision of the forward pass."""
+        return torch.autocast(self.device.type, self.dtype) if self.dtype else nullcontext()
+
+
+@dataclass
+class Variant:
+    """One placement in one mode.
+
+    Attributes:
+        name: of the placement, `NAME+composed` for its composition.
+        mode: eager or compiled.
+        run: does one step.
+        resident: bytes that it holds between steps.
+        flops: a token, as MFU counts them.
+        clean: forgets what a broken step left behind.
+        failed: why there are no times.
+        seconds: of each round.
+        peak_bytes: of a step, what others hold not counted.
+    """
+
+    name: str
+    mode: Mode
+    run: Callable[[], Any]
+    resident: int
+    flops: int
+    clean: Callable[[], Any]
+    failed: str | None = None
+    seconds: list[float] = field(default_factory=list)
+    peak_bytes: int | None = None
+
+    def turn(self, device: torch.device) -> None:
+        """One timed step."""
+        self.attempt(lambda: self.seconds.append(wall_seconds(self.run, device)), device)
+
+    def warm_up(self, device: torch.device, steps: int = 2) -> None:
+        """Untimed steps, in which modes compile, and one whose memory is watched."""
+
+        def steps_and_peak() -> None:
+            for _ in range(steps):
+                self.run()
+            self.peak_bytes = self.resident + memory_growth(self.run, device)
+
+        self.attempt(steps_and_peak, device)
+
+    def attempt(self, call: Callable[[], Any], device: torch.device) -> None:
+        """Do something with steps in it; if memory does not suffice, that is the result, and nothing is done again."""
+        if self.failed:
+            return
+        try:
+            call()
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            self.failed = OUT_OF_MEMORY
+        if self.failed:  # only now is the error gone, which holds the tensors of its frames
+            self.seconds.clear()
+            self.peak_bytes = None
+            self.clean()
+            free(device)
+
+
+def build(setting: Setting, names: list[str], modes: list[Mode]) -> list[Variant]:
+    """The variants of one shape, name by name, each in every mode."""
+    found: list[Variant] = []
+    first: nn.Module | None = None
+    moments: torch.optim.Optimizer | None = None
+    for name in names:
+        config = configured(name, setting.shape)
+        path: kernels.Path = "composed" if is_composed(name) else "auto"
+        torch.manual_seed(0)
+        if setting.block:
+            net: nn.Module = Block(config, min(1, config.n_layers - 1), setting.device)
+            share_matrices(net, first or net)
+            step, held, clean = block_step(net, setting)
+        else:
+            net = LanguageModel(config, setting.device)
+            share_matrices(net, first or net)
+            optimizer = build_optimizer(net, OptimConfig())
+            share_moments(optimizer, moments or optimizer)
+            moments = moments or optimizer
+            step, held, clean = model_step(net, optimizer, setting)
+        first = first or net
+        flops = block_flops(config) if setting.block else training_flops(config).model
+        for mode in modes:
+            call = torch.compile(net) if mode == "compiled" else net
+            found.append(Variant(name, mode, on_path(path, step, call), held, flops, clean))
+    return found
+
+
+def is_composed(name: str) -> bool:
+    """Whether a variant is the composition of its placement."""
+    return "+" in name
+
+
+def configured(name: str, shape: ModelConfig) -> ModelConfig:
+    """The shape with the placement that a variant names.
+
+    Raises:
+        UserError: if there is no such variant.
+    """
+    placement, plus, suffix = name.partition("+")
+    if plus and suffix != COMPOSED:
+        raise UserError(f"no variant {name!r}: after a placement only +{COMPOSED} can stand")
+    return replace(shape, placement=find_placement(placement), eliminate_norms=not plus)
+
+
+def share_matrices(net: nn.Module, first: nn.Module) -> None:
+    """Replace matrices by those that stand at the same place in `first`."""
+    theirs = dict(first.named_parameters())
+    for name, parameter in list(net.named_parameters()):
+        twin = theirs.get(name)
+        if twin is not None and twin.ndim > 1 and twin.shape == parameter.shape:
+            owner, _, leaf = name.rpartition(".")
+            setattr(net.get_submodule(owner), leaf, twin)
+
+
+def share_moments(optimizer: torch.optim.Optimizer, first: torch.optim.Optimizer) -> None:
+    """Let parameters that both have in common have one state."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter in first.state:
+                optimizer.state[parameter] = first.state[parameter]
+    optimizer_tensors(optimizer)
+
+
+Step = tuple[Callable[[Any], Any], int, Callable[[], Any]]
+
+
+def model_step(model: nn.Module, optimizer: torch.optim.Optimizer, setting: Setting) -> Step:
+    """Forward, backward, clipping and AdamW, the bytes held between steps, and what forgets gradients."""
+    shape = setting.batch, setting.shape.context + 1
+    tokens = torch.randint(0, setting.shape.vocab_size, shape, device=setting.device)
+
+    def step(call: Any) -> None:
+        with setting.autocast():
+            loss = call(tokens[:, :-1], tokens[:, 1:])
+        loss.backward()
+        clip_gradients(model, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    held = [tokens, *model.parameters(), *model.buffers(), *optimizer_tensors(optimizer).values()]
+    return step, n_bytes(held), optimizer.zero_grad
+
+
+def block_step(block: nn.Module, setting: Setting) -> Step:
+    """Forward and backward pass of one block, from a gradient of its output to those of its input and parameters."""
+    config = setting.shape
+    x = torch.randn(setting.batch, config.context, config.d_model, device=setting.device, requires_grad=True)
+    dy = torch.randn_like(x)
+    rope = sdd_F.rope_tables(config.context, config.head_dim, config.rope_theta, setting.device)
+    wanted = [x, *block.parameters()]
+
+    def step(call: Any) -> None:
+        with setting.autocast():
+            y, _ = call(x, rope)
+        torch.autograd.grad(y, wanted, dy.to(y.dtype))
+
+    return step, n_bytes([*wanted, dy, *rope]), lambda: None
+
+
+def on_path(path: kernels.Path, step: Callable[[Any], Any], call: Any) -> Callable[[], Any]:
+    """A step of `call`, by one path of the kernels."""
+
+    def run() -> None:
+        with kernels.use(path):
+            step(call)
+
+    return run
+
+
+def block_flops(config: ModelConfig) -> int:
+    """Of a block alone, a token: what `training_flops` counts, without the head."""
+    return training_flops(replace(config, n_layers=1)).model - 6 * config.vocab_size * config.d_model
+
+
+def n_bytes(tensors: list[Tensor]) -> int:
+    """Of all of them, shared storage once."""
+    return sum({tensor.data_ptr(): tensor.numel() * tensor.element_size() for tensor in tensors}.values())
+
+
+def memory_growth(run: Callable[[], Any], device: torch.device) -> int:
+    """Bytes by which allocated memory grows at most while something runs."""
+    wait(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        wait(device)
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        run()
+    results: Any = profile.profiler.kineto_results  # pyright: ignore[reportOptionalMemberAccess]
+    events = [event for event in results.events() if event.name() == "[memory]"]
+    sizes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    return max(accumulate(sizes), default=0)
