@@ -169,8 +169,8 @@ def check_expert_alphas(
             raise ValueError(f"alpha has shape {list(alpha.shape)}, expected {list(expected)}")
     if z_gate_MF.shape[:-1] != order.experts_M.shape:
         raise ValueError(f"{len(z_gate_MF)} rows were given in an order of {len(order.experts_M)}")
-    first = (None if alpha is None else alpha[0] for alpha in (alpha_gate_EF, alpha_up_EF))
-    check_swiglu(z_gate_MF, z_up_MF, *first, joint, unequal_eps)
+    gate, up = (None if alpha is None else alpha[0] for alpha in (alpha_gate_EF, alpha_up_EF))
+    check_swiglu(z_gate_MF, z_up_MF, gate, up, joint, unequal_eps)
 
 
 class _ExpertScaledNorm(torch.autograd.Function):

@@ -139,8 +139,10 @@ def swiglu_backward_op(
             *outputs[:2], *partial, n_rows, width, *strides, an_expert, **flags,
             JOINT=joint, HAS_DQ=dq is not None, BY_COLUMN=n_blocks > 1, BLOCK=block, num_warps=warps(block, 8),
         )  # fmt: skip
-    sums = (sums.sum(1).view_as(out) if out.numel() else out for sums, out in zip(partial, outputs[2:], strict=True))
-    return *outputs[:2], *sums
+    dalpha_gate, dalpha_up = (
+        sums.sum(1).view_as(out) if out.numel() else out for sums, out in zip(partial, outputs[2:], strict=True)
+    )
+    return *outputs[:2], dalpha_gate, dalpha_up
 
 
 @swiglu_backward_op.register_fake
