@@ -1,6 +1,7 @@
-"""Runs that alarms are judged by: twelve healthy ones, and some that fail. Written thinned, as fixtures of the tests.
+"""Runs that alarms are judged by: twelve healthy ones, some that fail, and healthy mixtures of experts.
 
-About two minutes a run on one core of 2020 or later; a run that is there is not repeated.
+Written thinned, as fixtures of the tests. About two minutes a run on one core of 2020 or later; a run that is there is
+not repeated.
 """
 
 import argparse
@@ -37,12 +38,13 @@ RUNS: dict[str, tuple[str, float, int, float, int]] = {
     "hard-sdd": ("sdd", 1e-2, 0, 1.0, 350),
     "fast-hybrid": ("hybrid", 4e-3, 40, 1.0, 250),
     "small-olmo2": ("olmo2", 4e-3, 40, 1.0, 250),
+    **{f"moe-{name}": (name, 4e-3, 40, 1.0, 400) for name in ("sdd", "sdd-prenorm", "prenorm-qk")},
 }
 
 
-def config_of(placement: str, lr: float, warmup: int, init_scale: float, steps: int) -> RunConfig:
-    """A run of the shape `nano`."""
-    base = preset("nano")
+def config_of(placement: str, lr: float, warmup: int, init_scale: float, steps: int, shape: str) -> RunConfig:
+    """A run of that shape."""
+    base = preset(shape)
     return replace(
         base,
         model=replace(base.model, placement=placements[placement], init_scale=init_scale),
@@ -56,7 +58,7 @@ def config_of(placement: str, lr: float, warmup: int, init_scale: float, steps: 
 
 def train(name: str, out: Path) -> None:
     """Train one run with a probe."""
-    trainer = start(config_of(*RUNS[name]), out)
+    trainer = start(config_of(*RUNS[name], "moe-nano" if name.startswith("moe-") else "nano"), out)
     file = out / "probe.jsonl"
     with Probe(
         trainer.model,
@@ -75,6 +77,11 @@ def record(name: str, run: Path) -> dict[str, Any]:
         site: {stat: _short([row["sites"][site][stat] for row in rows]) for stat in stats if stat not in _LEFT_OUT}
         for site, stats in rows[0]["sites"].items()
     }
+    routing = {
+        column: [_short(row["routing"][column]) for row in metrics]
+        for column in ("entropy", "dead_experts")
+        if "routing" in metrics[0]
+    }
     layers = {stat: [_short(row["layers"][stat]) for row in rows] for stat in rows[0]["layers"]}
     return {
         "run": dict(zip(("placement", "lr", "warmup", "init_scale", "steps"), RUNS[name], strict=True)),
@@ -83,6 +90,7 @@ def record(name: str, run: Path) -> dict[str, Any]:
         "layers": layers,
         "loss": [float(f"{row['loss']:.4g}") for row in metrics],
         "grad_norm": [float(f"{row['grad_norm']:.3g}") for row in metrics],
+        **({"routing": routing} if routing else {}),
     }
 
 
@@ -96,10 +104,11 @@ def main() -> None:
     parser.add_argument(
         "--runs", type=Path, default=Path("runs/alarms"), help="where the runs go (default runs/alarms)"
     )
+    parser.add_argument("names", nargs="*", help=f"which of {', '.join(RUNS)} (default all)")
     args = parser.parse_args()
     folder = Path(__file__).parents[1] / "tests" / "probing" / "recorded"
     folder.mkdir(exist_ok=True)
-    for name in RUNS:
+    for name in args.names or RUNS:
         run = args.runs / name
         if not (run / "result.json").exists():
             train(name, run)

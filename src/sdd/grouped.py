@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sdd.functional import Eps
+from sdd.functional import Eps, check_swiglu, statistics_dtype, swiglu
 
 
 class Order(NamedTuple):
@@ -94,6 +94,83 @@ def expert_scaled_norm(z_MO: Tensor, alpha_EO: Tensor, order: Order, *, eps: Eps
         `[M, O]` in the dtype of z. It can be differentiated once.
     """
     return _ExpertScaledNorm.apply(z_MO, alpha_EO, order.experts_M, eps)  # pyright: ignore[reportReturnType]
+
+
+def expert_swiglu(
+    z_gate_MF: Tensor,
+    z_up_MF: Tensor,
+    alpha_gate_EF: Tensor | None,
+    alpha_up_EF: Tensor | None,
+    order: Order,
+    *,
+    joint: bool = False,
+    eps: float = 1e-6,
+    up_eps: float | None = None,
+) -> Tensor:
+    """`silu(alpha_e * norm(z_g)) * (alpha_e * norm(z_u))` for each row, e being its expert.
+
+    Args:
+        z_gate_MF: rows sorted by expert.
+        z_up_MF: the same rows.
+        alpha_gate_EF: None where the gate projections have no norm.
+        alpha_up_EF: None where the up projections have no norm.
+        order: whose row is whose.
+        joint: one norm group over `z_gate | z_up`, see `sdd.functional.sdd_swiglu`.
+        eps: added to the mean square, inside the root.
+        up_eps: the same for the norm of the up projections; None for eps.
+
+    Returns:
+        `[M, F]` in the dtype of z. It can be differentiated once.
+
+    Raises:
+        ValueError: if shapes do not fit, or a joint group lacks an alpha or has two eps.
+    """
+    check_expert_alphas(z_gate_MF, z_up_MF, alpha_gate_EF, alpha_up_EF, order, joint, up_eps not in (None, eps))
+    if joint and alpha_gate_EF is not None and alpha_up_EF is not None:
+        z_M2F, alpha_E2F = torch.cat([z_gate_MF, z_up_MF], -1), torch.cat([alpha_gate_EF, alpha_up_EF], -1)
+        return swiglu(*expert_scaled_norm(z_M2F, alpha_E2F, order, eps=eps).chunk(2, -1))
+    gate = z_gate_MF if alpha_gate_EF is None else expert_scaled_norm(z_gate_MF, alpha_gate_EF, order, eps=eps)
+    if alpha_up_EF is None:
+        return swiglu(gate, z_up_MF)
+    return swiglu(gate, expert_scaled_norm(z_up_MF, alpha_up_EF, order, eps=eps if up_eps is None else up_eps))
+
+
+def expert_swiglu_bare_up(
+    z_gate_MF: Tensor,
+    z_up_MF: Tensor,
+    alpha_gate_EF: Tensor | None,
+    alpha_up_EF: Tensor,
+    order: Order,
+    *,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor]:
+    """`silu(alpha_e * norm(z_g)) * (alpha_e * z_u)` for each row and `mean(z_u^2)`, the up norm left to the consumer.
+
+    See `sdd.functional.sdd_swiglu_bare_up`; shapes as in `expert_swiglu`, the mean square at least float32 `[M]`.
+    """
+    check_expert_alphas(z_gate_MF, z_up_MF, alpha_gate_EF, alpha_up_EF, order)
+    gate = z_gate_MF if alpha_gate_EF is None else expert_scaled_norm(z_gate_MF, alpha_gate_EF, order, eps=eps)
+    wide = z_up_MF.to(statistics_dtype(z_up_MF.dtype))
+    return swiglu(gate, (rows_of(alpha_up_EF, order) * wide).to(z_up_MF.dtype)), wide.square().mean(-1)
+
+
+def check_expert_alphas(
+    z_gate_MF: Tensor,
+    z_up_MF: Tensor,
+    alpha_gate_EF: Tensor | None,
+    alpha_up_EF: Tensor | None,
+    order: Order,
+    joint: bool = False,
+    unequal_eps: bool = False,
+) -> None:
+    """Raise ValueError if shapes do not fit, or a joint group lacks an alpha or has two eps."""
+    for alpha in (alpha_gate_EF, alpha_up_EF):
+        if alpha is not None and alpha.shape != (expected := (len(order.ends_E), z_gate_MF.shape[-1])):
+            raise ValueError(f"alpha has shape {list(alpha.shape)}, expected {list(expected)}")
+    if z_gate_MF.shape[:-1] != order.experts_M.shape:
+        raise ValueError(f"{len(z_gate_MF)} rows were given in an order of {len(order.experts_M)}")
+    gate, up = (None if alpha is None else alpha[0] for alpha in (alpha_gate_EF, alpha_up_EF))
+    check_swiglu(z_gate_MF, z_up_MF, gate, up, joint, unequal_eps)
 
 
 class _ExpertScaledNorm(torch.autograd.Function):

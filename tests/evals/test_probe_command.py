@@ -1,14 +1,16 @@
 """`sdd probe`: what it finds is what a probe beside training finds, before the update."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import sdd
+from sdd import config_io
 from sdd.cli import main
-from sdd.models import ModelConfig
+from sdd.models import ModelConfig, MoEConfig
 from sdd.placement import placements
 from sdd.train import DataConfig, OptimConfig, RunConfig
 from sdd.train.loop import Trainer
@@ -146,3 +148,23 @@ def test_data_of_a_larger_vocabulary_are_told(run: Path, tmp_path: Path, capsys)
     (tmp_path / "tokens.json").write_text(json.dumps({"dtype": "uint16", "vocab_size": 9000}))
     assert main(["probe", str(run), "--data", str(tmp_path / "tokens.npy")]) == 2
     assert "tokens has 9000 tokens, run knows 4096" in capsys.readouterr().err
+
+
+def test_mixture_of_experts_shows_how_it_routes(text: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sparse = replace(config(text), model=replace(config(text).model, moe=MoEConfig(3, 2)))
+    out = text.parent / "mixture"
+    trainer = Trainer(sparse, RunDir(out))
+    trainer.save()
+    config_io.save(sparse, out / "config.json")
+    trainer.gradients(0)
+    assert trainer._routing is not None
+    expected = trainer._routing
+    (found,) = answer(capsys, out)
+    for name, value in (expected.row() | expected.loads()).items():
+        assert found[name] == (pytest.approx(value, abs=1e-6) if isinstance(value, float) else value), name
+    assert main(["probe", str(out)]) == 0
+    table = capsys.readouterr().out.partition("\nrouter ")[2].splitlines()
+    for line, load, dead in zip(table[1:], found["expert_load"], found["routing"]["dead_experts"], strict=True):
+        words = line.split()
+        assert [float(word) for word in words[-3:]] == pytest.approx(load, rel=5e-3, abs=1e-3)
+        assert int(words[-4]) == dead

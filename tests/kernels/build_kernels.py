@@ -18,10 +18,17 @@ from triton.runtime.jit import JITFunction
 
 from sdd import functional as sdd_F
 from sdd import kernels
+from sdd.grouped import sort_by_expert
 from sdd.kernels.fused import common
 
 TARGET = GPUTarget("cuda", 90, 32)
-TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
+TYPES = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
 
 
 def build(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, num_warps: int, **kwargs: Any) -> None:
@@ -51,8 +58,8 @@ def call(name: str, *tensors: Tensor | None, **kwargs: Any) -> None:
     torch.autograd.grad(y, leaves, [torch.empty_like(part) for part in y])
 
 
-def alpha(width: int) -> Tensor:
-    return torch.empty(width)
+def alpha(*shape: int) -> Tensor:
+    return torch.empty(shape)
 
 
 def z(width: int) -> Tensor:
@@ -60,6 +67,7 @@ def z(width: int) -> Tensor:
 
 
 COS, SIN = sdd_F.rope_tables(4, 64)
+ORDER = sort_by_expert(torch.tensor([[0], [0], [2], [2]]), 3)
 
 if __name__ == "__main__":
     JITFunction.run = build
@@ -69,6 +77,8 @@ if __name__ == "__main__":
         call("scaled_norm", z(32768), alpha(32768), eps=torch.empty(4))
         call("sdd_swiglu", z(2048), z(2048), alpha(2048), alpha(2048), joint=True)
         call("sdd_swiglu_bare_up", z(16384), z(16384), alpha(16384), alpha(16384))
+        call("expert_swiglu", z(1024), z(1024), alpha(3, 1024), alpha(3, 1024), order=ORDER)
+        call("expert_swiglu_bare_up", z(16384), z(16384), alpha(3, 16384), alpha(3, 16384), order=ORDER)
         call("residual_prenorm", z(2048), z(2048), alpha(2048), alpha(2048), eps=torch.empty(4))
         call("qk_norm_rope", z(2048), alpha(2048), COS, SIN, n_heads=32)
         call("qk_norm_rope", z(2048), alpha(64), COS, SIN, n_heads=32, group=64)

@@ -7,7 +7,7 @@ import torch
 from helpers_kernels import DEVICE, HAS_TRITON
 
 from sdd import kernels
-from sdd.models import LanguageModel, ModelConfig
+from sdd.models import LanguageModel, ModelConfig, MoEConfig
 from sdd.placement import Norm, Placement, placements
 from sdd.probing import Probe
 
@@ -24,8 +24,9 @@ def model_of(placement, **changes):
     torch.manual_seed(0)
     model = LanguageModel(replace(SHAPE, placement=placement, **changes), DEVICE)
     with torch.no_grad():
-        for parameter in model.parameters():
-            factor = 1 + 0.3 * torch.randn_like(parameter) if parameter.ndim == 1 else 2.0
+        for name, parameter in model.named_parameters():
+            scale = parameter.ndim == 1 or name.endswith("alpha")
+            factor = 1 + 0.3 * torch.randn_like(parameter) if scale else 2.0
             parameter.mul_(factor)
     return model
 
@@ -47,6 +48,14 @@ def loss_and_gradients(model, path, dtype=None, tokens_seed=1):
 )
 def test_loss_and_gradients_are_those_of_the_modules(name, eliminate):
     model = model_of(CASES[name], eliminate_norms=eliminate)
+    fused, composed = (loss_and_gradients(model, path) for path in ("triton", "composed"))
+    for mine, theirs in zip(fused, composed, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=2e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize(("name", "d_shared"), [("sdd-paper", 8), ("sdd-released", 0), ("sdd-prenorm", 0)])
+def test_mixtures_of_experts_are_those_of_the_modules(name, d_shared):
+    model = model_of(CASES[name], moe=MoEConfig(6, 2, d_shared=d_shared), d_ff=8)
     fused, composed = (loss_and_gradients(model, path) for path in ("triton", "composed"))
     for mine, theirs in zip(fused, composed, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=2e-4, atol=2e-5)

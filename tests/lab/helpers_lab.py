@@ -34,10 +34,13 @@ def write_run(
     breaks_at: int | None = None,
     probed: bool = False,
     fades_at: int | None = None,
+    experts: int = 0,
+    dead_from: int | None = None,
 ) -> Path:
     """A run directory as the trainer would leave it, without training: `until` leaves it unfinished there.
 
-    From step `fades_at` on the gradient fades in block 1.
+    From step `fades_at` on the gradient fades in block 1. With `experts` the model has three blocks of so many; from
+    step `dead_from` on those of block 2 but the first get no tokens.
     """
     path.mkdir(parents=True)
     config_io.save(config, path / "config.json")
@@ -50,10 +53,12 @@ def write_run(
         broken = step == breaks_at
         shared = {"step": step, "tokens": step * config.tokens_per_step, "seconds": 0.1 * step}
         row = {"loss": loss + 0.1 * noise[step], "grad_norm": np.exp(noise[step]), "lr": config.optim.lr}
-        files.append("metrics.jsonl", {**shared, **(dict.fromkeys(row, float("nan")) if broken else row)})
+        routing = routing_row(experts, dead_from is not None and step >= dead_from) if experts else {}
+        loads = {"expert_load": routing.pop("expert_load")} if experts else {}
+        files.append("metrics.jsonl", {**shared, **(dict.fromkeys(row, float("nan")) if broken else row), **routing})
         if step % 10 == 0 and not broken:
             bits = {"eval_loss": loss, "eval_bits_per_byte": 0.3657 * loss, "eval_tokens": 8192}
-            files.append("metrics.jsonl", {"step": step, **bits})
+            files.append("metrics.jsonl", {"step": step, **bits, **loads})
     for step in range(10, last + 1, 10) if probed else ():
         row = probe_row(step, noise[step])
         if fades_at and step >= fades_at:
@@ -90,6 +95,22 @@ def probe_row(step: int, noise: float = 0.0, blocks: int = 3) -> dict[str, Any]:
         "step": step,
         "sites": sites,
         "layers": {"rms": stream, "cosine": stream[1:], "grad_rms": [1e-4] * (blocks + 1)},
+    }
+
+
+def routing_row(experts: int, dead: bool) -> dict[str, Any]:
+    """The columns of a mixture of three blocks, balanced but for the last if it is dead."""
+    even = [1.0] * experts
+    loads = [even, even, [float(experts)] + [0.0] * (experts - 1) if dead else even]
+    worst, without = [max(load) for load in loads], [load.count(0.0) for load in loads]
+    return {
+        "balance_loss": sum(worst) / 3,
+        "router_z_loss": 4.8,
+        "router_entropy": 1.5,
+        "worst_load": max(worst),
+        "dead_experts": sum(without),
+        "routing": {"entropy": [1.5, 1.6, 1.4], "worst_load": worst, "dead_experts": without},
+        "expert_load": loads,
     }
 
 

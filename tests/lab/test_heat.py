@@ -7,7 +7,7 @@ from helpers_lab import config_of, write_run
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sdd.lab.heat import HeatMap, _thinned, block_maps, site_maps
+from sdd.lab.heat import HeatMap, block_maps, site_maps, thinned
 from sdd.lab.heat_figures import draw_maps
 from sdd.lab.runs import Run, load_runs
 from sdd.probing import append_row, compact
@@ -60,7 +60,7 @@ def test_numbers_that_are_not_finite_are_kept_and_seen(tmp_path: Path) -> None:
 def test_a_step_that_stands_out_is_not_lost_in_a_long_run(n: int, at: int) -> None:
     values = np.ones((3, n))
     values[1, at % n] = 100
-    steps, kept = _thinned(np.arange(n), values)
+    steps, kept = thinned(np.arange(n), values)
     assert len(steps) == kept.shape[1] <= 240
     assert kept.max() == 100
     assert (steps[0], steps[-1]) == (0, n - 1)

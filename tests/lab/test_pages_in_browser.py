@@ -24,10 +24,11 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chromium]:
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A page about a failed run, with an alarm, beside a sound one."""
+    """A page about a failed run, with an alarm, beside a sound one of experts."""
     folder = tmp_path_factory.mktemp("pages")
     broken = write_run(folder / "broken", config_of("postnorm"), breaks_at=51, probed=True, fades_at=30)
-    sound = write_run(folder / "a-run-with-a-long-name-that-no-phone-has-room-for", config_of(), probed=True)
+    name = "a-run-with-a-long-name-that-no-phone-has-room-for"
+    sound = write_run(folder / name, config_of(), probed=True, experts=8, dead_from=20)
     write_page(folder / "report.html", render(load_runs([broken, sound])))
     return (folder / "report.html").as_uri()
 

@@ -84,4 +84,8 @@ def recorded(name: str) -> tuple[Rows, Rows]:
         for i, step in enumerate(run["steps"])
     ]
     pairs = enumerate(zip(run["loss"], run["grad_norm"], strict=True), 1)
-    return probe, [{"step": step, "loss": loss, "grad_norm": norm} for step, (loss, norm) in pairs]
+    metrics: Rows = [{"step": step, "loss": loss, "grad_norm": norm} for step, (loss, norm) in pairs]
+    for column, values in run.get("routing", {}).items():
+        for row, by_layer in zip(metrics, values, strict=True):
+            row.setdefault("routing", {})[column] = by_layer
+    return probe, metrics

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from sdd.probing.advice import advice
 from sdd.probing.alarms import TITLES, Alarm, Alarms, broke_first, judge
-from sdd.probing.checks import EPS_SHARE, GRADIENT_RANGE, LOGIT_MAX, UPDATE_RATIO, Kind, Reading, layer_of
+from sdd.probing.checks import EPS_SHARE, FAR, GRADIENT_RANGE, LOGIT_MAX, UPDATE_RATIO, Kind, Reading, layer_of
 from sdd.probing.losses import WINDOW
+from sdd.probing.routers import DEAD_STEPS, ENTROPY_SHARE, LOOK, SATURATED_STEPS
 
 SEED = st.integers(0, 2**32 - 1)
 BLOCK = st.integers(0, 4)
@@ -319,6 +320,73 @@ def test_what_broke_first_is_no_mere_condition_nor_a_mere_possibility() -> None:
     assert first is not None
     assert first.kind == "dead alpha"
     assert broke_first([]) is None
+
+
+def routed(n_steps: int, n_layers: int = 4, entropy: float = 1.9, dead: int = 0) -> list[dict[str, Any]]:
+    """Rows of metrics.jsonl with routing alone."""
+    routing = {"entropy": [entropy] * n_layers, "dead_experts": [dead] * n_layers}
+    return [
+        {"step": step, "loss": 5.0, "grad_norm": 1.0, "routing": {name: list(of) for name, of in routing.items()}}
+        for step in range(1, n_steps + 1)
+    ]
+
+
+@pytest.mark.parametrize("name", ["moe-sdd", "moe-sdd-prenorm", "moe-prenorm-qk"])
+def test_healthy_mixture_of_experts_raises_nothing_and_its_routers_stay_clear(name: str) -> None:
+    probe, metrics = recorded(name)
+    assert list(map(str, judge(probe, metrics))) == []
+    entropies = np.array([row["routing"]["entropy"] for row in metrics])
+    assert (entropies > 5 * ENTROPY_SHARE * np.maximum.accumulate(entropies)).all()
+    dead = np.array([row["routing"]["dead_experts"] for row in metrics]) > 0
+    assert dead.any(), "the run says nothing about experts that are out for a while"
+    ever = [dead[at : at + 2 * DEAD_STEPS // 3].all(0).any() for at in range(len(dead) - 2 * DEAD_STEPS // 3)]
+    assert not any(ever)
+
+
+@given(st.integers(1, 300), st.integers(0, 3), st.integers(1, 6), st.integers(1, 400))
+def test_experts_that_stay_out_are_told_by_block_and_first_step(since: int, layer: int, dead: int, lasts: int) -> None:
+    rows = routed(since + lasts + 5 * LOOK)
+    for row in rows[since - 1 : since - 1 + lasts]:
+        row["routing"]["dead_experts"][layer] = dead
+    alarms = judge([], rows)
+    if lasts < DEAD_STEPS:
+        assert alarms == []
+    if lasts < DEAD_STEPS + LOOK:
+        return
+    alarm = only(alarms, "dead experts")
+    assert (alarm.where, alarm.layer, alarm.since_step) == (f"blocks.{layer}.ffn.router", layer, since)
+    assert alarm.ended
+    looks = [step for step in range(since + DEAD_STEPS - 1, since + lasts) if step % LOOK == 0]
+    points = len(looks) * (2 if dead >= FAR["dead experts"] else 1)
+    assert alarm.certainty == ("possible", "likely", "certain")[min(points, 3) - 1]
+    assert alarm.last_step == looks[-1]
+
+
+@given(st.integers(1, 200), st.integers(0, 3), st.floats(0, 0.9))
+def test_router_that_saturates_is_told_by_block_and_first_step(since: int, layer: int, share: float) -> None:
+    rows = routed(since + SATURATED_STEPS + 3 * LOOK)
+    for row in rows[since:]:
+        row["routing"]["entropy"][layer] = share * ENTROPY_SHARE * 1.9
+    alarm = only(judge([], rows), "saturated router")
+    assert (alarm.layer, alarm.since_step, alarm.certainty) == (layer, since + 1, "certain")
+    for row in rows:
+        row["routing"]["entropy"] = [share * ENTROPY_SHARE * 1.9] * 4  # from the first step on, or of one expert
+    assert judge([], rows) == []
+
+
+def test_what_routers_do_comes_second_to_what_breaks() -> None:
+    rows = routed(400)
+    for row in rows:
+        row["routing"]["dead_experts"][0] = 1
+    rows[300]["loss"] = 9.0
+    first = broke_first(judge([], rows))
+    assert first is not None
+    assert first.kind == "loss spike"
+
+
+def test_advice_about_experts_names_the_weight() -> None:
+    assert "model.moe.balance_loss (it is 0.01)" in advice("dead experts", "", {"model.moe.balance_loss": 0.01})
+    assert "model.moe.router_z_loss" in advice("saturated router", "", {})
 
 
 @pytest.mark.parametrize("kind", get_args(Kind))

@@ -1,6 +1,10 @@
+from dataclasses import replace
+
 import pytest
+from helpers_train import TINY
 from kill_run import compare, config, killed_run
 
+from sdd.models import MoEConfig
 from sdd.train import starting
 
 
@@ -13,4 +17,14 @@ def test_a_run_that_is_killed_again_and_again_ends_bit_equal_to_one_left_alone(t
     assert len(kills) == 6
     assert sum(kill.left_half_written for kill in kills) >= 2, "none of them hit a save"
     assert len({kill.step for kill in kills}) > 1, "the run went on in between"
+    compare(tmp_path / "whole", tmp_path / "killed")
+
+
+@pytest.mark.slow
+def test_a_mixture_of_experts_that_is_killed_as_it_saves_ends_bit_equal_too(tmp_path):
+    settings = config(steps=40, model=replace(TINY.model, d_ff=24, moe=MoEConfig(4, 2)))
+    starting.start(settings, tmp_path / "whole").run()
+    (kill,) = killed_run(settings, tmp_path, kills=1, seed=0)
+    assert kill.moment == "saving"
+    assert kill.step > 0, "killed before there was anything to lose"
     compare(tmp_path / "whole", tmp_path / "killed")

@@ -213,6 +213,30 @@ def test_accumulated_passes_balance_their_own_tokens(tmp_path):
         assert other.row()[name] == pytest.approx(one.row()[name], abs=1e-6)
 
 
+@pytest.mark.slow
+def test_a_router_that_is_forced_to_collapse_raises_alarms_and_the_others_none(tmp_path):
+    moe = MoEConfig(4, 1, balance_loss=0.0, router_z_loss=0.0)
+    model = replace(CONFIG.model, d_model=16, d_ff=8, context=16, moe=moe)
+    data = replace(CONFIG.data, batch_size=4)
+    trainer = starting.start(replace(CONFIG, model=model, data=data, steps=176, eval_every=0), tmp_path / "run")
+    append = trainer.run_dir.append
+
+    def collapse_after_ten(name, row):
+        append(name, row)
+        if "loss" in row and row["step"] == 10:
+            favour = torch.tensor([40.0, 0.0, 0.0, 0.0])
+            trainer.model.blocks[1].ffn.router.register_forward_hook(lambda _module, _args, logits: logits + favour)
+
+    trainer.run_dir.append = collapse_after_ten
+    trainer.run()
+    found = {alarm.kind: alarm for alarm in trainer.alarms.found}
+    for kind in ("dead experts", "saturated router"):
+        alarm = found[kind]
+        assert (alarm.where, alarm.certainty) == ("blocks.1.ffn.router", "certain")
+        assert alarm.since_step == 11
+        assert list(alarm.places) == ["blocks.1.ffn.router"]
+
+
 # --- the command
 
 

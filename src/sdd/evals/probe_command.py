@@ -1,7 +1,7 @@
 """`sdd probe`: the statistics of a checkpoint, or of untrained weights, on given data, without an update."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,12 @@ from sdd.train.config import RunConfig
 from sdd.train.data import resolve
 from sdd.train.device import pick_autocast, pick_device
 from sdd.train.parallel import ALONE
+from sdd.train.routing import StepRouting
 from sdd.train.sharding import build_model
 from sdd.train.starting import fit_vocabulary
 
+#: Loads of more experts than a screen is wide are left to --json.
+_MOST_EXPERTS = 16
 #: The columns of the tables: heading and statistic.
 COLUMNS = {
     "rms": "rms",
@@ -56,6 +59,21 @@ class Subject:
     step: int
 
 
+@dataclass(frozen=True)
+class Probed:
+    """What was found.
+
+    Attributes:
+        loss: nats a token, with z-loss and the routers' losses where the config has them.
+        row: as in probe.jsonl.
+        routing: of a mixture of experts, the columns of metrics.jsonl (`sdd.train.routing`); else empty.
+    """
+
+    loss: float
+    row: Row
+    routing: dict[str, Any]
+
+
 def run(args: list[str]) -> int:
     """The command; returns its exit code.
 
@@ -71,18 +89,23 @@ def run(args: list[str]) -> int:
                 "name": subject.name,
                 "placement": subject.config.model.placement.name,
                 "data": options.data or subject.config.data.path,
-                "loss": loss,
-                **row,
+                "loss": each.loss,
+                **each.row,
+                **each.routing,
             }
-            for subject, (loss, row) in zip(subjects, found, strict=True)
+            for subject, each in zip(subjects, found, strict=True)
         ]
         print(json.dumps(answers))
         return 0
-    for subject, (loss, _) in zip(subjects, found, strict=True):
-        print(f"{subject.name}   step {subject.step:,}   loss {loss:.4f}")
-    rows = [row for _, row in found]
-    names = [subject.name for subject in subjects]
-    print("\n".join(["", *layers_table(names, rows), "", *sites_table(names, rows)]))
+    for subject, each in zip(subjects, found, strict=True):
+        print(f"{subject.name}   step {subject.step:,}   loss {each.loss:.4f}")
+    names, rows = [subject.name for subject in subjects], [each.row for each in found]
+    tables = [
+        layers_table(names, rows),
+        sites_table(names, rows),
+        routing_table(names, [each.routing for each in found]),
+    ]
+    print("\n".join(line for table in tables if table for line in ("", *table)))
     return 0
 
 
@@ -98,16 +121,13 @@ def find_subjects(words: Sequence[str], placements: Sequence[str]) -> list[Subje
     return [_subject(word, placement) for word, placement in configs]
 
 
-def probe_subject(subject: Subject, data: str | None, batches: int) -> tuple[float, Row]:
+def probe_subject(subject: Subject, data: str | None, batches: int) -> Probed:
     """Forward and backward passes over the first batches of the data, without an update.
 
     Args:
         subject: the model.
         data: as in `sdd train --data`; None for the data that its config names.
         batches: how many of the config's batches; they pass in the config's parts.
-
-    Returns:
-        The loss (nats a token, with z-loss where the config has it) and the row.
 
     Raises:
         UserError: if the data cannot be read or have a larger vocabulary.
@@ -127,18 +147,22 @@ def probe_subject(subject: Subject, data: str | None, batches: int) -> tuple[flo
     eos = source.eos if config.data.document_mask else None
     model.train().checkpoint_blocks = config.activation_checkpointing
     parts = [part for index in range(batches) for part in loader.batch(index).chunk(config.accumulate)]
-    probe, total = Probe(model, every=1), torch.zeros((), device=device)
+    probe, total, passes = Probe(model, every=1), torch.zeros((), device=device), []
     with probe.step(number=subject.step):
         for part in parts:
             tokens = part.to(device)
             with torch.autocast(device.type, dtype, enabled=dtype is not None):
-                loss = model(tokens[:, :-1], tokens[:, 1:], document_eos=eos, z_loss=config.optim.z_loss)
-            (loss / len(parts)).backward()
-            total += loss.detach() / len(parts)
+                found = model(
+                    tokens[:, :-1], tokens[:, 1:], document_eos=eos, z_loss=config.optim.z_loss, detailed=True
+                )
+            (found.total / len(parts)).backward()
+            total += found.total.detach() / len(parts)
+            passes.append(found.routing)
     probe.close()
     model.zero_grad()
     assert probe.latest is not None
-    return total.item(), probe.latest
+    routing = StepRouting(passes, ALONE) if config.model.moe else None
+    return Probed(total.item(), probe.latest, {**routing.row(), **routing.loads()} if routing else {})
 
 
 def layers_table(names: Sequence[str], rows: Sequence[Row]) -> list[str]:
@@ -162,6 +186,24 @@ def sites_table(names: Sequence[str], rows: Sequence[Row]) -> list[str]:
         cells = [[row["sites"].get(site, {}).get(stat) for stat in COLUMNS.values()] for row in rows]
         lines += _beside(site, names, cells)
     return _table(["site", *COLUMNS], names, lines)
+
+
+def routing_table(names: Sequence[str], routings: Sequence[Mapping[str, Any]]) -> list[str]:
+    """How the routers spread the tokens, block by block, and each expert's load; empty if no model has experts."""
+    heading = {"entropy": "entropy", "busiest / mean": "worst_load", "without tokens": "dead_experts"}
+    layers = [routing.get("routing", {}) for routing in routings]
+    widest = max((len(load) for routing in routings for load in routing.get("expert_load", ())), default=0)
+    widest = widest if widest <= _MOST_EXPERTS else 0
+    lines = []
+    for block in range(max(len(layer.get("entropy", ())) for layer in layers)):
+        cells = []
+        for layer, routing in zip(layers, routings, strict=True):
+            there = block < len(layer.get("entropy", ()))
+            numbers = [layer[column][block] if there else None for column in heading.values()]
+            loads = routing["expert_load"][block][:widest] if there else []
+            cells.append([*numbers, *loads, *[None] * (widest - len(loads))])
+        lines += _beside(f"block {block}", names, cells)
+    return _table(["router", *heading, *(f"{expert}" for expert in range(widest))], names, lines) if lines else []
 
 
 def _beside(label: str, names: Sequence[str], cells: Sequence[Sequence[Any]]) -> list[list[str]]:

@@ -1,7 +1,12 @@
-"""Fused operations and the choice of who runs them; every function has its reference in `sdd.functional`."""
+"""Fused operations and the choice of who runs them; every function has its reference in `sdd.functional`.
+
+Those for rows of experts have theirs in `sdd.grouped`.
+"""
 
 from sdd.kernels.dispatch import (
     Path,
+    expert_swiglu,
+    expert_swiglu_bare_up,
     path_of,
     qk_norm_rope,
     residual_norm,
@@ -15,6 +20,8 @@ from sdd.kernels.dispatch import (
 
 __all__ = [
     "Path",
+    "expert_swiglu",
+    "expert_swiglu_bare_up",
     "path_of",
     "qk_norm_rope",
     "residual_norm",

@@ -21,8 +21,10 @@ import torch
 from torch import Tensor
 
 from sdd import functional as sdd_F
+from sdd import grouped
 from sdd.errors import UserError
 from sdd.functional import Eps, Group
+from sdd.grouped import Order
 from sdd.kernels import recompute
 
 Path = Literal["auto", "composed", "recompute", "triton"]
@@ -114,6 +116,29 @@ def sdd_swiglu_bare_up(
     return _chosen(z_gate).sdd_swiglu_bare_up(z_gate, z_up, alpha_gate, alpha_up, eps=eps)
 
 
+def expert_swiglu(
+    z_gate: Tensor,
+    z_up: Tensor,
+    alpha_gate: Tensor | None,
+    alpha_up: Tensor | None,
+    order: Order,
+    *,
+    joint: bool = False,
+    eps: float = 1e-6,
+    up_eps: float | None = None,
+) -> Tensor:
+    """`sdd_swiglu` of rows sorted by expert, with their expert's alphas. See `sdd.grouped.expert_swiglu`."""
+    run = _chosen(z_gate, grouped).expert_swiglu
+    return run(z_gate, z_up, alpha_gate, alpha_up, order, joint=joint, eps=eps, up_eps=up_eps)
+
+
+def expert_swiglu_bare_up(
+    z_gate: Tensor, z_up: Tensor, alpha_gate: Tensor | None, alpha_up: Tensor, order: Order, *, eps: float = 1e-6
+) -> tuple[Tensor, Tensor]:
+    """`sdd_swiglu_bare_up` of rows sorted by expert. See `sdd.grouped.expert_swiglu_bare_up`."""
+    return _chosen(z_gate, grouped).expert_swiglu_bare_up(z_gate, z_up, alpha_gate, alpha_up, order, eps=eps)
+
+
 def residual_norm(
     z: Tensor,
     residual: Tensor,
@@ -161,16 +186,16 @@ def qk_norm_rope(
     return _chosen(z).qk_norm_rope(z, alpha, cos, sin, n_heads=n_heads, group=group, eps=eps)
 
 
-def _chosen(z: Tensor) -> ModuleType:
-    """The module whose functions run an operation on z."""
+def _chosen(z: Tensor, without_kernels: ModuleType | None = None) -> ModuleType:
+    """The module whose functions run an operation on z; the one given where the kernels do not."""
     match path_of(z):
         case "triton":
             from sdd.kernels.fused import operations
 
             return operations
         case "recompute":
-            return recompute
-    return sdd_F
+            return without_kernels or recompute
+    return without_kernels or sdd_F
 
 
 def _automatic(z: Tensor) -> Path:

@@ -13,6 +13,14 @@ from sdd.probing.rows import number
 
 _SMOOTHED_OVER = 25  # a smoothed curve averages over 1/25 of the run
 _MOST_POINTS = 600
+#: Title and unit of each column of `sdd.lab.routing`.
+_ROUTER_PANELS = {
+    "router_entropy": ("Router entropy", "nats, mean over layers"),
+    "worst_load": ("Busiest expert", "tokens / mean, worst layer"),
+    "dead_experts": ("Experts without tokens", "experts, all layers"),
+    "balance_loss": ("Load balancing loss", "before its weight; 1 is balanced"),
+    "router_z_loss": ("Router z-loss", "before its weight"),
+}
 
 
 @dataclass(frozen=True)
@@ -165,6 +173,29 @@ def lr_panel(runs: Sequence[Run], styles: Sequence[Style], title: str = "Learnin
         if np.isfinite(run.steps["lr"]).any()
     ]
     return Panel(title, "learning rate", lines) if lines else None
+
+
+def router_panels(runs: Sequence[Run], styles: Sequence[Style]) -> dict[str, Panel]:
+    """What the routers of mixtures of experts do, against tokens, smoothed; empty if all models are dense."""
+    routed = [(run, style) for run, style in zip(runs, styles, strict=True) if run.routing]
+    found = {
+        name: Panel(title, unit, [_router_line(run, style, name) for run, style in routed])
+        for name, (title, unit) in _ROUTER_PANELS.items()
+        if routed
+    }
+    experts = {run.config.get("model.moe.n_experts") for run, _ in routed}
+    if len(experts) == 1 and isinstance(count := experts.pop(), int) and count > 1:
+        found["router_entropy"] = replace(
+            found["router_entropy"], reference=(math.log(count), f"ln {count}: no preference")
+        )
+    return {name: panel for name, panel in found.items() if any(np.isfinite(line.y).any() for line in panel.lines)}
+
+
+def _router_line(run: Run, style: Style, column: str) -> Line:
+    assert run.routing is not None
+    x = np.interp(run.routing.steps, run.steps["step"], run.steps["tokens"])
+    y = _finite(run.routing.columns[column])
+    return Line(run.name, *thin(x, smooth(y)), style, raw=thin(x, y), broken=_broke(run))
 
 
 def smooth(values: np.ndarray) -> np.ndarray:

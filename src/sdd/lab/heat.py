@@ -1,15 +1,18 @@
-"""What a probe saw as maps of blocks over steps; numbers only, `sdd.lab.heat_figures` draws them."""
+"""Maps of blocks over steps, and what a probe saw as such; numbers only, `sdd.lab.heat_figures` draws them."""
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sdd.lab.runs import Run
 from sdd.probing import ProbeHistory
-from sdd.probing.alarms import Kind
+from sdd.probing.alarms import Alarm, Kind
 from sdd.probing.checks import EPS_SHARE, LOGIT_MAX, UPDATE_RATIO, layer_of
+
+if TYPE_CHECKING:
+    from sdd.lab.runs import Run
 
 _MOST_COLUMNS = 240
 #: A scale of more than this many decades shows nothing any more: what lies below takes the darkest colour.
@@ -18,20 +21,22 @@ _DECADES = 9
 
 @dataclass(frozen=True)
 class HeatMap:
-    """One statistic of one run, over blocks and probed steps.
+    """One statistic of one run, over blocks and steps.
 
     Attributes:
         name: of the statistic, fit for a file name.
         title: what is shown.
         unit: of the colour.
         run: whose it is.
-        steps: int `[S]`.
+        steps: int `[S]`, what each column is.
         rows: what each row is, from the input on.
-        values: float64 `[R, S]`; what is not finite is shown as such.
+        values: float64 `[R, S]`; what is not finite has a colour of its own.
         log: whether the colour is logarithmic.
         threshold: where an alarm is raised, None if it is not by the value itself.
         marks: (row, column) of the cells in which an alarm of its kind began.
         limits: of the colour; None fits it to the values.
+        across: what a column is.
+        missing: what a cell is that is not finite.
     """
 
     name: str
@@ -45,6 +50,8 @@ class HeatMap:
     threshold: float | None = None
     marks: tuple[tuple[int, int], ...] = ()
     limits: tuple[float, float] | None = None
+    across: str = "probed step"
+    missing: str = "not finite"
 
     def extent(self) -> tuple[float, float] | None:
         """The lowest and highest value that the colours tell apart; None if there is none."""
@@ -59,17 +66,26 @@ class HeatMap:
 
     def describe(self) -> str:
         """The map in words, for those who cannot see it."""
-        begin = (
-            f"{self.title}, {self.unit}, of {self.run}, by block over probed steps {self.steps[0]} to {self.steps[-1]}."
-        )
+        over = f"by block over {self.across}s {self.steps[0]} to {self.steps[-1]}"
+        begin = f"{self.title}, {self.unit}, of {self.run}, {over}."
         found = self.extent()
         if found is None:
             return f"{begin} Nothing finite."
-        last = self.values[:, -1]
-        end = (
-            f" At the last one from {np.nanmin(last):.3g} to {np.nanmax(last):.3g}." if np.isfinite(last).any() else ""
+        last, lacking = self.values[:, -1], int((~np.isfinite(self.values)).sum())
+        parts = [begin, f"Between {found[0]:.3g} and {found[1]:.3g}."]
+        if self.across.endswith("step") and np.isfinite(last).any():
+            parts.append(f"At the last one from {np.nanmin(last):.3g} to {np.nanmax(last):.3g}.")
+        if lacking:
+            parts.append(f"{lacking} of {self.values.size} are {self.missing}.")
+        return " ".join(parts)
+
+    def marks_of(self, alarms: Sequence[Alarm], kinds: Sequence[Kind]) -> tuple[tuple[int, int], ...]:
+        """The cells in which alarms of those kinds began."""
+        return tuple(
+            (self.rows.index(str(alarm.layer)), int(np.abs(self.steps - alarm.since_step).argmin()))
+            for alarm in alarms
+            if alarm.kind in kinds and str(alarm.layer) in self.rows
         )
-        return f"{begin} Between {found[0]:.3g} and {found[1]:.3g}.{end}"
 
 
 @dataclass(frozen=True)
@@ -126,17 +142,17 @@ _SITE_MAPS = (
 )
 
 
-def block_maps(runs: Sequence[Run]) -> list[list[HeatMap]]:
+def block_maps(runs: Sequence["Run"]) -> list[list[HeatMap]]:
     """For each statistic that a run has, the maps of those runs that have it, with one scale of colour."""
-    return [_shared(found) for kind in _MAPS if (found := [m for run in runs if (m := _block_map(run, kind))])]
+    return [share_limits(found) for kind in _MAPS if (found := [m for run in runs if (m := _block_map(run, kind))])]
 
 
-def site_maps(runs: Sequence[Run]) -> list[list[HeatMap]]:
+def site_maps(runs: Sequence["Run"]) -> list[list[HeatMap]]:
     """The same with a row for each site, in the model's order."""
-    return [_shared(found) for kind in _SITE_MAPS if (found := [m for run in runs if (m := _site_map(run, kind))])]
+    return [share_limits(found) for kind in _SITE_MAPS if (found := [m for run in runs if (m := _site_map(run, kind))])]
 
 
-def _block_map(run: Run, kind: _Map) -> HeatMap | None:
+def _block_map(run: "Run", kind: _Map) -> HeatMap | None:
     probe = run.probe
     if probe is None:
         return None
@@ -167,21 +183,21 @@ def _reduced(how: Callable[..., np.ndarray], values: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(values).any(0), math.nan, how(np.nan_to_num(values, nan=0.0, posinf=math.inf), axis=0))
 
 
-def _site_map(run: Run, kind: _Map) -> HeatMap | None:
+def _site_map(run: "Run", kind: _Map) -> HeatMap | None:
     if run.probe is None or not run.probe.has(kind.stat):
         return None
     sites = run.probe.has(kind.stat)
     return _finished(run, kind, sites, np.array([run.probe.series(site, kind.stat) for site in sites]))
 
 
-def _finished(run: Run, kind: _Map, rows: tuple[str, ...], values: np.ndarray) -> HeatMap:
+def _finished(run: "Run", kind: _Map, rows: tuple[str, ...], values: np.ndarray) -> HeatMap:
     assert run.probe is not None
-    steps, values = _thinned(run.probe.steps, values)
+    steps, values = thinned(run.probe.steps, values)
     whole = HeatMap(kind.name, kind.title, kind.unit, run.name, steps, rows, values, kind.log, kind.threshold)
-    return replace(whole, marks=_marks(run, kind, whole))
+    return replace(whole, marks=whole.marks_of(run.alarms, kind.kinds))
 
 
-def _thinned(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def thinned(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """At most 240 columns: the first, the last, and of each stretch the one that is farthest from the usual values."""
     if len(steps) <= _MOST_COLUMNS:
         return steps, values
@@ -193,16 +209,8 @@ def _thinned(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndar
     return steps[kept], values[:, kept]
 
 
-def _marks(run: Run, kind: _Map, drawn: HeatMap) -> tuple[tuple[int, int], ...]:
-    marks: list[tuple[int, int]] = []
-    for alarm in run.alarms:
-        row = str(alarm.layer)
-        if alarm.kind in kind.kinds and row in drawn.rows:
-            marks.append((drawn.rows.index(row), int(np.abs(drawn.steps - alarm.since_step).argmin())))
-    return tuple(marks)
-
-
-def _shared(maps: list[HeatMap]) -> list[HeatMap]:
+def share_limits(maps: list[HeatMap]) -> list[HeatMap]:
+    """The same maps, all with one scale of colour."""
     extents = [found for each in maps if (found := each.extent())]
     if not extents:
         return maps

@@ -66,7 +66,7 @@ def _draw_map(figure: Figure, axes: Axes, bar: Axes, drawn: HeatMap) -> None:
     )
     axes.spines[:].set_visible(False)
     axes.tick_params(length=2)
-    _label_steps(axes, drawn.steps)
+    _label_columns(axes, drawn)
     _label_rows(axes, drawn.rows)
     _color_bar(figure, bar, image, drawn)
     for row, column in drawn.marks:
@@ -74,14 +74,19 @@ def _draw_map(figure: Figure, axes: Axes, bar: Axes, drawn: HeatMap) -> None:
         axes.plot(column, row, "s", color="black", markersize=7, markeredgewidth=1.2, clip_on=False)
 
 
-def _label_steps(axes: Axes, steps: np.ndarray) -> None:
-    """A few of the probed steps, round ones if there are; each column is one step, whatever lies between."""
+def _label_columns(axes: Axes, drawn: HeatMap) -> None:
+    """A few of them: of steps round ones if there are; each column is one step, whatever lies between."""
+    axes.set_xlabel(drawn.across)
+    steps = drawn.steps
+    if not drawn.across.endswith("step"):
+        places = range(0, len(steps), -(-len(steps) // _ROW_LABELS))
+        axes.set_xticks(places, [str(steps[place]) for place in places])
+        return
     slack = len(steps) // (4 * _STEP_LABELS)
     ideal = np.unique(np.linspace(0, len(steps) - 1, min(_STEP_LABELS, len(steps))).round().astype(int))
     inner = [_roundest(steps, range(at - slack, at + slack + 1)) for at in ideal[1:-1]]
     places = [ideal[0], *inner, ideal[-1]] if len(ideal) > 1 else ideal
     axes.set_xticks(places, [f"{steps[place]:,}" for place in places])
-    axes.set_xlabel("probed step")
 
 
 def _roundest(steps: np.ndarray, places: Sequence[int]) -> int:

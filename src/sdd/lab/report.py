@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sdd.errors import UserError
-from sdd.lab import curves, heat
+from sdd.lab import curves, heat, routing
 from sdd.lab.extras import require_report_extra
 from sdd.lab.runs import Run, load_runs
 from sdd.lab.style import Style, line_styles
@@ -50,6 +50,7 @@ def render(runs: Sequence[Run]) -> str:
 
     styles = line_styles([run.placement for run in runs])
     panels = list(_panels(runs, styles).values())
+    routers = list(curves.router_panels(runs, styles).values())
     swatches = [page.swatch(style) for style in styles]
     by_name = {run.name: swatch for run, swatch in zip(runs, swatches, strict=True)}
     return page.render(
@@ -61,6 +62,10 @@ def render(runs: Sequence[Run]) -> str:
         figures=page.figure_group("curves", panels, runs) if panels else None,
         maps=[page.map_group(maps, by_name) for maps in heat.block_maps(runs)],
         site_maps=[page.map_group(maps, by_name) for maps in heat.site_maps(runs)],
+        router_figures=page.figure_group("routers", routers, runs) if routers else None,
+        router_maps=[page.map_group(maps, by_name) for maps in routing.routing_maps(runs)],
+        loads=[page.map_group(maps, by_name) for maps in [routing.latest_loads(runs)] if maps],
+        earlier_loads=[page.map_group(maps, by_name) for maps in routing.earlier_loads(runs)],
         last_rows=[(run, _last_row(run)) for run in runs if run.probe],
         statistics=STATISTICS,
         settings=settings_tables(runs),
@@ -84,10 +89,12 @@ def _write_figures(runs: Sequence[Run], folder: Path) -> None:
     from sdd.lab import figures
     from sdd.lab.heat_figures import draw_maps
 
-    note = curves.seeds_note(runs)
-    for name, panel in _panels(runs, line_styles([run.placement for run in runs])).items():
-        figures.save_figure(figures.draw([panel], title=note), folder / name)
-    for maps in heat.block_maps(runs):
+    note, styles = curves.seeds_note(runs), line_styles([run.placement for run in runs])
+    panels = _panels(runs, styles) | curves.router_panels(runs, styles)
+    for name, panel in panels.items():
+        figures.save_figure(figures.draw([panel], title=note), folder / name.replace("_", "-"))
+    groups = [*heat.block_maps(runs), *routing.routing_maps(runs), routing.latest_loads(runs)]
+    for maps in filter(None, groups):
         figures.save_figure(draw_maps(maps, maps[0].title), folder / f"map-{maps[0].name}")
 
 

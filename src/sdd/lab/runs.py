@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 
 from sdd.errors import UserError
+from sdd.lab.routing import RoutingHistory, routing_history
 from sdd.probing import ProbeHistory, history
 from sdd.probing.alarms import Alarm, judge
 from sdd.probing.rows import number
@@ -39,6 +40,7 @@ class Run:
         samples: rows of samples.jsonl.
         events: the rows of metrics.jsonl that tell what the guard did.
         probe: probe.jsonl, None if there is none.
+        routing: of mixtures of experts, None for a dense model.
         alarms: what went wrong, the earliest first.
     """
 
@@ -52,6 +54,7 @@ class Run:
     samples: list[dict[str, Any]]
     events: list[dict[str, Any]] = field(default_factory=list)
     probe: ProbeHistory | None = None
+    routing: RoutingHistory | None = None
     alarms: list[Alarm] = field(default_factory=list)
 
     @property
@@ -157,6 +160,7 @@ def load_run(path: Path, name: str | None = None) -> Run:
         samples=_rows(path / "samples.jsonl"),
         events=[row for row in rows if "event" in row],
         probe=history(probed) if probed else None,
+        routing=routing_history(rows),
         alarms=judge(probed, [row for row in rows if isinstance(row.get("step"), int)], settings),
     )
 

@@ -34,10 +34,10 @@ from torch import Tensor, nn
 from sdd import points
 from sdd.functional import Eps, statistics_dtype
 from sdd.kernels import scaled_norm
-from sdd.nn import RMSNorm, SDDExpertLinear, SDDLinear
+from sdd.nn import ExpertLinear, RMSNorm, SDDExpertLinear, SDDLinear
 from sdd.placement import Norm, Site
 
-_PLAIN = (nn.Linear, SDDLinear, SDDExpertLinear, RMSNorm, nn.Identity)
+_PLAIN = (nn.Linear, SDDLinear, ExpertLinear, SDDExpertLinear, RMSNorm, nn.Identity)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 

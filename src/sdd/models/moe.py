@@ -26,10 +26,10 @@ import torch
 from torch import Tensor, nn
 
 from sdd import points
-from sdd.grouped import Order, collect, dispatch, expert_scaled_norm, rows_of, sort_by_expert
-from sdd.kernels import swiglu
+from sdd.grouped import Order, collect, dispatch, expert_scaled_norm, sort_by_expert
+from sdd.kernels import expert_swiglu, expert_swiglu_bare_up, swiglu
 from sdd.models.config import ModelConfig, MoEConfig
-from sdd.models.elimination import is_plain, mean_square, product_dtype, read
+from sdd.models.elimination import is_plain, read
 from sdd.nn import ExpertLinear, SDDExpertLinear
 from sdd.placement import Norm, Site
 
@@ -122,12 +122,17 @@ class MoE(nn.Module):
 
     def experts(self, x_MC: Tensor, order: Order) -> Tensor:
         """Each row through its expert: `[M, C]` to `[M, C]`."""
-        if self.joint:
-            return self.down_proj(self._joint(x_MC, order), order)
-        gate_MF, up, down = self.gate_proj(x_MC, order), self.up_proj, self.down_proj
-        if "up" in self.superfluous and is_plain(up, down) and product_dtype(x_MC) != torch.float16:
-            return self._without_up_norm(gate_MF, x_MC, order)
-        return down(swiglu(gate_MF, up(x_MC, order)), order)
+        gate, up, down = self.gate_proj, self.up_proj, self.down_proj
+        if not is_plain(gate, up):
+            return down(self._joint(x_MC, order) if self.joint else swiglu(gate(x_MC, order), up(x_MC, order)), order)
+        z_gate, z_up = gate.product(x_MC, order), up.product(x_MC, order)
+        if "up" in self.superfluous and is_plain(down) and z_up.dtype != torch.float16:
+            assert isinstance(up, SDDExpertLinear)
+            assert isinstance(down, SDDExpertLinear)
+            h_MF, square_M = expert_swiglu_bare_up(z_gate, z_up, _alpha(gate), up.alpha, order, eps=_eps(gate))
+            return down.scale(down.product(h_MF, order), order, down.eps * (square_M + up.eps))
+        alphas, up_eps = (_alpha(gate), _alpha(up)), None if self.joint else _eps(up)
+        return down(expert_swiglu(z_gate, z_up, *alphas, order, joint=self.joint, eps=_eps(gate), up_eps=up_eps), order)
 
     def _joint(self, x_MC: Tensor, order: Order) -> Tensor:
         gate, up = self.gate_proj, self.up_proj
@@ -140,14 +145,6 @@ class MoE(nn.Module):
         points.projection(up, z_M2F, y_up)
         return swiglu(y_gate, y_up)
 
-    def _without_up_norm(self, gate_MF: Tensor, x_MC: Tensor, order: Order) -> Tensor:
-        up, down = self.up_proj, self.down_proj
-        assert isinstance(up, SDDExpertLinear)
-        assert isinstance(down, SDDExpertLinear)
-        z_MF = up.product(x_MC, order)
-        h_MF = swiglu(gate_MF, (rows_of(up.alpha, order) * z_MF).to(z_MF.dtype))
-        return down.scale(down.product(h_MF, order), order, down.eps * (mean_square(z_MF) + up.eps))
-
 
 def _experts_at(
     in_features: int, out_features: int, norm: Norm | None, config: ModelConfig, device: torch.device | str | None
@@ -158,6 +155,14 @@ def _experts_at(
     if norm is None:
         return ExpertLinear(*shape)
     return SDDExpertLinear(*shape, alpha_init=norm.alpha(config.n_layers), eps=norm.eps)
+
+
+def _alpha(layer: ExpertLinear) -> Tensor | None:
+    return layer.alpha if isinstance(layer, SDDExpertLinear) else None
+
+
+def _eps(layer: ExpertLinear) -> float:
+    return layer.eps if isinstance(layer, SDDExpertLinear) else 0.0
 
 
 def auxiliary_losses(

@@ -33,6 +33,10 @@ def advice(kind: Kind, where: str, settings: Settings) -> str:
             return _joined(_warm_up(settings), _lower_lr(settings), _larger_init(settings))
         case "stuck weights":
             return "a smaller optim.eps, if gradients fade above it; nothing, if it is meant to be frozen"
+        case "dead experts":
+            return _joined(_larger(settings, "model.moe.balance_loss"), _lower_lr(settings), _warm_up(settings))
+        case "saturated router":
+            return _joined(_larger(settings, "model.moe.router_z_loss"), _lower_lr(settings))
         case "rising loss":
             return _joined(_lower_lr(settings), _warm_up(settings), "go on from a checkpoint before the rise")
         case "loss spike" | "gradient spike":
@@ -71,6 +75,11 @@ def _qk_norm(settings: Settings) -> str:
 def _larger_init(settings: Settings) -> str:
     scale = _number(settings, "model.init_scale")
     return "a larger init" if scale is None else f"a larger init (model.init_scale is {scale:g})"
+
+
+def _larger(settings: Settings, name: str) -> str:
+    value = _number(settings, name)
+    return f"a larger {name}" if value is None else f"a larger {name} (it is {value:g})"
 
 
 def _norms(settings: Settings) -> Mapping[str, Any]:

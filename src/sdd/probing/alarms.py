@@ -10,7 +10,8 @@ threshold gives one, far beyond it (`sdd.probing.checks.FAR`) two, a number that
 
     1 point: possible      2 points: likely      3 or more: certain
 
-An alarm ends after three looks without, or 16 steps; what comes later is a new one.
+An alarm ends after three looks without, or 16 steps; what comes later is a new one. Routers are looked at every 16
+steps, for what has lasted.
 """
 
 import heapq
@@ -22,6 +23,7 @@ from sdd.probing.advice import advice
 from sdd.probing.checks import CHECKS, FAR, Finding, Kind, Reading, layer_of
 from sdd.probing.losses import Losses
 from sdd.probing.origin import origin
+from sdd.probing.routers import Routers
 from sdd.probing.rows import Row
 
 Certainty = Literal["possible", "likely", "certain"]
@@ -39,13 +41,16 @@ TITLES: Mapping[Kind, str] = {
     "eps": "eps bends a norm",
     "large updates": "Updates are very large",
     "stuck weights": "Matrices are stuck",
+    "dead experts": "Experts get no tokens",
+    "saturated router": "A router saturates",
 }
 
 _LOOKS_TO_CLEAR, _STEPS_TO_CLEAR = 3, 16
 _OF_STEPS: tuple[Kind, ...] = ("non-finite", "damaged weights", "loss spike", "gradient spike")
-_OF_PROBES: tuple[Kind, ...] = tuple(kind for kind in FAR if kind not in (*_OF_STEPS, "rising loss"))
+_OF_ROUTERS: tuple[Kind, ...] = ("dead experts", "saturated router")
+_OF_PROBES: tuple[Kind, ...] = tuple(kind for kind in FAR if kind not in (*_OF_STEPS, *_OF_ROUTERS, "rising loss"))
 #: Conditions in which a model breaks, not yet what breaks.
-_CONDITIONS: tuple[Kind, ...] = ("large updates", "eps")
+_CONDITIONS: tuple[Kind, ...] = ("large updates", "eps", *_OF_ROUTERS)
 #: A single step's gradient is clipped and forgotten; it takes two, or one far beyond the threshold.
 _FEWEST_POINTS: Mapping[Kind, int] = {"gradient spike": 2}
 _KEPT = 9  # readings: the first, and eight that trends look back
@@ -130,7 +135,7 @@ class Alarms:
 
     def __init__(self, settings: Mapping[str, Any] | None = None) -> None:
         self._settings = settings or {}
-        self._losses = Losses()
+        self._losses, self._routers = Losses(), Routers()
         self._readings: list[Reading] = []
         self._open: dict[Kind, _Episode] = {}
         self._all: list[_Episode] = []
@@ -172,10 +177,12 @@ class Alarms:
         findings = list(self._losses.update(row))
         rises = [finding for finding in findings if finding.kind == "rising loss"]
         others = [finding for finding in findings if finding.kind != "rising loss"]
-        step = int(row["step"])
+        step, routed = int(row["step"]), list(self._routers.update(row))
         self._take(step, others, () if "event" in row else _OF_STEPS, _STEPS_TO_CLEAR)
         if "event" not in row and self._losses.looks_at_rises:
             self._take(step, rises, ("rising loss",), _LOOKS_TO_CLEAR)
+        if self._routers.looks and "routing" in row:
+            self._take(step, routed, _OF_ROUTERS, _LOOKS_TO_CLEAR)
         if findings:
             self._locate()
 
@@ -196,7 +203,8 @@ class Alarms:
         worst = max(findings, key=lambda finding: finding.factor)
         episode = self._open.get(worst.kind)
         if episode is None:
-            episode = _Episode(worst.kind, worst.site, step, step, worst.what, (worst.factor, worst.what, step))
+            first = min(finding.since or step for finding in findings)
+            episode = _Episode(worst.kind, worst.site, first, step, worst.what, (worst.factor, worst.what, step))
             self._open[worst.kind] = episode
             self._all.append(episode)
         episode.points += worst.points
@@ -206,7 +214,7 @@ class Alarms:
             episode.worst = (worst.factor, worst.what, step)
         for finding in findings:
             if finding.site:
-                episode.places.setdefault(finding.site, step)
+                episode.places.setdefault(finding.site, finding.since or step)
 
     def _locate(self) -> None:
         """Find where those alarms began that loss and gradient norm raised."""
@@ -255,7 +263,7 @@ def judge(
 def broke_first(alarms: Iterable[Alarm]) -> Alarm | None:
     """The alarm that says best what broke first: of what is at least likely, the earliest.
 
-    What only prepares the ground (large updates, eps) counts if there is nothing else.
+    What only prepares the ground (large updates, eps, routers) counts if there is nothing else.
     """
     sure = [alarm for alarm in alarms if alarm.certainty != "possible"] or list(alarms)
     broken = [alarm for alarm in sure if alarm.kind not in _CONDITIONS] or sure

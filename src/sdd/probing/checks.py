@@ -26,6 +26,8 @@ Kind = Literal[
     "eps",
     "large updates",
     "stuck weights",
+    "dead experts",
+    "saturated router",
 ]
 
 #: Of the stream's gradient from one end to the other. In healthy runs of every placement it stays within 1/75 to 7.
@@ -59,6 +61,8 @@ FAR: Mapping[Kind, float] = MappingProxyType(
         "eps": 10,
         "large updates": 3,
         "stuck weights": 10,
+        "dead experts": 4,
+        "saturated router": 4,
     }
 )
 
@@ -76,12 +80,14 @@ class Finding:
         site: where: a site, a block's name, or "" for the whole model.
         factor: how many times beyond the threshold, at least 1.
         what: the numbers.
+        since: the step in which it began, where that is an earlier one.
     """
 
     kind: Kind
     site: str
     factor: float
     what: str
+    since: int | None = None
 
     @property
     def points(self) -> int:

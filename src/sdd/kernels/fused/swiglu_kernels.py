@@ -1,0 +1,200 @@
+"""The kernels of `sdd.kernels.fused.swiglu`, which has their equations.
+
+Rows may belong to experts, each with an alpha of its own: `experts_ptr` says whose each row is, and rows are sorted, so
+that `ends_ptr`, where each expert's rows end, gives a program of the backward pass rows of one expert alone.
+"""
+
+import triton.language as tl
+
+from sdd.kernels.fused.common import jit, load_row
+
+
+@jit
+def forward_kernel(
+    z_gate_ptr,
+    z_up_ptr,
+    alpha_gate_ptr,
+    alpha_up_ptr,
+    experts_ptr,
+    h_ptr,
+    r_ptr,
+    q_ptr,
+    WIDTH,
+    gate_stride,
+    up_stride,
+    eps,
+    up_eps,
+    GATE: tl.constexpr,
+    UP: tl.constexpr,
+    JOINT: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    BY_COLUMN: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One row, or a block of columns of a row whose statistics are there already."""
+    row = tl.program_id(0).to(tl.int64)
+    alpha = tl.load(experts_ptr + row) * WIDTH if EXPERTS else 0
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    there = column < WIDTH
+    g = load_row(z_gate_ptr + row * gate_stride, column, there)
+    u = load_row(z_up_ptr + row * up_stride, column, there)
+    if not BY_COLUMN:  # of what is not normed; the same numbers in give the same bits out
+        if not GATE:
+            tl.store(r_ptr + 2 * row, 1.0)
+        if UP != 2:
+            tl.store(r_ptr + 2 * row + 1, 1.0)
+    r_gate = 1.0
+    if GATE:
+        if BY_COLUMN:
+            r_gate = tl.load(r_ptr + 2 * row)
+        elif JOINT:
+            r_gate = tl.rsqrt((tl.sum(g * g) + tl.sum(u * u)) / (2 * WIDTH) + eps)
+            tl.store(r_ptr + 2 * row, r_gate)
+        else:
+            r_gate = tl.rsqrt(tl.sum(g * g) / WIDTH + eps)
+            tl.store(r_ptr + 2 * row, r_gate)
+        g = load_row(alpha_gate_ptr + alpha, column, there) * (g * r_gate)
+    if UP == 2:
+        if BY_COLUMN:
+            r_up = tl.load(r_ptr + 2 * row + 1)
+        else:
+            r_up = r_gate if JOINT else tl.rsqrt(tl.sum(u * u) / WIDTH + up_eps)
+            tl.store(r_ptr + 2 * row + 1, r_up)
+        u = load_row(alpha_up_ptr + alpha, column, there) * (u * r_up)
+    if UP == 1:
+        if not BY_COLUMN:
+            tl.store(q_ptr + row, tl.sum(u * u) / WIDTH)
+        u = load_row(alpha_up_ptr + alpha, column, there) * u
+    h = g / (1 + tl.exp(-g)) * u
+    tl.store(h_ptr + row * WIDTH + column, h.to(h_ptr.dtype.element_ty), mask=there)
+
+
+@jit
+def gradients(z_gate, z_up, dh, alpha_gate, alpha_up, r_gate, r_up):
+    """`n_g`, `n_u` (z times r, which is 1 where no norm is), dg and du; alpha is 1 for a plain branch."""
+    n_gate, n_up = z_gate * r_gate, z_up * r_up
+    g, u = alpha_gate * n_gate, alpha_up * n_up
+    sigma = 1 / (1 + tl.exp(-g))
+    return n_gate, n_up, dh * u * sigma * (1 + g * (1 - sigma)), dh * g * sigma
+
+
+@jit
+def backward_mean_kernel(
+    z_gate_ptr,
+    z_up_ptr,
+    dh_ptr,
+    alpha_gate_ptr,
+    alpha_up_ptr,
+    experts_ptr,
+    r_ptr,
+    mean_ptr,
+    WIDTH,
+    gate_stride,
+    up_stride,
+    dh_stride,
+    GATE: tl.constexpr,
+    UP: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The means of alpha_g*dg*n_g and alpha_u*du*n_u over one wide row."""
+    row = tl.program_id(0).to(tl.int64)
+    alpha = tl.load(experts_ptr + row) * WIDTH if EXPERTS else 0
+    alpha_gate, alpha_up, r_gate, r_up = 1.0, 1.0, 1.0, 1.0
+    if GATE:
+        r_gate = tl.load(r_ptr + 2 * row)
+    if UP == 2:
+        r_up = tl.load(r_ptr + 2 * row + 1)
+    gate_total = tl.full((BLOCK,), 0, tl.float32)
+    up_total = tl.full((BLOCK,), 0, tl.float32)
+    for start in range(0, WIDTH, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        there = column < WIDTH
+        z_gate = load_row(z_gate_ptr + row * gate_stride, column, there)
+        z_up = load_row(z_up_ptr + row * up_stride, column, there)
+        dh = load_row(dh_ptr + row * dh_stride, column, there)
+        a_gate = load_row(alpha_gate_ptr + alpha, column, there) if GATE else alpha_gate
+        a_up = load_row(alpha_up_ptr + alpha, column, there) if UP else alpha_up
+        n_gate, n_up, dg, du = gradients(z_gate, z_up, dh, a_gate, a_up, r_gate, r_up)
+        gate_total += a_gate * dg * n_gate
+        up_total += a_up * du * n_up
+    tl.store(mean_ptr + 2 * row, tl.sum(gate_total) / WIDTH)
+    tl.store(mean_ptr + 2 * row + 1, tl.sum(up_total) / WIDTH)
+
+
+@jit
+def backward_kernel(
+    z_gate_ptr,
+    z_up_ptr,
+    dh_ptr,
+    dq_ptr,
+    alpha_gate_ptr,
+    alpha_up_ptr,
+    ends_ptr,
+    r_ptr,
+    mean_ptr,
+    dz_gate_ptr,
+    dz_up_ptr,
+    dalpha_gate_ptr,
+    dalpha_up_ptr,
+    N_ROWS,
+    WIDTH,
+    gate_stride,
+    up_stride,
+    dh_stride,
+    AN_EXPERT,
+    GATE: tl.constexpr,
+    UP: tl.constexpr,
+    JOINT: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    HAS_DQ: tl.constexpr,
+    BY_COLUMN: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Every STRIDE-th row (of an expert), or its block of columns, so that dalpha needs one partial sum a program."""
+    program = tl.program_id(0)
+    first, end, STRIDE, alpha = program, N_ROWS, tl.num_programs(0), 0
+    if EXPERTS:  # AN_EXPERT programs for each, with its alpha; an expert without rows has sums of 0
+        expert, STRIDE = program // AN_EXPERT, AN_EXPERT
+        first = tl.load(ends_ptr + expert - 1, mask=expert > 0, other=0) + program % AN_EXPERT
+        end, alpha = tl.load(ends_ptr + expert), expert.to(tl.int64) * WIDTH
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    there = column < WIDTH
+    alpha_gate, alpha_up, r_gate, r_up = 1.0, 1.0, 1.0, 1.0
+    if GATE:
+        alpha_gate = load_row(alpha_gate_ptr + alpha, column, there)
+    if UP:
+        alpha_up = load_row(alpha_up_ptr + alpha, column, there)
+    dalpha_gate = tl.full((BLOCK,), 0, tl.float32)
+    dalpha_up = tl.full((BLOCK,), 0, tl.float32)
+    for i in range(tl.cdiv(end - first, STRIDE)):
+        row = first.to(tl.int64) + i * STRIDE
+        z_gate = load_row(z_gate_ptr + row * gate_stride, column, there)
+        z_up = load_row(z_up_ptr + row * up_stride, column, there)
+        dh = load_row(dh_ptr + row * dh_stride, column, there)
+        r_g = tl.load(r_ptr + 2 * row) if GATE else r_gate
+        r_u = tl.load(r_ptr + 2 * row + 1) if UP == 2 else r_up
+        n_gate, n_up, dg, du = gradients(z_gate, z_up, dh, alpha_gate, alpha_up, r_g, r_u)
+        dz_gate, dz_up = alpha_gate * dg, alpha_up * du
+        if GATE:
+            mean_gate = tl.load(mean_ptr + 2 * row) if BY_COLUMN else tl.sum(dz_gate * n_gate) / WIDTH
+            dalpha_gate += dg * n_gate
+        if UP == 2:
+            mean_up = tl.load(mean_ptr + 2 * row + 1) if BY_COLUMN else tl.sum(dz_up * n_up) / WIDTH
+            if JOINT:
+                mean_gate = (mean_gate + mean_up) / 2
+                mean_up = mean_gate
+            dz_up = r_u * (dz_up - n_up * mean_up)
+        if GATE:
+            dz_gate = r_g * (dz_gate - n_gate * mean_gate)
+        if UP:
+            dalpha_up += du * n_up
+        if HAS_DQ:
+            dz_up += tl.load(dq_ptr + row) * 2 / WIDTH * z_up
+        tl.store(dz_gate_ptr + row * WIDTH + column, dz_gate.to(dz_gate_ptr.dtype.element_ty), mask=there)
+        tl.store(dz_up_ptr + row * WIDTH + column, dz_up.to(dz_up_ptr.dtype.element_ty), mask=there)
+    partial = program * WIDTH + column
+    if GATE:
+        tl.store(dalpha_gate_ptr + partial, dalpha_gate, mask=there)
+    if UP:
+        tl.store(dalpha_up_ptr + partial, dalpha_up, mask=there)
