@@ -19,6 +19,11 @@ def activation(i: int = 0) -> Tensor:
     return drawn(i, 2, ROWS // 2, WIDTH, dtype=torch.bfloat16).requires_grad_()
 
 
+def wide(i: int = 0) -> Tensor:
+    """A float32 stream, as under autocast."""
+    return activation(i).detach().float().requires_grad_()
+
+
 def alpha(i: int = 9) -> Tensor:
     return drawn(i, WIDTH).requires_grad_()
 
@@ -62,6 +67,26 @@ KEPT: dict[str, tuple[str, dict[str, Any], int, int]] = {
     "plain post-norm": (
         "residual_norm",
         {"z": activation(), "residual": activation(1), "alpha": None, "post_alpha": alpha()},
+        2,
+        1,
+    ),
+    "post-norm of a wide stream": (
+        "residual_postnorm",
+        {"z": activation(), "residual": wide(1), "alpha": alpha(), "post_alpha": alpha(8), "kept": activation(2)}
+        | {"dtype": torch.bfloat16},
+        2,
+        2,
+    ),
+    "plain post-norm of a wide stream": (
+        "residual_norm",
+        {"z": activation(), "residual": wide(1), "alpha": None, "post_alpha": alpha(8), "kept": activation(2)},
+        2,
+        1,
+    ),
+    "norm of a wide stream": ("scaled_norm", {"z": wide(), "alpha": alpha(), "dtype": torch.bfloat16}, 1, 1),
+    "pre-norm of a wide stream": (
+        "residual_prenorm",
+        {"z": activation(), "residual": wide(1), "alpha": None, "norm_alpha": alpha(8), "dtype": torch.bfloat16},
         1,
         1,
     ),
