@@ -54,7 +54,7 @@ def operations(rows: int, width: int, device: str) -> dict[str, Operation]:
         "sdd-swiglu-joint": Operation(kernels.sdd_swiglu, 2, 2, 3, 5, {"joint": True}),
         "residual": Operation(kernels.residual_norm, 2, 1, 3, 3, {}),
         "residual-post-norm": Operation(kernels.residual_norm, 2, 2, 3, 5, {}),
-        "post-norm": Operation(post_norm, 2, 1, 4, 3, {}),
+        "post-norm": Operation(post_norm, 2, 1, 3, 5, {}),
         "residual-pre-norm": Operation(kernels.residual_prenorm, 2, 2, 4, 6, {}),
         "qk-norm-rope": Operation(qk, 1, 1, 2, 3, {}),
     }
