@@ -16,6 +16,7 @@ from sdd.functional import (
     norm,
     qk_norm_rope,
     residual_norm,
+    residual_postnorm,
     residual_prenorm,
     resolve_group,
     rope_tables,
@@ -355,6 +356,13 @@ def test_residual_norm_rounds_once(post):
     assert unequal < 0.01  # but where float32 falls on the other side of a tie
 
 
+def test_residual_postnorm_returns_the_post_norm_and_its_copy():
+    z, residual, alpha, post = randn(0, (2, 3, 8), (2, 3, 8), (8,), (8,))
+    y, copy = residual_postnorm(z, residual, alpha, post, kept=residual.bfloat16(), dtype=torch.bfloat16)
+    assert torch.equal(y, residual_norm(z, residual, alpha, post))
+    assert torch.equal(copy, y.bfloat16())
+
+
 def test_residual_prenorm_returns_the_stream_and_its_norm():
     z, residual, alpha, norm_alpha = randn(0, (2, 3, 8), (2, 3, 8), (8,), (8,))
     for branch_alpha in (alpha, None):
@@ -421,6 +429,7 @@ def test_a_bare_up_before_sdd_equals_the_normed_one(init_scale, eps):
         (lambda: sdd_swiglu(*randn(0, (2, 8), (2, 8), (8,)), None, joint=True), "give alpha_gate and alpha_up"),
         (lambda: sdd_swiglu(*randn(0, (2, 8), (2, 8), (8,), (8,)), joint=True, up_eps=1.0), "and one eps"),
         (lambda: residual_norm(*randn(0, (2, 8), (3, 8)), None), r"\[2, 8\] and \[3, 8\]"),
+        (lambda: residual_norm(*randn(0, (2, 8), (2, 8)), None, kept=torch.zeros(3, 8)), r"\[2, 8\] and \[3, 8\]"),
     ],
 )
 def test_shapes_that_do_not_fit_say_so(call, message):

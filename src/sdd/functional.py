@@ -291,6 +291,7 @@ def residual_norm(
     residual_scale: float = 1.0,
     eps: Eps = 1e-6,
     post_eps: float = 1e-6,
+    kept: Tensor | None = None,
 ) -> Tensor:
     """An output projection added to the residual stream, with or without the post-norm.
 
@@ -305,12 +306,42 @@ def residual_norm(
         residual_scale: DeepNorm's factor on the stream, 1 elsewhere.
         eps: of the projection's norm; a number, or `[...]` with one a row.
         post_eps: of the post-norm.
+        kept: a copy of the residual stream in lower precision that is kept for the backward pass anyway, as by the
+            matrix products that read it. The kernels then keep no other one: with a post-norm their gradients have
+            the rounding of this copy. Values never depend on it, nor do the gradients of this reference.
 
     Returns:
         `[..., d_model]` in the dtype of the residual stream.
     """
+    if kept is not None:
+        check_shapes(residual, kept)
     stream = _stream(z, residual, alpha, residual_scale, eps)
     return (stream if post_alpha is None else norm(stream, post_eps) * post_alpha).to(residual.dtype)
+
+
+def residual_postnorm(
+    z: Tensor,
+    residual: Tensor,
+    alpha: Tensor | None,
+    post_alpha: Tensor,
+    *,
+    residual_scale: float = 1.0,
+    eps: Eps = 1e-6,
+    post_eps: float = 1e-6,
+    kept: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`residual_norm` with a post-norm, and the copy that the next branch's matrix products read (Post-Norm).
+
+    Args as in `residual_norm`, and `dtype`: of the copy; None for that of the residual stream.
+
+    Returns:
+        y in the dtype of the residual stream, and y in `dtype`, both `[..., d_model]`.
+    """
+    y = residual_norm(
+        z, residual, alpha, post_alpha, residual_scale=residual_scale, eps=eps, post_eps=post_eps, kept=kept
+    )
+    return y, y.to(dtype or y.dtype)
 
 
 def residual_prenorm(

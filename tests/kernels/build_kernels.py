@@ -75,11 +75,16 @@ if __name__ == "__main__":
     with kernels.use("triton"):
         call("scaled_norm", z(2048), alpha(64), alpha(2048), group=64)
         call("scaled_norm", z(32768), alpha(32768), eps=torch.empty(4))
+        call("scaled_norm", z(2048).float(), alpha(2048), dtype=torch.bfloat16)
         call("sdd_swiglu", z(2048), z(2048), alpha(2048), alpha(2048), joint=True)
         call("sdd_swiglu_bare_up", z(16384), z(16384), alpha(16384), alpha(16384))
         call("expert_swiglu", z(1024), z(1024), alpha(3, 1024), alpha(3, 1024), order=ORDER)
         call("expert_swiglu_bare_up", z(16384), z(16384), alpha(3, 16384), alpha(3, 16384), order=ORDER)
         call("residual_prenorm", z(2048), z(2048), alpha(2048), alpha(2048), eps=torch.empty(4))
+        call("residual_prenorm", z(2048), z(2048).float(), None, alpha(2048), dtype=torch.bfloat16)
+        copies = {"kept": z(2048), "dtype": torch.bfloat16}
+        call("residual_postnorm", z(2048), z(2048).float(), alpha(2048), alpha(2048), **copies)
+        call("residual_postnorm", z(2048), z(2048).float(), None, alpha(2048), **copies)
         call("qk_norm_rope", z(2048), alpha(2048), COS, SIN, n_heads=32)
         call("qk_norm_rope", z(2048), alpha(64), COS, SIN, n_heads=32, group=64)
     sys.exit(0)

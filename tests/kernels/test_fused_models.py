@@ -74,13 +74,14 @@ def test_under_autocast_the_fused_model_is_as_near_to_float32(name):
 
 
 @pytest.mark.slow
-def test_one_graph_with_the_same_numbers():
+@pytest.mark.parametrize("name", ["sdd", "prenorm-qk"])
+def test_one_graph_with_the_same_numbers_under_autocast(name):
     """Under torch.compile the operations stay whole; activation checkpointing repeats them."""
-    model = model_of(CASES["sdd"])
-    eager = loss_and_gradients(model, "triton")
+    model = model_of(CASES[name])
+    eager = loss_and_gradients(model, "triton", torch.bfloat16)
     model.checkpoint_blocks = True
     model.compile(backend="aot_eager", fullgraph=True)
-    for mine, theirs in zip(loss_and_gradients(model, "triton"), eager, strict=True):
+    for mine, theirs in zip(loss_and_gradients(model, "triton", torch.bfloat16), eager, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
 
 

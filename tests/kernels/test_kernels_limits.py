@@ -30,6 +30,7 @@ def operations(width: int) -> dict[str, tuple[str, dict[str, Any]]]:
     return {
         "scaled_norm": ("scaled_norm", {"alpha": alpha, "bias": other, "eps": eps}),
         "two groups": ("scaled_norm", {"alpha": alpha[: width // 2], "group": width // 2, "eps": eps}),
+        "narrow norm": ("scaled_norm", {"alpha": alpha, "eps": eps, "dtype": torch.bfloat16}),
         "swiglu": ("swiglu", {}),
         "sdd_swiglu": ("sdd_swiglu", {"alpha_gate": alpha, "alpha_up": other, "up_eps": 1e-2}),
         "joint": ("sdd_swiglu", {"alpha_gate": alpha, "alpha_up": other, "joint": True}),
@@ -37,7 +38,9 @@ def operations(width: int) -> dict[str, tuple[str, dict[str, Any]]]:
         "residual": ("residual_norm", {"alpha": alpha, "residual_scale": 1.5, "eps": eps}),
         "post-norm": ("residual_norm", {"alpha": alpha, "post_alpha": other, "eps": eps}),
         "plain post-norm": ("residual_norm", {"alpha": None, "post_alpha": other}),
+        "post-norm, copy": ("residual_postnorm", {"alpha": alpha, "post_alpha": other, "dtype": torch.bfloat16}),
         "pre-norm": ("residual_prenorm", {"alpha": alpha, "norm_alpha": other, "eps": eps}),
+        "narrow pre-norm": ("residual_prenorm", {"alpha": alpha, "norm_alpha": other, "dtype": torch.bfloat16}),
         "plain pre-norm": ("residual_prenorm", {"alpha": None, "norm_alpha": other}),
         "qk": ("qk_norm_rope", {"alpha": alpha, "cos": cos, "sin": sin, "n_heads": 2}),
         "qk by head": ("qk_norm_rope", {"alpha": alpha, "cos": cos, "sin": sin, "n_heads": 2, "group": width // 2}),
@@ -46,12 +49,15 @@ def operations(width: int) -> dict[str, tuple[str, dict[str, Any]]]:
 
 
 OPERATIONS = list(operations(4))
+CHECKED = ["scaled_norm", "narrow norm", "sdd_swiglu", "bare up", "qk", "rope"]
+CHECKED += ["post-norm", "post-norm, copy", "plain post-norm", "narrow pre-norm", "plain pre-norm"]
 ACTIVATIONS = {
     "scaled_norm": ("z",),
     "swiglu": ("gate", "up"),
     "sdd_swiglu": ("z_gate", "z_up"),
     "sdd_swiglu_bare_up": ("z_gate", "z_up"),
     "residual_norm": ("z", "residual"),
+    "residual_postnorm": ("z", "residual"),
     "residual_prenorm": ("z", "residual"),
     "qk_norm_rope": ("z",),
 }
@@ -73,13 +79,13 @@ def outputs_of(y: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 def test_rows_wider_than_a_program_holds(name: str, seed: int, quarter: int) -> None:
     sizes = {"MAX_BLOCK": 16, "MAX_FUSED": 16, "MAX_PAIR": 16, "WIDE_BLOCK": 8, "COLUMN_BLOCK": 8}
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("common", "scaled_norm", "swiglu", "residual_norm", "qk_norm_rope"):
+        for module in ("common", "scaled_norm_kernels", "swiglu", "residual_norm", "qk_norm_rope"):
             for constant, value in sizes.items():
                 module_ = import_module(f"sdd.kernels.fused.{module}")
                 if hasattr(module_, constant):
                     patch.setattr(module_, constant, value)
         function, arguments = arguments_of(name, 4 * quarter, lambda i: drawn(seed + i, 2, 4 * quarter))
-        check("triton", function, getattr(sdd_F, function), arguments, seed + 9, "contiguous")
+        check("triton", function, getattr(sdd_F, function), arguments, seed + 9, "contiguous", "dtype" in arguments)
 
 
 @pytest.mark.parametrize("name", OPERATIONS if DEVICE == "cuda" else ["scaled_norm", "swiglu", "residual", "qk"])
@@ -124,7 +130,7 @@ def test_zero_rows_and_repetition(name: str) -> None:
         return torch.cat([drawn(i, 1, 12), torch.zeros(1, 12, device=DEVICE)])
 
     function, arguments = arguments_of(name, 12, activation)
-    check("triton", function, getattr(sdd_F, function), arguments, 9, "contiguous")
+    check("triton", function, getattr(sdd_F, function), arguments, 9, "contiguous", "dtype" in arguments)
     with kernels.use("triton"):
         leaves = [value.requires_grad_() for value in arguments.values() if isinstance(value, Tensor)]
         leaves = [leaf for leaf in leaves if leaf is not arguments.get("cos") and leaf is not arguments.get("sin")]
@@ -146,10 +152,12 @@ def test_differentiating_twice_says_what_to_do(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["scaled_norm", "sdd_swiglu", "bare up", "post-norm", "plain pre-norm", "qk", "rope"])
+@pytest.mark.parametrize("name", CHECKED)
 def test_opcheck(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Schema, fake tensors, autograd registration and AOT dispatch of the very calls that an operation makes."""
     function, arguments = arguments_of(name, 8, lambda i: drawn(i, 2, 8).requires_grad_())
+    if function == "residual_postnorm":
+        arguments["kept"] = arguments["residual"].detach().bfloat16()
     calls: list[tuple[Any, tuple[Any, ...]]] = []
     modules = [
         import_module(f"sdd.kernels.fused.{m}") for m in ("scaled_norm", "swiglu", "residual_norm", "qk_norm_rope")

@@ -1,4 +1,4 @@
-"""What an operation keeps for its backward pass: its inputs and a few numbers a row, nothing of its own making."""
+"""What an operation keeps for its backward pass: its inputs and outputs, or half of their bytes, and numbers a row."""
 
 from typing import Any
 
@@ -17,6 +17,11 @@ pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="no Triton")
 
 def activation(i: int = 0) -> Tensor:
     return drawn(i, 2, ROWS // 2, WIDTH, dtype=torch.bfloat16).requires_grad_()
+
+
+def wide(i: int = 0) -> Tensor:
+    """A float32 stream, as under autocast."""
+    return activation(i).detach().float().requires_grad_()
 
 
 def alpha(i: int = 9) -> Tensor:
@@ -62,6 +67,26 @@ KEPT: dict[str, tuple[str, dict[str, Any], int, int]] = {
     "plain post-norm": (
         "residual_norm",
         {"z": activation(), "residual": activation(1), "alpha": None, "post_alpha": alpha()},
+        2,
+        1,
+    ),
+    "post-norm of a wide stream": (
+        "residual_postnorm",
+        {"z": activation(), "residual": wide(1), "alpha": alpha(), "post_alpha": alpha(8), "kept": activation(2)}
+        | {"dtype": torch.bfloat16},
+        2,
+        2,
+    ),
+    "plain post-norm of a wide stream": (
+        "residual_norm",
+        {"z": activation(), "residual": wide(1), "alpha": None, "post_alpha": alpha(8), "kept": activation(2)},
+        2,
+        1,
+    ),
+    "norm of a wide stream": ("scaled_norm", {"z": wide(), "alpha": alpha(), "dtype": torch.bfloat16}, 1, 1),
+    "pre-norm of a wide stream": (
+        "residual_prenorm",
+        {"z": activation(), "residual": wide(1), "alpha": None, "norm_alpha": alpha(8), "dtype": torch.bfloat16},
         1,
         1,
     ),
@@ -112,6 +137,7 @@ def test_memory_that_stays_allocated(name: str) -> None:
         y = getattr(kernels, function)(**large)
     y = (y,) if isinstance(y, Tensor) else y
     grown = torch.cuda.memory_allocated() - before
-    stream = 4096 * ROWS * WIDTH * 2 if name == "plain post-norm" else 0  # what it keeps instead of both inputs
-    expected = sum(part.nbytes for part in y) + 4096 * ROWS * numbers * 4 + stream
+    # norm(z) in place of a wide z, which others may let go
+    narrow = 4096 * ROWS * WIDTH * 2 if name in ("norm of a wide stream", "pre-norm of a wide stream") else 0
+    expected = sum(part.nbytes for part in y) + 4096 * ROWS * numbers * 4 + narrow
     assert grown == pytest.approx(expected, rel=0.02, abs=8192)

@@ -74,7 +74,7 @@ def operation(name: str, rows: int, width: int, device: torch.device) -> Operati
         case "residual-post-norm":
             return Operation(kernels.residual_norm, 2, 2, 3, 5)
         case "post-norm":
-            return Operation(post_norm, 2, 1, 4, 3)
+            return Operation(post_norm, 2, 1, 3, 5)
         case "residual-pre-norm":
             return Operation(kernels.residual_prenorm, 2, 2, 4, 6)
         case "qk-norm-rope":

@@ -148,10 +148,37 @@ def residual_norm(
     residual_scale: float = 1.0,
     eps: Eps = 1e-6,
     post_eps: float = 1e-6,
+    kept: Tensor | None = None,
 ) -> Tensor:
     """`s = c*residual + alpha * norm(z)`, or `post_alpha * norm(s)`. See `sdd.functional.residual_norm`."""
     return _chosen(z).residual_norm(
-        z, residual, alpha, post_alpha, residual_scale=residual_scale, eps=eps, post_eps=post_eps
+        z, residual, alpha, post_alpha, residual_scale=residual_scale, eps=eps, post_eps=post_eps, kept=kept
+    )
+
+
+def residual_postnorm(
+    z: Tensor,
+    residual: Tensor,
+    alpha: Tensor | None,
+    post_alpha: Tensor,
+    *,
+    residual_scale: float = 1.0,
+    eps: Eps = 1e-6,
+    post_eps: float = 1e-6,
+    kept: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`y = post_alpha * norm(s)` and its copy in `dtype`. See `sdd.functional.residual_postnorm`."""
+    return _chosen(z).residual_postnorm(
+        z,
+        residual,
+        alpha,
+        post_alpha,
+        residual_scale=residual_scale,
+        eps=eps,
+        post_eps=post_eps,
+        kept=kept,
+        dtype=dtype,
     )
 
 

@@ -82,12 +82,34 @@ def residual_norm(
     residual_scale: float = 1.0,
     eps: Eps = 1e-6,
     post_eps: float = 1e-6,
+    kept: Tensor | None = None,
 ) -> Tensor:
     """`sdd.functional.residual_norm`."""
+    if kept is not None:
+        sdd_F.check_shapes(residual, kept)
     stream = _stream(z, residual, alpha, residual_scale, eps)
     if post_alpha is None:
         return stream.to(residual.dtype)
     return scaled_norm(stream, post_alpha, eps=post_eps, dtype=residual.dtype)
+
+
+def residual_postnorm(
+    z: Tensor,
+    residual: Tensor,
+    alpha: Tensor | None,
+    post_alpha: Tensor,
+    *,
+    residual_scale: float = 1.0,
+    eps: Eps = 1e-6,
+    post_eps: float = 1e-6,
+    kept: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`sdd.functional.residual_postnorm`."""
+    y = residual_norm(
+        z, residual, alpha, post_alpha, residual_scale=residual_scale, eps=eps, post_eps=post_eps, kept=kept
+    )
+    return y, y.to(dtype or y.dtype)
 
 
 def residual_prenorm(

@@ -7,6 +7,7 @@ Shape suffixes: B batch, T tokens, C d_model, H query heads, K key-value heads, 
 """
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -55,15 +56,14 @@ class Block(nn.Module):
         """`[B, T, C]` to `[B, T, C]`, and how a mixture of experts routed the tokens."""
         attn, ffn = self.attn, self.ffn
         h_BTC, before = self._enter("attn_in", self.attn_in, x_BTC, attn.q_proj, attn.k_proj, attn.v_proj)
-        h_BTC, before = attn(h_BTC, rope, mask, extend, before)
-        x_BTC = self._leave(x_BTC, h_BTC, before, attn.o_proj, self.attn_post)
+        y_BTC, before = attn(h_BTC, rope, mask, extend, before)
+        x_BTC, h_BTC, before = self._between(x_BTC, _kept(x_BTC, h_BTC, self.attn_in), y_BTC, before)
+        kept_BTC = _kept(x_BTC, h_BTC, self.ffn_in)
         if isinstance(ffn, MoE):
-            h_BTC, _ = self._enter("ffn_in", self.ffn_in, x_BTC)
             y_BTC, routing = ffn(h_BTC)
-            return self._add(x_BTC, y_BTC, self.ffn_post), routing
-        h_BTC, before = self._enter("ffn_in", self.ffn_in, x_BTC, ffn.gate_proj, ffn.up_proj)
-        h_BTF, before = ffn(h_BTC, before)
-        return self._leave(x_BTC, h_BTF, before, ffn.down_proj, self.ffn_post), None
+            return self._add(x_BTC, kept_BTC, y_BTC, self.ffn_post), routing
+        y_BTF, before = ffn(h_BTC, before)
+        return self._leave(x_BTC, kept_BTC, y_BTF, before, ffn.down_proj, self.ffn_post), None
 
     def _enter(self, site: Site, norm: nn.Module, x: Tensor, *readers: nn.Module) -> tuple[Tensor, Skipped | None]:
         """`norm(x)`, or x if its readers make the norm superfluous; in the precision in which they multiply.
@@ -78,20 +78,42 @@ class Block(nn.Module):
             return kernels.scaled_norm(x, norm.weight, group=norm.group, eps=norm.eps, dtype=dtype), None
         return norm(x).to(dtype), None
 
-    def _leave(self, x: Tensor, h: Tensor, before: Skipped | None, out: nn.Module, post: nn.Module) -> Tensor:
+    def _between(
+        self, x: Tensor, kept: Tensor, y: Tensor, before: Skipped | None
+    ) -> tuple[Tensor, Tensor, Skipped | None]:
+        """The stream after the attention, and what the feed-forward network reads of it: `_leave`, then `_enter`."""
+        out, post, norm, ffn = self.attn.o_proj, self.attn_post, self.ffn_in, self.ffn
+        readers = () if isinstance(ffn, MoE) else (ffn.gate_proj, ffn.up_proj)
+        one_norm = isinstance(norm, RMSNorm) != isinstance(post, RMSNorm)
+        if not one_norm or "ffn_in" in self.superfluous or not _fuses(x, out, post, norm):
+            x = self._leave(x, kept, y, before, out, post)
+            return x, *self._enter("ffn_in", norm, x, *readers)
+        z, eps = project(out, y, before)
+        options: dict[str, Any] = {"residual_scale": self.residual_scale, "eps": eps, "dtype": product_dtype(x)}
+        if isinstance(norm, RMSNorm):
+            return *kernels.residual_prenorm(z, x, _alpha(out), norm.weight, norm_eps=norm.eps, **options), None
+        assert isinstance(post, RMSNorm)
+        options |= {"post_eps": post.eps, "kept": kept}
+        return *kernels.residual_postnorm(z, x, _alpha(out), post.weight, **options), None
+
+    def _leave(
+        self, x: Tensor, kept: Tensor, h: Tensor, before: Skipped | None, out: nn.Module, post: nn.Module
+    ) -> Tensor:
         """`post(c*x + out(h))`."""
         if not _fuses(x, out, post):
             return post(torch.add(read(out, h, before), x, alpha=self.residual_scale))
         z, eps = project(out, h, before)
-        return self._residual_norm(z, x, _alpha(out), eps, post)
+        return self._residual_norm(z, x, kept, _alpha(out), eps, post)
 
-    def _add(self, x: Tensor, y: Tensor, post: nn.Module) -> Tensor:
+    def _add(self, x: Tensor, kept: Tensor, y: Tensor, post: nn.Module) -> Tensor:
         """`post(c*x + y)`."""
         if not _fuses(x, post):
             return post(torch.add(y, x, alpha=self.residual_scale))
-        return self._residual_norm(y, x, None, 0.0, post)
+        return self._residual_norm(y, x, kept, None, 0.0, post)
 
-    def _residual_norm(self, z: Tensor, x: Tensor, alpha: Tensor | None, eps: Eps, post: nn.Module) -> Tensor:
+    def _residual_norm(
+        self, z: Tensor, x: Tensor, kept: Tensor, alpha: Tensor | None, eps: Eps, post: nn.Module
+    ) -> Tensor:
         return kernels.residual_norm(
             z,
             x,
@@ -100,6 +122,7 @@ class Block(nn.Module):
             residual_scale=self.residual_scale,
             eps=eps,
             post_eps=getattr(post, "eps", 0.0),
+            kept=kept,
         )
 
 
@@ -301,6 +324,11 @@ def norm_at(norm: Norm | None, config: ModelConfig, width: int, device: torch.de
         return nn.Identity()
     width = config.head_dim if norm.shared_alpha else width
     return RMSNorm(width, norm.alpha(config.n_layers), norm.eps, device, group=_group(norm, config))
+
+
+def _kept(x: Tensor, h: Tensor, norm: nn.Module) -> Tensor:
+    """What the backward pass keeps of the stream x: h, as its readers do, where that is x in their precision."""
+    return h if isinstance(norm, nn.Identity) and is_plain(norm) else x
 
 
 def _fuses(x: Tensor, *modules: nn.Module) -> bool:

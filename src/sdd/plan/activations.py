@@ -5,9 +5,12 @@ kernels (`sdd.kernels`, what a GPU runs):
 
     operation                        keeps
     y = W x                          x
-    alpha * norm(z), with RoPE too   z and r = 1/rms, one float32 a group
+    alpha * norm(z), with RoPE too   z and r = 1/rms, one float32 a group; if z is float32 and the result is
+                                     bfloat16, norm(z) in bfloat16 in place of z
     silu(gate) * up, normed or not   z of both and r
-    residual + alpha * norm(z)       z and r; with a post-norm the residual and its r; without alpha the sum
+    residual + alpha * norm(z)       z and r
+      with a post-norm               z, the residual as its readers keep it, and both r
+      with the next branch's norm    what that norm keeps too
     fused attention                  q, k, v, the output, and one logsumexp a head; where not fused, T weights a head
     cross-entropy                    log softmax(logits) (float32)
 
@@ -100,13 +103,15 @@ def _block(tape: Tape, config: ModelConfig, index: int, x: Tensor, fused_attenti
     h = _enter(tape, "attn_in", norms, left_out, x)
     context = _attention(tape, config, norms, h, fused_attention)
     context = tape.skip(context) if "ctx" in left_out else _norm(tape, norms.get("ctx"), context, config.n_heads)
-    x = _leave(tape, norms.get("attn_out"), norms.get("attn_post"), tape.linear(context, config.d_model), x)
+    kept = x if "attn_in" in norms else h
+    x = _leave(tape, norms.get("attn_out"), norms.get("attn_post"), tape.linear(context, config.d_model), x, kept)
     tape.part = "feed-forward"
     h = _enter(tape, "ffn_in", norms, left_out, x)
+    kept = x if "ffn_in" in norms else h
     if config.moe is not None:
-        return _leave(tape, None, norms.get("ffn_post"), _mixture(tape, config, norms, left_out, h), x)
+        return _leave(tape, None, norms.get("ffn_post"), _mixture(tape, config, norms, left_out, h), x, kept)
     h = _gated(tape, config, norms, left_out, h)
-    return _leave(tape, norms.get("ffn_out"), norms.get("ffn_post"), tape.linear(h, config.d_model), x)
+    return _leave(tape, norms.get("ffn_out"), norms.get("ffn_post"), tape.linear(h, config.d_model), x, kept)
 
 
 def _enter(tape: Tape, site: Site, norms: dict[Site, Norm], left_out: frozenset[Site], x: Tensor) -> Tensor:
@@ -117,12 +122,12 @@ def _enter(tape: Tape, site: Site, norms: dict[Site, Norm], left_out: frozenset[
     return tape.cast(_norm(tape, norms.get(site), x, itemsize=itemsize), tape.itemsize)
 
 
-def _leave(tape: Tape, norm: Norm | None, post: Norm | None, z: Tensor, x: Tensor) -> Tensor:
-    """`post(x + alpha * norm(z))`."""
+def _leave(tape: Tape, norm: Norm | None, post: Norm | None, z: Tensor, x: Tensor, kept: Tensor) -> Tensor:
+    """`post(x + alpha * norm(z))`; `kept` stands for x in the backward pass."""
     if not tape.kernels:
         return _norm(tape, post, tape.add(_norm(tape, norm, z), x))
     before, tape.part = tape.part, "norms"
-    y = tape.residual_norm(z, x, norm is not None, post is not None)
+    y = tape.residual_norm(z, x, kept, norm is not None, post is not None)
     tape.part = before
     return y
 

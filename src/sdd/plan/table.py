@@ -85,7 +85,7 @@ def _memory(plan: Plan, size: int) -> list[str]:
         ("gradients", memory.gradients, "the same"),
         ("copies of weights", memory.copies, copies if memory.copies else ""),
         ("activations", memory.activations, f"of {job.tokens:,} tokens: " + _kept(plan)),
-        ("  of them norms", memory.norms, "in plain PyTorch"),
+        ("  of them norms", memory.norms, "with fused kernels"),
         ("loss", memory.loss, ("in chunks" if job.chunked_loss else "all logits") + _absent(memory, memory.loss)),
         ("block", memory.block, "backward pass of one block" + _absent(memory, memory.block)),
         ("peak", memory.peak, ""),

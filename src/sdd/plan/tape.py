@@ -85,21 +85,22 @@ class Tape:
         if not self.kernels:
             n = self.normalise(z, groups)
             return self.scale(n, n.width, itemsize)
-        return self.record([z], Tensor(z.width, itemsize), [z, Tensor(groups, WIDE)])
+        kept = z if z.itemsize <= itemsize else Tensor(z.width, itemsize)
+        return self.record([z], Tensor(z.width, itemsize), [kept, Tensor(groups, WIDE)])
 
-    def residual_norm(self, z: Tensor, x: Tensor, normed: bool, post: bool) -> Tensor:
-        """`x + alpha * norm(z)` in one kernel, with a post-norm or without."""
-        out = Tensor(x.width, x.itemsize)
-        kept = [z, Tensor(1, WIDE)] if normed else []
+    def residual_norm(self, z: Tensor, x: Tensor, kept: Tensor, normed: bool, post: bool) -> Tensor:
+        """`x + alpha * norm(z)` in one kernel, with a post-norm or without; `kept` is what is kept of x."""
+        saves = [z] if normed or post else []
+        if normed:
+            saves.append(Tensor(1, WIDE))
         if post:
-            kept += [x if normed else Tensor(x.width, x.itemsize), Tensor(1, WIDE)]
-        return self.record([z, x], out, kept)
+            saves += [kept, Tensor(1, WIDE)]
+        return self.record([z, x], Tensor(x.width, x.itemsize), saves)
 
     def skip(self, z: Tensor) -> Tensor:
         """The same z without its norm, of which the statistic is left: `mean(z^2)`."""
         wide = self.cast(z, WIDE)
-        statistic = [] if self.kernels else [Tensor(1, WIDE)]  # the reader's kernel has it in its own r
-        self.record([wide], Tensor(1, WIDE), [wide, *statistic], scratch=wide.bytes)
+        self.record([wide], Tensor(1, WIDE), [wide], scratch=wide.bytes)
         return z
 
     def normalise(self, z: Tensor, groups: int = 1) -> Tensor:

@@ -1,7 +1,7 @@
 """The functions that the dispatch calls, under the names of their references in `sdd.functional` and `sdd.grouped`."""
 
 from sdd.kernels.fused.qk_norm_rope import qk_norm_rope
-from sdd.kernels.fused.residual_norm import residual_norm, residual_prenorm
+from sdd.kernels.fused.residual_norm import residual_norm, residual_postnorm, residual_prenorm
 from sdd.kernels.fused.scaled_norm import scaled_norm
 from sdd.kernels.fused.swiglu import expert_swiglu, expert_swiglu_bare_up, sdd_swiglu, sdd_swiglu_bare_up
 
@@ -10,6 +10,7 @@ __all__ = [
     "expert_swiglu_bare_up",
     "qk_norm_rope",
     "residual_norm",
+    "residual_postnorm",
     "residual_prenorm",
     "scaled_norm",
     "sdd_swiglu",

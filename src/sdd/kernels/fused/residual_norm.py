@@ -1,4 +1,6 @@
-"""An output projection added to the residual stream: references `sdd.functional.residual_norm` and `residual_prenorm`.
+"""An output projection added to the residual stream, and the norm after it.
+
+References: `sdd.functional.residual_norm`, `residual_postnorm` and `residual_prenorm`.
 
     s = c*residual + alpha*n          n = r*z, or z itself without alpha          y = post_alpha * n2,   n2 = r2*s
 
@@ -6,14 +8,19 @@
     dz  = r * (alpha*ds - n*m)                         m = mean(alpha*ds*n)                 dalpha = sum of ds*n
     dresidual = c*ds
 
-Saved for backward: z and r; with a post-norm r2 and the residual, which is its producer's output and kept by whoever
-else reads it, from which s is recomputed. Without alpha, s and r2 alone.
+Saved for backward: z and r for n, and r2 and one tensor for n2:
+
+    post-norm   the residual, from which s is summed again: its producer's output, kept by whoever else reads it.
+                Under autocast that is the matrix products' copy in bfloat16 (`kept`), and no other one is needed
+    pre-norm    s, which is an output; or n2 in the dtype of y, if that is narrower than the stream
+
+n2 enters the gradients only where they are freed of their radial part and summed over rows: its rounding is below what
+the rounding of dy brings.
 """
 
 from typing import Any
 
 import torch
-import triton.language as tl
 from torch import Tensor
 
 from sdd import functional as sdd_F
@@ -23,8 +30,6 @@ from sdd.kernels.fused.common import (
     WIDE_BLOCK,
     dense,
     forbid_double_backward,
-    jit,
-    load_row,
     mean_square_kernel,
     n_programs,
     next_power_of_2,
@@ -34,116 +39,11 @@ from sdd.kernels.fused.common import (
     rows,
     warps,
 )
-from sdd.kernels.fused.scaled_norm import scaled_norm, scaled_norm_backward_op
+from sdd.kernels.fused.residual_norm_kernels import backward_kernel, forward_kernel
+from sdd.kernels.fused.scaled_norm import narrower, scaled_norm, scaled_norm_backward_op
 
 #: The widest row with both norms in one kernel; a wider one takes two.
 MAX_FUSED = 8192
-
-
-@jit
-def forward_kernel(
-    z_ptr,
-    residual_ptr,
-    alpha_ptr,
-    eps_ptr,
-    post_alpha_ptr,
-    stream_ptr,
-    y_ptr,
-    r_ptr,
-    post_r_ptr,
-    WIDTH,
-    z_stride,
-    residual_stride,
-    scale,
-    eps,
-    post_eps,
-    ALPHA: tl.constexpr,
-    ROW_EPS: tl.constexpr,
-    POST: tl.constexpr,
-    STREAM: tl.constexpr,
-    BY_COLUMN: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """One row, or (without post-norm) a block of columns of a row whose r is there already."""
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    there = column < WIDTH
-    s = load_row(z_ptr + row * z_stride, column, there)
-    if ALPHA:
-        if BY_COLUMN:
-            r = tl.load(r_ptr + row)
-        else:
-            if ROW_EPS:
-                eps = tl.load(eps_ptr + row)
-            r = tl.rsqrt(tl.sum(s * s) / WIDTH + eps)
-            tl.store(r_ptr + row, r)
-        s = load_row(alpha_ptr, column, there) * (s * r)
-    s += scale * load_row(residual_ptr + row * residual_stride, column, there)
-    if STREAM:
-        tl.store(stream_ptr + row * WIDTH + column, s.to(stream_ptr.dtype.element_ty), mask=there)
-    if POST:
-        post_r = tl.rsqrt(tl.sum(s * s) / WIDTH + post_eps)
-        tl.store(post_r_ptr + row, post_r)
-        y = load_row(post_alpha_ptr, column, there) * (s * post_r)
-        tl.store(y_ptr + row * WIDTH + column, y.to(y_ptr.dtype.element_ty), mask=there)
-
-
-@jit
-def backward_kernel(
-    dy_ptr,
-    ds_ptr,
-    z_ptr,
-    residual_ptr,
-    alpha_ptr,
-    post_alpha_ptr,
-    r_ptr,
-    post_r_ptr,
-    dz_ptr,
-    dresidual_ptr,
-    dalpha_ptr,
-    dpost_alpha_ptr,
-    mean_ptr,
-    N_ROWS,
-    WIDTH,
-    dy_stride,
-    ds_stride,
-    z_stride,
-    residual_stride,
-    scale,
-    HAS_DS: tl.constexpr,
-    STORE_MEAN: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Every N_PROGRAMS-th row with both norms, so that each dalpha needs one partial sum a program."""
-    program, N_PROGRAMS = tl.program_id(0), tl.num_programs(0)
-    column = tl.arange(0, BLOCK)
-    there = column < WIDTH
-    alpha = load_row(alpha_ptr, column, there)
-    post_alpha = load_row(post_alpha_ptr, column, there)
-    dalpha = tl.full((BLOCK,), 0, tl.float32)
-    dpost_alpha = tl.full((BLOCK,), 0, tl.float32)
-    for i in range(tl.cdiv(N_ROWS - program, N_PROGRAMS)):
-        row = program.to(tl.int64) + i * N_PROGRAMS
-        r, post_r = tl.load(r_ptr + row), tl.load(post_r_ptr + row)
-        n = load_row(z_ptr + row * z_stride, column, there) * r
-        s = alpha * n + scale * load_row(residual_ptr + row * residual_stride, column, there)
-        post_n = s * post_r
-        dy = load_row(dy_ptr + row * dy_stride, column, there)
-        dpost_alpha += dy * post_n
-        dy *= post_alpha
-        ds = post_r * (dy - post_n * (tl.sum(dy * post_n) / WIDTH))
-        if HAS_DS:
-            ds += load_row(ds_ptr + row * ds_stride, column, there)
-        tl.store(dresidual_ptr + row * WIDTH + column, (scale * ds).to(dresidual_ptr.dtype.element_ty), mask=there)
-        dalpha += ds * n
-        ds *= alpha
-        mean = tl.sum(ds * n) / WIDTH
-        if STORE_MEAN:
-            tl.store(mean_ptr + row, mean)
-        dz = r * (ds - n * mean)
-        tl.store(dz_ptr + row * WIDTH + column, dz.to(dz_ptr.dtype.element_ty), mask=there)
-    tl.store(dalpha_ptr + program * WIDTH + column, dalpha, mask=there)
-    tl.store(dpost_alpha_ptr + program * WIDTH + column, dpost_alpha, mask=there)
 
 
 @torch.library.custom_op("sdd::residual_norm", mutates_args=())
@@ -153,18 +53,24 @@ def residual_norm_op(
     alpha: Tensor | None,
     row_eps: Tensor | None,
     post_alpha: Tensor | None,
+    kept: Tensor | None,
     scale: float,
     eps: float,
     post_eps: float,
     stream: bool,
     dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`s` (if `stream`) in the dtype of the residual, y in `dtype`, r and r2 `[...]`; empty where there is none."""
-    s, y, r, post_r = _empty(z, residual, alpha, row_eps, post_alpha, scale, eps, post_eps, stream, dtype)
+    narrow: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`s` (if `stream`) in the dtype of the residual, y in `dtype`, a second one in `narrow`, r and r2 `[...]`.
+
+    Empty where there is none. The second one is of y, or with `stream` of n2. `kept` is saved in place of the residual.
+    """
+    outputs = _empty(z, residual, alpha, row_eps, post_alpha, kept, scale, eps, post_eps, stream, dtype, narrow)
+    s, y, second, r, post_r = outputs
     z_rows, residual_rows = rows(z), rows(residual)
     n_rows, width = z_rows.shape
     if not n_rows:
-        return s, y, r, post_r
+        return outputs
     row_eps = None if row_eps is None else row_eps.reshape(-1).contiguous()
     with on_device(z):
         block, n_blocks = row_blocks(width, alpha is not None or post_alpha is not None, MAX_BLOCK)
@@ -172,12 +78,12 @@ def residual_norm_op(
             mean_square_kernel[(n_rows, 1)](z_rows, r, width, z_rows.stride(0), 1, BLOCK=WIDE_BLOCK, num_warps=8)
             r.view(-1).add_(eps if row_eps is None else row_eps).rsqrt_()
         forward_kernel[(n_rows, n_blocks)](
-            z_rows, residual_rows, dense(alpha), row_eps, dense(post_alpha), s, y, r, post_r, width,
+            z_rows, residual_rows, dense(alpha), row_eps, dense(post_alpha), s, y, second, r, post_r, width,
             z_rows.stride(0), residual_rows.stride(0), scale, eps, post_eps,
             ALPHA=alpha is not None, ROW_EPS=row_eps is not None, POST=post_alpha is not None, STREAM=stream,
-            BY_COLUMN=n_blocks > 1, BLOCK=block, num_warps=warps(block, 16),
+            NARROW=narrow is not None, BY_COLUMN=n_blocks > 1, BLOCK=block, num_warps=warps(block, 16),
         )  # fmt: skip
-    return s, y, r, post_r
+    return outputs
 
 
 @residual_norm_op.register_fake
@@ -187,16 +93,19 @@ def _empty(
     alpha: Tensor | None,
     row_eps: Tensor | None,
     post_alpha: Tensor | None,
+    kept: Tensor | None,
     scale: float,
     eps: float,
     post_eps: float,
     stream: bool,
     dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    narrow: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     shape, none = z.shape[:-1], (0,)
     return (
         residual.new_empty(z.shape if stream else none),
         z.new_empty(none if post_alpha is None else z.shape, dtype=dtype),
+        z.new_empty(none if narrow is None else z.shape, dtype=narrow),
         z.new_empty(none if alpha is None else shape, dtype=torch.float32),
         z.new_empty(none if post_alpha is None else shape, dtype=torch.float32),
     )
@@ -205,107 +114,129 @@ def _empty(
 @torch.library.custom_op("sdd::residual_norm_backward", mutates_args=())
 def residual_norm_backward_op(
     dy: Tensor,
+    dcopy: Tensor | None,
     ds: Tensor | None,
-    z: Tensor,
-    residual: Tensor,
-    alpha: Tensor,
+    z: Tensor | None,
+    saved: Tensor,
+    alpha: Tensor | None,
     post_alpha: Tensor,
     r: Tensor,
     post_r: Tensor,
     scale: float,
     row_eps: bool,
+    saved_as: str,
+    z_dtype: torch.dtype,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`dz`, `dresidual` in the dtypes of z and residual; dalpha, dpost_alpha and deps (or empty) in float32."""
-    outputs = _empty_backward(dy, ds, z, residual, alpha, post_alpha, r, post_r, scale, row_eps)
+    """`dz` in `z_dtype` and `dresidual` in `dtype`; dalpha, dpost_alpha and deps in float32, empty where none is.
+
+    `saved` is the "residual", the "stream" s or the "norm" n2. `dcopy` is added to dy.
+    """
+    outputs = _empty_backward(
+        dy, dcopy, ds, z, saved, alpha, post_alpha, r, post_r, scale, row_eps, saved_as, z_dtype, dtype
+    )
     dz, dresidual, dalpha, dpost_alpha, deps = outputs
-    dy_rows, z_rows, residual_rows = rows(dy), rows(z), rows(residual)
-    ds_rows = None if ds is None else rows(ds)
-    n_rows, width = z_rows.shape
+    dy_rows, saved_rows = rows(dy), rows(saved)
+    dcopy_rows, ds_rows, z_rows = (None if x is None else rows(x) for x in (dcopy, ds, z))
+    n_rows, width = dy_rows.shape
     if not n_rows:
         return dz, dresidual, dalpha.zero_(), dpost_alpha.zero_(), deps
-    with on_device(z):
+    with on_device(dy):
         block = next_power_of_2(width)
-        programs = n_programs(z, n_rows, block)
-        partial = z.new_empty(2, programs, width, dtype=torch.float32)
+        programs = n_programs(dy, n_rows, block)
+        partial = dy.new_empty(1 if alpha is None else 2, programs, width, dtype=torch.float32)
         backward_kernel[(programs,)](
-            dy_rows, ds_rows, z_rows, residual_rows, dense(alpha), dense(post_alpha), r, post_r, dz, dresidual,
-            partial[0], partial[1], deps, n_rows, width, dy_rows.stride(0), 0 if ds_rows is None else ds_rows.stride(0),
-            z_rows.stride(0), residual_rows.stride(0), scale,
-            HAS_DS=ds is not None, STORE_MEAN=row_eps, BLOCK=block, num_warps=warps(block, 8),
+            dy_rows, dcopy_rows, ds_rows, z_rows, saved_rows, dense(alpha), dense(post_alpha), r, post_r,
+            dz, dresidual, partial[-1], partial[0], deps, n_rows, width,
+            *(0 if x is None else x.stride(0) for x in (dy_rows, dcopy_rows, ds_rows, z_rows, saved_rows)), scale,
+            ALPHA=alpha is not None, SAVED=saved_as, HAS_DCOPY=dcopy is not None, HAS_DS=ds is not None,
+            STORE_MEAN=row_eps, BLOCK=block, num_warps=warps(block, 8),
         )  # fmt: skip
-    dalpha, dpost_alpha = partial.sum(1).unbind()
+    torch.sum(partial[0], 0, out=dpost_alpha)
+    if alpha is not None:
+        torch.sum(partial[1], 0, out=dalpha)
     if row_eps:
         deps.mul_(r.square()).mul_(-width / 2)
-    return dz, dresidual, dalpha.clone(), dpost_alpha.clone(), deps
+    return outputs
 
 
 @residual_norm_backward_op.register_fake
 def _empty_backward(
     dy: Tensor,
+    dcopy: Tensor | None,
     ds: Tensor | None,
-    z: Tensor,
-    residual: Tensor,
-    alpha: Tensor,
+    z: Tensor | None,
+    saved: Tensor,
+    alpha: Tensor | None,
     post_alpha: Tensor,
     r: Tensor,
     post_r: Tensor,
     scale: float,
     row_eps: bool,
+    saved_as: str,
+    z_dtype: torch.dtype,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    dz, dresidual = z.new_empty(z.shape), residual.new_empty(z.shape)
-    dalpha, dpost_alpha = r.new_empty(z.shape[-1]), r.new_empty(z.shape[-1])
+    width = dy.shape[-1]
+    dz, dresidual = dy.new_empty(dy.shape, dtype=z_dtype), dy.new_empty(dy.shape, dtype=dtype)
+    dalpha, dpost_alpha = r.new_empty(0 if alpha is None else width), r.new_empty(width)
     return dz, dresidual, dalpha, dpost_alpha, r.new_empty(r.shape if row_eps else (0,))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    z, residual, alpha, _, post_alpha, ctx.scale, _, _, stream, _ = inputs
-    s, y, r, post_r = output
+    z, residual, alpha, _, post_alpha, kept, ctx.scale, _, _, stream, _, narrow = inputs
+    s, _, second, r, post_r = output
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(r, post_r, *([y] if post_alpha is None else []), *([] if stream else [s]))
-    ctx.dtype = z.dtype
-    both = alpha is not None and post_alpha is not None
-    kept = (None if alpha is None else z, residual if both else None, s if alpha is None else None)
-    ctx.save_for_backward(*kept, alpha, post_alpha, r, post_r)
+    used = (stream, post_alpha is not None, narrow is not None and not stream, False, False)
+    ctx.mark_non_differentiable(*(x for x, is_used in zip(output, used, strict=True) if not is_used))
+    ctx.dtypes = z.dtype, residual.dtype
+    saved: Tensor | None = None
+    if post_alpha is None:
+        ctx.saved_as = ""
+    elif not stream:
+        ctx.saved_as, saved = "residual", residual if kept is None else kept
+    elif narrow is None:
+        ctx.saved_as, saved = "stream", s
+    else:
+        ctx.saved_as, saved = "norm", second
+    reads_z = alpha is not None or ctx.saved_as == "residual"
+    ctx.save_for_backward(z if reads_z else None, saved, alpha, post_alpha, r, post_r)
 
 
-def _backward(ctx: Any, ds: Tensor | None, dy: Tensor | None, *_statistics: None) -> tuple[Tensor | None, ...]:
+def _backward(
+    ctx: Any, ds: Tensor | None, dy: Tensor | None, dcopy: Tensor | None, *_statistics: None
+) -> tuple[Tensor | None, ...]:
     forbid_double_backward("residual_norm")
-    z, residual, s, alpha, post_alpha, r, post_r = ctx.saved_tensors
-    row_eps = ctx.needs_input_grad[3]
+    z, saved, alpha, post_alpha, r, post_r = ctx.saved_tensors
+    row_eps, (z_dtype, dtype) = ctx.needs_input_grad[3], ctx.dtypes
     dalpha: Tensor | None = None
     dpost_alpha: Tensor | None = None
     deps: Tensor | None = None
-    if alpha is not None and post_alpha is not None:
-        dy = z.new_zeros(z.shape) if dy is None else dy
-        dz, dresidual, dalpha, dpost_alpha, deps = residual_norm_backward_op(
-            dy, ds, z, residual, alpha, post_alpha, r, post_r, ctx.scale, row_eps
+    if saved is None:
+        assert ds is not None
+        width = z.shape[-1]
+        dresidual = ds if ctx.scale == 1 else ctx.scale * ds
+        dz, dalpha, _, deps = scaled_norm_backward_op(
+            ds, z, alpha, r.unsqueeze(-1), [width, width], False, row_eps, False, z_dtype
         )
     else:
-        if post_alpha is not None and dy is not None:
-            ds, dpost_alpha, _, _ = _norm_backward(dy, s, post_alpha, post_r, ds)
-        assert ds is not None
-        dz, dresidual = ds.to(ctx.dtype), ds if ctx.scale == 1 else ctx.scale * ds
-        if alpha is not None:
-            dz, dalpha, _, deps = _norm_backward(ds, z, alpha, r, None, row_eps)
+        if dy is None:  # only the other output was used
+            dy, dcopy = dcopy if ds is None else torch.zeros_like(ds), None
+        assert dy is not None
+        dz, dresidual, dalpha, dpost_alpha, deps = residual_norm_backward_op(
+            dy, dcopy, ds, z, saved, alpha, post_alpha, r, post_r, ctx.scale, row_eps, ctx.saved_as, z_dtype, dtype
+        )
     return (
         dz,
         dresidual,
-        None if dalpha is None or alpha is None else dalpha.to(alpha.dtype),
+        None if alpha is None or dalpha is None else dalpha.to(alpha.dtype),
         deps if row_eps else None,
-        None if dpost_alpha is None or post_alpha is None else dpost_alpha.to(post_alpha.dtype),
-        *[None] * 5,
+        None if post_alpha is None or dpost_alpha is None else dpost_alpha.to(post_alpha.dtype),
+        *[None] * 7,
     )
 
 
 residual_norm_op.register_autograd(_backward, setup_context=_setup_context)
-
-
-def _norm_backward(
-    dy: Tensor, z: Tensor, alpha: Tensor, r: Tensor, add: Tensor | None, row_eps: bool = False
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The backward pass of one norm of full width."""
-    width = z.shape[-1]
-    return scaled_norm_backward_op(dy, z, alpha, r.unsqueeze(-1), add, [width, width], False, row_eps)
 
 
 def residual_norm(
@@ -317,20 +248,46 @@ def residual_norm(
     residual_scale: float = 1.0,
     eps: Eps = 1e-6,
     post_eps: float = 1e-6,
+    kept: Tensor | None = None,
 ) -> Tensor:
     """`sdd.functional.residual_norm` by the kernels."""
-    if post_alpha is None and alpha is None:
-        return sdd_F.residual_norm(z, residual, None, residual_scale=residual_scale)
-    scale, inner, dtype = float(residual_scale), row_eps_of(eps, z), residual.dtype
-    sdd_F.check_shapes(z, residual, alpha, post_alpha)
-    if post_alpha is not None and z.shape[-1] <= MAX_FUSED:
-        stream = alpha is None  # then it is what the backward pass needs
-        return residual_norm_op(z, residual, alpha, inner[0], post_alpha, scale, inner[1], post_eps, stream, dtype)[1]
+    if post_alpha is not None:
+        options = {"residual_scale": residual_scale, "eps": eps, "post_eps": post_eps, "kept": kept}
+        return residual_postnorm(z, residual, alpha, post_alpha, **options)[0]
     if alpha is None:
-        stream = sdd_F.residual_norm(z, residual, None, residual_scale=residual_scale)
-    else:
-        stream = residual_norm_op(z, residual, alpha, inner[0], None, scale, inner[1], 0.0, True, dtype)[0]
-    return stream if post_alpha is None else scaled_norm(stream, post_alpha, eps=post_eps)
+        return sdd_F.residual_norm(z, residual, None, residual_scale=residual_scale)
+    sdd_F.check_shapes(z, residual, alpha)
+    (row_eps, number), dtype = row_eps_of(eps, z), residual.dtype
+    scale = float(residual_scale)
+    return residual_norm_op(z, residual, alpha, row_eps, None, None, scale, number, 0.0, True, dtype, None)[0]
+
+
+def residual_postnorm(
+    z: Tensor,
+    residual: Tensor,
+    alpha: Tensor | None,
+    post_alpha: Tensor,
+    *,
+    residual_scale: float = 1.0,
+    eps: Eps = 1e-6,
+    post_eps: float = 1e-6,
+    kept: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`sdd.functional.residual_postnorm` by the kernels."""
+    sdd_F.check_shapes(z, residual, alpha, post_alpha)
+    sdd_F.check_shapes(residual, residual if kept is None else kept)
+    dtype = dtype or residual.dtype
+    if z.shape[-1] > MAX_FUSED:
+        stream = residual_norm(z, residual, alpha, residual_scale=residual_scale, eps=eps)
+        y = scaled_norm(stream, post_alpha, eps=post_eps)
+        return y, y.to(dtype)
+    (row_eps, number), narrow = row_eps_of(eps, z), None if dtype == residual.dtype else dtype
+    _, y, copy, *_ = residual_norm_op(
+        z, residual, alpha, row_eps, post_alpha, kept, float(residual_scale), number, post_eps, False,
+        residual.dtype, narrow,
+    )  # fmt: skip
+    return y, y if narrow is None else copy
 
 
 def residual_prenorm(
@@ -350,6 +307,8 @@ def residual_prenorm(
         stream = residual_norm(z, residual, alpha, residual_scale=residual_scale, eps=eps)
         return stream, scaled_norm(stream, norm_alpha, eps=norm_eps, dtype=dtype)
     (row_eps, number), dtype = row_eps_of(eps, z), dtype or residual.dtype
-    return residual_norm_op(
-        z, residual, alpha, row_eps, norm_alpha, float(residual_scale), number, norm_eps, True, dtype
-    )[:2]
+    s, y, *_ = residual_norm_op(
+        z, residual, alpha, row_eps, norm_alpha, None, float(residual_scale), number, norm_eps, True,
+        dtype, dtype if narrower(dtype, residual.dtype) else None,
+    )  # fmt: skip
+    return s, y

@@ -1,0 +1,133 @@
+"""The kernels of `sdd.kernels.fused.residual_norm`, whose equations they compute."""
+
+import triton.language as tl
+
+from sdd.kernels.fused.common import jit, load_row
+
+
+@jit
+def forward_kernel(
+    z_ptr,
+    residual_ptr,
+    alpha_ptr,
+    eps_ptr,
+    post_alpha_ptr,
+    stream_ptr,
+    y_ptr,
+    narrow_ptr,
+    r_ptr,
+    post_r_ptr,
+    WIDTH,
+    z_stride,
+    residual_stride,
+    scale,
+    eps,
+    post_eps,
+    ALPHA: tl.constexpr,
+    ROW_EPS: tl.constexpr,
+    POST: tl.constexpr,
+    STREAM: tl.constexpr,
+    NARROW: tl.constexpr,
+    BY_COLUMN: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One row, or (without post-norm) a block of columns of a row whose r is there already."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    there = column < WIDTH
+    s = load_row(z_ptr + row * z_stride, column, there)
+    if ALPHA:
+        if BY_COLUMN:
+            r = tl.load(r_ptr + row)
+        else:
+            if ROW_EPS:
+                eps = tl.load(eps_ptr + row)
+            r = tl.rsqrt(tl.sum(s * s) / WIDTH + eps)
+            tl.store(r_ptr + row, r)
+        s = load_row(alpha_ptr, column, there) * (s * r)
+    s += scale * load_row(residual_ptr + row * residual_stride, column, there)
+    if STREAM:
+        tl.store(stream_ptr + row * WIDTH + column, s.to(stream_ptr.dtype.element_ty), mask=there)
+    if POST:
+        post_r = tl.rsqrt(tl.sum(s * s) / WIDTH + post_eps)
+        tl.store(post_r_ptr + row, post_r)
+        s *= post_r
+        y = load_row(post_alpha_ptr, column, there) * s
+        tl.store(y_ptr + row * WIDTH + column, y.to(y_ptr.dtype.element_ty), mask=there)
+        if NARROW:
+            second = s if STREAM else y
+            tl.store(narrow_ptr + row * WIDTH + column, second.to(narrow_ptr.dtype.element_ty), mask=there)
+
+
+@jit
+def backward_kernel(
+    dy_ptr,
+    dcopy_ptr,
+    ds_ptr,
+    z_ptr,
+    saved_ptr,
+    alpha_ptr,
+    post_alpha_ptr,
+    r_ptr,
+    post_r_ptr,
+    dz_ptr,
+    dresidual_ptr,
+    dalpha_ptr,
+    dpost_alpha_ptr,
+    mean_ptr,
+    N_ROWS,
+    WIDTH,
+    dy_stride,
+    dcopy_stride,
+    ds_stride,
+    z_stride,
+    saved_stride,
+    scale,
+    ALPHA: tl.constexpr,
+    SAVED: tl.constexpr,
+    HAS_DCOPY: tl.constexpr,
+    HAS_DS: tl.constexpr,
+    STORE_MEAN: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Every N_PROGRAMS-th row with a norm of s, so that each dalpha needs one partial sum a program."""
+    program, N_PROGRAMS = tl.program_id(0), tl.num_programs(0)
+    column = tl.arange(0, BLOCK)
+    there = column < WIDTH
+    if ALPHA:
+        alpha = load_row(alpha_ptr, column, there)
+    post_alpha = load_row(post_alpha_ptr, column, there)
+    dalpha = tl.full((BLOCK,), 0, tl.float32)
+    dpost_alpha = tl.full((BLOCK,), 0, tl.float32)
+    for i in range(tl.cdiv(N_ROWS - program, N_PROGRAMS)):
+        row = program.to(tl.int64) + i * N_PROGRAMS
+        post_r = tl.load(post_r_ptr + row)
+        post_n = load_row(saved_ptr + row * saved_stride, column, there)
+        if ALPHA:
+            r = tl.load(r_ptr + row)
+            n = load_row(z_ptr + row * z_stride, column, there) * r
+        if SAVED == "residual":
+            post_n *= scale
+            post_n += alpha * n if ALPHA else load_row(z_ptr + row * z_stride, column, there)
+        if SAVED != "norm":
+            post_n *= post_r
+        dy = load_row(dy_ptr + row * dy_stride, column, there)
+        if HAS_DCOPY:
+            dy += load_row(dcopy_ptr + row * dcopy_stride, column, there)
+        dpost_alpha += dy * post_n
+        dy *= post_alpha
+        ds = post_r * (dy - post_n * (tl.sum(dy * post_n) / WIDTH))
+        if HAS_DS:
+            ds += load_row(ds_ptr + row * ds_stride, column, there)
+        tl.store(dresidual_ptr + row * WIDTH + column, (scale * ds).to(dresidual_ptr.dtype.element_ty), mask=there)
+        if ALPHA:
+            dalpha += ds * n
+            ds *= alpha
+            mean = tl.sum(ds * n) / WIDTH
+            if STORE_MEAN:
+                tl.store(mean_ptr + row, mean)
+            ds = r * (ds - n * mean)
+        tl.store(dz_ptr + row * WIDTH + column, ds.to(dz_ptr.dtype.element_ty), mask=there)
+    if ALPHA:
+        tl.store(dalpha_ptr + program * WIDTH + column, dalpha, mask=there)
+    tl.store(dpost_alpha_ptr + program * WIDTH + column, dpost_alpha, mask=there)
