@@ -15,7 +15,7 @@ html_copy_source = False
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "docstrings", "tables"]
 extensions += ["command_output", "benchmark_results"]
-exclude_patterns = ["_build", "studies/**"]  # pages of studies stand beside their results
+exclude_patterns = ["_build", *(f"studies/*/{name}" for name in ("runs", "configs", "logs", "claims", "tables"))]
 myst_enable_extensions = ["deflist"]
 myst_heading_anchors = 3
 

@@ -282,6 +282,7 @@ def test_workers_and_threads_share_the_cores(tiny: RunConfig, tmp_path: Path, mo
         grid = Grid(runs, tmp_path, workers=asked)
         assert (grid.workers, grid.threads) == expected
         assert {job.config.threads for job in grid.jobs} == {grid.threads}
+    assert (Grid(runs[:1], tmp_path, workers=4).workers, Grid(runs[:1], tmp_path, workers=4).threads) == (1, 1)
     grid = Grid([("own", replace(tiny, threads=7))], tmp_path)
     assert grid.jobs[0].config.threads == 7
 

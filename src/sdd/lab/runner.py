@@ -93,9 +93,10 @@ class Grid:
         cores = available_cpus()
         self.out = out
         self.gpus = visible_gpus() if any(config.device in ("auto", "cuda") for _, config in runs) else []
-        self.workers = max(1, min(workers or len(self.gpus) or min(cores, _MOST_WORKERS), len(runs)))
-        # A fixed number of threads a run, so that a result does not depend on which runs stood beside it.
-        self.threads = max(1, cores // self.workers)
+        wanted = workers or len(self.gpus) or min(cores, _MOST_WORKERS)
+        self.workers = max(1, min(wanted, len(runs)))
+        # A fixed number of threads a run, so that a result does not depend on how many runs stood beside it.
+        self.threads = max(1, cores // wanted)
         self.jobs = [Job(name, replace(config, threads=config.threads or self.threads)) for name, config in runs]
         self._tails = {job.name: _Tail(self.path(job.name) / "metrics.jsonl", job) for job in self.jobs}
         self._active: list[_Process] = []

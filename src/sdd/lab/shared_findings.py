@@ -132,7 +132,9 @@ def curves_picture(
     """
     seeds = max(len(cell.results) for cells in panels.values() for cell in cells)
     words = [
-        f"{title}: " + ", ".join(f"{cell.arm.name} ends at {Measured(cell.losses)}" for cell in cells) + "."
+        (f"{title}: " if title else "")
+        + ", ".join(f"{cell.arm.name} ends at {Measured(cell.losses)}" for cell in cells)
+        + "."
         for title, cells in panels.items()
     ]
 

@@ -16,7 +16,6 @@ from sdd.lab.definition import Outcome, Plan
 from sdd.lab.findings import Findings, write_tables
 from sdd.lab.results import RunResult
 from sdd.lab.runs import flatten
-from sdd.placement import placements
 
 _UNTOLD = ("cpus", "processes", "machine")
 
@@ -40,7 +39,7 @@ def write_study(outcome: Outcome, findings: Findings) -> Path:
         findings=findings,
         svgs=svgs,
         command=command(plan),
-        placements=[placements[name] for name in dict.fromkeys(arm.placement for arm in plan.arms)],
+        placements=list({arm.placement: plan.placement(arm) for arm in plan.arms}.values()),
         settings=_settings(plan),
         environments=environments(outcome.results),
         runs=len(outcome.results),
