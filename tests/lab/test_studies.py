@@ -211,6 +211,8 @@ def test_mixtures_are_set_beside_dense_models_of_their_placement(
         assert row["difference"]["value"] == pytest.approx(-gain)
         assert (row["tokens, factor"]["value"] > 1) == (gain > 0)
     assert f"0.300 nats {'below' if gain > 0 else 'above'} the dense model" in sentences(found)
+    lines = [line for line in found.pictures[0].draw().axes[0].get_lines() if len(line.get_xdata()) > 2]
+    assert len({(line.get_color(), line.is_dashed()) for line in lines}) == len(lines) == len(moe.DEFINITION.arms)
 
 
 def test_a_study_of_mixtures_takes_mixtures(tmp_path: Path) -> None:

@@ -145,10 +145,7 @@ def curves_picture(
         top = ceiling or 1.05 * float(np.median([result.initial_loss for result in everything]))
         axis = Axis("tokens", counts=True) if x == "tokens" else Axis("seconds in training steps")
         return draw_curves(
-            [
-                CurvePanel(title, axis, loss_axis(), [_curve(cell, x) for cell in cells], top, levels)
-                for title, cells in panels.items()
-            ]
+            [CurvePanel(title, axis, loss_axis(), _curves(cells, x), top, levels) for title, cells in panels.items()]
         )
 
     caption = (
@@ -173,11 +170,18 @@ def factor_words(factor: Estimate) -> str:
     return f"{factor.value:.2f} times (95% interval {factor.low:.2f} to {factor.high:.2f})"
 
 
-def _curve(cell: Cell, x: str):
+def _curves(cells: Sequence[Cell], x: str):
     from sdd.lab.study_figures import Curve, style_of
 
-    across, losses = mean_curve(cell.results, x)
-    return Curve(cell.arm.name, style_of(cell.arm.name, cell.arm.placement), across.tolist(), losses.tolist())
+    curves: list[Curve] = []
+    seen: list[str] = []
+    for cell in cells:
+        placement = cell.arm.placement
+        across, losses = mean_curve(cell.results, x)
+        style = style_of(cell.arm.name, placement, seen.count(placement))
+        curves.append(Curve(cell.arm.name, style, across.tolist(), losses.tolist()))
+        seen.append(placement)
+    return curves
 
 
 def _padded(values: Sequence[float], points: int) -> list[float]:
