@@ -2,13 +2,14 @@
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
+from sdd import config_io
 from sdd.errors import UserError
 from sdd.lab.routing import RoutingHistory, routing_history
 from sdd.probing import ProbeHistory, history
@@ -142,7 +143,7 @@ def load_run(path: Path, name: str | None = None) -> Run:
         raise UserError(f"{path} is no run: its config.json is not a JSON object")
     rows = _rows(path / "metrics.jsonl")
     probed = _probe_rows(path / "probe.jsonl")
-    settings = flatten(config)
+    settings = config_io.flatten(config)
     steps = _columns([row for row in rows if "loss" in row], _STEP_FIELDS)
     evals = _columns([row for row in rows if "eval_loss" in row], _EVAL_FIELDS)
     evals["tokens"] = np.interp(evals["step"], steps["step"], steps["tokens"]) if len(steps["step"]) else evals["step"]
@@ -177,18 +178,6 @@ def load_runs(paths: Iterable[Path]) -> list[Run]:
         if resolved.count(path) > 1:
             raise UserError(f"the run {path} is named twice")
     return [load_run(path, _short_name(full, resolved)) for path, full in zip(paths, resolved, strict=True)]
-
-
-def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dicts as one with dotted names; the placement stays whole."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, dict) and name != "model.placement":
-            flat |= flatten(value, f"{name}.")
-        else:
-            flat[name] = value
-    return flat
 
 
 def _short_name(path: Path, others: Sequence[Path]) -> str:

@@ -15,7 +15,6 @@ from sdd import config_io
 from sdd.lab.definition import Outcome, Plan
 from sdd.lab.findings import Findings, write_tables
 from sdd.lab.results import RunResult
-from sdd.lab.runs import flatten
 
 _UNTOLD = ("cpus", "processes", "machine")
 
@@ -113,7 +112,7 @@ def _settings(plan: Plan) -> dict[str, Any]:
     changed = {"model.placement", "optim.lr", "seed", "threads"}
     changed |= {name for condition in plan.conditions for name in condition.changes}
     changed |= {name for arm in plan.arms for name in arm.changes}
-    fields = flatten(config_io.to_dict(plan.base))
+    fields = config_io.flatten(config_io.to_dict(plan.base))
     return {name: value for name, value in fields.items() if name not in changed}
 
 

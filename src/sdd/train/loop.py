@@ -85,7 +85,7 @@ class Trainer:
         if config.compile:
             compile_model(self.model)
         self.probe = Probe(self.model, every=config.probe_every, out=partial(self.record, "probe.jsonl"), early=True)
-        self.alarms = Alarms()
+        self.alarms = self._new_alarms()
 
     def resume(self, path: Path) -> dict[str, Any]:
         """Go on from a checkpoint.
@@ -114,8 +114,11 @@ class Trainer:
 
     def _forget_after(self) -> None:
         """Drop the rows of later steps; what alarms before comes to word again if it goes on."""
-        self.alarms = Alarms()
+        self.alarms = self._new_alarms()
         self.world.on_main(lambda: self.run_dir.drop_after(self.step))
+
+    def _new_alarms(self) -> Alarms:
+        return Alarms(config_io.flatten(config_io.to_dict(self.config)))
 
     def run(self) -> dict[str, Any]:
         """Train to the last step, then let go of the run directory.
