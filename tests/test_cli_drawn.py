@@ -46,6 +46,7 @@ COMMANDS = {
     ],
     "presets": ["nano", "1b", "--placement", "sdd", "--json"],
     "study": ["dem", "--out", "--seeds", "--workers"],
+    "bench": ["kernels", "step-time", "nano", "--widths", "--variants", "--modes", "--device", "--out", "--batch"],
     "tokenize": ["words.txt", "run", "--out", "tokens", "--tokenizer", "--validation-fraction", "--dtype", "--eos"],
 }
 ANYTHING = st.one_of(
@@ -78,6 +79,7 @@ RIGHT = {
     "generate": ["run", "--prompt", "It was"],
     "eval": ["run"],
     "plan": ["nano", "--gpu", "h100"],
+    "bench": ["step-time", "nano"],
     "presets": ["nano"],
     "tokenize": ["words.txt", "--workers", "1"],
 }
@@ -89,8 +91,8 @@ def arguments(draw):
     pair = st.tuples(st.sampled_from(COMMANDS[command]), ANYTHING)
     drawn = draw(st.lists(pair | st.tuples(ANYTHING) | st.tuples(st.sampled_from(COMMANDS[command])), max_size=4))
     words = [*draw(st.sampled_from([[], RIGHT.get(command, [])])), *(word for words in drawn for word in words)]
-    if command == "train":
-        words += ["--model.n_heads", "0"]  # drawn arguments may be right, and would then train for hours
+    # drawn arguments may be right, and would then train or measure for hours
+    words += {"train": ["--model.n_heads", "0"], "bench": ["--rounds", "0"]}.get(command, [])
     return [command, *words]
 
 

@@ -228,7 +228,7 @@ def _expert_up(
     wide = tape.cast(z, WIDE)
     tape.record([wide], Tensor(k, WIDE), [wide, Tensor(k, WIDE)], scratch=wide.bytes)
     alphas = Tensor(z.width, WIDE)
-    return tape.cast(tape.record([z], Tensor(z.width, WIDE), [z, alphas, experts]), z.itemsize)
+    return tape.cast(tape.record([wide], Tensor(z.width, WIDE), [wide, alphas, experts]), z.itemsize)
 
 
 def _loss(tape: Tape, config: ModelConfig, x: Tensor, chunked: bool, z_loss: bool) -> None:
