@@ -120,8 +120,8 @@ def draw_dots(
         axes.set_yticks(range(len(rows)), rows)
         axes.set_ylim(len(rows) - 0.5, -0.5)
         axes.set_xlabel(axis.label)
-        handles = [_handle(style) for style in styles.values()]
-        handles.append(Line2D([], [], color=INK, marker="x", linestyle="none"))
+        looks = [*((style.color, style.marker) for style in styles.values()), (INK, "x")]
+        handles = [Line2D([], [], color=color, marker=marker, linestyle="none") for color, marker in looks]
         figure.legend(handles, [*series, broken], loc="outside lower center", ncols=min(3, len(handles)))
     return figure
 
