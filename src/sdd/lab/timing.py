@@ -45,7 +45,7 @@ def seconds_per_token(configs: Mapping[str, RunConfig], threads: int, out: Path)
     values = {
         "seconds_per_token": found,
         "rounds": rounds,
-        "environment": {**machine, "threads": threads},
+        "environment": {name: value for name, value in machine.items() if name != "command"} | {"threads": threads},
     }
     aside = file.with_name(f".timing.{uuid.uuid4().hex}")  # another machine may write the same
     aside.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
