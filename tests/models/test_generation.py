@@ -174,9 +174,9 @@ def test_no_new_tokens_leave_the_prompt(model: LanguageModel, prompt: Tensor):
         ({"top_p": 0.0}, "top_p=0.0"),
         ({"top_p": 1.1}, "top_p=1.1"),
         ({"max_new_tokens": -1}, "max_new_tokens=-1"),
-        ({"generator": [torch.Generator()]}, "1 generators were given for 3 prompts"),
+        ({"generator": seeded(0)}, "1 generators were given for 3 prompts"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else next(iter(value)),
 )
 def test_settings_out_of_range_are_refused(model: LanguageModel, prompt: Tensor, settings: dict, message: str):
     with pytest.raises(ValueError, match=message):
