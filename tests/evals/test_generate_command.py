@@ -82,7 +82,7 @@ def test_the_end_of_text_ends_a_text(run: Path, monkeypatch: pytest.MonkeyPatch)
     continued(run, PROMPTS[:1])
     assert len(drawn) == 12
     monkeypatch.undo()
-    tokenizer.eos = drawn[5]
+    monkeypatch.setattr(tokenizer, "eos", drawn[5])  # undone: the tokenizer is shared by all who ask for it
     monkeypatch.setattr(generation, "tokenizer_of", lambda config: tokenizer)
     [ended] = continued(run, PROMPTS[:1])
     assert (ended.tokens, ended.finish_reason) == (drawn.index(drawn[5]) + 1, "stop")
