@@ -5,7 +5,7 @@ import difflib
 import json
 import types
 from collections.abc import Iterator, Mapping
-from functools import reduce
+from functools import cache, reduce
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -171,6 +171,7 @@ def describe_type(hint: Any) -> str:
     return {str: "text"}.get(hint, getattr(hint, "__name__", str(hint)))
 
 
+@cache
 def _adapter(cls: type) -> TypeAdapter[Any]:
     for owner in _dataclasses_in(cls):
         owner.__pydantic_config__ = _PYDANTIC  # type: ignore[attr-defined]

@@ -7,6 +7,9 @@ from typing import Literal
 from sdd.data.spec import absolute as absolute_spec
 from sdd.models import ModelConfig, model_presets
 
+#: More than any machine has cores for; a larger number is a slip, and torch would start them all.
+_MOST_THREADS = 1024
+
 
 def _positive(owner: object, *names: str) -> None:
     for name in names:
@@ -197,6 +200,8 @@ class RunConfig:
             raise ValueError(f"accumulate={self.accumulate} does not divide data.batch_size={self.data.batch_size}")
         if self.chunked_loss and self.optim.z_loss:
             raise ValueError("optim.z_loss needs all logits: leave out chunked_loss")
+        if self.threads > _MOST_THREADS:  # torch starts as many as it is told to
+            raise ValueError(f"threads={self.threads}: expected at most {_MOST_THREADS}, 0 leaves it to torch")
 
     @property
     def tokens_per_step(self) -> int:
