@@ -44,7 +44,7 @@ def read(outcome: Outcome) -> Findings:
             _factor_table(pairs, factors),
             _loss_table(outcome, cells),
             *rates_table(outcome),
-            cost_table(list(cells.values()), outcome.seconds_per_token),
+            cost_table(list(cells.values()), outcome),
         ],
         pictures=[*_pictures(cells)],
     )
@@ -234,5 +234,4 @@ DEFINITION = Definition(
     rates=Rates("tuned", _FACTORS, tuning_seeds=2),
     sizes={"nano": {"steps": 600, "optim.warmup": 60}},
     read=read,
-    clock=True,
 )

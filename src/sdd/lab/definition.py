@@ -103,7 +103,6 @@ class Definition:
         sizes: what a preset's run is set to for this study, by dotted name; a preset that is not here runs as it
             stands.
         read: what a finished study says.
-        clock: whether it compares seconds, for which steps of all arms are timed in turn, see `sdd.lab.timing`.
         tuned_rates: how rates are decided with `--tuned`; None if there is no such option.
         preset: where none is named.
         seeds: where their number is not given.
@@ -118,7 +117,6 @@ class Definition:
     rates: Rates
     sizes: Mapping[str, Mapping[str, Any]]
     read: Callable[["Outcome"], "Findings"]
-    clock: bool = False
     tuned_rates: Rates | None = None
     preset: str = "nano"
     seeds: int = 3
@@ -245,7 +243,7 @@ class Outcome:
         plan: what was asked for.
         cells: what is reported, by names of arm and condition; empty for a sweep.
         grids: where rates were tuned or swept, the cells of every rate (before the condition's factor), ascending.
-        seconds_per_token: of each arm, where the definition has a clock.
+        seconds_per_token: of each arm, from steps of all of them timed in turn, see `sdd.lab.timing`.
     """
 
     plan: Plan

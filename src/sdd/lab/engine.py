@@ -57,8 +57,7 @@ class Engine:
             UserError: if the folder holds other runs or results than are asked for.
         """
         self._announce()
-        outcome = self._outcome()
-        return replace(outcome, seconds_per_token=self._clock()) if self.plan.definition.clock else outcome
+        return replace(self._outcome(), seconds_per_token=self._clock())
 
     def _outcome(self) -> Outcome:
         match self.plan.rates.kind:

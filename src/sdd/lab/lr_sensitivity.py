@@ -27,7 +27,7 @@ def read(outcome: Outcome) -> Findings:
         tables=[
             _summary(outcome, grids, sensitivity, best),
             _loss_table(outcome, grids),
-            cost_table([grid[best_rate(grid)] for grid in grids.values()]),
+            cost_table([grid[best_rate(grid)] for grid in grids.values()], outcome),
         ],
         pictures=[_picture(outcome, grids)],
     )
@@ -216,6 +216,6 @@ DEFINITION = Definition(
     conditions=(DEFAULT,),
     rates=Rates("sweep", FACTORS),
     # The page shows no curves, so five evaluations are enough: they tell a run that fell back from one that did not.
-    sizes={"nano": {"steps": 300, "optim.warmup": 30, "eval_every": 60}},
+    sizes={"nano": {"steps": 200, "optim.warmup": 20, "eval_every": 40}},
     read=read,
 )

@@ -45,7 +45,12 @@ def read(outcome: Outcome) -> Findings:
         conclusions=[*_where_it_differs(outcome, differ), *_others(outcome), *_tuned_text(outcome)],
         limits=_limits(outcome),
         published=_published_table(outcome),
-        tables=[_loss_table(outcome), _change_table(outcome), *rates_table(outcome), cost_table(_defaults(outcome))],
+        tables=[
+            _loss_table(outcome),
+            _change_table(outcome),
+            *rates_table(outcome),
+            cost_table(_defaults(outcome), outcome),
+        ],
         pictures=[
             _dots(outcome),
             curves_picture(

@@ -33,28 +33,21 @@ def not_converged_text() -> str:
     )
 
 
-def cost_table(cells: Sequence[Cell], seconds_per_token: Mapping[str, float] | None = None) -> Table:
-    """Tokens, wall clock and speed a method.
-
-    Args:
-        cells: a method each.
-        seconds_per_token: by method, of steps timed in turn; where they were.
-    """
+def cost_table(cells: Sequence[Cell], outcome: Outcome) -> Table:
+    """Parameters, tokens, speed and time of a run of each method; a cell each."""
     rows: list[list[Value]] = []
     for cell in cells:
-        seconds = {result.seed: result.seconds for result in cell.results}
         tokens = max((result.tokens for result in cell.results), default=0)
         parameters = max((result.parameters for result in cell.results), default=0)
-        row: list[Value] = [cell.arm.name, parameters, tokens, Measured(seconds, digits=1)]
-        rows.append([*row, f"{1 / seconds_per_token[cell.arm.name]:,.0f}"] if seconds_per_token else row)
-    columns = ["method", "parameters", "tokens", "seconds in training steps"]
-    timed = " Tokens a second are of training steps of all methods, timed in turn." if seconds_per_token else ""
+        cost = outcome.seconds_per_token[cell.arm.name]
+        rows.append([cell.arm.name, parameters, tokens, f"{1 / cost:,.0f}", f"{cost * tokens:.1f}"])
     return Table(
         "cost",
         "Cost of a default run",
-        [*columns, "tokens a second"] if seconds_per_token else columns,
+        ["method", "parameters", "tokens", "tokens a second", "seconds in training steps"],
         rows,
-        "Wall clock of runs that stood beside others on one machine: what else it did is in them." + timed,
+        "Speed is that of training steps of all methods timed in turn on one machine, one at a time: the clocks of "
+        "runs that stood beside others do not compare methods. Seconds are tokens at that speed.",
     )
 
 
