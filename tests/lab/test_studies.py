@@ -21,6 +21,7 @@ from sdd.lab.definition import DEFAULT, Definition, Plan, Request
 from sdd.lab.engine import Engine
 from sdd.lab.findings import Findings, Measured, Table
 from sdd.lab.statistics import Estimate
+from sdd.lab.study_figures import Axis, draw_dots
 from sdd.models import model_presets
 from sdd.placement import placements
 from sdd.train import RunConfig
@@ -114,6 +115,14 @@ def test_robustness_of_one_seed_has_no_interval_and_says_so(monkeypatch: pytest.
     assert any("here there is none" in sentence for sentence in found.limits)
     assert "±" not in found.tables[0].markdown()
     assert "| - |" in found.tables[0].markdown()
+
+
+def test_every_seed_that_did_not_converge_is_a_cross() -> None:
+    cells = [{0: 5.0, 1: 5.2, 2: math.nan}, dict.fromkeys(range(3), math.nan)]
+    figure = draw_dots(["one", "other"], {"default": cells}, Axis("loss"), "a seed did not converge")
+    crosses = [line.get_xydata()[0] for line in figure.axes[0].lines if line.get_marker() == "x"]
+    assert [round(height) for _, height in crosses] == [0, 1, 1, 1]
+    assert crosses[0][0] == crosses[1][0] < crosses[2][0] < crosses[3][0]
 
 
 def test_sensitivity_is_that_of_the_measure(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -98,7 +98,7 @@ def draw_dots(
     axis: Axis,
     broken: str,
 ) -> Figure:
-    """One line a row and one marker a series, with its interval; what did not converge stands at the right as a cross.
+    """One line a row and one marker a series, with its range; each seed that did not converge is a cross at the right.
 
     Args:
         rows: names, from top to bottom.
@@ -109,14 +109,15 @@ def draw_dots(
     styles = dict(zip(series, _series_styles(), strict=False))
     finite = [value for cells in series.values() for cell in cells for value in cell.values() if math.isfinite(value)]
     low, high = (min(finite), max(finite)) if finite else (0.0, 1.0)
-    edge = high + 0.08 * ((high - low) or 1)
+    breadth = (high - low) or 1
+    edges = high + 0.08 * breadth, 0.018 * breadth
     with look():
         figure = Figure((1.5 * _WIDTH, 0.62 + 0.46 * len(rows)), layout="constrained")
         axes = figure.subplots()
         for number, (name, cells) in enumerate(series.items()):
             offset = (number - (len(series) - 1) / 2) * 0.13
             for place, cell in enumerate(cells):
-                _dot(axes, cell, place + offset, styles[name], edge)
+                _dot(axes, cell, place + offset, styles[name], edges)
         axes.set_yticks(range(len(rows)), rows)
         axes.set_ylim(len(rows) - 0.5, -0.5)
         axes.set_xlabel(axis.label)
@@ -139,10 +140,11 @@ def _series_styles() -> list[Style]:
     ]
 
 
-def _dot(axes: Axes, cell: Mapping[int, float], height: float, style: Style, edge: float) -> None:
+def _dot(axes: Axes, cell: Mapping[int, float], height: float, style: Style, edges: tuple[float, float]) -> None:
+    """Mean and range of the seeds; crosses from the first of `edges` on, the second apart."""
     values = [value for value in cell.values() if math.isfinite(value)]
-    if len(values) < len(cell):
-        axes.plot(edge, height, "x", color=style.color, markersize=6)
+    for place in range(len(cell) - len(values)):
+        axes.plot(edges[0] + place * edges[1], height, "x", color=style.color, markersize=6)
     if values:
         estimate = mean_interval(values)
         if not math.isnan(estimate.half_width):
