@@ -215,7 +215,7 @@ DEFINITION = Definition(
     ),
     conditions=(DEFAULT,),
     rates=Rates("sweep", FACTORS),
-    # The page shows no curves, so five evaluations are enough: they tell a run that fell back from one that did not.
-    sizes={"nano": {"steps": 200, "optim.warmup": 20, "eval_every": 40}},
+    # The page shows no curves, so four evaluations are enough: they tell a run that fell back from one that did not.
+    sizes={"nano": {"steps": 160, "optim.warmup": 16, "eval_every": 40}},
     read=read,
 )
