@@ -194,6 +194,10 @@ def test_convergence_is_concluded_either_way(
     factors = cells["tokens, factor (t interval)"]
     assert (factors["value"] > 1.05, factors["value"] < 0.95) == (gain > 0, gain < 0)
     assert factors["low"] <= cells["tokens, factor (bootstrap)"]["low"] + 1e-9
+    (along,) = (table.json()["rows"][0] for table in found.tables if table.name == "lead")
+    for share, part in ((10, 0.1), (50, 0.9), (100, 1.0)):  # of the final difference, by the shape of these curves
+        expected_lead = pytest.approx(part * cells["final loss, difference"]["value"])
+        assert along[f"at {share}% of the tokens"]["value"] == expected_lead
 
 
 def test_convergence_without_a_run_that_converged_is_concluded_too(

@@ -40,7 +40,7 @@ def cost_table(cells: Sequence[Cell], outcome: Outcome) -> Table:
         tokens = max((result.tokens for result in cell.results), default=0)
         parameters = max((result.parameters for result in cell.results), default=0)
         cost = outcome.seconds_per_token[cell.arm.name]
-        rows.append([cell.arm.name, parameters, tokens, f"{1 / cost:,.0f}", f"{cost * tokens:.1f}"])
+        rows.append([cell.arm.name, parameters, tokens, round(1 / cost), round(cost * tokens)])
     return Table(
         "cost",
         "Cost of a default run",
@@ -100,9 +100,10 @@ def _redrawn(outcome: Outcome) -> list[str]:
     names = [arm.name for arm in outcome.plan.arms if outcome.plan.placement(arm) != placements[arm.placement]]
     if not names:
         return []
+    start, their = ("starts", "its") if len(names) == 1 else ("start", "their")
     return [
-        f"{listed(names)} {'starts' if len(names) == 1 else 'start'} from std 1/sqrt(2.5 d) like SDD, not 0.02 like "
-        "their authors, at whose widths the two are about the same."
+        f"{listed(names)} {start} from std 1/sqrt(2.5 d) like SDD, not from {their} authors' 0.02, which at the widths "
+        "of their models is about the same."
     ]
 
 
