@@ -163,9 +163,9 @@ def _limits(outcome: Outcome, grids: Mapping[str, Mapping[float, Cell]]) -> list
     return [
         *warning,
         "The measure depends on the range: all methods share one, which the best rate of none may end.",
-        "The measure is relative to a method's own best: one that learns little at any rate, or fails at most, comes out "
-        "insensitive. It says something only beside the losses, and of a run so short that low rates learn nothing, "
-        "mostly how far a method gets at all.",
+        "The measure is relative to a method's own best: one that learns little at any rate, or fails at most of them, "
+        "comes out insensitive. It says something only beside the losses, and of a run so short that low rates learn "
+        "nothing, mostly how far a method gets at all.",
         *general_limits(outcome),
     ]
 
