@@ -165,8 +165,9 @@ def test_spike_is_traced_to_the_first_site_that_left_its_range(seed: int, block:
     assert f"at step {step}" in alarm.what
 
 
-@given(SEED, st.integers(WINDOW, STEPS[-1] - 20), st.floats(2, 20))
+@given(SEED, st.integers(WINDOW, STEPS[-1] - 20), st.floats(4, 20))
 def test_spike_between_probed_steps_has_a_step_and_no_site(seed: int, step: int, height: float) -> None:
+    # The first windows lie on the steep beginning: a jump of 2 nats can be within eight deviations of it.
     run = DrawnRun(seed, 3)
     run.metrics[step - 1]["loss"] += height
     alarm = only(found(run), "loss spike")
