@@ -159,11 +159,13 @@ class Engine:
     def _harvest(self, grid: Grid) -> None:
         """Write the result files of a grid; other ends than results are told once everything else is safe."""
         crashed = [job for job in grid.jobs if job.state == "crashed"]
-        for job in grid.jobs:
-            if job.state in ("done", "failed"):
-                found = results.harvest(grid.path(job.name), self._held_out)
-                self._take(found)
-                results.save(found, self.out / "results")
+        ended = [job for job in grid.jobs if job.state in ("done", "failed")]
+        if ended:
+            self._say(f"Measuring {len(ended)} finished runs on the held-out text that rates are chosen on.")
+        for job in ended:
+            found = results.harvest(grid.path(job.name), self._held_out)
+            self._take(found)
+            results.save(found, self.out / "results")
         if crashed:
             raise RunFailed(
                 f"{len(crashed)} of {len(grid.jobs)} runs ended without a result, {crashed[0].name}: "
