@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from sdd.bench.record import Record
-from sdd.cli import main
+from sdd.commands.main import main
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -8,9 +8,9 @@ from dataclasses import replace
 import torch
 
 from _record import write_result
-from sdd.config_io import find_placement
 from sdd.models import LanguageModel, ModelConfig, count_parameters, model_presets
 from sdd.train import OptimConfig
+from sdd.train.config_io import find_placement
 from sdd.train.optim import build_optimizer, clip_gradients
 
 MODELS = {"dense": model_presets["nano"], "moe": model_presets["moe-nano"]}

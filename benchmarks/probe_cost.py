@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 
 from _record import write_result
-from sdd.config_io import find_placement
 from sdd.probing import Probe
 from sdd.train import RunConfig, Trainer, preset
+from sdd.train.config_io import find_placement
 from sdd.train.run_dir import RunDir
 
 EVERY = 50

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import sdd
-from sdd.cli import main
+from sdd.commands.main import main
 from sdd.models import model_presets
 
 TINY = "--model.n_layers 1 --model.d_model 16 --model.d_ff 16 --model.n_heads 2 --model.n_kv_heads 1 --model.context 16"

@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sdd import cli
-from sdd.cli import main
+from sdd.commands import main as cli
+from sdd.commands.main import main
 from sdd.models import model_presets
 
 #: For each command its options, and positional words that take it further than nonsense does.

@@ -4,10 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sdd import config_io
 from sdd.errors import UserError
 from sdd.placement import placements
-from sdd.train import preset
+from sdd.train import config_io, preset
 
 
 def test_a_config_survives_the_file(tmp_path):

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sdd import config_io
 from sdd.errors import UserError
 from sdd.models import ModelConfig
 from sdd.placement import MODEL_SITES, SCALES, SITES, InitName, Norm, Placement, ScaleName, placements
+from sdd.train import config_io
 from sdd.train.config import RunConfig
 
 SHAPE = {"d_model": 16, "d_ff": 20, "n_heads": 4, "n_kv_heads": 2, "vocab_size": 29, "context": 12}

@@ -8,7 +8,7 @@ from docutils import nodes
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
-from sdd.cli import main
+from sdd.commands.main import main
 
 
 class CommandOutput(SphinxDirective):

@@ -6,11 +6,10 @@ from docutils import nodes
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
-from sdd import config_io
 from sdd.models import as_printed, count_parameters, model_presets
 from sdd.models.presets import PRINTED_SHAPES
 from sdd.placement import SITES, Norm, Placement, Site, placements
-from sdd.train import preset
+from sdd.train import config_io, preset
 
 
 def cell(placement: Placement, site: Site) -> str:

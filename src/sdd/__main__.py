@@ -2,6 +2,6 @@
 
 import sys
 
-from sdd.cli import main
+from sdd.commands.main import main
 
 sys.exit(main())

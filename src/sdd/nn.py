@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sdd import points
+from sdd import probe_points
 from sdd.functional import Eps, Group, alpha_size, resolve_group
-from sdd.grouped import Order, expert_scaled_norm, grouped_linear
 from sdd.kernels import scaled_norm
+from sdd.kernels.experts import Order, expert_scaled_norm, grouped_linear
 
 
 class SDDLinear(nn.Linear):
@@ -87,7 +87,7 @@ class SDDLinear(nn.Linear):
         """Compute `alpha * norm(V x) + b`; `[..., in_features]` to `[..., out_features]`."""
         z = F.linear(input, self.weight)
         y = scaled_norm(z, self.alpha, self.bias, group=self.group, eps=self.eps)
-        points.projection(self, z, y)
+        probe_points.projection(self, z, y)
         return y
 
     def extra_repr(self) -> str:
@@ -250,7 +250,7 @@ class SDDExpertLinear(ExpertLinear):
         """`[M, I]` to `[M, O]`."""
         z = self.product(x_MI, order)
         y = self.scale(z, order)
-        points.projection(self, z, y)
+        probe_points.projection(self, z, y)
         return y
 
     def scale(self, z_MO: Tensor, order: Order, eps: Eps | None = None) -> Tensor:

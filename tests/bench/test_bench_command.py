@@ -11,7 +11,7 @@ import torch
 from sdd.bench import kernels as bench_kernels
 from sdd.bench import variants as bench_variants
 from sdd.bench.operations import OPERATIONS
-from sdd.cli import main
+from sdd.commands.main import main
 from sdd.models.flops import training_flops
 from sdd.models.presets import model_presets
 
@@ -88,7 +88,7 @@ def test_kernels_measures_every_operation(tmp_path, capsys, monkeypatch):
 @pytest.mark.slow
 def test_kernels_are_compiled_too(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
-    monkeypatch.setattr("sdd.bench.command.can_compile", lambda device: True)
+    monkeypatch.setattr("sdd.commands.bench.can_compile", lambda device: True)
     out = tmp_path / "out.json"
     assert run(KERNELS, "--operations", "norm,qk-norm-rope", "--compiled", "--out", out) == 0
     assert all(row["gb_per_second"]["compiled composed"]["backward"] > 0 for row in read(out)["operations"])
@@ -156,7 +156,7 @@ def test_step_time_of_one_block_profiled(tmp_path, capsys):
 @pytest.mark.slow
 def test_eager_and_compiled_take_turns_in_one_run(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
-    monkeypatch.setattr("sdd.bench.command.can_compile", lambda device: True)
+    monkeypatch.setattr("sdd.commands.bench.can_compile", lambda device: True)
     out = tmp_path / "out.json"
     assert run(STEP.replace("eager", "eager,compiled"), "--variants", "prenorm-qk,sdd", "--out", out) == 0
     (shape,) = read(out)["shapes"]

@@ -9,12 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from sdd import config_io
-from sdd.cli import main
+from sdd.commands.main import main
 from sdd.errors import RunFailed, UserError
 from sdd.models import ModelConfig
 from sdd.placement import placements
-from sdd.train import DataConfig, RunConfig
+from sdd.train import DataConfig, RunConfig, config_io
 from sdd.train.starting import reopen, start
 
 

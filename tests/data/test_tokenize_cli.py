@@ -11,9 +11,10 @@ import pytest
 from helpers_data import contents, some_documents, write_jsonl
 from rich.console import Console
 
-from sdd.cli import main
-from sdd.data import builtin_tokenizer, cli, resolve_data
-from sdd.data.cli import Display
+from sdd.commands import tokenize as cli
+from sdd.commands.main import main
+from sdd.commands.tokenize import Display
+from sdd.data import builtin_tokenizer, resolve_data
 from sdd.data.shards import Counts
 from sdd.data.tokenize_job import Status, TokenizeSettings, tokenize
 from sdd.errors import RunFailed, UserError

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from sdd import config_io
 from sdd.data import builtin_tokenizer, resolve_data
 from sdd.errors import UserError
 from sdd.evals import text as evals
 from sdd.evals.generation import continue_texts
 from sdd.evals.unigram import token_frequencies
+from sdd.train import config_io
 from sdd.train.data import resolve
 from sdd.train.starting import start
 

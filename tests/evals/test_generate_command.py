@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from sdd.cli import main
+from sdd.commands.main import main
 from sdd.data import builtin_tokenizer
 from sdd.evals import generation
 from sdd.evals.generation import Continuation, continue_texts

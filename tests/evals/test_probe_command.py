@@ -8,14 +8,13 @@ import numpy as np
 import pytest
 
 import sdd
-from sdd import config_io
-from sdd.cli import main
+from sdd.commands.main import main
 from sdd.models import ModelConfig, MoEConfig
 from sdd.placement import placements
-from sdd.train import DataConfig, OptimConfig, RunConfig
-from sdd.train.loop import Trainer
+from sdd.train import DataConfig, OptimConfig, RunConfig, config_io
 from sdd.train.run_dir import RunDir
 from sdd.train.starting import start
+from sdd.train.trainer import Trainer
 
 UPDATED = ("update_ratio", "angle")
 

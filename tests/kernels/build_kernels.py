@@ -18,7 +18,7 @@ from triton.runtime.jit import JITFunction
 
 from sdd import functional as sdd_F
 from sdd import kernels
-from sdd.grouped import sort_by_expert
+from sdd.kernels.experts import sort_by_expert
 from sdd.kernels.fused import common
 
 TARGET = GPUTarget("cuda", 90, 32)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sdd import functional as sdd_F
 from sdd import kernels
-from sdd.grouped import Order, sort_by_expert
+from sdd.kernels.experts import Order, sort_by_expert
 
 # rows of each of up to four experts: many have none, and sometimes one has all
 counts = st.lists(st.sampled_from([0, 0, 1, 2, 5]), min_size=1, max_size=4)

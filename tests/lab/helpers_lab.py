@@ -7,10 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from sdd import config_io
 from sdd.placement import placements
 from sdd.probing import append_row, compact
-from sdd.train import RunConfig, preset
+from sdd.train import RunConfig, config_io, preset
 from sdd.train.run_dir import RunDir
 
 

@@ -8,12 +8,11 @@ from typing import Any
 
 import pytest
 
-from sdd import config_io
 from sdd.errors import Interrupted
 from sdd.lab import engine, results, timing
+from sdd.lab.grid.runner import Job
 from sdd.lab.results import RunResult, config_hash, portable
-from sdd.lab.runner import Job
-from sdd.train import RunConfig
+from sdd.train import RunConfig, config_io
 
 INITIAL, FREQUENCIES = 8.3, 6.7
 SECONDS_A_STEP = 0.5

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sdd.lab import claims
-from sdd.lab.claims import Claims
+from sdd.lab.grid import claims
+from sdd.lab.grid.claims import Claims
 
 
 @pytest.fixture

@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from sdd.lab import curves
-from sdd.lab.runs import load_runs
-from sdd.lab.style import line_styles
+from sdd.draw.style import line_styles
+from sdd.report import curves
+from sdd.report.runs import load_runs
 
 MakeRun = Callable[..., Path]
 VALUES = arrays(float, st.integers(1, 200), elements=st.floats(-1e6, 1e6) | st.just(np.nan))

@@ -5,12 +5,14 @@ from pathlib import Path
 import pytest
 from helpers_lab import write_run
 
-from sdd import config_io
+from sdd.commands.study import run_study, studies
 from sdd.errors import RunFailed, UserError
 from sdd.evals.unigram import Reference
-from sdd.lab import demo, run_study, runner, studies
 from sdd.lab.demo_results import NOISE, Results, as_dict, collect, conclusions
-from sdd.lab.runs import load_run
+from sdd.lab.grid import runner
+from sdd.lab.studies import demo
+from sdd.report.runs import load_run
+from sdd.train import config_io
 
 REFERENCE = Reference(loss=6.677, bits_per_byte=2.442)
 PER_NAT = 0.3657

@@ -8,10 +8,12 @@ import pytest
 from helpers_studies import FakeLab, made_result, wobble
 from rich.console import Console
 
+from sdd.commands.study import Options, run_study
 from sdd.errors import Interrupted, RunFailed, UserError
-from sdd.lab import Options, convergence, lr_sensitivity, results, robustness, run_study
+from sdd.lab import results
 from sdd.lab.definition import Definition, Outcome, Plan, Request
 from sdd.lab.engine import Engine
+from sdd.lab.studies import convergence, lr_sensitivity, robustness
 from sdd.lab.tuning import best_rate
 from sdd.train import RunConfig
 

@@ -7,10 +7,10 @@ from helpers_lab import config_of, write_run
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sdd.lab.heat import HeatMap, block_maps, site_maps, thinned
-from sdd.lab.heat_figures import draw_maps
-from sdd.lab.runs import Run, load_runs
+from sdd.draw.maps import draw_maps
 from sdd.probing import append_row, compact
+from sdd.report.heat import HeatMap, block_maps, site_maps, thinned
+from sdd.report.runs import Run, load_runs
 
 
 @pytest.fixture

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from sdd.cli import _train_request
+from sdd.commands.main import _train_request
 from sdd.errors import UserError
-from sdd.lab import live_page
-from sdd.lab.live_page import HOST, LivePage
+from sdd.report import serve as live_page
+from sdd.report.serve import HOST, LivePage
 
 MakeRun = Callable[..., Path]
 Answer = tuple[int, dict[str, str], str]

@@ -8,10 +8,10 @@ import pytest
 from chromium import BROWSER, Chromium
 from helpers_lab import config_of, write_run
 
-from sdd.lab.live_page import LivePage
-from sdd.lab.page import write_page
-from sdd.lab.report import render
-from sdd.lab.runs import load_runs
+from sdd.report.html import write_page
+from sdd.report.page import render
+from sdd.report.runs import load_runs
+from sdd.report.serve import LivePage
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(BROWSER is None, reason="no Chromium")]
 

@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 from helpers_lab import config_of, edit_json, probe_row, write_run
 
+from sdd.draw import curves as figures
+from sdd.draw.style import line_styles
 from sdd.errors import UserError
-from sdd.lab import figures
-from sdd.lab.curves import loss_panel
-from sdd.lab.page import decimals, duration, setting, signed, significant, write_page
-from sdd.lab.report import render, write_report
-from sdd.lab.runs import load_runs
-from sdd.lab.style import line_styles
 from sdd.probing import append_row, compact
+from sdd.report.curves import loss_panel
+from sdd.report.html import decimals, duration, setting, signed, significant, write_page
+from sdd.report.page import render, write_report
+from sdd.report.runs import load_runs
 
 MakeRun = Callable[..., Path]
 

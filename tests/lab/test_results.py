@@ -13,13 +13,13 @@ from helpers_lab import config_of
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sdd.cli import main
+from sdd.commands.main import main
 from sdd.data import TokenFile, eval_windows
 from sdd.errors import UserError
 from sdd.lab import results
 from sdd.lab.definition import Plan, Request
 from sdd.lab.results import HeldOut, answers, config_hash, portable, tuning_windows
-from sdd.lab.robustness import DEFINITION
+from sdd.lab.studies.robustness import DEFINITION
 from sdd.models import ModelConfig
 from sdd.train import DataConfig, OptimConfig, RunConfig
 from sdd.train.run_dir import RunDir
@@ -160,8 +160,9 @@ def test_from_a_command_to_a_page_and_on_from_a_clone(tmp_path: Path, capsys: py
     one = f"study lr --placements sdd --seeds 1 --lr 1e-3 {small} --out {tmp_path / 'study'}"
     monkey = pytest.MonkeyPatch()
     with monkey.context() as patched:
-        from sdd.lab import lr_sensitivity, study
+        from sdd.commands import study
         from sdd.lab.definition import Rates
+        from sdd.lab.studies import lr_sensitivity
 
         few = replace(lr_sensitivity.DEFINITION, rates=Rates("sweep", (0.5, 1.0)))
         few_study = study._study_of(few)

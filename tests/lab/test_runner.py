@@ -15,13 +15,12 @@ import torch
 from helpers_lab import write_run
 from rich.console import Console
 
-from sdd import config_io
 from sdd.errors import Interrupted, UserError
-from sdd.lab import runner
-from sdd.lab.live import Display, jobs_table
-from sdd.lab.runner import Grid, Job, same_settings, time_left
+from sdd.lab.grid import runner
+from sdd.lab.grid.display import Display, jobs_table
+from sdd.lab.grid.runner import Grid, Job, same_settings, time_left
 from sdd.models import ModelConfig
-from sdd.train import DataConfig, OptimConfig, RunConfig
+from sdd.train import DataConfig, OptimConfig, RunConfig, config_io
 from sdd.train.run_dir import RunDir
 from sdd.train.starting import start
 

@@ -7,7 +7,7 @@ import pytest
 from helpers_lab import edit_json
 
 from sdd.errors import UserError
-from sdd.lab.runs import load_run, load_runs
+from sdd.report.runs import load_run, load_runs
 
 MakeRun = Callable[..., Path]
 

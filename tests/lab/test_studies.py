@@ -13,18 +13,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from sdd import config_io
+from sdd.commands.study import studies
 from sdd.errors import UserError
-from sdd.lab import convergence, lr_sensitivity, moe, robustness, studies
-from sdd.lab.convergence import factor
 from sdd.lab.definition import DEFAULT, Definition, Plan, Request
 from sdd.lab.engine import Engine
+from sdd.lab.figures import Axis, draw_dots
 from sdd.lab.findings import Findings, Measured, Table
 from sdd.lab.statistics import Estimate
-from sdd.lab.study_figures import Axis, draw_dots
+from sdd.lab.studies import convergence, lr_sensitivity, moe, robustness
+from sdd.lab.studies.convergence import factor
 from sdd.models import model_presets
 from sdd.placement import placements
-from sdd.train import RunConfig
+from sdd.train import RunConfig, config_io
 
 BROKEN_AS_PUBLISHED = {
     "postnorm": {"lr x5", "init std x0.1", "no warm-up"},

@@ -1,4 +1,4 @@
-from sdd.lab.style import DARK_PAPER, OWN_STYLE, PAPER, PLACEMENT_STYLES, contrast, line_styles
+from sdd.draw.style import DARK_PAPER, OWN_STYLE, PAPER, PLACEMENT_STYLES, contrast, line_styles
 from sdd.placement import placements
 
 

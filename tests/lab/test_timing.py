@@ -7,8 +7,8 @@ import pytest
 
 from sdd.errors import UserError
 from sdd.lab import timing
-from sdd.lab.convergence import DEFINITION
 from sdd.lab.definition import Plan, Request
+from sdd.lab.studies.convergence import DEFINITION
 from sdd.train import RunConfig
 
 

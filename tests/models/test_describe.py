@@ -3,7 +3,7 @@ import re
 import pytest
 
 from sdd.models import ModelConfig, count_parameters, model_presets
-from sdd.models.blocks import eliminations
+from sdd.models.block import eliminations
 from sdd.models.describe import list_presets, show_preset
 from sdd.placement import Norm, Placement, placements
 

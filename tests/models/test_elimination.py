@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sdd.models import LanguageModel, ModelConfig
-from sdd.models.blocks import eliminations as block_eliminations
+from sdd.models.block import eliminations as block_eliminations
 from sdd.models.elimination import superfluous_norms
 from sdd.placement import Norm, Placement, placements
 

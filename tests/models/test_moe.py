@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sdd.grouped import collect, dispatch, grouped_linear, sort_by_expert
+from sdd.kernels.experts import collect, dispatch, grouped_linear, sort_by_expert
 from sdd.models import MoEConfig
 from sdd.models.moe import MoE, Routing, auxiliary_losses
 from sdd.placement import placements

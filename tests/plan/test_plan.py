@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sdd.cli import main
+from sdd.commands.main import main
 from sdd.errors import UserError
 from sdd.models.flops import training_flops
 from sdd.plan import Job, count_memory, find_gpu, gpus, make_plan, show_plan

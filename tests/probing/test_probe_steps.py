@@ -14,7 +14,7 @@ from torch._C import _len_torch_function_stack
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import sdd
-from sdd import points
+from sdd import probe_points
 from sdd.probing import read_probe, recorder
 
 
@@ -63,7 +63,7 @@ def rows_of(model, data, every=1, **changes):
 
 def assert_bare(model):
     """No hook is left on any module, and nothing records."""
-    assert not points.recording()
+    assert not probe_points.recording()
     for module in model.modules():
         assert not module._forward_hooks
         assert not module._forward_pre_hooks
@@ -118,7 +118,7 @@ def test_hooks_are_there_for_probed_steps_only():
     optimizer = adamw(model)
     seen = []
     with sdd.Probe(model, optimizer, every=3) as probe:
-        train(model, optimizer, batches(4), after_step=lambda: seen.append(points.recording()))
+        train(model, optimizer, batches(4), after_step=lambda: seen.append(probe_points.recording()))
         assert probe.done == 4
     assert seen == [False, True, False, False]
     train(model, optimizer, batches(2))
@@ -384,9 +384,9 @@ def test_points_are_no_part_of_a_compiled_graph():
     torch._dynamo.reset()
     compiled = torch.compile(tiny_model("sdd-released", n_layers=1), backend=keep, fullgraph=True)
     compiled(drawn_tokens())
-    points.add(None)  # pyright: ignore[reportArgumentType]
+    probe_points.add(None)  # pyright: ignore[reportArgumentType]
     compiled(drawn_tokens(seed=3))
-    points.remove(None)  # pyright: ignore[reportArgumentType]
+    probe_points.remove(None)  # pyright: ignore[reportArgumentType]
     assert len(graphs) == 1
     torch._dynamo.reset()
 

@@ -24,8 +24,8 @@ from pathlib import Path
 
 from helpers_train import TINY, assert_same_tensors, rows
 
-from sdd import config_io
 from sdd.errors import UserError
+from sdd.train import config_io
 from sdd.train.checkpoint import half_written, list_checkpoints, read_state, step_of, verify
 
 PATIENCE = 300.0  # seconds until a process that does nothing is a failure

@@ -15,10 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from sdd import config_io
-from sdd.cli import main
+from sdd.commands.main import main
 from sdd.errors import UserError
-from sdd.train import starting
+from sdd.train import config_io, starting
 from sdd.train.checkpoint import FORMAT, list_checkpoints, sealed
 
 

@@ -12,9 +12,9 @@ from helpers_train import assert_same_tensors, little, rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sdd import config_io
-from sdd.cli import main
-from sdd.train import loop, starting
+from sdd.commands.main import main
+from sdd.train import config_io, starting
+from sdd.train import trainer as loop
 from sdd.train.checkpoint import list_checkpoints
 
 STEPS = 12

@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sdd.errors import RunFailed
-from sdd.train import loop, starting
+from sdd.train import starting
+from sdd.train import trainer as loop
 from sdd.train.config import GuardConfig
 from sdd.train.guard import Guard, weight_problem
 from sdd.train.resuming import resume_newest

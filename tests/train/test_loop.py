@@ -6,9 +6,10 @@ import torch
 from helpers_train import TINY, assert_same_tensors, rows, tiny
 
 from sdd.errors import RunFailed, UserError
-from sdd.lab.report import write_report
 from sdd.placement import placements
-from sdd.train import loop, starting
+from sdd.report.page import write_report
+from sdd.train import starting
+from sdd.train import trainer as loop
 from sdd.train.checkpoint import list_checkpoints
 
 

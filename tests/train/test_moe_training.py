@@ -9,11 +9,12 @@ import torch
 from helpers_parallel import in_world
 from helpers_train import TINY, rows
 
-from sdd.cli import main
+from sdd.commands.main import main
 from sdd.errors import Interrupted
 from sdd.models import MoEConfig
 from sdd.placement import placements
-from sdd.train import loop, starting
+from sdd.train import starting
+from sdd.train import trainer as loop
 from sdd.train.optim import optimizer_tensors
 from sdd.train.parallel import World
 

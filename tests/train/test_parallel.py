@@ -10,11 +10,12 @@ from helpers_train import TINY, rows, tiny
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sdd.cli import main
+from sdd.commands.main import main
 from sdd.errors import Interrupted, RunFailed, UserError
 from sdd.placement import placements
 from sdd.train import checkpoint as ckpt
-from sdd.train import loop, starting
+from sdd.train import starting
+from sdd.train import trainer as loop
 from sdd.train.optim import optimizer_tensors
 from sdd.train.parallel import World
 

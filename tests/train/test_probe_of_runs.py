@@ -10,7 +10,8 @@ from helpers_train import TINY, rows
 
 import sdd
 from sdd.models import LanguageModel
-from sdd.train import loop, starting
+from sdd.train import starting
+from sdd.train import trainer as loop
 from sdd.train.parallel import World
 from sdd.train.tensorboard import TensorBoard
 

@@ -14,8 +14,7 @@ import pytest
 from helpers_parallel import in_world
 from helpers_train import TINY, rows
 
-from sdd import config_io
-from sdd.train import starting
+from sdd.train import config_io, starting
 from sdd.train.checkpoint import list_checkpoints
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="finds torchrun's processes in /proc")

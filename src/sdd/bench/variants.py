@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from sdd import functional as sdd_F
 from sdd import kernels
 from sdd.bench.timing import OUT_OF_MEMORY, free, wait, wall_seconds
-from sdd.config_io import find_placement
 from sdd.errors import UserError, is_out_of_memory
 from sdd.models import LanguageModel, ModelConfig
-from sdd.models.blocks import Block
+from sdd.models.block import Block
 from sdd.models.flops import training_flops
 from sdd.train import OptimConfig
+from sdd.train.config_io import find_placement
 from sdd.train.optim import build_optimizer, clip_gradients, optimizer_tensors
 
 Mode = Literal["eager", "compiled"]

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from sdd import config_io
 from sdd.data import Tokenizer, builtin_tokenizer
 from sdd.errors import UserError
 from sdd.models import LanguageModel
+from sdd.train import config_io
 from sdd.train.checkpoint import DamagedCheckpoint, list_checkpoints, load_checkpoint
 from sdd.train.config import RunConfig
 from sdd.train.data import resolve

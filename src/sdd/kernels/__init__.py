@@ -1,6 +1,6 @@
 """Fused operations and the choice of who runs them; every function has its reference in `sdd.functional`.
 
-Those for rows of experts have theirs in `sdd.grouped`.
+Those for rows of experts have theirs in `sdd.kernels.experts`.
 """
 
 from sdd.kernels.dispatch import (

@@ -21,11 +21,11 @@ import torch
 from torch import Tensor
 
 from sdd import functional as sdd_F
-from sdd import grouped
 from sdd.errors import UserError
 from sdd.functional import Eps, Group
-from sdd.grouped import Order
+from sdd.kernels import experts as grouped
 from sdd.kernels import recompute
+from sdd.kernels.experts import Order
 
 Path = Literal["auto", "composed", "recompute", "triton"]
 
@@ -127,7 +127,7 @@ def expert_swiglu(
     eps: float = 1e-6,
     up_eps: float | None = None,
 ) -> Tensor:
-    """`sdd_swiglu` of rows sorted by expert, with their expert's alphas. See `sdd.grouped.expert_swiglu`."""
+    """`sdd_swiglu` of rows sorted by expert, with their expert's alphas. See `sdd.kernels.experts.expert_swiglu`."""
     run = _chosen(z_gate, grouped).expert_swiglu
     return run(z_gate, z_up, alpha_gate, alpha_up, order, joint=joint, eps=eps, up_eps=up_eps)
 
@@ -135,7 +135,7 @@ def expert_swiglu(
 def expert_swiglu_bare_up(
     z_gate: Tensor, z_up: Tensor, alpha_gate: Tensor | None, alpha_up: Tensor, order: Order, *, eps: float = 1e-6
 ) -> tuple[Tensor, Tensor]:
-    """`sdd_swiglu_bare_up` of rows sorted by expert. See `sdd.grouped.expert_swiglu_bare_up`."""
+    """`sdd_swiglu_bare_up` of rows sorted by expert. See `sdd.kernels.experts.expert_swiglu_bare_up`."""
     return _chosen(z_gate, grouped).expert_swiglu_bare_up(z_gate, z_up, alpha_gate, alpha_up, order, eps=eps)
 
 

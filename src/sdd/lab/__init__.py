@@ -1,5 +1,1 @@
-"""The lab: grids of runs, figures, and the pages of studies."""
-
-from sdd.lab.study import Options, Study, run_study, studies
-
-__all__ = ["Options", "Study", "run_study", "studies"]
+"""The lab: studies as data, the engine that runs them, statistics and findings."""

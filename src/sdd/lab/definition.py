@@ -9,12 +9,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from sdd import config_io
 from sdd.errors import UserError
 from sdd.lab.results import RunResult
 from sdd.models import ModelConfig, model_presets
 from sdd.placement import Placement, placements
-from sdd.train import RunConfig, preset
+from sdd.train import RunConfig, config_io, preset
 
 if TYPE_CHECKING:
     from sdd.lab.findings import Findings

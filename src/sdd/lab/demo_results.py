@@ -9,7 +9,7 @@ import numpy as np
 
 from sdd.evals.unigram import Reference
 from sdd.lab.findings import listed
-from sdd.lab.runs import Run
+from sdd.report.runs import Run
 
 #: Bits per byte. Smaller differences are not counted: the largest spread of three seeds at this size was 0.03.
 NOISE = 0.03

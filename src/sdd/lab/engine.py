@@ -2,7 +2,7 @@
 
     OUT/study.json          what was asked for, so that the folder alone regenerates its page
     OUT/results/NAME.json   the result of each run, see sdd.lab.results
-    OUT/runs/ ...           the runs, see sdd.lab.runner
+    OUT/runs/ ...           the runs, see sdd.lab.grid.runner
     OUT/timing.json         what a token costs each method, see sdd.lab.timing
 
 A run that has a result file is not run again, whether or not its directory is still there. Rounds are a pure function
@@ -22,9 +22,9 @@ from rich.console import Console
 from sdd.errors import RunFailed, UserError
 from sdd.lab import results
 from sdd.lab.definition import Arm, Cell, Condition, Outcome, Plan, round_rate
-from sdd.lab.estimate import grid_seconds
+from sdd.lab.grid.runner import Grid
+from sdd.lab.grid.timing import grid_seconds
 from sdd.lab.results import HeldOut, RunResult
-from sdd.lab.runner import Grid
 from sdd.lab.timing import seconds_per_token
 from sdd.lab.tuning import best_rate, extension
 from sdd.models import count_parameters

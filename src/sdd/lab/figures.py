@@ -1,215 +1,213 @@
-"""Panels drawn with matplotlib: as files, and as SVG that stands inside a page and takes its colours.
+"""Figures of studies, drawn with matplotlib in the look of `sdd.draw.curves`. Needs the extra `report`."""
 
-Needs the extra `report`.
-"""
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
-import html
-import io
-import re
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
-
-import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.markers import MarkerStyle
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from sdd.lab.curves import Line, Panel
-from sdd.lab.style import INK, PAPER, REFERENCE_STYLE, Style
+from sdd.draw.curves import look, short_count
+from sdd.draw.style import INK, OWN_STYLE, PLACEMENT_STYLES, Style
+from sdd.lab.statistics import mean_interval
 
 _WIDTH, _HEIGHT = 4.6, 3.0  # inches a panel
-_SETTINGS: dict[Any, Any] = {
-    "axes.edgecolor": INK,
-    "axes.grid": True,
-    "axes.labelcolor": INK,
-    "axes.linewidth": 0.6,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "axes.titlelocation": "left",
-    "axes.titlesize": 9.5,
-    "figure.facecolor": PAPER,
-    "font.size": 9,
-    "grid.alpha": 0.16,
-    "grid.color": INK,
-    "grid.linewidth": 0.6,
-    "legend.frameon": False,
-    "lines.linewidth": 1.4,
-    "lines.markeredgewidth": 1.1,
-    "lines.markerfacecolor": "none",  # hollow, so that curves that coincide are seen to
-    "lines.markersize": 5,
-    "savefig.dpi": 200,
-    "svg.fonttype": "none",  # text stays text: small, selectable, in the page's font
-    "svg.hashsalt": "sdd",  # the same figure gives the same file
-    "text.color": INK,
-    "text.parse_math": False,  # a $ in a run's name is a dollar
-    "xtick.color": INK,
-    "ytick.color": INK,
-}
 
 
-_TRIANGLE = {
-    "arrowstyle": "-|>,head_width=0.35,head_length=0.7",
-    "color": INK,
-    "linewidth": 0,
-    "shrinkA": 0,
-    "shrinkB": 1,
-}
+@dataclass(frozen=True)
+class Curve:
+    """A line with one curve a seed; its mean is drawn, and the range of the seeds as a band.
 
-
-def draw(panels: Sequence[Panel], *, columns: int = 2, title: str = "", legend: bool = True) -> Figure:
-    """Draw panels side by side.
-
-    Args:
-        panels: at least one.
-        columns: panels in a row.
-        title: above all; should say the number of seeds.
-        legend: name the lines below the panels.
+    Attributes:
+        label: in the legend.
+        style: colour, marker and dash.
+        x: common to all seeds, or one a seed.
+        y: one a seed; nan is a gap.
     """
+
+    label: str
+    style: Style
+    x: Sequence[Sequence[float]]
+    y: Sequence[Sequence[float]]
+
+
+@dataclass(frozen=True)
+class Axis:
+    """An axis.
+
+    Attributes:
+        label: with its unit.
+        log: logarithmic.
+        counts: write 1500000 as 1.5M.
+    """
+
+    label: str
+    log: bool = False
+    counts: bool = False
+
+
+@dataclass(frozen=True)
+class CurvePanel:
+    """A panel of curves.
+
+    Attributes:
+        title: above it.
+        x, y: its axes.
+        curves: its lines.
+        ceiling: the greatest height shown.
+        levels: horizontal lines, by name.
+    """
+
+    title: str
+    x: Axis
+    y: Axis
+    curves: Sequence[Curve]
+    ceiling: float | None = None
+    levels: Mapping[str, float] | None = None
+
+
+def style_of(name: str, placement: str, place: int = 0) -> Style:
+    """A placement's look; a further arm of one placement is dashed."""
+    base = PLACEMENT_STYLES.get(name) or PLACEMENT_STYLES.get(placement, OWN_STYLE)
+    return Style(base.color, base.marker, (5, 2) if place else ())
+
+
+def draw_curves(panels: Sequence[CurvePanel], columns: int = 2) -> Figure:
+    """Panels of curves side by side, of one vertical scale, with one legend below."""
+    limits = _common_limits(panels)
     columns = min(columns, len(panels))
     rows = -(-len(panels) // columns)
     with look():
-        figure = Figure((columns * _WIDTH, rows * _HEIGHT), layout="constrained")
+        figure = Figure((columns * _WIDTH, rows * _HEIGHT + 0.35), layout="constrained")
         grid = figure.subplots(rows, columns, squeeze=False)
         for axes, panel in zip(grid.flat, panels, strict=False):
-            _draw_panel(axes, panel)
+            _draw_curves(axes, panel)
+            axes.set_ylim(limits)
         for axes in grid.flat[len(panels) :]:
             axes.set_visible(False)
-        if title:
-            figure.suptitle(title, x=0.01, ha="left", fontsize=9.5)
-        if legend:
-            _legend(figure, legend_styles(panels), columns)
+        _legend(figure, {curve.label: curve.style for panel in panels for curve in panel.curves}, columns)
     return figure
 
 
-def save_figure(fig: Figure, path_without_suffix: Path) -> list[Path]:
-    """Write a figure as PNG (200 dots an inch) and SVG; returns the two paths."""
-    path_without_suffix.parent.mkdir(parents=True, exist_ok=True)
-    # Not with_suffix: a name may hold a dot.
-    paths = [path_without_suffix.with_name(f"{path_without_suffix.name}.{kind}") for kind in ("png", "svg")]
-    with look():
-        for path in paths:
-            fig.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
-    return paths
-
-
-def inline_svg(fig: Figure, name: str, description: str) -> str:
-    """A figure as an `<svg>` element without background, in the text colour and font of the page it stands in.
+def draw_dots(
+    rows: Sequence[str],
+    series: Mapping[str, Sequence[Mapping[int, float]]],
+    axis: Axis,
+    broken: str,
+) -> Figure:
+    """One line a row and one marker a series, with its range; each seed that did not converge is a cross at the right.
 
     Args:
-        fig: the figure.
-        name: unique in the page; becomes part of every id.
-        description: read out in place of the picture.
+        rows: names, from top to bottom.
+        series: for each name one measurement a row, by seed, nan where the run did not converge.
+        axis: of the numbers.
+        broken: what the crosses are called.
     """
-    buffer = io.StringIO()
+    styles = dict(zip(series, _series_styles(), strict=False))
+    finite = [value for cells in series.values() for cell in cells for value in cell.values() if math.isfinite(value)]
+    low, high = (min(finite), max(finite)) if finite else (0.0, 1.0)
+    breadth = (high - low) or 1
+    edges = high + 0.08 * breadth, 0.018 * breadth
     with look():
-        fig.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
-    svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
-    svg = re.sub(r"font-family: [^;\"]*", "font-family: inherit", svg)
-    svg = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1; font-family: inherit", svg)
-    svg = re.sub(r'\bid="', f'id="{name}-', svg)
-    svg = re.sub(r'(url\(#|href="#)', rf"\g<1>{name}-", svg)
-    svg = re.sub(re.escape(INK), "currentColor", svg, flags=re.IGNORECASE)
-    return svg.replace("<svg", f'<svg role="img" aria-label="{html.escape(description)}"', 1)
+        figure = Figure((1.5 * _WIDTH, 0.62 + 0.46 * len(rows)), layout="constrained")
+        axes = figure.subplots()
+        for number, (name, cells) in enumerate(series.items()):
+            offset = (number - (len(series) - 1) / 2) * 0.13
+            for place, cell in enumerate(cells):
+                _dot(axes, cell, place + offset, styles[name], edges)
+        axes.set_yticks(range(len(rows)), rows)
+        axes.set_ylim(len(rows) - 0.5, -0.5)
+        axes.set_xlabel(axis.label)
+        looks = [*((style.color, style.marker) for style in styles.values()), (INK, "x")]
+        handles = [Line2D([], [], color=color, marker=marker, linestyle="none") for color, marker in looks]
+        figure.legend(handles, [*series, broken], loc="outside lower center", ncols=min(3, len(handles)))
+    return figure
 
 
-def legend_styles(panels: Sequence[Panel]) -> dict[str, Style]:
-    """What a legend of these panels names: each run once, and the references."""
-    styles = {line.label: line.style for panel in panels for line in panel.lines}
-    return styles | {panel.reference[1]: REFERENCE_STYLE for panel in panels if panel.reference}
-
-
-def swatch_svg(style: Style) -> str:
-    """A short piece of a line with its marker, for a legend in HTML."""
-    color = "currentColor" if style.color == INK else style.color
-    dash = f' stroke-dasharray="{" ".join(f"{1.5 * part:g}" for part in style.dash)}"' if style.dash else ""
-    return (
-        '<svg class="swatch" viewBox="0 0 34 12" width="34" height="12" aria-hidden="true">'
-        f'<line x1="0" y1="6" x2="34" y2="6" stroke="{color}" stroke-width="2"{dash}/>{_marker_svg(style)}</svg>'
-    )
-
-
-def _marker_svg(style: Style) -> str:
-    if not style.marker:
-        return ""
-    marker = MarkerStyle(style.marker)
-    path = marker.get_path().transformed(marker.get_transform())
-    points = " ".join(f"{17 + 8 * x:.1f},{6 - 8 * y:.1f}" for x, y in np.asarray(path.to_polygons()[0]))
-    return f'<polygon points="{points}" fill="none" stroke="{style.color}" stroke-width="1.5"/>'
-
-
-def _draw_panel(axes: Axes, panel: Panel) -> None:
-    for line in panel.lines:
-        _draw_line(axes, line)
-    if panel.reference:
-        axes.axhline(panel.reference[0], color=INK, linewidth=0.9, dashes=REFERENCE_STYLE.dash)
-    low, high = panel.limits or panel.extent()
-    if panel.log:
-        axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 100 else (1,)))
-        axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.set_ylim(low, high)
-    axes.set_xlim(left=0)
-    axes.set_title(panel.title)
-    axes.set_ylabel(panel.unit)
-    axes.set_xlabel(panel.against)
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short_count(value)))
-
-
-def _draw_line(axes: Axes, line: Line) -> None:
-    look: dict[str, Any] = {"color": line.style.color}
-    if line.raw:
-        axes.plot(*line.raw, **look, linewidth=0.5, alpha=0.25)
-    if line.style.dash:
-        look["dashes"] = line.style.dash
-    every = 1 if line.marked else max(1, len(line.x) // 6)
-    offset = 0 if line.marked else every // 2
-    axes.plot(line.x, line.y, **look, marker=line.style.marker, markevery=(offset, every))
-    if line.broken and len(line.x):
-        axes.plot(*line.at(line.x[-1]), "x", color=INK, markersize=7, markeredgewidth=1.4)
-    for event in line.events:
-        axes.plot(*line.at(event), "|", color=INK, markersize=9, markeredgewidth=1.2)
-    if line.alarm is not None:
-        _draw_alarm(axes, *line.at(line.alarm))
-
-
-def _draw_alarm(axes: Axes, x: float, y: float) -> None:
-    """A filled triangle that stands on the curve."""
-    axes.annotate("", (x, y), xytext=(0, 9), textcoords="offset points", annotation_clip=False, arrowprops=_TRIANGLE)
-
-
-def _legend(figure: Figure, styles: dict[str, Style], columns: int) -> None:
-    handles = [
-        Line2D([], [], color=style.color, marker=style.marker, dashes=style.dash or (None, None))
-        for style in styles.values()
+def _series_styles() -> list[Style]:
+    """Looks of series that are no placements: the palette of Okabe and Ito in its darker shades, with markers."""
+    return [
+        Style("#0072b2", "o"),
+        Style("#d55e00", "s"),
+        Style("#009068", "D"),
+        Style("#c05f98", "^"),
+        Style("#857d00", "P"),
+        Style("#7a6fd0", "X"),
+        Style("#a0742c", "v"),
     ]
-    labels = [f" {label}" for label in styles]  # matplotlib takes a label that begins with _ for none
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 3 * columns))
 
 
-def short_count(value: float) -> str:
-    """A number of tokens as an axis shows it: 500, 20k, 1.5M, 200B."""
-    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= size:
-            return f"{value / size:g}{letter}"
-    return f"{value:g}"
+def _dot(axes: Axes, cell: Mapping[int, float], height: float, style: Style, edges: tuple[float, float]) -> None:
+    """Mean and range of the seeds; crosses from the first of `edges` on, the second apart."""
+    values = [value for value in cell.values() if math.isfinite(value)]
+    for place in range(len(cell) - len(values)):
+        axes.plot(edges[0] + place * edges[1], height, "x", color=style.color, markersize=6)
+    if values:
+        estimate = mean_interval(values)
+        if not math.isnan(estimate.half_width):
+            axes.plot([min(values), max(values)], [height, height], color=style.color, linewidth=1)
+        axes.plot(estimate.value, height, style.marker, color=style.color)
 
 
-@contextmanager
-def look() -> Iterator[None]:
-    """Our look, whatever the user's matplotlibrc says; a glyph that the font lacks is drawn as a box, silently."""
-    with mpl.rc_context(), warnings.catch_warnings():
-        mpl.rcdefaults()
-        mpl.rcParams.update(_SETTINGS)
-        warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)
-        yield
+def _draw_curves(axes: Axes, panel: CurvePanel) -> None:
+    for curve in panel.curves:
+        color = curve.style.color
+        x, y = _mean(curve.x), _mean(curve.y)
+        (line,) = axes.plot(x, y, color=color, marker=curve.style.marker, markevery=max(1, len(x) // 7))
+        if curve.style.dash:
+            line.set_dashes(curve.style.dash)
+        if len(curve.y) > 1:
+            stack = np.array(curve.y, float)
+            axes.fill_between(x, stack.min(axis=0), stack.max(axis=0), color=color, alpha=0.15, linewidth=0)
+    lowest = min((panel.levels or {"": 0.0}).values())
+    for name, height in (panel.levels or {}).items():
+        axes.axhline(height, color=INK, linewidth=0.8, dashes=(4, 3))
+        side = "top" if height == lowest else "bottom"
+        axes.annotate(name, (0.01, height), xycoords=("axes fraction", "data"), va=side, fontsize=7.5)
+    axes.set_title(panel.title)
+    _set_axis(axes, "x", panel.x)
+    _set_axis(axes, "y", panel.y)
+
+
+def _common_limits(panels: Sequence[CurvePanel]) -> tuple[float, float]:
+    """The lowest and highest value shown in any panel, with a small margin."""
+    parts = []
+    for panel in panels:
+        values = np.array([value for curve in panel.curves for row in curve.y for value in row], float)
+        levels = np.array(list((panel.levels or {}).values()), float)
+        parts.append(np.append(values[np.isfinite(values) & (values <= (panel.ceiling or math.inf))], levels))
+    shown = np.concatenate(parts)
+    low, high = (shown.min(), shown.max()) if len(shown) else (0.0, 1.0)
+    margin = 0.05 * ((high - low) or 1)
+    return float(low - margin), float(high + margin)
+
+
+def _mean(rows: Sequence[Sequence[float]]) -> np.ndarray:
+    """Mean over the seeds, nan where one is."""
+    return np.array(rows, float).mean(axis=0)
+
+
+def _set_axis(axes: Axes, which: str, axis: Axis) -> None:
+    target = axes.xaxis if which == "x" else axes.yaxis
+    (axes.set_xlabel if which == "x" else axes.set_ylabel)(axis.label)
+    if axis.log:
+        (axes.set_xscale if which == "x" else axes.set_yscale)("log")
+        target.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        target.set_minor_formatter(NullFormatter())
+    text = short_count if axis.counts else lambda value: f"{value:g}"
+    target.set_major_formatter(FuncFormatter(lambda value, _: text(value)))
+
+
+def _handle(style: Style) -> Line2D:
+    dash = style.dash or (None, None)
+    return Line2D([], [], color=style.color, marker=style.marker or None, dashes=dash)
+
+
+def _legend(figure: Figure, styles: Mapping[str, Style], columns: int) -> None:
+    handles = [_handle(style) for style in styles.values()]
+    figure.legend(
+        handles, [f" {name}" for name in styles], loc="outside lower center", ncols=min(len(styles), 3 * columns)
+    )

@@ -1,190 +1,123 @@
-"""Self-contained HTML pages: one file, style and figures inline, nothing fetched. Needs the extra `report`."""
+"""What a study leaves beside its results: tables, figures, one self-contained page, and the same as Markdown.
 
-import math
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+OUT/report.html   question, method, published numbers, ours, conclusion; opens from a file
+OUT/README.md     the same for those who read the repository
+OUT/tables/       each table as Markdown, CSV and JSON
+OUT/figures/      each figure as PNG and SVG
+"""
+
+import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jinja2
-from markupsafe import Markup
+from sdd.lab.definition import Outcome, Plan
+from sdd.lab.findings import Findings, write_tables
+from sdd.lab.results import RunResult
+from sdd.train import config_io
 
-from sdd.errors import UserError
-from sdd.lab.curves import Panel, seeds_note
-from sdd.lab.figures import draw, inline_svg, legend_styles, swatch_svg
-from sdd.lab.heat import HeatMap
-from sdd.lab.heat_figures import draw_maps
-from sdd.lab.runs import CONVERGENCE_SHARE, Run
-from sdd.lab.style import Style
-from sdd.lab.verdict import brief, place, places, span
-
-_NOTHING = "–"
+_UNTOLD = ("cpus", "processes", "machine")
 
 
-@dataclass(frozen=True)
-class FigureGroup:
-    """Panels that share a legend and a note.
+def write_study(outcome: Outcome, findings: Findings) -> Path:
+    """Write tables, figures and pages; returns report.html."""
+    from sdd.draw import curves as figures
+    from sdd.report import html as page
 
-    Attributes:
-        svgs: one picture a panel.
-        legend: (swatch, run) for each line.
-        note: what to know about the curves.
-    """
-
-    svgs: list[Markup]
-    legend: list[tuple[Markup, str]]
-    note: str
-
-
-def figure_group(name: str, panels: Sequence[Panel], runs: Sequence[Run]) -> FigureGroup:
-    """Draw panels for a page, each as a picture of its own, so that they stand below each other on a phone.
-
-    Args:
-        name: unique in the page.
-        panels: what to draw.
-        runs: whose curves these are.
-    """
-    svgs = [
-        Markup(inline_svg(draw([panel], legend=False), f"{name}-{index}", panel.describe()))
-        for index, panel in enumerate(panels)
-    ]
-    legend = [(swatch(style), label) for label, style in legend_styles(panels).items()]
-    return FigureGroup(svgs, legend, _note(panels, runs))
-
-
-@dataclass(frozen=True)
-class MapGroup:
-    """Maps of one statistic.
-
-    Attributes:
-        title: of the statistic.
-        maps: (swatch, run, picture) for each run.
-    """
-
-    title: str
-    maps: list[tuple[Markup, str, Markup]]
-
-
-def map_group(maps: Sequence[HeatMap], swatches: Mapping[str, Markup]) -> MapGroup:
-    """Draw the maps of one statistic, each as a picture of its own.
-
-    Args:
-        maps: of one statistic; the first in the page of their name.
-        swatches: by run.
-    """
-    svgs = [
-        inline_svg(draw_maps([each]), f"map-{each.name}-{index}", each.describe()) for index, each in enumerate(maps)
-    ]
-    drawn = [(swatches[each.run], each.run, Markup(svg)) for each, svg in zip(maps, svgs, strict=True)]
-    return MapGroup(maps[0].title, drawn)
-
-
-def swatch(style: Style) -> Markup:
-    """The piece of line that stands for a run in tables and legends."""
-    return Markup(swatch_svg(style))
-
-
-def render(template: str, **values: Any) -> str:
-    """Fill one of the package's templates; every value is escaped, but for those that are Markup."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("sdd.lab", "templates"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
+    plan = outcome.plan
+    out = plan.request.out
+    write_tables(findings.all_tables, out / "tables")
+    svgs: dict[str, Any] = {}
+    for picture in findings.pictures:
+        figure = picture.draw()
+        figures.save_figure(figure, out / "figures" / picture.name)
+        svgs[picture.name] = page.Markup(figures.inline_svg(figure, picture.name, picture.description))
+    text = page.render(
+        "study.html",
+        title=plan.definition.title,
+        plan=plan,
+        findings=findings,
+        svgs=svgs,
+        command=command(plan),
+        placements=list({arm.placement: plan.placement(arm) for arm in plan.arms}.values()),
+        settings=_settings(plan),
+        environments=environments(outcome.results),
+        runs=len(outcome.results),
     )
-    environment.filters |= {
-        "decimals": decimals,
-        "signed": signed,
-        "count": count,
-        "duration": duration,
-        "setting": setting,
-        "significant": significant,
-        "brief": brief,
-        "place": place,
-        "places": places,
-        "span": span,
-    }
-    environment.globals["convergence_percent"] = round(100 * CONVERGENCE_SHARE)
-    return environment.get_template(template).render(**values)
+    page.write_page(out / "report.html", text)
+    page.write_page(out / "README.md", markdown(outcome, findings))
+    return out / "report.html"
 
 
-def write_page(path: Path, text: str) -> None:
-    """Write a page aside and rename it.
-
-    Raises:
-        UserError: if that is refused.
-    """
-    if path.exists() and not path.is_file():
-        raise UserError(f"cannot write {path}: it is no ordinary file")
-    aside = path.with_name(f".tmp-{path.name}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside.write_text(text, encoding="utf-8", errors="replace")
-        aside.replace(path)
-    except OSError as error:
-        with suppress(OSError):
-            aside.unlink()
-        raise UserError(f"cannot write {path}: {error.strerror}") from None
+def command(plan: Plan) -> str:
+    """The one command that regenerates the page."""
+    request = plan.request
+    words = ["sdd", "study", plan.definition.name, "--preset", request.preset, "--seeds", str(request.seeds)]
+    if request.placements:
+        words += ["--placements", ",".join(request.placements)]
+    if request.tuned:
+        words.append("--tuned")
+    for name, value in request.overrides.items():
+        words += [f"--{name}", "none" if value is None else str(value)]
+    return shlex.join([*words, "--out", request.out.as_posix()])
 
 
-def decimals(value: Any, places: int = 3) -> str:
-    """A number with fixed decimals; a dash for none."""
-    if not isinstance(value, int | float) or math.isnan(value):
-        return _NOTHING
-    return f"{value:.{places}f}" if math.isfinite(value) else "infinite"
+def markdown(outcome: Outcome, findings: Findings) -> str:
+    """The page as Markdown."""
+    plan = outcome.plan
+    parts = [
+        f"# {plan.definition.title}",
+        f"**Question:** {plan.definition.question}",
+        f"**Answer:** {findings.answer}",
+        "\n".join(f"- {sentence}" for sentence in findings.conclusions),
+        "## Method",
+        " ".join(plan.definition.method),
+    ]
+    if findings.published:
+        parts += ["## Published and ours", *_table_parts(findings.published)]
+    parts.append("## Ours")
+    for table in findings.tables:
+        parts += [f"### {table.title}", *_table_parts(table)[1:]]
+    for picture in findings.pictures:
+        parts += [f"![{picture.description}](figures/{picture.name}.png)", f"*{picture.caption}*"]
+    parts += [
+        "## What cannot be concluded",
+        "\n".join(f"- {sentence}" for sentence in findings.limits),
+        "## How to make this page again",
+        f"```\n{command(plan)}\n```",
+        f"It draws the page from the {len(outcome.results)} result files in `results/`, and runs what is missing "
+        "there: more seeds with a larger `--seeds`.",
+        _environment_text(outcome.results),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def signed(value: Any, places: int = 3) -> str:
-    """The same with its sign, a true minus."""
-    text = decimals(value, places)
-    return text.replace("-", "−") if text[0] in f"-{_NOTHING}i" else f"+{text}"
+def environments(results: list[RunResult]) -> Mapping[str, list[tuple[str, str]]]:
+    """Versions and machines as (how many runs, value), as the page's template takes them."""
+    rows: dict[str, list[tuple[str, str]]] = {}
+    for name in dict.fromkeys(key for result in results for key in result.environment if key not in _UNTOLD):
+        values: dict[str, int] = {}
+        for result in results:
+            text = str(result.environment.get(name, "-"))
+            values[text] = values.get(text, 0) + 1
+        rows[name] = [("" if len(values) == 1 else f"{count} runs", text) for text, count in values.items()]
+    return rows
 
 
-def significant(value: Any) -> str:
-    """A number with three significant digits; a dash for none."""
-    if value is None:
-        return ""
-    return f"{value:.3g}" if math.isfinite(value) else {math.inf: "infinite", -math.inf: "−infinite"}.get(value, "nan")
+def _table_parts(table: Any) -> list[str]:
+    return [table.title, table.markdown().strip(), table.note]
 
 
-def count(value: Any) -> str:
-    """A whole number with separators; a dash for none."""
-    return f"{value:,.0f}" if isinstance(value, int | float) and math.isfinite(value) else _NOTHING
+def _settings(plan: Plan) -> dict[str, Any]:
+    """The fields common to all runs; those that arms, conditions and seeds change are not among them."""
+    changed = {"model.placement", "optim.lr", "seed", "threads"}
+    changed |= {name for condition in plan.conditions for name in condition.changes}
+    changed |= {name for arm in plan.arms for name in arm.changes}
+    fields = config_io.flatten(config_io.to_dict(plan.base))
+    return {name: value for name, value in fields.items() if name not in changed}
 
 
-def duration(seconds: Any) -> str:
-    """Seconds as h:mm:ss or m:ss; a dash for none."""
-    if not isinstance(seconds, int | float) or not math.isfinite(seconds):
-        return _NOTHING
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
-
-
-def setting(value: Any) -> str:
-    """A value of a config as people write it."""
-    if value is None:
-        return "none"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, int):
-        return f"{value:,}"
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _note(panels: Sequence[Panel], runs: Sequence[Run]) -> str:
-    parts = [f"{seeds_note(runs)}."]
-    lines = [line for panel in panels for line in panel.lines]
-    if any(line.raw for line in lines):
-        parts.append("Smoothed over 1/25 of the run, the raw values faint underneath.")
-    if any(panel.clipped for panel in panels):
-        parts.append("What lies far above the loss of an untrained model runs off the top.")
-    if any(line.broken for line in lines):
-        parts.append("A cross marks where a run became non-finite.")
-    if any(line.alarm is not None for line in lines):
-        parts.append("A triangle marks where what broke first began to.")
-    if any(line.events for line in lines):
-        parts.append("A stroke marks where the guard acted.")
-    return " ".join(parts)
+def _environment_text(results: list[RunResult]) -> str:
+    rows = environments(results)
+    told = [f"{name} {', '.join(value for _, value in values)}" for name, values in rows.items()]
+    return f"Made with {'; '.join(told)}." if told else ""

@@ -18,16 +18,15 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from sdd import config_io
 from sdd.data import DataSource
 from sdd.data.token_file import TokenFile
 from sdd.errors import UserError
 from sdd.evals.text import load_trained
 from sdd.evals.unigram import token_frequencies
-from sdd.lab.runner import diverged
-from sdd.lab.runs import Run, load_run
+from sdd.lab.grid.runner import diverged
 from sdd.probing.rows import number
-from sdd.train import RunConfig
+from sdd.report.runs import Run, load_run
+from sdd.train import RunConfig, config_io
 from sdd.train.data import resolve
 from sdd.train.device import pick_autocast
 from sdd.train.evaluate import evaluate
@@ -59,7 +58,7 @@ class RunResult:
         config_hash: of the config, see `config_hash`.
         config: complete, as in config.json, paths without their folders.
         data: fingerprint of the data.
-        status: "did not converge" by the criterion of `sdd.lab.runs`, or if it ended less than `LEARNED_SHARE` below
+        status: "did not converge" by the criterion of `sdd.report.runs`, or if it ended less than `LEARNED_SHARE` below
             what token frequencies reach.
         reason: why it did not.
         step: steps done.

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from sdd.errors import UserError
-from sdd.lab.estimate import step_seconds
+from sdd.lab.grid.timing import step_seconds
 from sdd.train import RunConfig
 from sdd.train.device import pick_device
 from sdd.train.run_dir import environment

@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Sequence
 
-from sdd.models.blocks import eliminations
+from sdd.models.block import eliminations
 from sdd.models.config import ModelConfig
 from sdd.models.flops import training_flops
 from sdd.models.init import init_std

@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sdd import points
+from sdd import probe_points
 from sdd.functional import Eps, statistics_dtype
 from sdd.kernels import scaled_norm
 from sdd.nn import ExpertLinear, RMSNorm, SDDExpertLinear, SDDLinear
@@ -78,7 +78,7 @@ def is_plain(*modules: nn.Module) -> bool:
 
     Adapters and hooks want the modules themselves, and so does a probe while it records.
     """
-    return not points.recording() and all(type(module) in _PLAIN and not _has_hooks(module) for module in modules)
+    return not probe_points.recording() and all(type(module) in _PLAIN and not _has_hooks(module) for module in modules)
 
 
 def _has_hooks(module: nn.Module) -> bool:

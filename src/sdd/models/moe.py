@@ -25,9 +25,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sdd import points
-from sdd.grouped import Order, collect, dispatch, expert_scaled_norm, sort_by_expert
+from sdd import probe_points
 from sdd.kernels import expert_swiglu, expert_swiglu_bare_up, swiglu
+from sdd.kernels.experts import Order, collect, dispatch, expert_scaled_norm, sort_by_expert
 from sdd.models.config import ModelConfig, MoEConfig
 from sdd.models.elimination import is_plain, read
 from sdd.nn import ExpertLinear, SDDExpertLinear
@@ -141,8 +141,8 @@ class MoE(nn.Module):
         z_M2F = torch.cat([gate.product(x_MC, order), up.product(x_MC, order)], -1)
         alpha_E2F = torch.cat([gate.alpha, up.alpha], -1)
         y_gate, y_up = expert_scaled_norm(z_M2F, alpha_E2F, order, eps=gate.eps).chunk(2, -1)
-        points.projection(gate, z_M2F, y_gate)
-        points.projection(up, z_M2F, y_up)
+        probe_points.projection(gate, z_M2F, y_gate)
+        probe_points.projection(up, z_M2F, y_up)
         return swiglu(y_gate, y_up)
 
 

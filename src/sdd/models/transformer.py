@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sdd import functional as sdd_F
-from sdd import points
-from sdd.models.blocks import Block, norm_at
+from sdd import probe_points
+from sdd.models.block import Block, norm_at
 from sdd.models.config import ModelConfig
 from sdd.models.init import init_weights
 from sdd.models.kv_cache import KVCache
@@ -118,7 +118,7 @@ class LanguageModel(nn.Module):
         x_BTC = self.hidden(tokens_BT, mask, cache, layers)
         if targets_BT is None:
             logits_BTV = F.linear(x_BTC, self.head_weight)
-            points.output("logits", logits_BTV)
+            probe_points.output("logits", logits_BTV)
             return logits_BTV
         loss = cross_entropy(
             x_BTC, self.head_weight, targets_BT, z_loss=z_loss, reduction=reduction, chunked=self.chunked_loss
@@ -200,7 +200,7 @@ def cross_entropy(
         options = nn.LinearCrossEntropyOptions()  # pyright: ignore[reportAttributeAccessIssue]
         return F.linear_cross_entropy(x_NC, head_weight, targets_N, options=options)  # pyright: ignore[reportAttributeAccessIssue]
     logits_NV = F.linear(x_NC, head_weight)
-    points.output("logits", logits_NV)
+    probe_points.output("logits", logits_NV)
     logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
     loss = F.cross_entropy(logits_NV, targets_N, reduction=reduction)
     if z_loss:

@@ -23,7 +23,7 @@ All sizes are bytes a token.
 from dataclasses import dataclass, replace
 
 from sdd.models import ModelConfig
-from sdd.models.blocks import eliminations
+from sdd.models.block import eliminations
 from sdd.placement import Norm, Site
 from sdd.plan.tape import WIDE, Backward, Op, Tape, Tensor, kept
 
@@ -97,7 +97,7 @@ def _norm(tape: Tape, norm: Norm | None, z: Tensor, heads: int = 1, itemsize: in
 
 
 def _block(tape: Tape, config: ModelConfig, index: int, x: Tensor, fused_attention: bool) -> Tensor:
-    """`sdd.models.blocks.Block`."""
+    """`sdd.models.block.Block`."""
     norms, left_out = config.placement.layer(index, config.n_layers), eliminations(config, index)
     tape.part = "projections"
     h = _enter(tape, "attn_in", norms, left_out, x)

@@ -21,7 +21,7 @@ Parts that are never there together do not add up: the peak counts the larger of
 from dataclasses import asdict, dataclass, replace
 
 from sdd.models import LanguageModel, ModelConfig, count_parameters
-from sdd.models.blocks import eliminations
+from sdd.models.block import eliminations
 from sdd.plan.activations import count_activations
 from sdd.train import RunConfig
 

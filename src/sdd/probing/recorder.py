@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sdd import points
+from sdd import probe_points
 from sdd.nn import SDDExpertLinear, SDDLinear
 from sdd.probing.attention import AttentionCalls, sampled_attention
 from sdd.probing.sites import Sites, first_tensor, is_norm, norm_ratio
@@ -16,7 +16,7 @@ from sdd.probing.tally import Key, Tally, sum_of_squares
 
 
 class Recorder:
-    """Hooks a model for the time of one step and sums up what passes; a `sdd.points.Recorder`.
+    """Hooks a model for the time of one step and sums up what passes; a `sdd.probe_points.Recorder`.
 
     It looks at forward passes that are to be differentiated, and not at what activation checkpointing computes again
     in the backward pass. It changes no tensor and draws no random number. While it is open, nothing compiled runs:
@@ -46,8 +46,8 @@ class Recorder:
         handles += [module.register_forward_hook(self._left, always_call=True) for module in self._sites.names]
         for handle in handles:
             self._open.callback(handle.remove)
-        points.add(self)
-        self._open.callback(points.remove, self)
+        probe_points.add(self)
+        self._open.callback(probe_points.remove, self)
         _eager.hold()
         self._open.callback(_eager.release)
         self._is_open = True

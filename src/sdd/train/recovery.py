@@ -17,7 +17,7 @@ from sdd.train.guard import Guard, Problem, weight_problem
 from sdd.train.resuming import NO_LOOKS, resume_newest
 
 if TYPE_CHECKING:
-    from sdd.train.loop import Trainer
+    from sdd.train.trainer import Trainer
 
 #: Steps between looks at all weights; one reads each weight once, a tenth of what the optimiser's step moves.
 CHECK_EVERY = 10

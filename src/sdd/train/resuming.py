@@ -5,12 +5,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sdd import config_io
 from sdd.errors import UserError, one_line
+from sdd.train import config_io
 from sdd.train.checkpoint import DamagedCheckpoint, half_written, list_checkpoints, read_state, remove
 
 if TYPE_CHECKING:
-    from sdd.train.loop import Trainer
+    from sdd.train.trainer import Trainer
 
 #: Fields, and groups of them, that parameters and the order of samples hang on: they cannot change in mid-run.
 FIXED = ("model", "seed", "data.batch_size")

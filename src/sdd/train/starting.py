@@ -3,15 +3,15 @@
 from dataclasses import replace
 from pathlib import Path
 
-from sdd import config_io
 from sdd.data import DataSource
 from sdd.errors import UserError
+from sdd.train import config_io
 from sdd.train.config import RunConfig
 from sdd.train.data import resolve
-from sdd.train.loop import Trainer
 from sdd.train.parallel import ALONE, World
 from sdd.train.resuming import resume_newest
 from sdd.train.run_dir import RunDir
+from sdd.train.trainer import Trainer
 
 
 def fit_vocabulary(config: RunConfig, data: DataSource) -> RunConfig:

@@ -11,7 +11,7 @@ from sdd.models.transformer import HAS_CHUNKED_LOSS
 from sdd.train.sharding import gathered
 
 if TYPE_CHECKING:
-    from sdd.train.loop import Trainer
+    from sdd.train.trainer import Trainer
 
 
 def opening(run: "Trainer") -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""The functions that the dispatch calls, under the names of their references in `sdd.functional` and `sdd.grouped`."""
+"""The functions that the dispatch calls, named like their references (`sdd.functional`, `sdd.kernels.experts`)."""
 
 from sdd.kernels.fused.qk_norm_rope import qk_norm_rope
 from sdd.kernels.fused.residual_norm import residual_norm, residual_postnorm, residual_prenorm

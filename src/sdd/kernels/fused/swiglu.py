@@ -12,7 +12,7 @@ consumer) has dalpha_u = sum of du*z_u and dz_u = alpha_u*du + dq * 2*z_u/N, whe
 Saved for backward: z_g, z_u and r.
 
 Rows sorted by expert have their expert's alphas, `[E, N]`, and the sums of dalpha are over its rows: references
-`expert_swiglu` and `expert_swiglu_bare_up` of `sdd.grouped`.
+`expert_swiglu` and `expert_swiglu_bare_up` of `sdd.kernels.experts`.
 """
 
 from typing import Any
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from sdd import functional as sdd_F
-from sdd.grouped import Order, check_expert_alphas
+from sdd.kernels.experts import Order, check_expert_alphas
 from sdd.kernels.fused.common import (
     WIDE_BLOCK,
     cdiv,
@@ -227,7 +227,7 @@ def expert_swiglu(
     eps: float = 1e-6,
     up_eps: float | None = None,
 ) -> Tensor:
-    """`sdd.grouped.expert_swiglu` by the kernels."""
+    """`sdd.kernels.experts.expert_swiglu` by the kernels."""
     check_expert_alphas(z_gate, z_up, alpha_gate, alpha_up, order)
     if alpha_gate is None and alpha_up is None:
         return sdd_swiglu(z_gate, z_up, None, None)
@@ -238,7 +238,7 @@ def expert_swiglu(
 def expert_swiglu_bare_up(
     z_gate: Tensor, z_up: Tensor, alpha_gate: Tensor | None, alpha_up: Tensor, order: Order, *, eps: float = 1e-6
 ) -> tuple[Tensor, Tensor]:
-    """`sdd.grouped.expert_swiglu_bare_up` by the kernels."""
+    """`sdd.kernels.experts.expert_swiglu_bare_up` by the kernels."""
     check_expert_alphas(z_gate, z_up, alpha_gate, alpha_up, order)
     h, _, q = swiglu_op(z_gate, z_up, alpha_gate, alpha_up, BARE, False, eps, eps, order.experts_M, order.ends_E)
     return h, q

@@ -1,0 +1,1 @@
+"""The commands of `sdd`, one file each."""

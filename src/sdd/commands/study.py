@@ -1,0 +1,154 @@
+"""Studies by name, and the command that runs one."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from rich.console import Console
+
+from sdd.errors import UserError
+from sdd.lab.definition import Definition, Plan, Request
+from sdd.lab.engine import Engine, read_request, write_request
+from sdd.lab.findings import Findings
+from sdd.lab.grid.claims import Claims
+from sdd.lab.studies import convergence, demo, lr_sensitivity, moe, robustness
+from sdd.report.extras import require_report_extra
+
+
+@dataclass(frozen=True)
+class Study:
+    """A question, and what answers it: a grid of runs, tables, figures and a page.
+
+    Attributes:
+        about: the question in one line.
+        run: (out, options) to the command's exit code; options that are None were not given.
+    """
+
+    about: str
+    run: Callable[[Path, "Options"], int]
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a study is asked for; None and empty where nothing was given.
+
+    Attributes:
+        seeds: reported seeds.
+        workers: runs at once on this machine.
+        preset: of the model and its run.
+        placements: the methods to compare.
+        tuned: tune the learning rate of every cell.
+        overrides: fields of the run, by dotted name.
+    """
+
+    seeds: int | None = None
+    workers: int | None = None
+    preset: str | None = None
+    placements: Sequence[str] = ()
+    tuned: bool = False
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+
+
+def run_study(name: str, out: Path, options: Options | None = None) -> int:
+    """Run a study, or finish one that was interrupted, and write its page.
+
+    Args:
+        name: one of `studies`.
+        out: folder of its runs, results, figures and page.
+        options: what is not given is as the folder's study.json has it, or else the study's default.
+
+    Returns:
+        The exit code, 0.
+
+    Raises:
+        KeyError: if there is no such study.
+        Interrupted: after Ctrl-C or SIGTERM, with every run saved.
+        RunFailed: if a run ended for another reason than divergence.
+        UserError: if `out` cannot be written or holds runs with other settings, or an option does not fit the study.
+    """
+    try:
+        return studies[name].run(out, options or Options())
+    except OSError as error:
+        raise UserError(f"cannot write {error.filename or out}: {error.strerror}") from None
+
+
+def _run_demo(out: Path, options: Options) -> int:
+    if options.preset or options.placements or options.tuned or options.overrides:
+        raise UserError("the demo is what it is: it takes --out, --seeds and --workers; other studies take more")
+    return demo.run(out, options.seeds or 1, options.workers)
+
+
+def _study_of(definition: Definition) -> Study:
+    return Study(definition.question, lambda out, options: _run(definition, out, options))
+
+
+def _run(definition: Definition, out: Path, options: Options) -> int:
+    require_report_extra()  # before hours of work, not after
+    from sdd.lab.page import write_study
+
+    plan = Plan(definition, _request(definition, out, options))
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    write_request(plan)
+    outcome = Engine(plan, console).outcome()
+    findings = definition.read(outcome)
+    _tell(findings, console)
+    claims = Claims(out / "claims")
+    if claims.take("report"):
+        page = write_study(outcome, findings)
+        claims.release("report")
+        console.print(f"\nThe page: {page}", markup=False)
+    else:
+        console.print("\nThe page is being written by another machine.", markup=False)
+    return 0
+
+
+def _request(definition: Definition, out: Path, options: Options) -> Request:
+    """What was given, over what the folder was made with, over the study's defaults."""
+    stored = read_request(out)
+    if stored and stored.get("study") != definition.name:
+        raise UserError(f"{out} holds the study {stored.get('study')}: choose another --out")
+    if stored:
+        _check_same(out, stored, options)
+    return Request(
+        out=out,
+        preset=options.preset or stored.get("preset", definition.preset),
+        seeds=options.seeds or stored.get("seeds", definition.seeds),
+        placements=tuple(options.placements or stored.get("placements", ())),
+        tuned=options.tuned or stored.get("tuned", False),
+        overrides={**stored.get("overrides", {}), **options.overrides},
+        workers=options.workers,
+    )
+
+
+def _check_same(out: Path, stored: Mapping[str, Any], options: Options) -> None:
+    """Seeds, methods and workers may change between commands on one folder; what a run is may not."""
+    given = {**options.overrides, **({"preset": options.preset} if options.preset else {})}
+    there = {**stored["overrides"], "preset": stored["preset"]}
+    for name, value in given.items():
+        if str(there.get(name)) != str(value):
+            had = f"--{name} {there[name]}" if name in there else f"no --{name}"
+            raise UserError(f"{out} holds this study with {had}, asked for is {value}: choose another --out")
+    if options.tuned and not stored["tuned"]:
+        raise UserError(f"{out} holds this study without --tuned: choose another --out")
+
+
+def _tell(findings: Findings, console: Console) -> None:
+    """The first table as the command's answer, the sentences beside it."""
+    answer = Console(highlight=False, soft_wrap=True)
+    answer.print(findings.tables[0].markdown(), markup=False)
+    for sentence in (findings.answer, *findings.conclusions):
+        console.print(sentence, markup=False)
+
+
+#: The studies by name.
+studies: Mapping[str, Study] = MappingProxyType(
+    {
+        "demo": Study(demo.QUESTION, _run_demo),
+        **{
+            definition.name: _study_of(definition)
+            for definition in (robustness.DEFINITION, lr_sensitivity.DEFINITION, convergence.DEFINITION, moe.DEFINITION)
+        },
+    }
+)

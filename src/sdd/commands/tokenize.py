@@ -1,0 +1,133 @@
+"""The command `sdd tokenize`."""
+
+import json
+import signal
+import time
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import TextColumn
+
+from sdd.data.corpora import builtin_tokenizer
+from sdd.data.tokenize_job import VALIDATION_FRACTION, Status, TokenizeSettings, tokenize
+from sdd.data.tokenizer import Tokenizer
+from sdd.data.workers import available_cpus
+from sdd.errors import Interrupted, UserError
+from sdd.terminal import SECONDS_BETWEEN_LINES, clock, progress_bar, stderr_console
+
+_ABOUT = """Turn text into token files, a folder that `--data DIR` takes.
+
+INPUT is text (.txt, .md), JSON lines (.jsonl), either also as .gz or .zst, parquet (needs the extra `data`), a folder
+of these, or a Hugging Face dataset (extra `datasets`): hf:NAME, hf:NAME:SPLIT, hf:NAME:CONFIG:SPLIT, or a folder that
+save_to_disk wrote. Interrupted or killed, the same command goes on where it was."""
+
+
+def main(args: list[str]) -> int:
+    """Run `sdd tokenize`; returns its exit code."""
+    settings, inputs, out, as_json = _parse(args)
+    before = _raise_on_sigterm()
+    try:
+        with Display() as display:
+            result = tokenize(inputs, out, settings, display.show)
+    except KeyboardInterrupt:
+        raise Interrupted(f"interrupted; the same command goes on where it was, into {out}") from None
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
+    print(json.dumps(result) if as_json else _in_words(result))
+    return 0
+
+
+class Display:
+    """What is shown meanwhile: a bar on a terminal, now and then a line elsewhere, on stderr."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or stderr_console()
+        self._shown = time.monotonic()
+        self._progress = progress_bar(self.console, TextColumn("{task.percentage:.0f}%"))
+        self._task = self._progress.add_task("tokenize", total=None, numbers="")
+        self._first: int | None = None
+
+    def __enter__(self) -> "Display":
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def show(self, status: Status) -> None:
+        """Show where the work stands."""
+        rate = status.text_bytes / 1e6 / max(status.seconds, 1e-9)
+        numbers = f"{status.total.n_tokens:,} tokens   {rate:.1f} MB/s of text"
+        now = time.monotonic()
+        if self._first is None:
+            self._first = status.done
+            if status.done:
+                self.console.print(f"going on at {status.done / max(status.size, 1):.0%}", markup=False)
+            self._progress.reset(self._task, total=status.size, completed=status.done, numbers=numbers)
+        elif not self.console.is_terminal and now - self._shown > SECONDS_BETWEEN_LINES:
+            self._shown = now
+            left = status.seconds * (status.size - status.done) / max(status.done - self._first, 1)
+            line = f"{status.done / max(status.size, 1):.0%}   {numbers}   {clock(left)} left"
+            self.console.print(line, markup=False)
+        self._progress.update(self._task, completed=status.done, numbers=numbers)
+
+
+def _parse(args: list[str]) -> tuple[TokenizeSettings, list[str], Path, bool]:
+    from sdd.commands.parser import Parser, positive_int  # here, for the data do not depend on them
+
+    parser = Parser(prog="sdd tokenize", description=_ABOUT, allow_abbrev=False)
+    parser.add_argument("inputs", metavar="INPUT", nargs="+", help="file, folder or hf:NAME")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder for the token files")
+    parser.add_argument("--tokenizer", metavar="FILE", help="a tokenizer.json (default: the built-in one)")
+    parser.add_argument("--workers", type=positive_int, metavar="N", help="processes (default: one a core)")
+    parser.add_argument(
+        "--validation-fraction",
+        type=float,
+        default=VALIDATION_FRACTION,
+        metavar="X",
+        help=f"share of the text to hold out, from the ends of documents (default {VALIDATION_FRACTION})",
+    )
+    parser.add_argument("--text-field", default="text", metavar="NAME", help="field of the text (default text)")
+    parser.add_argument("--dtype", default="auto", metavar="auto|uint16|uint32", help="of the tokens (default auto)")
+    parser.add_argument("--eos", metavar="TOKEN", help="token after each document (default: the tokenizer's own)")
+    parser.add_argument("--skip-bad", action="store_true", help="pass over records that are no text, and count them")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    options = parser.parse_known(args)
+    if options.dtype not in ("auto", "uint16", "uint32"):
+        raise UserError(f"--dtype {options.dtype}: choose auto, uint16 or uint32")
+    settings = TokenizeSettings(
+        tokenizer=Tokenizer.load(options.tokenizer) if options.tokenizer else builtin_tokenizer(),
+        workers=options.workers or available_cpus(),
+        validation_fraction=options.validation_fraction,
+        text_field=options.text_field,
+        dtype=options.dtype,
+        eos=options.eos,
+        skip_bad=options.skip_bad,
+    )
+    return settings, options.inputs, options.out, options.json
+
+
+def _raise_on_sigterm() -> Any:
+    """Let SIGTERM end the work as Ctrl-C does; the handler before, None where signals are not ours."""
+
+    def handle(_number: int, _frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    try:
+        return signal.signal(signal.SIGTERM, handle)
+    except ValueError:  # not the main thread: whoever owns it owns the signals
+        return None
+
+
+def _in_words(result: dict[str, Any]) -> str:
+    speed = f", {result['mb_per_second']:.1f} MB/s" if result["mb_per_second"] else ""
+    skipped = f", {result['skipped']:,} records skipped" if result["skipped"] else ""
+    return (
+        f"done: {result['tokens']:,} tokens of {result['documents']:,} documents, {result['validation_tokens']:,} held "
+        f"out ({result['text_bytes'] / 1e6:,.1f} MB of text{speed}{skipped}); use them with: --data {result['out']}"
+    )

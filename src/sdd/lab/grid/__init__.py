@@ -1,0 +1,1 @@
+"""Grids of runs: jobs, workers, claims, times, what is shown meanwhile."""

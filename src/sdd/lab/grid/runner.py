@@ -1,0 +1,381 @@
+"""Runs a list of configs as ordinary runs, each in a process of its own, several at once.
+
+    OUT/runs/NAME/          the run directory, as `sdd train` makes it
+    OUT/configs/NAME.json   what was asked for, which `sdd train` reads
+    OUT/logs/NAME.log       what the process said
+    OUT/claims/NAME/        which machine has it, see sdd.lab.grid.claims
+
+Finished runs are not repeated, interrupted ones go on from their last checkpoint, and a run that diverged is a result
+like another. A run that ended for another reason (a full disk, lost data) is not: the next command tries it again. Any
+number of machines may work on one folder: each takes runs that no other has.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal
+
+import torch
+
+from sdd.data.workers import available_cpus
+from sdd.errors import Interrupted, UserError
+from sdd.lab.grid.claims import Claims
+from sdd.lab.grid.display import Display
+from sdd.train import RunConfig, config_io
+from sdd.train.run_dir import RunDir
+
+State = Literal["waiting", "running", "elsewhere", "done", "failed", "crashed", "interrupted"]
+#: States in which a run has said all it will say.
+FINISHED: tuple[State, ...] = ("done", "failed")
+_POLL_SECONDS = 0.3
+_LOOK_SECONDS = 2.0  # between looks at runs that other machines have
+_MOST_WORKERS = 4
+
+
+@dataclass
+class Job:
+    """One run of a grid, and where it stands.
+
+    Attributes:
+        name: the run directory's name, unique in the grid.
+        config: the run.
+        state: "done" and "failed" (diverged) are results; "crashed" is any other end, to be tried again; "elsewhere"
+            is with another machine.
+        detail: why it failed or crashed.
+        step: steps done.
+        loss: the last training loss.
+        eval_loss: the last held-out loss.
+        bits_per_byte: the last held-out bits per byte.
+        seconds: for a running job, since its process started; for others, what that came to.
+    """
+
+    name: str
+    config: RunConfig
+    state: State = "waiting"
+    detail: str = ""
+    step: int = 0
+    loss: float | str | None = None
+    eval_loss: float | str | None = None
+    bits_per_byte: float | str | None = None
+    seconds: float = 0.0
+    _first_step: int = field(default=0, repr=False)
+
+    @property
+    def steps_per_second(self) -> float | None:
+        """Steps of this session over its wall-clock time; None while that is mostly start-up."""
+        done = self.step - self._first_step
+        return done / self.seconds if 20 * done > self.config.steps and self.seconds > 0 else None
+
+
+class Grid:
+    """A list of runs under one folder.
+
+    Args:
+        runs: (name, config) of each; names are directory names.
+        out: the folder.
+        workers: runs at once on this machine; by default one a GPU, or without GPUs one a core, at most four. Each run
+            sees one GPU.
+
+    Raises:
+        UserError: if a run directory of that name holds a run with other settings.
+    """
+
+    def __init__(self, runs: Sequence[tuple[str, RunConfig]], out: Path, workers: int | None = None) -> None:
+        cores = available_cpus()
+        self.out = out
+        self.gpus = visible_gpus() if any(config.device in ("auto", "cuda") for _, config in runs) else []
+        wanted = workers or len(self.gpus) or min(cores, _MOST_WORKERS)
+        self.workers = max(1, min(wanted, len(runs)))
+        # A fixed number of threads a run, so that a result does not depend on how many runs stood beside it.
+        self.threads = max(1, cores // wanted)
+        self.jobs = [Job(name, replace(config, threads=config.threads or self.threads)) for name, config in runs]
+        self._tails = {job.name: _Tail(self.path(job.name) / "metrics.jsonl", job) for job in self.jobs}
+        self._active: list[_Process] = []
+        self._claims = Claims(out / "claims")
+        self._lost: set[str] = set()  # runs that another machine has taken over
+        self._looked = 0.0
+        self._stops = 0
+        for job in self.jobs:
+            self._check_settings(job)
+            self._find_out(job)
+
+    @property
+    def waiting(self) -> list[Job]:
+        """The runs that are still to be run."""
+        return [job for job in self.jobs if job.state not in FINISHED]
+
+    def path(self, name: str) -> Path:
+        """The run directory of that name."""
+        return self.out / "runs" / name
+
+    def run(self, display: Display | None = None) -> None:
+        """Run what is not finished, with the other machines that do; afterwards `jobs` say how each ended.
+
+        Raises:
+            Interrupted: after Ctrl-C or SIGTERM, when every run of this machine has saved.
+        """
+        for job in self.waiting:
+            job.state, job.detail = "waiting", ""
+        if not self.waiting:
+            return
+        with self._signals(), display or Display() as shown:
+            try:
+                while self._active or (self._open() and not self._stops):
+                    if not self._stops:
+                        self._fill()
+                    self._poll()
+                    shown.update(self.jobs, time_left(self.jobs, self.workers))
+                    time.sleep(_POLL_SECONDS)
+            finally:  # on the way out of an error no child is left behind
+                for process in self._active:
+                    process.child.terminate()
+                    process.child.wait()
+                    self._claims.release(process.job.name)
+        if self._stops:
+            raise Interrupted(self._farewell())
+
+    def _open(self) -> list[Job]:
+        return [job for job in self.jobs if job.state in ("waiting", "elsewhere")]
+
+    def _fill(self) -> None:
+        """Start runs that nobody has, until every worker is busy."""
+        looks = time.monotonic() - self._looked > _LOOK_SECONDS
+        if looks:
+            self._looked = time.monotonic()
+        for job in self._open():
+            if job.state == "elsewhere" and not looks:
+                continue
+            if len(self._active) == self.workers:
+                self._tails[job.name].read()
+            else:
+                self._start(job)
+
+    def _start(self, job: Job) -> None:
+        """Start a run unless another machine has it or has finished it."""
+        run = self.path(job.name)
+        mine = self._claims.take(job.name)
+        self._find_out(job)  # after the claim: nobody else finishes it any more
+        if job.state in FINISHED:
+            self._claims.release(job.name)
+        elif not mine or _is_written(run):  # of a study that was killed, a run may go on
+            job.state = "elsewhere"
+        else:
+            taken = {process.slot for process in self._active}
+            slot = next(number for number in range(self.workers) if number not in taken)
+            gpu = self.gpus[slot % len(self.gpus)] if self.gpus else None
+            self._active.append(_Process(job, self.out, self._tails[job.name], slot, self.threads, gpu))
+
+    def _check_settings(self, job: Job) -> None:
+        run = self.path(job.name)
+        if (run / "config.json").exists() and not same_settings(config_io.load(run / "config.json"), job.config):
+            raise UserError(
+                f"{run} holds a run with other settings than are asked for: choose another --out, or delete it"
+            )
+
+    def _find_out(self, job: Job) -> None:
+        """What the run directory says about a job."""
+        run = self.path(job.name)
+        result = _read_result(run)
+        self._tails[job.name].read()
+        if result.get("status") == "done" or diverged(run):
+            job.state, job.detail = result["status"], result.get("reason", "")
+            job.seconds = result.get("seconds", 0.0)
+
+    def _poll(self) -> None:
+        self._lost |= set(self._claims.renew())
+        for process in self._active:
+            process.tell(self._stops + (process.job.name in self._lost))
+        ended = [process for process in self._active if process.ended()]
+        for process in ended:
+            self._claims.release(process.job.name)
+            if process.job.name in self._lost and process.job.state == "interrupted":
+                process.job.state = "elsewhere"
+        self._active = [process for process in self._active if process not in ended]
+
+    def _farewell(self) -> str:
+        finished = sum(job.state in FINISHED for job in self.jobs)
+        return (
+            f"interrupted: {finished} of {len(self.jobs)} runs are finished, those under way are saved in {self.out}; "
+            "the same command goes on"
+        )
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """Count Ctrl-C and SIGTERM; the loop passes them on to the children."""
+
+        def handle(_number: int, _frame: FrameType | None) -> None:
+            self._stops += 1
+
+        numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+        try:
+            before = {number: signal.signal(number, handle) for number in numbers}
+        except ValueError:  # not the main thread: whoever owns it owns the signals
+            before = {}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+class _Process:
+    """The process of one run."""
+
+    def __init__(self, job: Job, out: Path, tail: "_Tail", slot: int, threads: int, gpu: str | None) -> None:
+        self.job, self.tail, self.slot = job, tail, slot
+        self.run = out / "runs" / job.name
+        self.log = out / "logs" / f"{job.name}.log"
+        config = out / "configs" / f"{job.name}.json"
+        for file in (config, self.log, self.run):
+            file.parent.mkdir(parents=True, exist_ok=True)
+        config_io.save(job.config, config)
+        resumed = (self.run / "config.json").exists()
+        command = ["resume", self.run] if resumed else ["train", config, "--out", self.run]
+        with self.log.open("a", encoding="utf-8") as log:
+            self.child = subprocess.Popen(
+                [sys.executable, "-m", "sdd", *map(str, command)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env={
+                    **os.environ,
+                    "OMP_NUM_THREADS": str(threads),
+                    **({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}),
+                },
+                process_group=0,  # Ctrl-C reaches this process alone, which tells its children once
+            )
+        self.began = time.monotonic()
+        self._told = 0
+        job.state, job.detail, job._first_step = "running", "", job.step
+
+    def tell(self, stops: int) -> None:
+        """Pass on so many signals in all: at the first a run saves and ends, at the second it ends at once.
+
+        As SIGTERM, which unlike SIGINT also ends a child that has not yet come to its training loop.
+        """
+        while self._told < stops:
+            self._told += 1
+            self.child.terminate()
+
+    def ended(self) -> bool:
+        """Bring the job up to date; whether the process has ended."""
+        code = self.child.poll()
+        self.tail.read()
+        self.job.seconds = time.monotonic() - self.began
+        if code is not None:
+            self._conclude(code)
+        return code is not None
+
+    def _conclude(self, code: int) -> None:
+        result = _read_result(self.run)
+        if code == 0:
+            self.job.state = "done"
+        elif code == 3 and diverged(self.run):
+            self.job.state, self.job.detail = "failed", result.get("reason", "")
+        elif self._told:
+            self.job.state = "interrupted"
+        else:
+            self.job.state = "crashed"
+            self.job.detail = _last_line(self.log) or f"exit code {code}, see {self.log}"
+
+
+class _Tail:
+    """Follows a metrics.jsonl and keeps its job up to date."""
+
+    def __init__(self, file: Path, job: Job) -> None:
+        self._file, self._job = file, job
+        self._offset = 0
+
+    def read(self) -> None:
+        """Take in the lines that were added; a file that became shorter was cut back by a resumed run."""
+        try:
+            if self._file.stat().st_size < self._offset:
+                self._offset = 0
+            with self._file.open("rb") as stream:
+                stream.seek(self._offset)
+                added, _, _ = stream.read().rpartition(b"\n")
+        except FileNotFoundError:
+            return
+        self._offset += len(added) + bool(added)
+        for line in added.splitlines():
+            self._take(json.loads(line))
+
+    def _take(self, row: dict[str, Any]) -> None:
+        job = self._job
+        job.step = row["step"]
+        job.loss = row.get("loss", job.loss)
+        job.eval_loss = row.get("eval_loss", job.eval_loss)
+        job.bits_per_byte = row.get("eval_bits_per_byte", job.bits_per_byte)
+
+
+def visible_gpus() -> list[str]:
+    """The CUDA devices that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is not None:
+        return [name.strip() for name in named.split(",") if name.strip()] if torch.cuda.is_available() else []
+    return [str(number) for number in range(torch.cuda.device_count())]
+
+
+def diverged(run: Path) -> bool:
+    """Whether a run was ended by a loss, gradient or weight that is not finite or absurdly large: that is a result."""
+    result = _read_result(run)
+    return result.get("status") == "failed" and result.get("cause") == "diverged"
+
+
+def same_settings(there: RunConfig, asked: RunConfig) -> bool:
+    """Whether a run's config is what is asked for, given what `sdd train` does to it.
+
+    Threads do not count, the vocabulary may have grown to fit the data, and paths have become absolute.
+    """
+    vocabulary = max(there.model.vocab_size, asked.model.vocab_size)
+    model = replace(asked.model, vocab_size=vocabulary)
+    return there == replace(asked, threads=there.threads, model=model, data=asked.data.absolute())
+
+
+def time_left(jobs: Sequence[Job], workers: int) -> float | None:
+    """Seconds until all jobs are done, as the rate of those so far has it; None before there is a rate."""
+    rates = [rate for job in jobs if (rate := job.steps_per_second)]
+    if not rates:
+        return None
+    usual = sorted(rates)[len(rates) // 2]
+    lanes = [0.0] * workers
+    # Those under way first, then each in turn where a worker is free first.
+    for job in sorted(jobs, key=lambda job: job.state != "running"):
+        if job.state in ("running", "waiting"):
+            rate = job.steps_per_second or usual
+            lanes[lanes.index(min(lanes))] += (job.config.steps - job.step) / rate
+    elsewhere = [(job.config.steps - job.step) / usual for job in jobs if job.state == "elsewhere"]
+    return max([*lanes, *elsewhere])
+
+
+def _read_result(run: Path) -> dict[str, Any]:
+    try:
+        return json.loads((run / "result.json").read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return {}
+
+
+def _is_written(run: Path) -> bool:
+    """Whether a process is writing into a run directory."""
+    if not run.is_dir():
+        return False
+    files = RunDir(run)
+    try:
+        files.lock()
+    except UserError:
+        return True
+    files.unlock()
+    return False
+
+
+def _last_line(log: Path) -> str:
+    lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
+    return next((line.strip() for line in reversed(lines) if line.strip()), "")

@@ -1,0 +1,1 @@
+"""The studies, one file each: a table, a figure or a question."""

@@ -1,0 +1,1 @@
+"""The page of a run: curves, heat maps, routing, verdict."""
