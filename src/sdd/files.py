@@ -1,11 +1,14 @@
-"""Files that are whole or not there, whatever happens meanwhile, and folders that one process writes into."""
+"""Files that are whole or absent whatever happens meanwhile, JSON with non-finite numbers, and locked folders."""
 
+import json
 import logging
+import math
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from sdd.errors import UserError
 
@@ -17,19 +20,96 @@ except ImportError:  # Windows has no flock; there nothing guards a folder again
 _log = logging.getLogger(__name__)
 
 
-def write_aside(path: Path, text: str) -> None:
-    """Replace a small file: written under another name, brought to the disk, and renamed.
+def write_aside(path: Path, content: str | bytes, *, durable: bool = True) -> None:
+    """Replace a file as a whole: written under another name, brought to the disk, and renamed.
+
+    Args:
+        path: the file.
+        content: bytes, or text that becomes UTF-8.
+        durable: wait until the disk has it; without, a power cut may leave the file empty.
 
     Raises:
         OSError: if the disk refuses; the file is then as it was before.
     """
-    aside = path.with_name(f".tmp-{path.name}")
-    with naming(path):
-        with aside.open("w", encoding="utf-8") as file:
-            file.write(text)
+    data = content.encode("utf-8", "replace") if isinstance(content, str) else content
+    with aside(path) as temporary, temporary.open("wb") as file:
+        file.write(data)
+        if durable:
             file.flush()
             os.fsync(file.fileno())
-        aside.replace(path)
+
+
+@contextmanager
+def aside(path: Path) -> Iterator[Path]:
+    """A name beside `path` to write to; the file gets its own name at the end, or is deleted after an exception.
+
+    The name is this process's own, so that several may replace one file: the last one wins.
+
+    Raises:
+        OSError: with the name of `path`, if the disk refuses.
+    """
+    temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}-{threading.get_ident()}")
+    try:
+        with naming(path):
+            yield temporary
+            temporary.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+def read_json_lines(file: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a JSON-lines file; a line that a killed process left unfinished is passed over."""
+    with file.open("rb") as stream:
+        yield from parse_json_lines(stream)
+
+
+def parse_json_lines(lines: Iterable[str | bytes]) -> Iterator[dict[str, Any]]:
+    """The objects among lines of JSON; what is not a whole object is passed over."""
+    for line in lines:
+        text = line.decode("utf-8", "replace") if isinstance(line, bytes) else line
+        try:
+            row = json.loads(text)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(row, dict):
+            yield row
+
+
+def read_json_object(file: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty if there is no such file, or what it holds is no object."""
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def finite(value: Any, digits: int | None = None) -> Any:
+    """A value that JSON can hold: the strings "nan", "inf" and "-inf" for the numbers that it lacks.
+
+    Args:
+        value: of dicts, lists, tuples and what stands in them.
+        digits: significant digits to which floats are rounded; None for all.
+    """
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            return str(value)
+        return value if digits is None else float(f"{value:.{digits}g}")
+    if isinstance(value, dict):
+        return {key: finite(item, digits) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item, digits) for item in value]
+    return value
+
+
+def number(value: Any) -> float:
+    """A number of a JSON file as float; "nan", "inf" and "-inf" are numbers, anything else is nan."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return math.nan
 
 
 @contextmanager

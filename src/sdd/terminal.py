@@ -1,6 +1,8 @@
-"""What long work shows on a terminal, in one manner for every command."""
+"""What commands show on a terminal: progress, durations, aligned tables."""
 
 import sys
+import time
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -46,3 +48,40 @@ def clock(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+class Interval:
+    """A clock for what is done now and then: `due()` once every so many seconds.
+
+    Args:
+        seconds: between two times.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds, self._last = seconds, time.monotonic()
+
+    def due(self) -> bool:
+        """Whether the seconds have passed since the start or the last True; a True starts them anew."""
+        now = time.monotonic()
+        if now - self._last < self._seconds:
+            return False
+        self._last = now
+        return True
+
+
+def aligned(rows: Sequence[Sequence[object]], right: Collection[int] = ()) -> list[str]:
+    """Rows as lines with aligned columns; those in `right` are flushed right."""
+    text = [[str(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*text, strict=True)]
+    return [
+        "  ".join(
+            cell.rjust(width) if index in right else cell.ljust(width)
+            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in text
+    ]
+
+
+def indented(lines: Sequence[str]) -> list[str]:
+    """The same lines two spaces further in."""
+    return [f"  {line}" for line in lines]

@@ -5,7 +5,7 @@ from typing import Any
 
 from sdd.bench.profile import differences
 from sdd.bench.targets import check
-from sdd.text_table import aligned, indented
+from sdd.terminal import aligned, indented
 
 #: Operations of a profile that are shown.
 SHOWN = 10

@@ -16,7 +16,7 @@ from sdd.evals.text import load_trained
 from sdd.models import LanguageModel, model_presets
 from sdd.probing import Probe
 from sdd.probing.rows import Row
-from sdd.text_table import aligned
+from sdd.terminal import aligned
 from sdd.train import config_io
 from sdd.train.checkpoint import load_checkpoint
 from sdd.train.config import RunConfig

@@ -8,7 +8,7 @@ from sdd.models.flops import training_flops
 from sdd.models.init import init_std
 from sdd.models.presets import count_parameters, model_presets
 from sdd.placement import MODEL_SITES, PROJECTIONS, SCALES, SITES, Norm, Placement, Site, placements
-from sdd.text_table import aligned, indented
+from sdd.terminal import aligned, indented
 
 
 def list_presets() -> str:

@@ -2,7 +2,7 @@
 
 from sdd.plan.estimate import USABLE, Plan
 from sdd.plan.memory import Memory
-from sdd.text_table import aligned, indented
+from sdd.terminal import aligned, indented
 
 
 def show_plan(name: str, plan: Plan) -> str:
