@@ -1,7 +1,8 @@
-"""SDDLinear as a drop-in nn.Linear, and RMSNorm."""
+"""SDDLinear in the place of nn.Linear, and RMSNorm."""
 
 import copy
 import io
+import pickle
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from sdd import SDDLinear
-from sdd.functional import sdd_linear
+from sdd.conversion import convert
+from sdd.functional import norm, sdd_linear
 from sdd.nn import RMSNorm
 
 GROUPS = [None, 4, ((8, 4), (4, 0))]
@@ -32,9 +34,9 @@ def round_trip(module: nn.Module) -> dict[str, Tensor]:
 # --- construction ---
 
 
-def test_takes_the_place_of_a_linear():
+def test_has_the_signature_and_attributes_of_a_linear():
     layer = SDDLinear(5, 12, False, "cpu", torch.float64)
-    assert isinstance(layer, nn.Linear)
+    assert (layer.in_features, layer.out_features) == (5, 12)
     assert layer.bias is None
     assert layer.weight.shape == (12, 5)
     assert layer.weight.dtype == layer.alpha.dtype == torch.float64
@@ -71,13 +73,25 @@ def test_alpha_is_float32_in_a_half_precision_layer(dtype):
     assert layer.alpha.grad.dtype == torch.float32
 
 
-def test_draws_weight_and_bias_as_a_linear_does():
-    torch.manual_seed(3)
-    linear = nn.Linear(5, 12)
-    torch.manual_seed(3)
-    layer = SDDLinear(5, 12)
+@pytest.mark.parametrize("bias", [True, False])
+def test_draws_what_a_linear_draws_and_leaves_the_generator_where_it_does(bias):
+    built = []
+    for kind in (nn.Linear, SDDLinear):
+        torch.manual_seed(3)
+        built.append((kind(7, 12, bias), torch.get_rng_state()))
+    (linear, linear_state), (layer, state) = built
     assert torch.equal(layer.weight, linear.weight)
-    assert torch.equal(layer.bias, linear.bias)
+    assert torch.equal(state, linear_state)
+    assert layer.bias is None or torch.equal(layer.bias, linear.bias)
+
+
+def test_groups_are_resolved_once_and_cannot_be_changed():
+    layer = SDDLinear(5, 12, group=[(8, 4), (4, 0)])
+    assert layer.group == layer.parts == ((8, 4), (4, 0))
+    assert (SDDLinear(5, 12, group=4).group, SDDLinear(5, 12, group=4).parts) == (4, ((12, 4),))
+    assert (SDDLinear(5, 12).group, SDDLinear(5, 12).parts) == (None, ((12, 12),))
+    with pytest.raises(AttributeError, match="group"):
+        layer.group = 4
 
 
 @pytest.mark.parametrize(
@@ -113,6 +127,49 @@ def test_repr_shows_what_differs_from_the_defaults():
     assert "group=((4, 2), (4, 0)), shared_alpha=True, alpha_init=0.5" in text
 
 
+# --- code that takes every nn.Linear for a plain matrix ---
+
+
+def test_is_no_linear():
+    assert not isinstance(SDDLinear(5, 12), nn.Linear)
+    assert not issubclass(SDDLinear, nn.Linear)
+
+
+def replaced(model: nn.Module) -> list[str]:
+    """Replace the Linears of a model as quantisers, adapters and serving engines do; the names of those replaced."""
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    for name in names:
+        parent, _, leaf = name.rpartition(".")
+        linear = model.get_submodule(name)
+        plain = nn.Sequential(nn.Linear(linear.in_features, linear.out_features))
+        plain[0].weight = linear.weight
+        setattr(model.get_submodule(parent), leaf, plain)
+    return names
+
+
+@pytest.mark.parametrize("how", ["built", "converted"])
+def test_a_loop_that_replaces_linears_leaves_sdd_layers_and_their_output_alone(how):
+    if how == "built":
+        model = nn.Sequential(SDDLinear(5, 12), nn.ReLU(), nn.Linear(12, 3, bias=False))
+    else:
+        model = nn.Sequential(nn.Linear(5, 12), nn.ReLU(), nn.Linear(12, 3, bias=False))
+        convert(model, exclude="2")
+    x = randn(4, 5)
+    y, layer = model(x), model[0]
+    assert replaced(model) == ["2"]
+    assert model[0] is layer
+    with torch.no_grad():
+        model[2][0].bias.zero_()
+    torch.testing.assert_close(model(x), y)
+
+
+def test_an_initialiser_of_linears_does_not_draw_it_again():
+    layer = SDDLinear(5, 12)
+    before = layer.weight.clone()
+    layer.apply(lambda module: module.reset_parameters() if isinstance(module, nn.Linear) else None)
+    assert torch.equal(layer.weight, before)
+
+
 # --- state dicts and copies ---
 
 
@@ -127,6 +184,14 @@ def test_a_linear_state_dict_loads_strictly_and_keeps_alpha():
     assert torch.equal(layers[2].weight, linears[2].weight)
     assert layers[0].alpha.tolist() == [7.0, 0.5, 0.5, 0.5, 0.5, 0.5]
     assert layers[2].alpha.tolist() == [2.0, 2.0, 2.0]
+
+
+def test_an_sdd_state_dict_loads_into_a_linear_but_for_alpha():
+    layer, linear = SDDLinear(4, 6), nn.Linear(4, 6)
+    keys = linear.load_state_dict(round_trip(layer), strict=False)
+    assert (keys.missing_keys, keys.unexpected_keys) == ([], ["alpha"])
+    assert torch.equal(linear.weight, layer.weight)
+    assert torch.equal(linear.bias, layer.bias)
 
 
 def test_an_sdd_state_dict_must_hold_alpha():
@@ -160,11 +225,13 @@ def test_save_load_and_copy_keep_the_function(group):
     loaded = SDDLinear(5, 12, group=group, eps=1e-2)
     loaded.load_state_dict(round_trip(layer))
     assert torch.equal(loaded(x), y)
-    twin = copy.deepcopy(layer)
+    twins = [copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))]
     with torch.no_grad():
         layer.alpha.zero_()
         layer.weight.zero_()
-    assert torch.equal(twin(x), y)
+    for twin in twins:
+        assert torch.equal(twin(x), y)
+        assert (twin.group, repr(twin)) == (layer.group, repr(layer))
 
 
 # --- transformations ---
@@ -221,3 +288,21 @@ def test_rms_norm_with_one_scale_for_all_heads():
         shared.weight.copy_(torch.linspace(-1, 2, 4))
         full.weight.copy_(shared.weight.repeat(2))
     torch.testing.assert_close(shared(randn(3, 8)), full(randn(3, 8)))
+
+
+@pytest.mark.parametrize("group", [None, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_rms_norm_without_a_scale_is_the_norm_in_the_dtype_of_its_input(dtype, group):
+    module = RMSNorm(8, eps=1e-2, group=group, scale=False)
+    x = randn(2, 3, 8, dtype=dtype)
+    assert module(x).dtype == dtype
+    assert torch.equal(module(x), norm(x, 1e-2, group).to(dtype))
+
+
+def test_rms_norm_without_a_scale_has_no_parameters():
+    module = RMSNorm(8, scale=False, device="meta")
+    module.reset_parameters()
+    assert module.weight is None
+    assert module.state_dict() == {}
+    assert repr(module) == "RMSNorm(8, scale=False, eps=1e-06)"
+    assert repr(RMSNorm(8, 0.5)) == "RMSNorm(8, weight_init=0.5, eps=1e-06)"

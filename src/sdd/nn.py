@@ -1,30 +1,35 @@
-"""`SDDLinear`, the drop-in fully-connected layer, `RMSNorm`, the plain norm of the other sites, and layers of experts.
+"""The layers: `SDDLinear`, `RMSNorm`, and the fully-connected layers of experts.
 
-`SDDExpertLinear` holds one SDD layer an expert of a mixture, stacked.
+`SDDLinear` takes the place of `torch.nn.Linear`, `RMSNorm` is the norm at sites that are no projection, and
+`ExpertLinear` and `SDDExpertLinear` stack one layer for each expert of a mixture.
 """
-
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sdd import probe_points
-from sdd.functional import Eps, Group, alpha_size, resolve_group
+from sdd.functional import Eps, Group, alpha_size, norm, resolve_group
 from sdd.kernels import scaled_norm
 from sdd.kernels.experts import Order, expert_scaled_norm, grouped_linear
 
+Device = torch.device | str | None
 
-class SDDLinear(nn.Linear):
+
+class SDDLinear(nn.Module):
     """A fully-connected layer with Scale-Distribution Decoupling, `y = alpha * norm(V x) + b`.
 
-    A subclass of `torch.nn.Linear` with its signature: `.weight` is V, `.bias` is b, and `.alpha` is added.
+    It has the signature of `torch.nn.Linear`: `.weight` is V, `.bias` is b, and `.alpha` is added.
     `norm(z) = z / sqrt(mean(z^2) + eps)` is taken over the output features of each token, or over groups of them.
     Statistics are float32 (float64 for float64 input), alpha is applied in float32 before the cast back to the dtype
     of `V x`, and the bias comes after the scale.
 
     The forward pass does not see the scale of V (up to eps): the initial std of V only sets how fast an optimiser
     step turns it.
+
+    It is not a subclass of `nn.Linear`, because code that takes it for a plain matrix would be silently wrong: merging
+    a LoRA adapter into V changes the output, a quantiser or serving engine that replaces every `nn.Linear` drops the
+    norm, and a training library may draw its weight again. Such code now leaves the layer alone, or refuses it.
 
     A state dict of an `nn.Linear` of the same shape loads into it (strictly): V and b are taken from it, alpha keeps
     its present value. A state dict that an `SDDLinear` wrote must hold alpha.
@@ -42,6 +47,9 @@ class SDDLinear(nn.Linear):
         alpha_init: initial value of every element of alpha.
         eps: added to the mean square, inside the root.
 
+    Attributes:
+        parts: `group` as consecutive `(width, group_width)` parts, resolved when the layer is built.
+
     Shapes:
         input `[..., in_features]`, output `[..., out_features]`, alpha `[out_features]` for one group.
 
@@ -51,15 +59,17 @@ class SDDLinear(nn.Linear):
     Source: arXiv 2502.15499.
     """
 
-    # marks state dicts that must hold alpha; those of nn.Linear carry version 1
+    # State dicts of version 2 must hold alpha. Those of nn.Linear carry version 1.
     _version = 2
+
+    bias: nn.Parameter | None
 
     def __init__(
         self,
         in_features: int,
         out_features: int,
         bias: bool = True,
-        device: torch.device | str | None = None,
+        device: Device = None,
         dtype: torch.dtype | None = None,
         *,
         group: Group = None,
@@ -67,47 +77,49 @@ class SDDLinear(nn.Linear):
         alpha_init: float = 1.0,
         eps: float = 1e-6,
     ) -> None:
-        parts = resolve_group(group, out_features)
-        super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
-        self.group: Group = group if group is None or isinstance(group, int) else parts
-        self.shared_alpha = shared_alpha
-        self.alpha_init = alpha_init
-        self.eps = eps
-        alpha_dtype = torch.promote_types(self.weight.dtype, torch.float32)
-        self.alpha = nn.Parameter(torch.empty(alpha_size(parts, shared_alpha), device=device, dtype=alpha_dtype))
-        nn.init.constant_(self.alpha, alpha_init)
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.weight = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
+        b = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
+        self.register_parameter("bias", b)
+        self._add_norm(group, shared_alpha, alpha_init, eps)
+        self.reset_parameters()
+
+    def _add_norm(self, group: Group, shared_alpha: bool, alpha_init: float, eps: float) -> None:
+        """Add alpha and the settings of the norm; `sdd.convert` calls this on a converted `nn.Linear`."""
+        self.parts = resolve_group(group, self.out_features)
+        self._group: Group = group if group is None or isinstance(group, int) else self.parts
+        self.shared_alpha, self.alpha_init, self.eps = shared_alpha, alpha_init, eps
+        self.alpha = _new_alpha(self.weight, (alpha_size(self.parts, shared_alpha),), alpha_init)
+
+    @property
+    def group(self) -> Group:
+        """The norm groups as they were given; read-only, because alpha's size and `parts` follow from them."""
+        return self._group
 
     def reset_parameters(self) -> None:
-        """Draw V and b as `nn.Linear` does and set alpha to `alpha_init`."""
-        super().reset_parameters()
-        if "alpha" in self._parameters:  # nn.Linear.__init__ calls this before alpha exists
-            nn.init.constant_(self.alpha, self.alpha_init)
+        """Draw V and b as `nn.Linear` does, and set alpha to `alpha_init`."""
+        nn.Linear.reset_parameters(self)  # pyright: ignore[reportArgumentType] (it needs weight and bias only)
+        nn.init.constant_(self.alpha, self.alpha_init)
 
     def forward(self, input: Tensor) -> Tensor:
         """Compute `alpha * norm(V x) + b`; `[..., in_features]` to `[..., out_features]`."""
         z = F.linear(input, self.weight)
-        y = scaled_norm(z, self.alpha, self.bias, group=self.group, eps=self.eps)
+        y = scaled_norm(z, self.alpha, self.bias, group=self.parts, eps=self.eps)
         probe_points.projection(self, z, y)
         return y
 
     def extra_repr(self) -> str:
-        """The arguments that differ from the defaults, after those of `nn.Linear`."""
-        text = super().extra_repr()
+        """The arguments of `nn.Linear`, then those of the norm that differ from the defaults."""
+        text = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
         if self.group is not None:
             text += f", group={self.group}"
         if self.shared_alpha:
             text += ", shared_alpha=True"
         return f"{text}, alpha_init={self.alpha_init:.4g}, eps={self.eps:g}"
 
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
+    def _load_from_state_dict(  # the signature is torch's
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
     ) -> None:
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
@@ -130,36 +142,45 @@ class RMSNorm(nn.Module):
         eps: added to the mean square, inside the root.
         device: as in every module.
         group: width of the norm groups (heads); None for one group.
+        scale: whether a scale is learned; without, `.weight` is None and `y = x / sqrt(mean(x^2) + eps)`.
 
     Shapes:
         input and output `[..., features]`.
     """
+
+    weight: nn.Parameter | None
 
     def __init__(
         self,
         width: int,
         weight_init: float = 1.0,
         eps: float = 1e-6,
-        device: torch.device | str | None = None,
+        device: Device = None,
         *,
         group: int | None = None,
+        scale: bool = True,
     ) -> None:
         super().__init__()
-        self.group, self.weight_init, self.eps = group, weight_init, eps
-        self.weight = nn.Parameter(torch.empty(width, device=device, dtype=torch.float32))
+        self.width, self.group, self.weight_init, self.eps = width, group, weight_init, eps
+        weight = nn.Parameter(torch.empty(width, device=device, dtype=torch.float32)) if scale else None
+        self.register_parameter("weight", weight)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Set the scale to `weight_init`."""
-        nn.init.constant_(self.weight, self.weight_init)
+        """Set the scale, if there is one, to `weight_init`."""
+        if self.weight is not None:
+            nn.init.constant_(self.weight, self.weight_init)
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise and scale; `[..., features]` to `[..., features]`."""
+        if self.weight is None:
+            return norm(x, self.eps, self.group).to(x.dtype)
         return scaled_norm(x, self.weight, group=self.group, eps=self.eps)
 
     def extra_repr(self) -> str:
         """Width, initial scale and eps."""
-        return f"{self.weight.shape[0]}, weight_init={self.weight_init:.4g}, eps={self.eps:g}"
+        scale = "scale=False" if self.weight is None else f"weight_init={self.weight_init:.4g}"
+        return f"{self.width}, {scale}, eps={self.eps:g}"
 
 
 class ExpertLinear(nn.Module):
@@ -181,7 +202,7 @@ class ExpertLinear(nn.Module):
         n_experts: int,
         in_features: int,
         out_features: int,
-        device: torch.device | str | None = None,
+        device: Device = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
@@ -202,7 +223,7 @@ class ExpertLinear(nn.Module):
         return self.product(x_MI, order)
 
     def extra_repr(self) -> str:
-        """Its shape."""
+        """The shape of the weight."""
         E, O, I = self.weight.shape
         return f"n_experts={E}, in_features={I}, out_features={O}"
 
@@ -228,7 +249,7 @@ class SDDExpertLinear(ExpertLinear):
         n_experts: int,
         in_features: int,
         out_features: int,
-        device: torch.device | str | None = None,
+        device: Device = None,
         dtype: torch.dtype | None = None,
         *,
         alpha_init: float = 1.0,
@@ -236,12 +257,10 @@ class SDDExpertLinear(ExpertLinear):
     ) -> None:
         super().__init__(n_experts, in_features, out_features, device, dtype)
         self.alpha_init, self.eps = alpha_init, eps
-        alpha_dtype = torch.promote_types(self.weight.dtype, torch.float32)
-        self.alpha = nn.Parameter(torch.empty(n_experts, out_features, device=device, dtype=alpha_dtype))
-        nn.init.constant_(self.alpha, alpha_init)
+        self.alpha = _new_alpha(self.weight, (n_experts, out_features), alpha_init)
 
     def reset_parameters(self) -> None:
-        """Draw each matrix as `nn.Linear` does and set alpha to `alpha_init`."""
+        """Draw each matrix as `nn.Linear` does, and set alpha to `alpha_init`."""
         super().reset_parameters()
         if "alpha" in self._parameters:  # the first call comes before alpha exists
             nn.init.constant_(self.alpha, self.alpha_init)
@@ -254,9 +273,15 @@ class SDDExpertLinear(ExpertLinear):
         return y
 
     def scale(self, z_MO: Tensor, order: Order, eps: Eps | None = None) -> Tensor:
-        """`alpha_e * norm(z)`; with another eps if one is given."""
+        """`alpha_e * norm(z)`; with the layer's own eps unless another is given."""
         return expert_scaled_norm(z_MO, self.alpha, order, eps=self.eps if eps is None else eps)
 
     def extra_repr(self) -> str:
-        """The shape, and the arguments of the norm."""
+        """The shape of the weight, and the arguments of the norm."""
         return f"{super().extra_repr()}, alpha_init={self.alpha_init:.4g}, eps={self.eps:g}"
+
+
+def _new_alpha(weight: Tensor, shape: tuple[int, ...], value: float) -> nn.Parameter:
+    """Alpha for a weight: on its device, in at least float32, trained if the weight is."""
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    return nn.Parameter(torch.full(shape, value, device=weight.device, dtype=dtype), weight.requires_grad)

@@ -1,4 +1,4 @@
-"""Optimiser groups by role: which parameters weight decay reaches."""
+"""Optimiser groups by role, so that weight decay reaches the right parameters."""
 
 from typing import Any, Literal
 
@@ -15,7 +15,7 @@ def param_groups(
     alpha_weight_decay: float = 0.0,
     embedding_weight_decay: float = 0.0,
 ) -> list[dict[str, Any]]:
-    """The trainable parameters of a model in groups by role, as an argument of `torch.optim.AdamW`.
+    """Group a model's trainable parameters by role, as an argument for `torch.optim.AdamW`.
 
     | role      | parameters                                                          | decay                  |
     |-----------|---------------------------------------------------------------------|------------------------|
@@ -24,8 +24,8 @@ def param_groups(
     | alpha     | alpha of an SDD layer; a 1-D weight of a class named `...norm...`   | alpha_weight_decay     |
     | bias      | everything else                                                     | 0                      |
 
-    Decay on V acts on the learning rate only (the forward pass does not see its scale); decay on alpha and on the
-    scales of output norms shrinks what a layer says, which arXiv 2605.26895 finds harmful.
+    Decay on V changes the effective learning rate only, because the forward pass does not see the scale of V. Decay on
+    alpha and on the scales of output norms shrinks the output itself, which arXiv 2605.26895 finds harmful.
 
     Args:
         model: any module.
@@ -35,34 +35,22 @@ def param_groups(
 
     Returns:
         One dict `{"params", "weight_decay", "role", "names"}` for each role that has trainable parameters, in the
-        order of the table, parameters in the model's order. A shared parameter stands once, by its first name.
+        order of the table, with the parameters in the model's order. A shared parameter appears once, by its first
+        name.
     """
-    decay: dict[Role, float] = {
-        "matrix": weight_decay,
-        "embedding": embedding_weight_decay,
-        "alpha": alpha_weight_decay,
-        "bias": 0.0,
-    }
-    roles = _special_roles(model)
-    members: dict[Role, list[tuple[str, nn.Parameter]]] = {role: [] for role in decay}
+    decay = {"matrix": weight_decay, "embedding": embedding_weight_decay, "alpha": alpha_weight_decay, "bias": 0.0}
+    groups = {role: {"params": [], "weight_decay": value, "role": role, "names": []} for role, value in decay.items()}
+    roles = _roles_by_owner(model)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            role = roles.get(parameter, "matrix" if parameter.ndim > 1 else "bias")
-            members[role].append((name, parameter))
-    return [
-        {
-            "params": [parameter for _, parameter in named],
-            "weight_decay": decay[role],
-            "role": role,
-            "names": [name for name, _ in named],
-        }
-        for role, named in members.items()
-        if named
-    ]
+            group = groups[roles.get(parameter, "matrix" if parameter.ndim > 1 else "bias")]
+            group["params"].append(parameter)
+            group["names"].append(name)
+    return [group for group in groups.values() if group["params"]]
 
 
-def _special_roles(model: nn.Module) -> dict[nn.Parameter, Role]:
-    """The parameters whose role their owner decides."""
+def _roles_by_owner(model: nn.Module) -> dict[nn.Parameter, Role]:
+    """The role of each parameter whose module decides it, whatever the parameter's shape."""
     roles: dict[nn.Parameter, Role] = {}
     for module in model.modules():
         weight = module._parameters.get("weight")

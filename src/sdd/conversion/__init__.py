@@ -1,4 +1,4 @@
-"""SDD for foreign models: which layers to convert, the conversion and its report."""
+"""SDD for foreign models: choose the layers, convert them in place, and report."""
 
 from sdd.conversion.convert import convert
 from sdd.conversion.report import ConversionReport, ConvertedLayer, KeptLayer

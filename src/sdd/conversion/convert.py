@@ -1,9 +1,9 @@
-"""`sdd.convert`: SDD for a model that was written without it."""
+"""`sdd.convert`: turn the layers of a model that was written without SDD into SDD layers."""
 
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -38,26 +38,26 @@ def convert(
 
     A layer stays an `nn.Linear`, with the reason in the report, if
 
-    - it is the head: `model.get_output_embeddings()`, or named like one (lm_head, head, classifier, ...) outside the
-      blocks; or an MoE router: named so, or a `gate` beside experts. These are guesses: naming the layer in `include`
-      by its full name, without wildcards, overrules them;
+    - it is the head: the model's `get_output_embeddings()`, or a layer named like one (lm_head, head, classifier, ...)
+      outside the blocks; or it is a router of experts: named so, or a `gate` beside experts. These are guesses. To
+      overrule them, name the layer in `include` by its full name, without wildcards;
     - another module owns its weight or bias too (tied to the embedding);
-    - it is of a subclass of `nn.Linear` (quantised, LoRA, the out-projection of `nn.MultiheadAttention`), is
-      parametrised, holds something else than a plain floating parameter, or had its forward replaced: all of these
-      compute something else than `W x + b` from the parameters;
+    - it computes something else than `W x + b` from its parameters: a subclass of `nn.Linear` (quantised, LoRA, the
+      out-projection of `nn.MultiheadAttention`), a parametrised layer, a weight that is no plain floating parameter,
+      or a forward that was replaced;
     - it has one output feature, of which a norm would keep only the sign.
 
-    Every converted layer remains the same object: its parameters, hooks, training flag, device, dtype and second
-    names stay, only its class changes and alpha is added (float32 in a half-precision model, requires_grad as the
-    weight's). Code that reads `.weight` without calling the layer is not seen by convert; the one such case in torch,
-    the fused inference path of `nn.TransformerEncoder`, is switched off where it would read a converted layer. On the
-    meta device nothing is drawn.
+    Every converted layer remains the same object. Its parameters, hooks, training flag, device, dtype and second names
+    stay. Only its class changes (`SDDLinear` is not an `nn.Linear`), and alpha is added: float32 in a half-precision
+    model, requires_grad as the weight's. Code that reads `.weight` without calling the layer would compute `V x`
+    without the norm. Torch has one such case, the fused inference path of `nn.TransformerEncoder`; it is switched off
+    where it would read a converted layer. On the meta device nothing is drawn.
 
     Args:
         model: any module.
         include: glob patterns (`fnmatch`, `*` crosses dots) of the layers to convert; None for all. A pattern fits a
             full dotted name or its ending after a dot: "q_proj", "mlp.*", "*.layers.0.*".
-        exclude: patterns of the layers to leave; stronger than `include`.
+        exclude: patterns of the layers to leave; it wins over `include`.
         mode: "reinit", the only one in this version.
         output: patterns of the projections that write to the residual stream; None for the names that published
             models give them (o_proj, down_proj, c_proj, fc2, ...).
@@ -90,9 +90,9 @@ def convert(
     converted = []
     for name, linear in selection.linears.items():
         is_output = matches(name, patterns.get("output", OUTPUTS))
-        _become_sdd(linear, scales[is_output], eps)
-        _reinit(linear, generator)
-        converted.append(ConvertedLayer(name, (linear.out_features, linear.in_features), scales[is_output], is_output))
+        layer = _become_sdd(linear, scales[is_output], eps)
+        _reinit(layer, generator)
+        converted.append(ConvertedLayer(name, (layer.out_features, layer.in_features), scales[is_output], is_output))
     _leave_fused_inference(model)
     depth_guessed = n_layers is None and any(layer.is_output for layer in converted)
     notes = _notes(model, selection, depth_guessed)
@@ -107,49 +107,41 @@ def _scale(argument: str, value: float | str, n_layers: int) -> float:
     return float(value)
 
 
-def _become_sdd(linear: nn.Linear, alpha_init: float, eps: float) -> None:
+def _become_sdd(linear: nn.Linear, alpha_init: float, eps: float) -> SDDLinear:
     """Change the layer's class in place, as torch's parametrisations do.
 
     A new module would lose hooks, second names, and references held outside the module tree.
     """
-    weight = linear.weight
-    alpha = torch.full(
-        (linear.out_features,),
-        alpha_init,
-        device=weight.device,
-        dtype=torch.promote_types(weight.dtype, torch.float32),
-    )
-    linear.__class__ = SDDLinear
-    vars(linear).update(group=None, shared_alpha=False, alpha_init=alpha_init, eps=eps)
-    linear.register_parameter("alpha", nn.Parameter(alpha, requires_grad=weight.requires_grad))
+    layer: Any = linear
+    layer.__class__ = SDDLinear
+    layer._add_norm(None, False, alpha_init, eps)
+    return layer
 
 
 @torch.no_grad()
-def _reinit(linear: nn.Linear, generator: torch.Generator | None) -> None:
-    std = 1 / math.sqrt(2.5 * linear.in_features)
-    weight = linear.weight
-    # drawn before rounding: a seed gives a half-precision model the values of the float32 one
+def _reinit(layer: SDDLinear, generator: torch.Generator | None) -> None:
+    std = 1 / math.sqrt(2.5 * layer.in_features)
+    weight = layer.weight
+    # Drawn in float32 and then rounded, so that a seed gives a half-precision model the values of the float32 one.
     drawn = torch.empty(
         weight.shape,
         dtype=torch.promote_types(weight.dtype, torch.float32),
         device=weight.device if generator is None else generator.device,
     )
     weight.copy_(nn.init.trunc_normal_(drawn, std=std, a=-3 * std, b=3 * std, generator=generator))
-    if linear.bias is not None:
-        linear.bias.zero_()
+    if layer.bias is not None:
+        layer.bias.zero_()
 
 
 def _leave_fused_inference(model: nn.Module) -> None:
-    """Keep nn.TransformerEncoder from its fused inference path, which reads converted weights as plain ones."""
+    """Switch off the fused inference path of nn.TransformerEncoder, which reads converted weights as plain ones."""
     for module in model.modules():
-        if isinstance(module, nn.TransformerEncoderLayer) and _has_sdd(module):
-            module.activation_relu_or_gelu = 0  # one of the conditions of the path
-        elif isinstance(module, nn.TransformerEncoder) and _has_sdd(module):
+        if not any(isinstance(inner, SDDLinear) for inner in module.modules()):
+            continue
+        if isinstance(module, nn.TransformerEncoderLayer):
+            module.activation_relu_or_gelu = 0  # the path requires it to be 1 or 2
+        elif isinstance(module, nn.TransformerEncoder):
             module.use_nested_tensor = False
-
-
-def _has_sdd(module: nn.Module) -> bool:
-    return any(isinstance(inner, SDDLinear) for inner in module.modules())
 
 
 def _notes(model: nn.Module, selection: Selection, depth_guessed: bool) -> list[str]:

@@ -1,4 +1,4 @@
-"""Which layers of a foreign model to convert, and why the others stay."""
+"""Choose the layers of a foreign model to convert, and say why the others stay."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -51,6 +51,7 @@ OUTPUTS = (
 )
 _HEAD = "the head: its outputs are logits or predictions"
 _ROUTER = "a router: its outputs choose experts"
+_LINEARS = (nn.Linear, SDDLinear)
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -77,7 +78,7 @@ def matches(name: str, patterns: Iterable[str]) -> bool:
 def check_patterns(argument: str, patterns: Sequence[str], model: nn.Module) -> None:
     """Raise ValueError for a pattern that fits no `nn.Linear` of the model, with the nearest names."""
     modules = dict(model.named_modules(remove_duplicate=False))
-    linears = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
+    linears = [name for name, module in modules.items() if isinstance(module, _LINEARS)]
     endings = sorted({name.rpartition(".")[2] for name in linears})
     for pattern in patterns:
         if any(matches(name, [pattern]) for name in linears):
@@ -98,7 +99,7 @@ def select(model: nn.Module, include: Sequence[str] | None, exclude: Sequence[st
     kept: list[KeptLayer] = []
     has_head = False
     for module, names in tree.names.items():
-        if not isinstance(module, nn.Linear):
+        if not isinstance(module, _LINEARS):
             kept += _bare_matrices(names[0], module)
             continue
         guess = tree.head_or_router(names)
@@ -106,9 +107,9 @@ def select(model: nn.Module, include: Sequence[str] | None, exclude: Sequence[st
         reason = tree.obstacle(module) or _deselected(names, include, exclude)
         if reason is None and not set(names) & set(include or ()):
             reason = guess
-        if reason is None:
+        if reason is None and isinstance(module, nn.Linear):
             linears[names[0]] = module
-        else:
+        elif reason is not None:
             kept.append(KeptLayer(names[0], reason))
     return Selection(linears, kept, tree.blocks, has_head)
 
@@ -127,18 +128,17 @@ class _Tree:
         self.heads = {id(head) for head in map(_output_embeddings, self.names) if head is not None}
         self.blocks = _block_lists(self.modules)
 
-    def obstacle(self, linear: nn.Linear) -> str | None:
-        """What makes the layer impossible to convert, or senseless."""
-        kind = type(linear)
+    def obstacle(self, linear: nn.Linear | SDDLinear) -> str | None:
+        """The reason why the layer cannot be converted, or why converting it makes no sense."""
+        weight = linear._parameters.get("weight")
         if isinstance(linear, SDDLinear):
             return "already an SDDLinear"
         if parametrize.is_parametrized(linear):
             return "parametrised: its weight is computed (torch.nn.utils.parametrize)"
-        if kind is not nn.Linear:
-            return f"a {kind.__name__}: a subclass of nn.Linear may compute something else"
+        if type(linear) is not nn.Linear:
+            return f"a {type(linear).__name__}: a subclass of nn.Linear may compute something else"
         if "forward" in vars(linear):
             return "its forward was replaced on the instance"
-        weight = linear._parameters.get("weight")
         if type(weight) is not nn.Parameter:
             return f"its weight is a {type(linear.weight).__name__}, not a plain parameter"
         if weight.dtype not in _DTYPES:
@@ -156,24 +156,22 @@ class _Tree:
         return _ROUTER if any(map(self._is_router, names)) else None
 
     def _is_head(self, name: str) -> bool:
-        # inside a block, names such as attention.output are projections, not heads
+        # Inside a block, names such as attention.output belong to projections, not heads.
         for prefix, component in _components(name):
+            path = f"{prefix}.{component}" if prefix else component
             if component in HEADS:
                 return True
-            path = f"{prefix}.{component}" if prefix else component
             if path in self.blocks or isinstance(self.modules[path], nn.ModuleList):
                 return False
         return False
 
     def _is_router(self, name: str) -> bool:
-        # Llama's gate_proj is no router; a `gate` beside `experts` is
-        return any(
-            "router" in component
-            or (
-                component == "gate" and any("expert" in sibling for sibling, _ in self.modules[prefix].named_children())
-            )
-            for prefix, component in _components(name)
-        )
+        # A `gate` beside `experts` is a router; Llama's gate_proj is not.
+        for prefix, component in _components(name):
+            siblings = [sibling for sibling, _ in self.modules[prefix].named_children()]
+            if "router" in component or (component == "gate" and any("expert" in sibling for sibling in siblings)):
+                return True
+        return False
 
 
 def _components(name: str) -> list[tuple[str, str]]:
@@ -183,7 +181,7 @@ def _components(name: str) -> list[tuple[str, str]]:
 
 
 def _output_embeddings(module: nn.Module) -> nn.Module | None:
-    """The head as a Hugging Face model names it."""
+    """The head that a Hugging Face model names itself."""
     getter = getattr(module, "get_output_embeddings", None)
     head = getter() if callable(getter) else None
     return head if isinstance(head, nn.Module) else None
@@ -192,22 +190,19 @@ def _output_embeddings(module: nn.Module) -> nn.Module | None:
 def _block_lists(modules: Mapping[str, nn.Module]) -> dict[str, int]:
     """The outermost lists of blocks, with the number of blocks of the most frequent type.
 
-    A list of experts inside a block is not one of them: it may be longer than the model is deep.
+    A list of experts inside a block is left out: it may be longer than the model is deep.
     """
     lists: dict[str, int] = {}
     for name, module in modules.items():
         nested = any(name.startswith(f"{outer}.") for outer in lists)
-        if nested or not isinstance(module, (nn.ModuleList, nn.Sequential)):
-            continue
-        types = Counter(type(child) for child in module if _is_block(child))
-        length = max(types.values(), default=0)
-        if length > 1:
-            lists[name] = length
+        if not nested and isinstance(module, (nn.ModuleList, nn.Sequential)):
+            length = max(Counter(type(child) for child in module if _is_block(child)).values(), default=0)
+            lists |= {name: length} if length > 1 else {}
     return lists
 
 
 def _is_block(module: nn.Module) -> bool:
-    return not isinstance(module, nn.Linear) and any(isinstance(inner, nn.Linear) for inner in module.modules())
+    return not isinstance(module, _LINEARS) and any(isinstance(inner, _LINEARS) for inner in module.modules())
 
 
 def _bare_matrices(name: str, module: nn.Module) -> list[KeptLayer]:

@@ -1,8 +1,11 @@
-"""What a conversion did, layer by layer, as data and as a table."""
+"""The report of a conversion, layer by layer, as data and as a table."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
+
+from sdd.files import finite
+from sdd.terminal import aligned
 
 
 @dataclass(frozen=True)
@@ -37,13 +40,13 @@ class KeptLayer:
 
 @dataclass(frozen=True)
 class ConversionReport:
-    """What `sdd.convert` did; `print` shows it as a table in which repeated blocks share a line.
+    """The result of `sdd.convert`; `print` shows it as a table in which repeated blocks share a line.
 
     Attributes:
         converted: the layers that became `SDDLinear`, in the model's order.
         kept: the layers and bare matrices that stay, with the reason; embeddings are not listed.
         n_layers: L, the number of blocks that the named initial values of alpha refer to.
-        notes: what else the user should know.
+        notes: advice about this model.
     """
 
     converted: tuple[ConvertedLayer, ...]
@@ -53,40 +56,35 @@ class ConversionReport:
 
     def to_dict(self) -> dict[str, Any]:
         """The report as dicts, lists, strings and numbers, ready for json."""
-        return {
-            "n_layers": self.n_layers,
-            "converted": [{**asdict(layer), "shape": list(layer.shape)} for layer in self.converted],
-            "kept": [asdict(layer) for layer in self.kept],
-            "notes": list(self.notes),
-        }
+        return finite(asdict(self))
 
     def __str__(self) -> str:
         outputs = sum(layer.is_output for layer in self.converted)
         lines = [
             f"{_count(len(self.converted), 'layer')} converted, {outputs} of them output projections; "
-            f"L = {_count(self.n_layers, 'block')}",
-            "",
+            f"L = {_count(self.n_layers, 'block')}"
         ]
         rows = [
             (layer.name, str(list(layer.shape)), f"{layer.alpha_init:.4g}", "output" if layer.is_output else "")
             for layer in self.converted
         ]
-        lines += _table(("converted", "V [out, in]", "alpha", ""), collapse(rows))
+        lines += ["", *aligned([("converted", "V [out, in]", "alpha", ""), *collapse(rows)])]
         if self.kept:
-            lines += ["", *_table(("kept", "reason"), collapse([(layer.name, layer.reason) for layer in self.kept]))]
+            rows = [(layer.name, layer.reason) for layer in self.kept]
+            lines += ["", *aligned([("kept", "reason"), *collapse(rows)])]
         if self.notes:
             lines += ["", *(f"note: {note}" for note in self.notes)]
         return "\n".join(lines)
 
 
 def collapse(rows: Iterable[tuple[str, ...]]) -> list[tuple[str, ...]]:
-    """Merge rows that differ in the numbers of their dotted name only: `layers.{0..29}.q_proj`.
+    """Merge rows that differ only in the numbers of their dotted name: `layers.{0..29}.q_proj`.
 
     Args:
         rows: tuples of which the first element is a dotted name.
 
     Returns:
-        The merged rows, each where its first member stood.
+        The merged rows, each at the place of its first member.
     """
     split = [(tuple(name.split(".")), columns) for name, *columns in rows]
     for position in reversed(range(max((len(parts) for parts, _ in split), default=0))):
@@ -118,12 +116,3 @@ def _ranges(numbers: Sequence[int]) -> str:
             runs.append([number])
     text = ",".join(f"{run[0]}..{run[-1]}" if len(run) > 2 else ",".join(map(str, run)) for run in runs)
     return text if text.isdecimal() else f"{{{text}}}"
-
-
-def _table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
-    """Lines of left-aligned columns."""
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    return [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in (header, *rows)
-    ]

@@ -302,7 +302,7 @@ def _group(norm: Norm, config: ModelConfig) -> int | None:
 
 def projection_at(
     in_features: int, out_features: int, norm: Norm | None, config: ModelConfig, device: torch.device | str | None
-) -> nn.Linear:
+) -> nn.Linear | SDDLinear:
     """A plain Linear, or with a norm at its site an SDDLinear."""
     if norm is None:
         return nn.Linear(in_features, out_features, bias=False, device=device)

@@ -95,7 +95,7 @@ def skip(norm: nn.Module, x: Tensor) -> tuple[Tensor, Skipped | None]:
 
 def project(layer: nn.Module, x: Tensor, before: Skipped | None) -> tuple[Tensor, Eps]:
     """`z = V x` and the eps of the norm of z (0 where none stands)."""
-    assert isinstance(layer, nn.Linear)
+    assert isinstance(layer, (nn.Linear, SDDLinear))
     if before is None:
         return F.linear(x, layer.weight), layer.eps if isinstance(layer, SDDLinear) else 0.0
     assert isinstance(layer, SDDLinear)
@@ -109,7 +109,7 @@ def read(layer: nn.Module, x: Tensor, before: Skipped | None) -> Tensor:
         return layer(x)
     z, eps = project(layer, x, before)
     assert isinstance(layer, SDDLinear)
-    return scaled_norm(z, layer.alpha, group=layer.group, eps=eps)
+    return scaled_norm(z, layer.alpha, group=layer.parts, eps=eps)
 
 
 def mean_square(z: Tensor) -> Tensor:

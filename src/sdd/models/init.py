@@ -92,7 +92,7 @@ def _draw(weight: torch.Tensor, std: float) -> None:
 def _matrices(model: "LanguageModel") -> Iterator[tuple[str, torch.Tensor]]:
     yield "embed", model.embed.weight
     for name, module in model.blocks.named_modules():
-        if isinstance(module, (nn.Linear, ExpertLinear)):
+        if isinstance(module, (nn.Linear, SDDLinear, ExpertLinear)):
             yield name.rsplit(".", 1)[-1], module.weight
     if model.head is not None:
         yield "head", model.head.weight
