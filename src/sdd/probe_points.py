@@ -1,10 +1,10 @@
-"""Points at which a model shows a probe what a module's hooks cannot see.
+"""Points at which a model shows a probe the tensors that hooks of modules cannot see.
 
-Without a probe that records, a call is one look at a list. Under torch.compile it is nothing at all: there
-`is_compiling()` is a constant, so that no guard, graph break or recompilation comes of it, and a probe runs its steps
+Without a probe that records, a call only looks whether a list is empty. Under torch.compile a call costs nothing:
+there `is_compiling()` is a constant, so no guard, graph break or recompilation comes of it. A probe runs its steps
 eagerly.
 
-A fused operation that never forms what its points show computes it apart on recorded steps:
+A fused operation never forms some of the tensors that its points show. It computes them separately on recorded steps:
 
     if probe_points.recording():
         y = composed(...)               # with probe_points.projection(...)
@@ -18,61 +18,61 @@ import torch
 from torch import Tensor, nn
 
 
-class Recorder(Protocol):
-    """What a probe does at the points: the functions of these names, for the modules that are its own."""
+class Listener(Protocol):
+    """Receives what the points show: one method a point, for the modules of its own model."""
 
-    def output(self, site: nn.Module | str, y: Tensor) -> None: ...  # noqa: D102
+    def output(self, where: nn.Module | str, y: Tensor) -> None: ...  # noqa: D102
 
     def projection(self, module: nn.Module, z: Tensor, y: Tensor) -> None: ...  # noqa: D102
 
     def attention(self, module: nn.Module, q: Tensor, k: Tensor, mask: Tensor | None) -> None: ...  # noqa: D102
 
 
-_recorders: list[Recorder] = []
+_listeners: list[Listener] = []
 
 
-def add(recorder: Recorder) -> None:
-    """Show the points to a recorder, until `remove`; it must pass over the modules that are not its own."""
-    _recorders.append(recorder)
+def add(listener: Listener) -> None:
+    """Show the points to a listener until `remove`; it must ignore modules of other models."""
+    _listeners.append(listener)
 
 
-def remove(recorder: Recorder) -> None:
-    """Show them to it no more."""
-    _recorders.remove(recorder)
+def remove(listener: Listener) -> None:
+    """Stop showing the points to a listener."""
+    _listeners.remove(listener)
 
 
 def recording() -> bool:
-    """Whether anything records."""
-    return not torch.compiler.is_compiling() and bool(_recorders)
+    """Whether anything listens; False while torch.compile traces."""
+    return not torch.compiler.is_compiling() and bool(_listeners)
 
 
-def output(site: nn.Module | str, y: Tensor) -> None:
+def output(where: nn.Module | str, y: Tensor) -> None:
     """Show an output `[..., N]`, whose gradient is recorded too.
 
     Args:
-        site: the module whose output it is; or the name of something that is none, in the model that is running.
+        where: the module whose output it is; or a name, if it is no module's output but the running model's.
         y: the output.
     """
     if recording():
-        for recorder in _recorders:
-            recorder.output(site, y)
+        for listener in _listeners:
+            listener.output(where, y)
 
 
 def projection(module: nn.Module, z: Tensor, y: Tensor) -> None:
-    """Show an SDDLinear's output `y = alpha * norm(z) + b` and the z over which its norm was taken.
+    """Show an SDD layer's output `y = alpha * norm(z) + b` and the z over which its norm was taken.
 
     Args:
-        module: the SDDLinear; says group and eps.
+        module: the layer; its eps and group are those of the norm.
         z: `V x`, `[..., N]`; of a joint norm, the whole vector.
         y: `[..., out_features]`.
     """
     if recording():
-        for recorder in _recorders:
-            recorder.projection(module, z, y)
+        for listener in _listeners:
+            listener.projection(module, z, y)
 
 
 def attention(module: nn.Module, q: Tensor, k: Tensor, mask: Tensor | None) -> None:
-    """Show the queries and keys that meet in `softmax(q k^T / sqrt(D))`.
+    """Show the queries and keys of `softmax(q k^T / sqrt(D))`.
 
     Args:
         module: the module that attends.
@@ -81,5 +81,5 @@ def attention(module: nn.Module, q: Tensor, k: Tensor, mask: Tensor | None) -> N
         mask: True where attention is allowed, broadcast to `[B, H, T, T]`; None for causal.
     """
     if recording():
-        for recorder in _recorders:
-            recorder.attention(module, q, k, mask)
+        for listener in _listeners:
+            listener.attention(module, q, k, mask)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from sdd.placement import placements
-from sdd.probing import append_row, compact
+from sdd.probing import append_row
 from sdd.train import RunConfig, config_io, preset
 from sdd.train.run_dir import RunDir
 
@@ -62,7 +62,7 @@ def write_run(
         row = probe_row(step, noise[step])
         if fades_at and step >= fades_at:
             row["layers"]["grad_rms"][:2] = [1e-12, 1e-12]
-        append_row(path / "probe.jsonl", compact(row))
+        append_row(path / "probe.jsonl", row)
     result = {"placement": config.model.placement.name, "step": last, "steps": config.steps, "seconds": 0.1 * last}
     if breaks_at:
         reason = f"step {last}: loss nan, gradient norm nan: not finite"

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sdd.draw.maps import draw_maps
-from sdd.probing import append_row, compact
+from sdd.probing import append_row
 from sdd.report.heat import HeatMap, block_maps, site_maps, thinned
 from sdd.report.runs import Run, load_runs
 
@@ -47,7 +47,7 @@ def test_numbers_that_are_not_finite_are_kept_and_seen(tmp_path: Path) -> None:
     path = write_run(tmp_path / "run", config_of(), probed=True)
     row = {"step": 70, "sites": {"blocks.1.attn.o_proj": {"rms": math.nan}}, "layers": {"rms": [math.inf] * 4}}
     row["layers"] |= {"cosine": [0.0] * 3, "grad_rms": [math.nan] * 4}
-    append_row(path / "probe.jsonl", compact(row))
+    append_row(path / "probe.jsonl", row)
     for (found,) in block_maps(load_runs([path])):
         assert found.extent() is not None
         assert "nan" not in found.describe()

@@ -11,7 +11,7 @@ from helpers_lab import config_of, edit_json, probe_row, write_run
 from sdd.draw import curves as figures
 from sdd.draw.style import line_styles
 from sdd.errors import UserError
-from sdd.probing import append_row, compact
+from sdd.probing import append_row
 from sdd.report.curves import loss_panel
 from sdd.report.html import decimals, duration, setting, signed, significant, write_page
 from sdd.report.page import render, write_report
@@ -203,7 +203,7 @@ def test_runs_without_and_with_little_probe_are_shown(tmp_path: Path, make_run: 
 def test_page_of_a_deep_and_long_run_stays_small(tmp_path: Path, make_run: MakeRun) -> None:
     path = make_run("a")
     for step in range(1, 201):
-        append_row(path / "probe.jsonl", compact(probe_row(step, math.sin(step), blocks=32)))
+        append_row(path / "probe.jsonl", probe_row(step, math.sin(step), blocks=32))
     page = render(load_runs([path]))
     assert len(page) < 1_000_000
 

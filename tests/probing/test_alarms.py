@@ -11,10 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sdd.probing.advice import advice
-from sdd.probing.alarms import TITLES, Alarm, Alarms, broke_first, judge
-from sdd.probing.checks import EPS_SHARE, FAR, GRADIENT_RANGE, LOGIT_MAX, UPDATE_RATIO, Kind, Reading, layer_of
-from sdd.probing.losses import WINDOW
-from sdd.probing.routers import DEAD_STEPS, ENTROPY_SHARE, LOOK, SATURATED_STEPS
+from sdd.probing.alarms import Alarm, Alarms, broke_first, judge
+from sdd.probing.checks import EPS_SHARE, GRADIENT_RANGE, KINDS, LOGIT_MAX, UPDATE_RATIO, Kind, Reading, layer_of
+from sdd.probing.metric_checks import DEAD_STEPS, LOOK, ROUTER_ENTROPY_SHARE, SATURATED_STEPS, WINDOW
 
 SEED = st.integers(0, 2**32 - 1)
 BLOCK = st.integers(0, 4)
@@ -49,7 +48,7 @@ def test_gradients_are_told_by_the_block_that_loses_or_multiplies_them(
     assert (alarm.where, alarm.layer, alarm.since_step) == (f"blocks.{block}", block, STEPS[row])
     assert alarm.certainty == "certain"
     assert not alarm.ended
-    assert f"block {block} passes down" in alarm.what
+    assert f"block {block} " in alarm.what
 
 
 def test_a_stream_that_grows_does_not_make_its_gradient_fade() -> None:
@@ -337,7 +336,7 @@ def test_healthy_mixture_of_experts_raises_nothing_and_its_routers_stay_clear(na
     probe, metrics = recorded(name)
     assert list(map(str, judge(probe, metrics))) == []
     entropies = np.array([row["routing"]["entropy"] for row in metrics])
-    assert (entropies > 5 * ENTROPY_SHARE * np.maximum.accumulate(entropies)).all()
+    assert (entropies > 5 * ROUTER_ENTROPY_SHARE * np.maximum.accumulate(entropies)).all()
     dead = np.array([row["routing"]["dead_experts"] for row in metrics]) > 0
     assert dead.any(), "the run says nothing about experts that are out for a while"
     ever = [dead[at : at + 2 * DEAD_STEPS // 3].all(0).any() for at in range(len(dead) - 2 * DEAD_STEPS // 3)]
@@ -358,7 +357,7 @@ def test_experts_that_stay_out_are_told_by_block_and_first_step(since: int, laye
     assert (alarm.where, alarm.layer, alarm.since_step) == (f"blocks.{layer}.ffn.router", layer, since)
     assert alarm.ended
     looks = [step for step in range(since + DEAD_STEPS - 1, since + lasts) if step % LOOK == 0]
-    points = len(looks) * (2 if dead >= FAR["dead experts"] else 1)
+    points = len(looks) * (2 if dead >= KINDS["dead experts"].far else 1)
     assert alarm.certainty == ("possible", "likely", "certain")[min(points, 3) - 1]
     assert alarm.last_step == looks[-1]
 
@@ -367,11 +366,11 @@ def test_experts_that_stay_out_are_told_by_block_and_first_step(since: int, laye
 def test_router_that_saturates_is_told_by_block_and_first_step(since: int, layer: int, share: float) -> None:
     rows = routed(since + SATURATED_STEPS + 3 * LOOK)
     for row in rows[since:]:
-        row["routing"]["entropy"][layer] = share * ENTROPY_SHARE * 1.9
+        row["routing"]["entropy"][layer] = share * ROUTER_ENTROPY_SHARE * 1.9
     alarm = only(judge([], rows), "saturated router")
     assert (alarm.layer, alarm.since_step, alarm.certainty) == (layer, since + 1, "certain")
     for row in rows:
-        row["routing"]["entropy"] = [share * ENTROPY_SHARE * 1.9] * 4  # from the first step on, or of one expert
+        row["routing"]["entropy"] = [share * ROUTER_ENTROPY_SHARE * 1.9] * 4  # from the first step on, or of one expert
     assert judge([], rows) == []
 
 
@@ -386,15 +385,15 @@ def test_what_routers_do_comes_second_to_what_breaks() -> None:
 
 
 def test_advice_about_experts_names_the_weight() -> None:
-    assert "model.moe.balance_loss (it is 0.01)" in advice("dead experts", "", {"model.moe.balance_loss": 0.01})
-    assert "model.moe.router_z_loss" in advice("saturated router", "", {})
+    assert "model.moe.balance_loss (it is 0.01)" in advice("dead experts", {"model.moe.balance_loss": 0.01})
+    assert "model.moe.router_z_loss" in advice("saturated router", {})
 
 
 @pytest.mark.parametrize("kind", get_args(Kind))
 def test_every_kind_has_a_title_and_advice(kind: Kind) -> None:
-    assert TITLES[kind]
-    assert advice(kind, "blocks.0.attn", {})
-    assert advice(kind, "", {"optim.lr": None, "optim.warmup": "x", "model.placement": "sdd"})
+    assert KINDS[kind].title
+    assert advice(kind, {})
+    assert advice(kind, {"optim.lr": None, "optim.warmup": "x", "model.placement": "sdd"})
 
 
 def test_advice_fits_the_run() -> None:
@@ -404,13 +403,13 @@ def test_advice_fits_the_run() -> None:
         "steps": 350,
         "model.placement": {"norms": {"attn_post": {}, "ffn_post": {}}},
     }
-    text = advice("fading gradients", "blocks.11", settings)
+    text = advice("fading gradients", settings)
     assert "optim.lr from 0.01 to 0.003" in text
     assert "optim.warmup is 0" in text
     assert "--placement sdd" in text
-    assert "norm q and k" in advice("attention logits", "blocks.1.attn", settings)
+    assert "norm q and k" in advice("attention logits", settings)
     normed = {**settings, "model.placement": {"norms": {"q": {}, "k": {}}}}
-    assert "norm q and k" not in advice("attention logits", "blocks.1.attn", normed)
+    assert "norm q and k" not in advice("attention logits", normed)
 
 
 @pytest.mark.parametrize(

@@ -23,8 +23,8 @@ from torch import nn
 import sdd
 from sdd.placement import placements
 from sdd.probing.attention import sampled_attention
-from sdd.probing.sites import norm_ratio
-from sdd.probing.weights import angle
+from sdd.probing.updates import angle
+from sdd.probing.watched import norm_ratio
 
 
 def probed_step(model, parts, eos=None):

@@ -15,7 +15,7 @@ from sdd.errors import UserError
 from sdd.evals.text import load_trained
 from sdd.models import LanguageModel, model_presets
 from sdd.probing import Probe
-from sdd.probing.rows import Row
+from sdd.probing.probe_file import Row
 from sdd.terminal import aligned
 from sdd.train import config_io
 from sdd.train.checkpoint import load_checkpoint

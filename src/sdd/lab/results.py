@@ -23,8 +23,8 @@ from sdd.data.token_file import TokenFile
 from sdd.errors import UserError
 from sdd.evals.text import load_trained
 from sdd.evals.unigram import token_frequencies
+from sdd.files import number
 from sdd.lab.grid.runner import diverged
-from sdd.probing.rows import number
 from sdd.report.runs import Run, load_run
 from sdd.train import RunConfig, config_io
 from sdd.train.data import resolve

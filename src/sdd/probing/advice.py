@@ -1,62 +1,36 @@
-"""What to try against each kind of alarm, in words that fit the run."""
+"""Advice: what to try against each kind of alarm, in words that fit the run."""
 
-import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
+from sdd.files import number
 from sdd.probing.checks import Kind
 
 Settings = Mapping[str, Any]
 
 
-def advice(kind: Kind, where: str, settings: Settings) -> str:
-    """What to try.
+def advice(kind: Kind, settings: Settings) -> str:
+    """What to try, as one line.
 
     Args:
         kind: of the alarm.
-        where: its site.
         settings: config.json with dotted names; may be empty.
     """
-    match kind:
-        case "fading gradients":
-            return _joined(_lower_lr(settings), _warm_up(settings), _placement(settings))
-        case "exploding gradients":
-            return _joined(_lower_lr(settings), _warm_up(settings), _placement(settings), "a smaller model.init_scale")
-        case "attention logits":
-            return _joined(_qk_norm(settings), _lower_lr(settings))
-        case "dead alpha":
-            decayed = settings.get("optim.alpha_weight_decay")
-            return _joined("optim.alpha_weight_decay 0" if decayed else "", _lower_lr(settings))
-        case "eps":
-            return _joined(_larger_init(settings), f"a smaller eps of the norm at {where or 'that site'}")
-        case "large updates":
-            return _joined(_warm_up(settings), _lower_lr(settings), _larger_init(settings))
-        case "stuck weights":
-            return "a smaller optim.eps, if gradients fade above it; nothing, if it is meant to be frozen"
-        case "dead experts":
-            return _joined(_larger(settings, "model.moe.balance_loss"), _lower_lr(settings), _warm_up(settings))
-        case "saturated router":
-            return _joined(_larger(settings, "model.moe.router_z_loss"), _lower_lr(settings))
-        case "rising loss":
-            return _joined(_lower_lr(settings), _warm_up(settings), "go on from a checkpoint before the rise")
-        case "loss spike" | "gradient spike":
-            return _joined("guard.spikes skip", _lower_lr(settings), "look at the batch of that step")
-        case "non-finite":
-            return _joined("go on from the last checkpoint with a lower optim.lr", "precision float32 to tell overflow")
-        case "damaged weights":
-            return "check the machine's memory; sdd resume goes on from the last whole checkpoint"
+    measures = (measure if isinstance(measure, str) else measure(settings) for measure in _MEASURES[kind])
+    return "; ".join(measure for measure in measures if measure)
 
 
 def _lower_lr(settings: Settings) -> str:
-    lr = _number(settings, "optim.lr")
-    return f"lower optim.lr from {lr:g} to {_one_digit(lr / 3):g}" if lr else "lower the learning rate to a third"
+    lr = number(settings.get("optim.lr"))
+    return f"lower optim.lr from {lr:g} to {_one_digit(lr / 3):g}" if lr > 0 else "lower the learning rate to a third"
 
 
 def _warm_up(settings: Settings) -> str:
-    warmup, steps = _number(settings, "optim.warmup"), _number(settings, "steps")
-    if warmup is None:
+    warmup, steps = number(settings.get("optim.warmup")), number(settings.get("steps"))
+    if not warmup >= 0:
         return "warm up longer"
-    more = max(3 * warmup, 0.05 * (steps or 0), 40)
+    more = max(3 * warmup, 40, 0.05 * steps if steps > 0 else 0)
     return f"warm up over {_one_digit(more):,.0f} steps (optim.warmup is {warmup:,.0f})"
 
 
@@ -68,18 +42,16 @@ def _placement(settings: Settings) -> str:
 
 
 def _qk_norm(settings: Settings) -> str:
-    norms = _norms(settings)
-    return "" if {"q", "k"} <= norms.keys() else "norm q and k (placements sdd and prenorm-qk do)"
+    return "" if {"q", "k"} <= _norms(settings).keys() else "norm q and k (placements sdd and prenorm-qk do)"
 
 
-def _larger_init(settings: Settings) -> str:
-    scale = _number(settings, "model.init_scale")
-    return "a larger init" if scale is None else f"a larger init (model.init_scale is {scale:g})"
+def _no_alpha_decay(settings: Settings) -> str:
+    return "optim.alpha_weight_decay 0" if settings.get("optim.alpha_weight_decay") else ""
 
 
-def _larger(settings: Settings, name: str) -> str:
-    value = _number(settings, name)
-    return f"a larger {name}" if value is None else f"a larger {name} (it is {value:g})"
+def _larger(name: str, settings: Settings) -> str:
+    value = number(settings.get(name))
+    return f"a larger {name} (it is {value:g})" if value >= 0 else f"a larger {name}"
 
 
 def _norms(settings: Settings) -> Mapping[str, Any]:
@@ -88,14 +60,25 @@ def _norms(settings: Settings) -> Mapping[str, Any]:
     return norms if isinstance(norms, Mapping) else {}
 
 
-def _number(settings: Settings, name: str) -> float | None:
-    value = settings.get(name)
-    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
-
-
 def _one_digit(value: float) -> float:
     return float(f"{value:.1g}")
 
 
-def _joined(*parts: str) -> str:
-    return "; ".join(part for part in parts if part)
+_larger_init = partial(_larger, "model.init_scale")
+#: A function returns "" if its measure does not fit the run.
+_MEASURES: Mapping[Kind, Sequence[str | Callable[[Settings], str]]] = {
+    "fading gradients": (_lower_lr, _warm_up, _placement),
+    "exploding gradients": (_lower_lr, _warm_up, _placement, "a smaller model.init_scale"),
+    "attention logits": (_qk_norm, _lower_lr),
+    "dead alpha": (_no_alpha_decay, _lower_lr),
+    "eps": (_larger_init, "a smaller eps of that norm"),
+    "large updates": (_warm_up, _lower_lr, _larger_init),
+    "stuck weights": ("a smaller optim.eps, if gradients fade above it", "nothing, if it is meant to be frozen"),
+    "dead experts": (partial(_larger, "model.moe.balance_loss"), _lower_lr, _warm_up),
+    "saturated router": (partial(_larger, "model.moe.router_z_loss"), _lower_lr),
+    "rising loss": (_lower_lr, _warm_up, "go on from a checkpoint before the rise"),
+    "loss spike": ("guard.spikes skip", _lower_lr, "look at the batch of that step"),
+    "gradient spike": ("guard.spikes skip", _lower_lr, "look at the batch of that step"),
+    "non-finite": ("go on from the last checkpoint with a lower optim.lr", "precision float32, to rule out overflow"),
+    "damaged weights": ("check the machine's memory", "sdd resume goes on from the last whole checkpoint"),
+}

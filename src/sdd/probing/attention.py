@@ -1,4 +1,4 @@
-"""Statistics of attention from queries and keys themselves, whatever kernel attends."""
+"""Statistics of attention computed from queries and keys themselves, whatever kernel attends."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-#: Query positions a sequence, evenly spread up to the last, and sequences a forward pass that are looked at.
+#: Sampled query positions a sequence (evenly spread up to the last), and sampled sequences a forward pass.
 ROWS = 16
 SEQUENCES = 4
 
@@ -33,8 +33,8 @@ def sampled_attention(
         scale: s; None for `1/sqrt(D)`.
 
     Returns:
-        The largest logit; the sum of the rows' entropies `-sum(p ln p)` in nats; the number of rows, those that may
-        attend to nothing left out. All float32 scalars.
+        The largest logit; the sum of the rows' entropies `-sum(p ln p)` in nats; the number of rows, without those
+        that may attend to nothing. All are float32 scalars.
     """
     q, k = (_four(t.detach())[:SEQUENCES] for t in (q, k))
     T, S, D = q.shape[-2], k.shape[-2], q.shape[-1]
@@ -53,7 +53,7 @@ def sampled_attention(
 
 
 class AttentionCalls(TorchFunctionMode):
-    """While it is on, shows every call of `scaled_dot_product_attention` to a watcher, before it is made."""
+    """Show a watcher every call of `scaled_dot_product_attention` before it is made, while the mode is on."""
 
     def __init__(self, watcher: Watcher) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ class AttentionCalls(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is _attention:
             return self._shown(*args, **kwargs)
-        if func is F.multi_head_attention_forward:  # a mode does not reach inside of it
+        if func is F.multi_head_attention_forward:  # a mode does not see the calls inside this function
             F.scaled_dot_product_attention = self._shown
             try:
                 return func(*args, **kwargs)
@@ -78,22 +78,11 @@ class AttentionCalls(TorchFunctionMode):
                 F.scaled_dot_product_attention = _attention
         return func(*args, **kwargs)
 
-    def _shown(self, *args: Any, **kwargs: Any) -> Tensor:
-        self._watcher(*_arguments(*args, **kwargs))
-        return _attention(*args, **kwargs)
-
-
-def _arguments(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> tuple[Tensor, Tensor, Tensor | None, bool, float | None]:
-    return query, key, attn_mask, is_causal, scale
+    def _shown(
+        self, query: Tensor, key: Tensor, value: Tensor, attn_mask=None, dropout_p=0.0, is_causal=False, **others: Any
+    ) -> Tensor:
+        self._watcher(query, key, attn_mask, is_causal, others.get("scale"))
+        return _attention(query, key, value, attn_mask, dropout_p, is_causal, **others)
 
 
 def _four(tensor: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
-"""What is looked at in a row of probe.jsonl, against which threshold, and why that one.
+"""Checks of a row of probe.jsonl: each threshold, why it has that value, and the place where a spike began.
 
-A check takes a `Reading` and the readings before it, and gives `Finding`s. It keeps nothing.
+A check takes a `Reading` and the readings before it, and yields `CheckResult`s. It keeps no state.
 """
 
 import math
@@ -10,91 +10,94 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
-Kind = Literal[
-    "non-finite",
-    "damaged weights",
-    "exploding gradients",
-    "fading gradients",
-    "rising loss",
-    "loss spike",
-    "gradient spike",
-    "attention logits",
-    "dead alpha",
-    "eps",
-    "large updates",
-    "stuck weights",
-    "dead experts",
-    "saturated router",
+# Kinds of alarms, by the rows in which they are looked for.
+StepKind = Literal["non-finite", "damaged weights", "loss spike", "gradient spike"]
+RouterKind = Literal["dead experts", "saturated router"]
+ProbeKind = Literal[
+    "exploding gradients", "fading gradients", "attention logits", "dead alpha", "eps", "large updates", "stuck weights"
 ]
+Kind = Literal[StepKind, "rising loss", RouterKind, ProbeKind]
 
-#: Of the stream's gradient from one end to the other. In healthy runs of every placement it stays within 1/75 to 7.
-#: Beyond a thousand, Adam still scales what is left, but it is the rounding of what came before: bfloat16 has 8 bits.
+
+class KindInfo(NamedTuple):
+    """A kind of alarm: its title for people, and how many times beyond its threshold a result counts twice."""
+
+    title: str
+    far: float
+
+
+KINDS: Mapping[Kind, KindInfo] = {
+    "non-finite": KindInfo("Numbers are not finite", 1),
+    "damaged weights": KindInfo("Weights are damaged", 1),
+    "exploding gradients": KindInfo("Gradients explode on their way down", 10),
+    "fading gradients": KindInfo("Gradients fade on their way down", 10),
+    "rising loss": KindInfo("The loss rises", 4),
+    "loss spike": KindInfo("The loss spikes", 2),
+    "gradient spike": KindInfo("The gradient norm spikes", 5),
+    "attention logits": KindInfo("Attention saturates", 10),
+    "dead alpha": KindInfo("An alpha is dead", 10),
+    "eps": KindInfo("eps bends a norm", 10),
+    "large updates": KindInfo("Updates are very large", 3),
+    "stuck weights": KindInfo("Matrices are stuck", 10),
+    "dead experts": KindInfo("Experts get no tokens", 4),
+    "saturated router": KindInfo("A router saturates", 4),
+}
+
+#: The factor between the stream's gradient at two depths. In healthy runs of every placement it stays within 1/75 to 7.
+#: Beyond a thousand, Adam still scales the gradient up, but it is rounding noise by then: bfloat16 has 8 bits.
 GRADIENT_RANGE = 1e3
-#: Of eps in the mean square under a norm: beyond it the norm no longer gives unit rms, to more than half a percent.
+#: The share of eps in the mean square under a norm. Beyond it the norm is off unit rms by more than half a percent.
 EPS_SHARE = 0.01
 #: Softmax of logits that differ by so much is an argmax; bfloat16 rounds them to halves. arXiv 2507.20534 clips here.
 LOGIT_MAX = 100.0
-#: At a steady height, large logits are a habit of many models (attention sinks). Those that hurt keep growing.
+#: Many models keep large logits at a steady height (attention sinks). Those that hurt keep growing.
 LOGIT_GROWTH = 1.1
-#: Of the first entropy: below, each query attends to one key (arXiv 2303.06296 calls it entropy collapse).
+#: The share of the first entropy below which each query attends to one key (arXiv 2303.06296: entropy collapse).
 ENTROPY_SHARE = 0.05
-#: Of the norm that alpha had at first or lately: below, the site adds nothing any more.
+#: The share of alpha's largest norm lately or at first, below which the layer no longer adds anything.
 ALPHA_SHARE = 0.01
-#: ||dW|| / ||W||: a third of a matrix replaced in one step. Healthy runs, with warm-up, stay below a tenth.
+#: The update ratio ||dW|| / ||W||: a third of a matrix replaced in a step. Healthy runs, with warm-up, stay below 0.1.
 UPDATE_RATIO = 0.3
-#: Of the angle by which the liveliest tenth of the matrices turn: below, a matrix does not learn.
+#: The share of the angle of the fastest-turning tenth of the matrices, below which a matrix does not learn.
 TURN_SHARE = 1e-3
 
-#: How many times beyond its threshold a finding is far beyond it, and counts twice.
-FAR: Mapping[Kind, float] = MappingProxyType(
-    {
-        "exploding gradients": 10,
-        "fading gradients": 10,
-        "rising loss": 4,
-        "loss spike": 2,
-        "gradient spike": 5,
-        "attention logits": 10,
-        "dead alpha": 10,
-        "eps": 10,
-        "large updates": 3,
-        "stuck weights": 10,
-        "dead experts": 4,
-        "saturated router": 4,
-    }
-)
-
-_EARLIER = 8  # readings that a trend looks back
+#: Readings that a trend or a usual range looks back, and the fewest from which a range is known.
+_EARLIER, _FEWEST = 8, 3
+#: A number has left its range beyond this many robust standard deviations of its logarithm and a factor of two.
+_DEVIATIONS, _FACTOR = 6.0, math.log(2)
+# The statistics in the order in which a spike passes them, and which place it passes first.
+_FORWARD_BACKWARD_UPDATE = (("rms", "logit_max"), min), (("grad_rms", "weight_grad_rms"), max), (("update_ratio",), min)
+_SIGMA_PER_MAD = 1.4826  # of a normal distribution
 _BLOCK = re.compile(r"^((?:.*?\.)?(\d+))(?:\.|$)")
-_SUSPECT = ("weight_norm", "alpha_norm", "rms", "logit_max", "grad_rms", "weight_grad_rms", "alpha_grad_rms")
+_MAY_BE_NON_FINITE = ("weight_norm", "alpha_norm", "rms", "logit_max", "grad_rms", "weight_grad_rms", "alpha_grad_rms")
 
 
 @dataclass(frozen=True)
-class Finding:
-    """A threshold passed at one place in one step.
+class CheckResult:
+    """A number beyond its threshold, at one place in one step.
 
     Attributes:
-        kind: which.
-        site: where: a site, a block's name, or "" for the whole model.
+        kind: the alarm that it raises.
+        where: a name in probe.jsonl, a block's name, or "" for the whole model.
         factor: how many times beyond the threshold, at least 1.
-        what: the numbers.
-        since: the step in which it began, where that is an earlier one.
+        what: the numbers, for people.
+        since: the step in which it began, if earlier than the one looked at.
     """
 
     kind: Kind
-    site: str
+    where: str
     factor: float
     what: str
     since: int | None = None
 
     @property
     def points(self) -> int:
-        """1, or 2 where it is far beyond the threshold; 3 where there is nothing to doubt."""
+        """3 where nothing is to doubt; else 2 far beyond the threshold, and 1 otherwise."""
         if self.kind in ("non-finite", "damaged weights"):
             return 3
-        return 2 if self.factor >= FAR.get(self.kind, 1) else 1
+        return 2 if self.factor >= KINDS[self.kind].far else 1
 
 
 class Reading:
@@ -105,24 +108,24 @@ class Reading:
 
     Attributes:
         step: its number.
-        sites: statistics by site, in the model's order.
+        sites: statistics by name, in the model's order.
         layers: statistics of the residual stream.
     """
 
     def __init__(self, row: Mapping[str, Any]) -> None:
         self.step = int(row["step"])
         self.sites: dict[str, dict[str, float]] = {
-            site: {stat: float(value) for stat, value in values.items()} for site, values in row["sites"].items()
+            name: {stat: float(value) for stat, value in values.items()} for name, values in row["sites"].items()
         }
         self.layers: dict[str, list[float]] = {stat: [float(v) for v in vs] for stat, vs in row["layers"].items()}
 
     def of(self, stat: str) -> dict[str, float]:
-        """One statistic by site."""
-        return {site: values[stat] for site, values in self.sites.items() if stat in values}
+        """One statistic by name."""
+        return {name: values[stat] for name, values in self.sites.items() if stat in values}
 
     @cached_property
     def pull(self) -> list[float]:
-        """Root mean square times gradient's of the residual stream, from the first layer that has a gradient on.
+        """`rms * grad_rms` of the residual stream, from the first layer that has a gradient on.
 
         It does not change when the stream is scaled, so that layers can be compared.
         """
@@ -131,105 +134,145 @@ class Reading:
         return [x * g for x, g in zip(rms[len(rms) - len(gradients) :], gradients, strict=True)]
 
     def block(self, index: int) -> str:
-        """The name of block `index` as the sites have it."""
-        stem = next((match[1] for site in self.sites if (match := _BLOCK.match(site))), "block 0")
+        """The name of block `index` in the model."""
+        stem = next((match[1] for name in self.sites if (match := _BLOCK.match(name))), "block 0")
         return re.sub(r"\d+$", str(index), stem)
 
 
-def layer_of(site: str) -> int | None:
-    """The block that a site is in, from 0; None if it is in none."""
-    match = _BLOCK.match(site)
+def layer_of(where: str) -> int | None:
+    """The index of the block that a name is in, from 0; None if it is in none."""
+    match = _BLOCK.match(where)
     return int(match[2]) if match else None
 
 
-def non_finite(reading: Reading, _: Sequence[Reading]) -> Iterator[Finding]:
-    """Numbers that are none. What went forward comes first in the model's order, what went back last."""
-    for stat in _SUSPECT:
-        bad = [site for site, value in reading.of(stat).items() if not math.isfinite(value)]
+def non_finite(reading: Reading, _: Sequence[Reading]) -> Iterator[CheckResult]:
+    """Statistics that are not finite, from where they arose: the first name forwards, the last one backwards."""
+    for stat in _MAY_BE_NON_FINITE:
+        bad = [name for name, value in reading.of(stat).items() if not math.isfinite(value)]
         if bad:
             order = reversed(bad) if "grad" in stat else bad
-            yield from (Finding("non-finite", site, math.inf, f"{stat} is not finite") for site in order)
+            yield from (CheckResult("non-finite", name, math.inf, f"{stat} is not finite") for name in order)
             return
 
 
-def gradients(reading: Reading, _: Sequence[Reading]) -> Iterator[Finding]:
-    """The residual stream's gradient, on its way from the last block down to the first."""
+def gradients(reading: Reading, _: Sequence[Reading]) -> Iterator[CheckResult]:
+    """The residual stream's gradient that fades or explodes on its way from the last block down to the first."""
     pull, top = reading.pull, reading.pull[-1] if reading.pull else 0.0
     if len(pull) < 2 or not (all(map(math.isfinite, pull)) and top > 0):
         return
     first = len(reading.layers["rms"]) - len(pull)
     steps = [_ratio(below, above) for below, above in pairwise(pull)]
-    for kind, extreme in (("fading gradients", min), ("exploding gradients", max)):
+    kinds: tuple[tuple[Kind, Callable[[list[float]], float]], ...] = (
+        ("fading gradients", min),
+        ("exploding gradients", max),
+    )
+    for kind, extreme in kinds:
         total = extreme(pull) / top
         factor = (_ratio(1, total) if extreme is min else total) / GRADIENT_RANGE
-        if factor < 1:
-            continue
-        culprit, at = steps.index(extreme(steps)), pull.index(extreme(pull))
-        place = "what block 0 reads" if first + at == 0 else f"the output of block {first + at - 1}"
-        yield Finding(
-            kind,  # pyright: ignore[reportArgumentType]
-            reading.block(first + culprit),
-            factor,
-            f"block {first + culprit} passes down {steps[culprit]:.2g} times the gradient that it gets; "
-            f"at {place} there is {total:.2g} times the last block's",
-        )
+        if factor >= 1:
+            culprit, at = steps.index(extreme(steps)), first + pull.index(extreme(pull))
+            place = f"the output of block {at - 1}" if at else "the input of block 0"
+            what = f"block {first + culprit} multiplies the gradient by {steps[culprit]:.2g} on its way down; "
+            what += f"at {place} there is {total:.2g} times that of the last block"
+            yield CheckResult(kind, reading.block(first + culprit), factor, what)
 
 
-def eps_share(reading: Reading, _: Sequence[Reading]) -> Iterator[Finding]:
-    """What share eps has in the mean square that it is added to; a row of zeros, as of padding, makes it infinite."""
-    for site, share in reading.of("eps_ratio").items():
+def eps_share(reading: Reading, _: Sequence[Reading]) -> Iterator[CheckResult]:
+    """A share of eps in the mean square that is too large; a row of zeros, as of padding, makes it infinite."""
+    for name, share in reading.of("eps_ratio").items():
         if EPS_SHARE < share < math.inf:
-            yield Finding("eps", site, share / EPS_SHARE, f"eps is {share:.2g} of the mean square")
+            yield CheckResult("eps", name, share / EPS_SHARE, f"eps is {share:.2g} of the mean square")
 
 
-def attention(reading: Reading, before: Sequence[Reading]) -> Iterator[Finding]:
+def attention(reading: Reading, before: Sequence[Reading]) -> Iterator[CheckResult]:
     """Attention logits that are large and grow, or attention that has settled on single keys."""
-    for site, logit in reading.of("logit_max").items():
-        earlier = [value for value in _past(before, site, "logit_max") if math.isfinite(value)]
+    for name, logit in reading.of("logit_max").items():
+        past = [each.sites.get(name, {}).get("logit_max", math.nan) for each in before[-_EARLIER:]]
+        earlier = [value for value in past if math.isfinite(value)]
         grows = len(earlier) >= 2 and logit > LOGIT_GROWTH * statistics.median(earlier)
-        if LOGIT_MAX < logit < math.inf and (grows or logit > LOGIT_MAX * FAR["attention logits"]):
-            since = f", {statistics.median(earlier):.3g} lately" if earlier else ""
-            yield Finding("attention logits", site, logit / LOGIT_MAX, f"largest logit {logit:.3g}{since}")
+        if LOGIT_MAX < logit < math.inf and (grows or logit > LOGIT_MAX * KINDS["attention logits"].far):
+            usual = f", {statistics.median(earlier):.3g} lately" if earlier else ""
+            yield CheckResult("attention logits", name, logit / LOGIT_MAX, f"largest logit {logit:.3g}{usual}")
             continue
-        entropy = reading.sites[site].get("entropy", math.nan)
-        first = before[0].sites.get(site, {}).get("entropy", math.nan) if before else math.nan
+        entropy = reading.sites[name].get("entropy", math.nan)
+        first = before[0].sites.get(name, {}).get("entropy", math.nan) if before else math.nan
         if entropy < ENTROPY_SHARE * first:
             factor = _ratio(ENTROPY_SHARE * first, entropy)
-            yield Finding("attention logits", site, factor, f"entropy {entropy:.2g} nats, {first:.3g} at first")
+            yield CheckResult("attention logits", name, factor, f"entropy {entropy:.2g} nats, {first:.3g} at first")
 
 
-def dead_alpha(reading: Reading, before: Sequence[Reading]) -> Iterator[Finding]:
+def dead_alpha(reading: Reading, before: Sequence[Reading]) -> Iterator[CheckResult]:
     """Scales that have shrunk to nothing, or that no gradient reaches."""
-    for site, norm in reading.of("alpha_norm").items():
-        largest = max((past.sites.get(site, {}).get("alpha_norm", 0.0) for past in before), default=0.0)
+    for name, norm in reading.of("alpha_norm").items():
+        largest = max((past.sites.get(name, {}).get("alpha_norm", 0.0) for past in before), default=0.0)
         if norm < ALPHA_SHARE * largest:
             factor = _ratio(ALPHA_SHARE * largest, norm)
-            yield Finding("dead alpha", site, factor, f"norm {norm:.2g}, was {largest:.3g}")
-        elif reading.sites[site].get("alpha_grad_rms") == 0:
-            yield Finding("dead alpha", site, 1, "its gradient is zero")
+            yield CheckResult("dead alpha", name, factor, f"norm {norm:.2g}, was {largest:.3g}")
+        elif reading.sites[name].get("alpha_grad_rms") == 0:
+            yield CheckResult("dead alpha", name, 1, "its gradient is zero")
 
 
-def updates(reading: Reading, _: Sequence[Reading]) -> Iterator[Finding]:
-    """Matrices that a step all but replaces, and matrices that it leaves as they are."""
-    for site, ratio in reading.of("update_ratio").items():
+def updates(reading: Reading, _: Sequence[Reading]) -> Iterator[CheckResult]:
+    """Matrices that a step all but replaces, and matrices that it hardly turns."""
+    for name, ratio in reading.of("update_ratio").items():
         if UPDATE_RATIO < ratio < math.inf:
-            yield Finding("large updates", site, ratio / UPDATE_RATIO, f"one step changes it by {ratio:.0%}")
-    angles = {site: angle for site, angle in reading.of("angle").items() if math.isfinite(angle)}
+            yield CheckResult("large updates", name, ratio / UPDATE_RATIO, f"one step changes it by {ratio:.0%}")
+    angles = {name: angle for name, angle in reading.of("angle").items() if math.isfinite(angle)}
     if len(angles) < 2:
         return
-    lively = statistics.quantiles(angles.values(), n=10, method="inclusive")[-1]
-    for site, angle in angles.items():
-        if angle < TURN_SHARE * lively:
-            factor = _ratio(TURN_SHARE * lively, angle)
-            yield Finding("stuck weights", site, factor, f"turns by {angle:.1g} rad a step, others by {lively:.1g}")
+    fastest = statistics.quantiles(angles.values(), n=10, method="inclusive")[-1]
+    for name, angle in angles.items():
+        if angle < TURN_SHARE * fastest:
+            what = f"turns by {angle:.1g} rad a step, others by {fastest:.1g}"
+            yield CheckResult("stuck weights", name, _ratio(TURN_SHARE * fastest, angle), what)
 
 
-Check = Callable[[Reading, Sequence[Reading]], Iterator[Finding]]
+Check = Callable[[Reading, Sequence[Reading]], Iterator[CheckResult]]
 CHECKS: tuple[Check, ...] = (non_finite, gradients, eps_share, attention, dead_alpha, updates)
 
 
-def _past(before: Sequence[Reading], site: str, stat: str) -> list[float]:
-    return [past.sites[site][stat] for past in before[-_EARLIER:] if stat in past.sites.get(site, {})]
+def origin(reading: Reading, before: Sequence[Reading]) -> tuple[str, str] | None:
+    """Find where a spike began: the place whose numbers left their usual range first, and those numbers.
+
+    Outputs and attention logits are looked at first, then gradients, then updates. Of the places that left their range
+    by at least the square root of the largest factor, it is the first in the model's order; for gradients the last, as
+    they come from behind.
+
+    Args:
+        reading: the step to look at.
+        before: the readings that say what is usual.
+
+    Returns:
+        None if nothing left its range, or too little is known.
+    """
+    if len(before) < _FEWEST:
+        return None
+    order = {name: index for index, name in enumerate(reading.sites)}
+    for stats, pick in _FORWARD_BACKWARD_UPDATE:
+        gone = [(name, stat, how) for stat in stats for name, how in _out_of_range(reading, before, stat).items()]
+        if gone:
+            farthest = max(abs(how) for *_, how in gone)
+            far = [each for each in gone if abs(each[2]) >= farthest / 2]
+            name, stat, how = pick(far, key=lambda each: order[each[0]])
+            return name, f"{stat} there was {math.exp(how):.3g} times its usual at step {reading.step}"
+    return None
+
+
+def _out_of_range(reading: Reading, before: Sequence[Reading], stat: str) -> dict[str, float]:
+    """The places at which a statistic has left its range, with the logarithm of the factor by which it has.
+
+    If three quarters of the places move together, that is the course of training (warm-up, decay), and is taken off.
+    """
+    past = [{name: math.log(x) for name, x in each.of(stat).items() if 0 < x < math.inf} for each in before[-_EARLIER:]]
+    away: dict[str, tuple[float, float]] = {}
+    for name, value in reading.of(stat).items():
+        usual = [each[name] for each in past if name in each]
+        if 0 < value < math.inf and len(usual) >= _FEWEST:
+            median = statistics.median(usual)
+            sigma = _SIGMA_PER_MAD * statistics.median(abs(each - median) for each in usual)
+            away[name] = math.log(value) - median, sigma
+    common = sorted(abs(how) for how, _ in away.values())[len(away) // 4] if away else 0.0
+    return {name: how for name, (how, sigma) in away.items() if abs(how) - common > max(_DEVIATIONS * sigma, _FACTOR)}
 
 
 def _ratio(numerator: float, denominator: float) -> float:

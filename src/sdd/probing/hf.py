@@ -4,11 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-from torch.optim import Optimizer
-
 from sdd.probing.probe import Probe
-from sdd.probing.rows import Row
+from sdd.probing.probe_file import Row
 
 try:
     from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -19,8 +16,8 @@ except ModuleNotFoundError as error:
 class ProbeCallback(TrainerCallback):
     """Attaches a `Probe` to the model that a `transformers.Trainer` trains.
 
-    The Trainer clips gradients before any callback learns of them: `weight_grad_rms` and `alpha_grad_rms` are those
-    after clipping.
+    The Trainer clips gradients before it calls any callback: `weight_grad_rms` and `alpha_grad_rms` are those after
+    clipping.
 
     Args:
         every: see `Probe`.
@@ -34,24 +31,15 @@ class ProbeCallback(TrainerCallback):
         self.every, self.out = every, out
         self.probe: Probe | None = None
 
-    def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        *,
-        model: nn.Module,
-        optimizer: Optimizer,
-        **_: Any,
-    ) -> None:
-        """Attach it."""
-        self._close()  # of a training that failed
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **of: Any) -> None:
+        """Attach the probe to `model` and `optimizer`."""
+        self._close()  # the probe of a training that failed
         out = self.out if self.out is not None else Path(args.output_dir or ".") / "probe.jsonl"
-        inner = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper has no hooks of its own
-        self.probe = Probe(model, inner, self.every, out, done=state.global_step)
+        optimizer = getattr(of["optimizer"], "optimizer", of["optimizer"])  # accelerate's wrapper has no hooks
+        self.probe = Probe(of["model"], optimizer, self.every, out, done=state.global_step)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Write what is left."""
+        """Write the last row and detach the probe."""
         self._close()
 
     def _close(self) -> None:

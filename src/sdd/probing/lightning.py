@@ -7,12 +7,12 @@ from typing import Any
 from torch.optim import Optimizer
 
 from sdd.probing.probe import Probe
-from sdd.probing.rows import Row
+from sdd.probing.probe_file import Row
 
 try:
     from lightning.pytorch import Callback
 except ModuleNotFoundError:
-    try:  # under its older name, which has classes of its own
+    try:  # the older package, whose classes are others
         from pytorch_lightning import Callback
     except ModuleNotFoundError as error:
         raise ImportError("sdd.probing.lightning needs the extra lightning: pip install 'sdd[lightning]'") from error
@@ -35,22 +35,21 @@ class ProbeCallback(Callback):  # pyright: ignore[reportGeneralTypeIssues] (one 
         self.probe: Probe | None = None
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Attach it."""
-        out = self.out
-        if out is None:
-            out = Path(trainer.log_dir or trainer.default_root_dir) / "probe.jsonl"
+        """Attach the probe."""
+        folder = Path(trainer.log_dir or trainer.default_root_dir)
+        out = self.out if self.out is not None else folder / "probe.jsonl"
         self.probe = Probe(pl_module, trainer.optimizers, self.every, out, done=trainer.global_step)
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Optimizer) -> None:
-        """Gradients are there, and not yet clipped."""
+        """Take the statistics of gradients before they are clipped."""
         if self.probe is not None:
             self.probe.gradients_ready()
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        """Write what is left."""
+        """Write the last row and detach the probe."""
         if self.probe is not None:
             self.probe.close()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Write what is left."""
+        """Write the last row and detach the probe."""
         self.on_train_end(trainer, pl_module)

@@ -1,4 +1,4 @@
-"""`sdd.Probe`: statistics of training, site by site, every few steps."""
+"""`sdd.Probe`: statistics of a model's modules every few steps of its training."""
 
 import logging
 import weakref
@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
+from sdd.probing.probe_file import Row, append_row, make_row
 from sdd.probing.recorder import Recorder
-from sdd.probing.rows import Row, append_row
-from sdd.probing.sites import Sites
-from sdd.probing.summary import make_row
-from sdd.probing.tally import Key, Packed, Tally, agreed, processes, rank
-from sdd.probing.weights import Weights
+from sdd.probing.sums import Key, ReducedSums, StepSums, agreed, processes, rank
+from sdd.probing.updates import ParameterSums
+from sdd.probing.watched import WatchedModules
 
 _log = logging.getLogger(__name__)
 
@@ -29,8 +29,8 @@ class Probe:
 
         probe = sdd.Probe(model, optimizer, out="probe.jsonl")
 
-    A loop that says itself where a step begins and ends leaves the optimiser out, and has the gradients' statistics
-    taken before they are clipped:
+    A loop may instead mark itself where a step begins and ends. It leaves the optimiser out, and can have the
+    statistics of gradients taken before they are clipped:
 
         probe = sdd.Probe(model, out="probe.jsonl")
         for batch in data:
@@ -41,21 +41,22 @@ class Probe:
                 optimizer.step()
                 optimizer.zero_grad()
 
-    What is recorded, and its formulas: `sdd.probing.STATISTICS`. A probed step computes what any other step does; only
-    what is compiled with torch.compile runs eagerly in it, in the whole process, and what our models fuse or leave out
-    (`ModelConfig.eliminate_norms`, kernels on a GPU) is computed norm by norm: both round differently.
-    Recorded are forward passes that gradients are kept for; with reentrant activation checkpointing, which keeps none,
-    the blocks are not seen. Of several microbatches all count. Of several processes all must have a probe: sums are
-    reduced over them, and gradients by outputs are those of the mean of their losses.
+    The statistics and their formulas are in `sdd.probing.STATISTICS`. A probed step computes what any other step does,
+    with two exceptions that round differently: code compiled with torch.compile runs eagerly, in the whole process, and
+    operations that our models fuse or leave out (`ModelConfig.eliminate_norms`, kernels on a GPU) are computed norm by
+    norm.
+    Only forward passes that keep a graph for gradients are recorded, so the probe does not see blocks under reentrant
+    activation checkpointing, which keeps none. All microbatches of a step count. If several processes train, each must
+    have a probe: sums are reduced over them, and gradients by outputs are those of the mean of their losses.
 
     Args:
         model: any module, in its final form: converted, sharded, wrapped, compiled.
-        optimizer: whose steps to follow, one or several that step in turn; None to delimit steps by `step`.
+        optimizer: whose steps to follow, one or several that step in turn; None to mark steps with `step`.
         every: steps between probed ones: the first is probed, and each whose number it divides; 0 for none.
-        out: a file to append rows to, or a function that takes each row; see `sdd.probing.rows`. Only the first of
-            several processes writes. On a GPU a row is written at the next step, when it has arrived.
-        done: steps done before, in a loop that goes on.
-        early: probe steps 2, 4, 8, ... below `every` too, since what breaks often breaks early; `sdd train` does.
+        out: a file to append rows to, or a function that receives each row; see `sdd.probing.probe_file`. Only the
+            first of several processes writes. On a GPU a row is written at the next step, when it has arrived.
+        done: steps done before, in a loop that is resumed.
+        early: probe steps 2, 4, 8, ... below `every` too, because runs often break early; `sdd train` does this.
 
     Attributes:
         every, early: as given.
@@ -81,16 +82,15 @@ class Probe:
             raise ValueError(f"every={every} and done={done} must not be negative")
         self.every, self.done, self.early = every, done, early
         self.latest: Row | None = None
-        self._sites = Sites(model)
-        self._order = self._sites.order()
-        self._write = _writer(out)
-        self._met: tuple[list[Key], list[Key]] | None = None
-        self._pending: tuple[int, Packed] | None = None
-        self._under_way: _Step | None = None
         self.asked = False
+        self._watched = WatchedModules(model)
+        self._write = _writer(out)
+        self._met: tuple[list[Key], list[Key]] | None = None  # keys of sums and maxima that any process had
+        self._pending: tuple[int, ReducedSums] | None = None
+        self._under_way: _Step | None = None
         self._optimizers = _listed(optimizer)
         self._to_step = set(self._optimizers)
-        self._handles = [each.register_step_pre_hook(_eager(self._before_update)) for each in self._optimizers]
+        self._handles = self._before_updates_of(self._optimizers)
         self._handles += [each.register_step_post_hook(_eager(self._after_update)) for each in self._optimizers]
         if self._optimizers:
             self._begin_if_due()
@@ -99,10 +99,10 @@ class Probe:
     def step(
         self, optimizer: Optimizer | Sequence[Optimizer] | None = None, number: int | None = None
     ) -> Iterator[None]:
-        """One step: every forward and backward pass of it, and the update.
+        """Mark one step: a block with all its forward and backward passes and the update.
 
         Args:
-            optimizer: who makes the update inside the block; None if there is none.
+            optimizer: makes the update inside the block; None if there is no update.
             number: of the step, from 1; None for the next.
 
         Raises:
@@ -113,7 +113,7 @@ class Probe:
         self.flush()
         self.done = self.done if number is None else number - 1
         self._begin_if_due()
-        handles = [each.register_step_pre_hook(_eager(self._before_update)) for each in _listed(optimizer)]
+        handles = self._before_updates_of(_listed(optimizer))
         try:
             yield
             self._end()
@@ -123,7 +123,7 @@ class Probe:
                 handle.remove()
 
     def look(self) -> None:
-        """Probe the next step that begins, whatever its number: something has happened."""
+        """Probe the next step that begins, whatever its number."""
         self.asked = True
 
     def gradients_ready(self) -> None:
@@ -132,19 +132,19 @@ class Probe:
         If it is not called, they are taken as the optimiser sees them.
         """
         if self._under_way is not None:
-            self._under_way.weights.gradients()
+            self._under_way.parameters.gradients()
 
     def flush(self) -> None:
-        """Write what is still on its way."""
+        """Write the row that is still on its way from the device."""
         if self._pending is None:
             return
-        (number, packed), self._pending = self._pending, None
-        self.latest = make_row(number, *packed.read(), self._order, processes())
+        (number, sums), self._pending = self._pending, None
+        self.latest = make_row(number, *sums.read(), self._watched.order, processes())
         if rank() == 0 and self._write is not None:
             self._write(self.latest)
 
     def close(self) -> None:
-        """Write what is still on its way and let go of model and optimiser."""
+        """Write the row that is still on its way, and let go of model and optimiser."""
         self._close_step()
         for handle in self._handles:
             handle.remove()
@@ -162,30 +162,33 @@ class Probe:
         early = number == 1 or (self.early and number < self.every and number.bit_count() == 1)
         if self.every and (early or self.asked or number % self.every == 0):
             self.asked = False
-            self._under_way = _Step(self._sites)
+            self._under_way = _Step(self._watched)
             self._under_way.recorder.open()
-            # a loop that ends just before a probed step, and lets go of its probe without closing it
+            # A loop may end just before a probed step and drop its probe without closing it.
             self._if_lost = weakref.finalize(self, self._under_way.recorder.close)
+
+    def _before_updates_of(self, optimizers: Sequence[Optimizer]) -> list[RemovableHandle]:
+        return [each.register_step_pre_hook(_eager(self._before_update)) for each in optimizers]
 
     def _before_update(
         self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Look at gradients and weights now, or after the closure that makes the gradients."""
+        """Sum gradients and weights now, or after the optimiser's closure has made the gradients."""
         step = self._under_way
         if step is None:
             return None
         optimizer, *others = args
         closure = others.pop(0) if others else kwargs.pop("closure", None)
         if closure is None:
-            step.weights.before_update()
+            step.parameters.before_update()
             return None
 
-        def then() -> Any:
+        def closure_then_sums() -> Any:
             result = closure()
-            step.weights.before_update()
+            step.parameters.before_update()
             return result
 
-        return (optimizer, then, *others), kwargs
+        return (optimizer, closure_then_sums, *others), kwargs
 
     def _after_update(self, optimizer: Optimizer, _args: object, _kwargs: object) -> None:
         self._to_step.discard(optimizer)
@@ -196,33 +199,34 @@ class Probe:
             self._begin_if_due()
 
     def _end(self) -> None:
-        """The step is over: sum up if it was probed."""
+        """Count the step, and send its sums to the host if it was probed."""
         self.done += 1
         step = self._close_step()
         if step is None:
             return
-        step.weights.after_update()
+        step.parameters.after_update()
         if self._met is None:
-            self._say_what_is_missing(step.tally)
+            self._warn_of_unseen_attention(step.sums)
         if self._met is None or processes() == 1:
-            self._met = agreed(step.tally.sums), agreed(step.tally.maxima)
-        sums = list(dict.fromkeys([*step.keys(), *self._met[0]]))
-        self._pending = self.done, Packed(step.tally, sums, self._met[1], self._sites.device)
+            self._met = agreed(step.sums.sums), agreed(step.sums.maxima)
+        # Keys that every process has, whatever it saw, then those that only some forward passes give.
+        keys = list(dict.fromkeys([*step.recorder.keys(), *step.parameters.keys(), *self._met[0]]))
+        self._pending = self.done, ReducedSums(step.sums, keys, self._met[1], self._watched.device)
         if self._pending[1].arrived:
             self.flush()
 
     def _close_step(self) -> "_Step | None":
-        """Record no more, and give back the step that was under way."""
+        """Stop recording, and return the step that was under way."""
         step, self._under_way = self._under_way, None
         if step is not None:
             step.recorder.close()
             self._if_lost.detach()
         return step
 
-    def _say_what_is_missing(self, tally: Tally) -> None:
-        kinds = {type(module).__name__ for module in self._sites.names}
+    def _warn_of_unseen_attention(self, sums: StepSums) -> None:
+        kinds = {type(module).__name__ for module in self._watched.names}
         attends = sorted(kind for kind in kinds if "attention" in kind.lower() or "attn" in kind.lower())
-        if attends and rank() == 0 and not any(stat == "entropy" for _, stat in tally.sums):
+        if attends and rank() == 0 and not any(stat == "entropy" for _, stat in sums.sums):
             _log.warning(
                 "no statistics of attention: %s does not call scaled_dot_product_attention (models of transformers do "
                 'with attn_implementation="sdpa")',
@@ -231,20 +235,16 @@ class Probe:
 
 
 class _Step:
-    """A probed step under way."""
+    """A probed step under way: its sums, and the two that add to them."""
 
-    def __init__(self, sites: Sites) -> None:
-        self.tally = Tally()
-        self.weights = Weights(sites.parameters, self.tally)
-        self.recorder = Recorder(sites, self.tally)
-
-    def keys(self) -> list[Key]:
-        """The keys of the sums that every process has, whatever it saw."""
-        return self.recorder.keys() + self.weights.keys()
+    def __init__(self, watched: WatchedModules) -> None:
+        self.sums = StepSums()
+        self.parameters = ParameterSums(watched.parameters, self.sums)
+        self.recorder = Recorder(watched, self.sums)
 
 
 def _eager(hook: Callable[..., Any]) -> Callable[..., Any]:
-    """A hook of an optimiser whose step may be compiled."""
+    """Keep a hook out of compiled code, for an optimiser whose step is compiled."""
     return torch.compiler.disable(hook)
 
 

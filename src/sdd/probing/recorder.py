@@ -1,4 +1,4 @@
-"""One probed step: hooks, points and intercepted calls, turned into sums."""
+"""One probed step: hooks, probe points and intercepted calls of attention, turned into sums."""
 
 from contextlib import ExitStack
 from functools import partial
@@ -10,40 +10,41 @@ from torch import Tensor, nn
 from sdd import probe_points
 from sdd.nn import SDDExpertLinear, SDDLinear
 from sdd.probing.attention import AttentionCalls, sampled_attention
-from sdd.probing.sites import Sites, first_tensor, is_norm, norm_ratio
-from sdd.probing.summary import layer_name
-from sdd.probing.tally import Key, Tally, sum_of_squares
+from sdd.probing.probe_file import layer_name
+from sdd.probing.sums import Key, StepSums, sum_of_squares
+from sdd.probing.watched import WatchedModules, first_tensor, is_norm, norm_ratio
 
 
 class Recorder:
-    """Hooks a model for the time of one step and sums up what passes; a `sdd.probe_points.Recorder`.
+    """Hooks a model for the time of one step and sums up what passes; a `sdd.probe_points.Listener`.
 
-    It looks at forward passes that are to be differentiated, and not at what activation checkpointing computes again
-    in the backward pass. It changes no tensor and draws no random number. While it is open, nothing compiled runs:
-    graphs do not call hooks, and would be compiled again for them.
+    It records forward passes that will be differentiated, but not the recomputation of activation checkpointing inside
+    the backward pass. It changes no tensor and draws no random number. While it is open, nothing compiled runs,
+    because compiled graphs do not call hooks and would be compiled again for them.
 
     Args:
-        sites: the model's.
-        tally: takes the sums.
+        watched: the model's modules.
+        sums: receives the sums.
     """
 
-    def __init__(self, sites: Sites, tally: Tally) -> None:
-        self._sites, self._tally = sites, tally
+    def __init__(self, watched: WatchedModules, sums: StepSums) -> None:
+        self._watched, self._sums = watched, sums
+        self._names = watched.names
         self._open = ExitStack()
         self._is_open = False
         self._inside: list[nn.Module] = []  # the modules whose forward is under way, outermost first
-        self._calls = ExitStack()  # holds AttentionCalls while there are any
-        self._announced: set[nn.Module] = set()
+        self._calls = ExitStack()  # holds AttentionCalls while some forward is under way
+        self._reporting: set[nn.Module] = set()  # modules that reported q and k themselves in this step
 
     def open(self) -> None:
-        """Install everything."""
-        handles = [module.register_forward_pre_hook(self._entered) for module in self._sites.names]
-        for module in self._sites.watched:
+        """Install hooks, points and the interception of attention."""
+        handles = [module.register_forward_pre_hook(self._entered) for module in self._names]
+        for module in self._watched.recorded:
             if not isinstance(module, (SDDLinear, SDDExpertLinear)):
-                handles.append(module.register_forward_hook(self._left_site))
-        for index, block in enumerate(self._sites.blocks):
+                handles.append(module.register_forward_hook(self._left_recorded))
+        for index, block in enumerate(self._watched.blocks):
             handles.append(block.register_forward_hook(partial(self._left_block, index), with_kwargs=True))
-        handles += [module.register_forward_hook(self._left, always_call=True) for module in self._sites.names]
+        handles += [module.register_forward_hook(self._left, always_call=True) for module in self._names]
         for handle in handles:
             self._open.callback(handle.remove)
         probe_points.add(self)
@@ -53,49 +54,49 @@ class Recorder:
         self._is_open = True
 
     def close(self) -> None:
-        """Remove everything."""
+        """Remove everything that `open` installed."""
         self._is_open = False
         self._open.close()
-        self._inside.clear()  # a keyboard interrupt passes by the hooks that would have emptied it
+        self._inside.clear()  # a KeyboardInterrupt skips the hooks that would have emptied it
         self._calls.close()
 
     def __deepcopy__(self, _: object) -> "Recorder":
-        """The recorder of a model that is copied within a step, with its hooks: one that is closed."""
-        return Recorder(self._sites, self._tally)
+        """A closed recorder, for a model that is copied within a step together with its hooks."""
+        return Recorder(self._watched, self._sums)
 
     def keys(self) -> list[Key]:
         """The keys of all sums that the model's modules can give, whether or not they were called here."""
-        names = [self._sites.names[module] for module in self._sites.watched]
-        return [(name, kind) for name in names for kind in ("rms", "grad_rms")]
+        names = [self._names[module] for module in self._watched.recorded]
+        return [(name, stat) for name in names for stat in ("rms", "grad_rms")]
 
-    # points
+    # probe points
 
-    def output(self, site: nn.Module | str, y: Tensor) -> None:
-        """An output: its sum of squares, and that of its gradient."""
-        name = site if isinstance(site, str) else self._sites.names.get(site)
+    def output(self, where: nn.Module | str, y: Tensor) -> None:
+        """Record an output: its sum of squares, and that of its gradient."""
+        name = where if isinstance(where, str) else self._names.get(where)
         if self._inside and name is not None and self._is_recorded():
             self._output(name, y)
 
     def projection(self, module: nn.Module, z: Tensor, y: Tensor) -> None:
-        """An SDD layer."""
-        name = self._sites.names.get(module)
+        """Record the output of an SDD layer and the ratio of eps to the mean square under its norm."""
+        name = self._names.get(module)
         if name is not None and self._is_recorded():
             self._output(name, y)
             self._norm(name, module, z)
 
     def attention(self, module: nn.Module, q: Tensor, k: Tensor, mask: Tensor | None) -> None:
-        """A module that tells its queries and keys; its calls of scaled_dot_product_attention are not looked at."""
-        if module in self._sites.names and self._is_recorded():
-            self._announced.add(module)
-            self._sites.tells_attention = True
-            self._attention(self._sites.names[module], q, k, mask, mask is None, None)
+        """Record a module that reports q and k itself; its calls of SDPA are then not intercepted."""
+        if module in self._names and self._is_recorded():
+            self._reporting.add(module)
+            self._watched.reports_attention = True
+            self._attention(self._names[module], q, k, mask, mask is None, None)
 
     # hooks
 
     def _entered(self, module: nn.Module, _args: Any) -> None:
         if not self._is_open:
             return
-        if not self._inside and not self._sites.tells_attention:
+        if not self._inside and not self._watched.reports_attention:
             self._calls.enter_context(AttentionCalls(self._attention_call))
         self._inside.append(module)
 
@@ -105,13 +106,12 @@ class Recorder:
             if not self._inside:
                 self._calls.close()
 
-    def _left_site(self, module: nn.Module, args: Any, output: Any) -> None:
+    def _left_recorded(self, module: nn.Module, args: Any, output: Any) -> None:
         y = first_tensor(output)
         if y is None or not self._is_recorded():
             return
-        name = self._sites.names[module]
+        name, x = self._names[module], first_tensor(args)
         self._output(name, y)
-        x = first_tensor(args)
         if x is not None and is_norm(module):
             self._norm(name, module, x)
 
@@ -120,22 +120,21 @@ class Recorder:
         if y is None or not self._is_recorded():
             return
         x = next((x for x in map(first_tensor, (*args, *kwargs.values())) if x is not None), None)
-        if x is not None:
-            if index == 0:
-                self._output(layer_name(0), x)
-            if x.shape == y.shape:
-                self._cosine(index, x, y)
+        if x is not None and index == 0:
+            self._output(layer_name(0), x)
+        if x is not None and x.shape == y.shape:
+            self._cosine(index, x, y)
         self._output(layer_name(index + 1), y)
 
     def _attention_call(self, q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scale: float | None) -> None:
         module = self._inside[-1]
-        if module not in self._announced and q.ndim <= 4 and self._is_recorded():
-            self._attention(self._sites.names[module], q, k, mask, causal, scale)
+        if module not in self._reporting and q.ndim <= 4 and self._is_recorded():
+            self._attention(self._names[module], q, k, mask, causal, scale)
 
     def _is_recorded(self) -> bool:
-        """Whether this is a forward pass to be differentiated, and the first of its kind.
+        """Whether the present forward pass will be differentiated and is not a recomputation.
 
-        Within a backward pass, a forward pass is activation checkpointing at work.
+        A forward pass within a backward pass is activation checkpointing at work.
         """
         return self._is_open and torch.is_grad_enabled() and torch._C._current_graph_task_id() == -1
 
@@ -147,44 +146,44 @@ class Recorder:
             y.register_hook(partial(self._squares, (name, "grad_rms")))
 
     def _squares(self, key: Key, tensor: Tensor) -> None:
-        self._tally.add(key, sum_of_squares(tensor), tensor.numel())
+        self._sums.add(key, sum_of_squares(tensor), tensor.numel())
 
     def _norm(self, name: str, module: nn.Module, z: Tensor) -> None:
         ratio = norm_ratio(module, z.detach())
         if ratio is not None and ratio.numel():  # an expert may have no tokens
-            self._tally.add((name, "eps_ratio"), ratio.sum(), ratio.numel())
-            self._tally.highest((name, "eps_ratio_max"), ratio.amax())
+            self._sums.add((name, "eps_ratio"), ratio.sum(), ratio.numel())
+            self._sums.include((name, "eps_ratio_max"), ratio.amax())
 
     def _cosine(self, index: int, x: Tensor, y: Tensor) -> None:
         x, y = x.detach().float(), y.detach().float()
         lengths = torch.linalg.vector_norm(x, dim=-1) * torch.linalg.vector_norm(y, dim=-1)
         cosine = torch.linalg.vecdot(x, y) / lengths.clamp_min(torch.finfo(torch.float32).tiny)
-        self._tally.add((layer_name(index), "cosine"), cosine.sum(), cosine.numel())
+        self._sums.add((layer_name(index), "cosine"), cosine.sum(), cosine.numel())
 
     def _attention(
         self, name: str, q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scale: float | None
     ) -> None:
         with torch.autocast(q.device.type, enabled=False):
             largest, entropy, rows = sampled_attention(q, k, mask, causal, scale)
-        self._tally.highest((name, "logit_max"), largest)
-        self._tally.add((name, "entropy"), entropy, rows)
+        self._sums.include((name, "logit_max"), largest)
+        self._sums.add((name, "entropy"), entropy, rows)
 
 
 class _Eager:
-    """Keeps torch.compile from running anything compiled while anybody holds it."""
+    """Keeps torch.compile from running anything compiled while there is a holder."""
 
     def __init__(self) -> None:
         self._holders = 0
         self._stance = ExitStack()
 
     def hold(self) -> None:
-        """One holder more."""
+        """Add a holder."""
         if not self._holders:
             self._stance.enter_context(torch.compiler.set_stance("force_eager"))
         self._holders += 1
 
     def release(self) -> None:
-        """One holder less; holders need not leave in the order in which they came."""
+        """Remove a holder; holders may leave in any order."""
         self._holders -= 1
         if not self._holders:
             self._stance.close()

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from sdd.draw.style import Style
+from sdd.files import number
 from sdd.probing.alarms import broke_first
-from sdd.probing.rows import number
 from sdd.report.runs import Run
 
 _SMOOTHED_OVER = 25  # a smoothed curve averages over 1/25 of the run

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sdd.files import number
 from sdd.probing.alarms import Kind
-from sdd.probing.rows import number
 from sdd.report.heat import HeatMap, share_limits, thinned
 
 if TYPE_CHECKING:

@@ -10,9 +10,9 @@ from typing import Any, Literal
 import numpy as np
 
 from sdd.errors import UserError
+from sdd.files import number
 from sdd.probing import ProbeHistory, history
 from sdd.probing.alarms import Alarm, judge
-from sdd.probing.rows import number
 from sdd.report.routers import RoutingHistory, routing_history
 from sdd.train import config_io
 from sdd.train.run_dir import read_jsonl

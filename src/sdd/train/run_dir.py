@@ -3,7 +3,7 @@
 config.json        every field; feeds back in
 environment.json   versions, device, threads
 metrics.jsonl      one object a step, and one an evaluation
-probe.jsonl        one object a probed step, see sdd.probing.rows
+probe.jsonl        one object a probed step, see sdd.probing.probe_file
 samples.jsonl      generated text
 result.json        how it ended
 checkpoints/       see sdd.train.checkpoint

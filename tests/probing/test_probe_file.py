@@ -6,7 +6,8 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sdd.probing import STATISTICS, append_row, compact, read_probe
+from sdd.files import finite
+from sdd.probing import STATISTICS, append_row, read_probe
 
 VALUE = st.floats(width=32) | st.sampled_from([math.nan, math.inf, -math.inf])
 SITES = [f"blocks.{i}.{name}" for i in range(2) for name in ("attn", "ffn.up_proj")]
@@ -34,7 +35,7 @@ def drawn_rows(draw):
 def same(found, expected):
     """Equal to five significant digits, and in what is not finite."""
     expected = np.asarray(expected)
-    np.testing.assert_allclose(found, np.vectorize(lambda x: float(compact(float(x))))(expected), rtol=1e-12)
+    np.testing.assert_allclose(found, np.vectorize(lambda x: float(finite(float(x), 5)))(expected), rtol=1e-12)
     np.testing.assert_allclose(found, expected, rtol=5e-5)
 
 
@@ -43,7 +44,7 @@ def same(found, expected):
 def test_what_was_written_is_read(tmp_path_factory, rows):
     file = tmp_path_factory.mktemp("probe") / "probe.jsonl"
     for row in rows:
-        append_row(file, compact(row))
+        append_row(file, row)
     with file.open("a") as stream:
         stream.write('{"step": 7, "sites"')  # a process killed while it wrote
     found = read_probe(file)
