@@ -343,19 +343,29 @@ def test_healthy_mixture_of_experts_raises_nothing_and_its_routers_stay_clear(na
     assert not any(ever)
 
 
-@given(st.integers(1, 300), st.integers(0, 3), st.integers(1, 6), st.integers(1, 400))
-def test_experts_that_stay_out_are_told_by_block_and_first_step(since: int, layer: int, dead: int, lasts: int) -> None:
+def routed_without_experts(since: int, layer: int, dead: int, lasts: int) -> list[dict[str, Any]]:
+    """A run in which experts of one layer get no tokens, from one step on for so many steps."""
     rows = routed(since + lasts + 5 * LOOK)
     for row in rows[since - 1 : since - 1 + lasts]:
         row["routing"]["dead_experts"][layer] = dead
-    alarms = judge([], rows)
-    if lasts < DEAD_STEPS:
-        assert alarms == []
-    if lasts < DEAD_STEPS + LOOK:
-        return
-    alarm = only(alarms, "dead experts")
+    return rows
+
+
+@given(st.integers(1, 300), st.integers(0, 3), st.integers(1, 6), st.integers(1, DEAD_STEPS - 1))
+def test_experts_that_are_out_for_a_while_raise_nothing(since: int, layer: int, dead: int, lasts: int) -> None:
+    assert judge([], routed_without_experts(since, layer, dead, lasts)) == []
+
+
+@given(st.integers(1, 300), st.integers(0, 3), st.integers(1, 6), st.integers(DEAD_STEPS + LOOK, 400))
+def test_experts_that_stay_out_are_told_by_block_and_first_step(since: int, layer: int, dead: int, lasts: int) -> None:
+    alarm = only(judge([], routed_without_experts(since, layer, dead, lasts)), "dead experts")
     assert (alarm.where, alarm.layer, alarm.since_step) == (f"blocks.{layer}.ffn.router", layer, since)
     assert alarm.ended
+
+
+@given(st.integers(1, 300), st.integers(1, 6), st.integers(DEAD_STEPS + LOOK, 400))
+def test_each_look_at_experts_that_stay_out_makes_the_alarm_surer(since: int, dead: int, lasts: int) -> None:
+    alarm = only(judge([], routed_without_experts(since, 0, dead, lasts)), "dead experts")
     looks = [step for step in range(since + DEAD_STEPS - 1, since + lasts) if step % LOOK == 0]
     points = len(looks) * (2 if dead >= KINDS["dead experts"].far else 1)
     assert alarm.certainty == ("possible", "likely", "certain")[min(points, 3) - 1]
@@ -369,9 +379,12 @@ def test_router_that_saturates_is_told_by_block_and_first_step(since: int, layer
         row["routing"]["entropy"][layer] = share * ROUTER_ENTROPY_SHARE * 1.9
     alarm = only(judge([], rows), "saturated router")
     assert (alarm.layer, alarm.since_step, alarm.certainty) == (layer, since + 1, "certain")
-    for row in rows:
-        row["routing"]["entropy"] = [share * ROUTER_ENTROPY_SHARE * 1.9] * 4  # from the first step on, or of one expert
-    assert judge([], rows) == []
+
+
+def test_router_whose_entropy_was_never_higher_raises_nothing() -> None:
+    """As that of a single expert, or one that starts low."""
+    for entropy in (0.0, 0.01):
+        assert judge([], routed(4 * LOOK, entropy=entropy)) == []
 
 
 def test_what_routers_do_comes_second_to_what_breaks() -> None:
