@@ -246,6 +246,8 @@ def test_resolve_group():
     assert resolve_group(None, 12) == ((12, 12),)
     assert resolve_group(4, 12) == ((12, 4),)
     assert resolve_group([(8, 4), (4, 0)], 12) == ((8, 4), (4, 0))
+    parts = resolve_group([(8, 4), (4, 0)], 12)
+    assert resolve_group(parts, 12) is parts, "a layer resolves its groups once"
     assert alpha_size(((8, 4), (4, 0), (6, 6)), shared=False) == 14
     assert alpha_size(((8, 4), (4, 0), (6, 6)), shared=True) == 10
 

@@ -134,6 +134,32 @@ def test_eps_may_differ_from_row_to_row(group, shared):
             torch.testing.assert_close(together[i, j], alone)
 
 
+@pytest.mark.parametrize("joint", [False, True])
+def test_eps_of_swiglu_may_differ_from_row_to_row(joint):
+    gate, up, alpha_gate, alpha_up, eps, up_eps = randn(0, (3, 8), (3, 8), (8,), (8,), (3,), (3,))
+    eps, up_eps = eps.square(), None if joint else up_eps.square()
+    alphas = (alpha_gate, alpha_up)
+    together = sdd_swiglu(gate, up, *alphas, joint=joint, eps=eps, up_eps=up_eps)
+    bare, _ = sdd_swiglu_bare_up(gate, up, *alphas, eps=eps)
+    for i in range(3):
+        own = {"eps": eps[i].item(), "up_eps": None if up_eps is None else up_eps[i].item()}
+        torch.testing.assert_close(together[i], sdd_swiglu(gate[i], up[i], *alphas, joint=joint, **own))
+        torch.testing.assert_close(bare[i], sdd_swiglu_bare_up(gate[i], up[i], *alphas, eps=own["eps"])[0])
+
+
+def test_rows_of_queries_may_have_an_eps_and_positions_of_their_own():
+    z, alpha, eps = randn(0, (3, 2, 8), (8,), (3, 2))
+    eps, positions = eps.square(), torch.tensor([[[0, 1]], [[5, 6]], [[2, 3]]])
+    cos, sin = (table[positions] for table in rope_tables(7, 4))
+    assert cos.shape == (3, 1, 2, 4)
+    together = qk_norm_rope(z, alpha, cos, sin, n_heads=2, group=4, eps=eps)
+    for i in range(3):
+        for t in range(2):
+            row, own_cos, own_sin = z[i, t : t + 1], cos[i, 0, t : t + 1], sin[i, 0, t : t + 1]
+            alone = qk_norm_rope(row, alpha, own_cos, own_sin, n_heads=2, group=4, eps=eps[i, t].item())
+            torch.testing.assert_close(together[i, :, t : t + 1], alone)
+
+
 @pytest.mark.parametrize("eps", [1e-5, 1e-6])
 @pytest.mark.parametrize("init_scale", [1.0, 0.1])
 def test_a_bare_up_before_sdd_equals_the_normed_one(init_scale, eps):
@@ -158,6 +184,7 @@ def test_a_bare_up_before_sdd_equals_the_normed_one(init_scale, eps):
         (lambda: sdd_swiglu(*randn(0, (2, 8), (2, 8), (6,)), None), r"alpha has shape \[6\], expected \[8\]"),
         (lambda: sdd_swiglu(*randn(0, (2, 8), (2, 8), (8,)), None, joint=True), "give alpha_gate and alpha_up"),
         (lambda: sdd_swiglu(*randn(0, (2, 8), (2, 8), (8,), (8,)), joint=True, up_eps=1.0), "and one eps"),
+        (lambda: sdd_swiglu(*randn(0, (2, 8), (2, 8), (8,), (8,)), joint=True, up_eps=torch.ones(2)), "and one eps"),
         (lambda: residual_norm(*randn(0, (2, 8), (3, 8)), None), r"\[2, 8\] and \[3, 8\]"),
         (lambda: residual_norm(*randn(0, (2, 8), (2, 8)), None, kept=torch.zeros(3, 8)), r"\[2, 8\] and \[3, 8\]"),
     ],

@@ -17,32 +17,43 @@ from torch import Tensor
 
 #: The `group` argument: None (one group), a group width, or consecutive `(width, group_width)` parts.
 Group = int | Sequence[tuple[int, int]] | None
-#: The same, resolved: consecutive `(width, group_width)` parts, `group_width` 0 for a plain part.
-Parts = tuple[tuple[int, int], ...]
-#: Added to the mean square inside the root: a number, or a tensor `[...]` with one a row of `z` `[..., N]`.
+#: Added to the mean square inside the root: a number, or a tensor `[...]` with one value for each row of z `[..., N]`.
 Eps = float | Tensor
 
 
+class Parts(tuple[tuple[int, int], ...]):
+    """A `group` argument that `resolve_group` has resolved: consecutive `(width, group_width)` parts.
+
+    group_width is 0 for a plain part. `resolve_group` returns a `Parts` unchanged, so that a layer resolves its groups
+    once, when it is built, and passes the result as `group` in every forward pass.
+    """
+
+    __slots__ = ()
+
+
 def resolve_group(group: Group, width: int) -> Parts:
-    """Turn a `group` argument into consecutive `(width, group_width)` parts that sum to `width`.
+    """Turn a `group` argument into consecutive `(width, group_width)` parts that add up to `width`.
 
     Args:
         group: None for one group of full width, an int for groups of that width (heads), or a list of
             `(width, group_width)` for consecutive parts; group_width 0 marks a plain part (neither norm nor alpha).
+            A `Parts` is returned as it is, unchecked.
         width: the number of output features N.
 
     Raises:
         ValueError: if the parts do not add up to `width` or a part is not a whole number of groups.
     """
+    if isinstance(group, Parts):
+        return group
     if group is None:
-        return ((width, width),)
+        return Parts([(width, width)])
     if isinstance(group, int):
         if group <= 0 or width % group:
             raise ValueError(
                 f"group={group} does not divide the {width} output features: give a divisor, or None for one group"
             )
-        return ((width, group),)
-    parts = tuple((int(part), int(group_width)) for part, group_width in group)
+        return Parts([(width, group)])
+    parts = Parts((int(part), int(group_width)) for part, group_width in group)
     for part, group_width in parts:
         if part <= 0 or group_width < 0 or (group_width and part % group_width):
             raise ValueError(
@@ -55,13 +66,17 @@ def resolve_group(group: Group, width: int) -> Parts:
     return parts
 
 
-def alpha_size(parts: Parts, shared: bool) -> int:
-    """Number of elements of alpha: one a normed feature, or one group width a normed part if `shared`."""
+def alpha_size(parts: Sequence[tuple[int, int]], shared: bool) -> int:
+    """Number of elements of alpha: one for each normed feature, or if `shared` one group width for each normed part."""
     return sum(group_width if shared else width for width, group_width in parts if group_width)
 
 
 def split_alpha(alpha: Tensor, parts: Parts) -> list[Tensor]:
-    """Alpha's piece for each part (empty for a plain one); whether it is shared shows in its size."""
+    """Split alpha into one piece for each part, empty for a plain part. Its size shows whether groups share it.
+
+    Raises:
+        ValueError: if alpha has neither of the two sizes that the parts allow.
+    """
     for shared in (False, True):
         if alpha.shape == (alpha_size(parts, shared),):
             sizes = [(group_width if shared else width) if group_width else 0 for width, group_width in parts]
@@ -77,7 +92,7 @@ def norm(z: Tensor, eps: Eps = 1e-6, group: int | None = None) -> Tensor:
 
     Args:
         z: `[..., N]`, any floating dtype.
-        eps: added to the mean square, inside the root; a number, or `[...]` with one a row.
+        eps: added to the mean square, inside the root; a number, or `[...]` with one value for each row.
         group: width G of the groups along the last dimension over which the mean is taken; None for one group.
 
     Returns:
@@ -104,11 +119,12 @@ def scaled_norm(
 
     Args:
         z: `[..., N]`, any floating dtype.
-        alpha: `[N_normed]`, one scale a normed feature; or one group width for each normed part, shared by its groups.
+        alpha: `[N_normed]`, one scale for each normed feature; or one group width for each normed part, shared by its
+            groups.
         bias: `[N]` or None, added after the scale.
         group: see `resolve_group`.
-        eps: added to the mean square, inside the root; a number, or `[...]` with one a row.
-        dtype: of the result; None for that of z.
+        eps: added to the mean square, inside the root; a number, or `[...]` with one value for each row.
+        dtype: dtype of the result; None for that of z.
 
     Returns:
         `[..., N]`; alpha and bias are applied in at least float32 before the cast.
@@ -150,7 +166,7 @@ def sdd_linear(
     Args:
         x: `[..., in_features]` (one to any number of dimensions).
         weight: V, `[out_features, in_features]`.
-        alpha: one scale an output feature that has a norm; or one group width a normed part, shared by its groups.
+        alpha: one scale for each normed output feature; or one group width for each normed part, shared by its groups.
         bias: `[out_features]` or None, added after the scale: `alpha * norm(V x) + b`, not `alpha * norm(V x + b)`.
         group: norm groups along the output features: None one group; int groups of that width (heads); a list of
             `(width, group_width)` consecutive parts, e.g. fused q|k|v `[(2048, 64), (512, 64), (512, 0)]`, where
@@ -191,17 +207,16 @@ def sdd_swiglu(
         alpha_gate: `[d_ff]`, or None if the gate projection has no norm.
         alpha_up: `[d_ff]`, or None if the up projection has no norm.
         joint: one norm group over the concatenated `z_gate | z_up` (the released dense code) instead of one each.
-        eps: added to the mean square, inside the root.
+        eps: added to the mean square, inside the root; a number, or `[...]` with one value for each row.
         up_eps: the same for the norm of the up projection; None for eps.
 
     Returns:
         `[..., d_ff]` in the dtype of z_gate.
 
     Raises:
-        ValueError: if a joint group lacks an alpha or has two eps.
+        ValueError: if shapes do not fit, or a joint group lacks an alpha or has two eps.
     """
-    unequal_eps = not isinstance(eps, Tensor) and up_eps not in (None, eps)
-    check_swiglu(z_gate, z_up, alpha_gate, alpha_up, joint, unequal_eps)
+    check_swiglu(z_gate, z_up, alpha_gate, alpha_up, joint, eps, up_eps)
     if alpha_gate is not None and alpha_up is not None and joint:
         return swiglu(*joint_scaled_norm(z_gate, z_up, alpha_gate, alpha_up, eps=eps))
     gate = z_gate if alpha_gate is None else scaled_norm(z_gate, alpha_gate, eps=eps)
@@ -223,17 +238,18 @@ def joint_scaled_norm(
 def sdd_swiglu_bare_up(
     z_gate: Tensor, z_up: Tensor, alpha_gate: Tensor | None, alpha_up: Tensor, *, eps: Eps = 1e-6
 ) -> tuple[Tensor, Tensor]:
-    """SwiGLU whose up norm is left to an SDD consumer, `h = silu(alpha_g * norm(z_g)) * (alpha_u * z_u)`.
+    """SwiGLU whose up norm is left out, `h = silu(alpha_g * norm(z_g)) * (alpha_u * z_u)`.
 
-    With q = mean(z_u^2), `sdd_linear(h, V)` with eps' equals `sdd_linear(h / sqrt(q + eps), V)` with eps exactly if
-    `eps' = eps * (q + eps)`, since norm(V (c h)) = norm(V h) but for eps.
+    An SDD layer that reads h gives the same without it: with q = mean(z_u^2), `sdd_linear(h, V)` with eps' equals
+    `sdd_linear(h / sqrt(q + eps), V)` with eps exactly if `eps' = eps * (q + eps)`, since norm(V (c h)) = norm(V h)
+    but for eps.
 
     Args:
         z_gate: `V_gate x`, `[..., d_ff]`.
         z_up: `V_up x`, `[..., d_ff]`.
         alpha_gate: `[d_ff]`, or None if the gate projection has no norm.
         alpha_up: `[d_ff]`.
-        eps: of the gate's norm.
+        eps: of the gate's norm; a number, or `[...]` with one value for each row.
 
     Returns:
         h `[..., d_ff]` in the dtype of z_gate, and q `[...]` in at least float32.
@@ -245,16 +261,24 @@ def sdd_swiglu_bare_up(
 
 
 def check_swiglu(
-    z_gate: Tensor, z_up: Tensor, alpha_gate: Tensor | None, alpha_up: Tensor | None, joint: bool, unequal_eps: bool
+    z_gate: Tensor,
+    z_up: Tensor,
+    alpha_gate: Tensor | None,
+    alpha_up: Tensor | None,
+    joint: bool,
+    eps: Eps,
+    up_eps: Eps | None,
 ) -> None:
     """Raise ValueError if shapes do not fit, or a joint group lacks an alpha or has two eps."""
     check_shapes(z_gate, z_up, alpha_gate, alpha_up)
-    if joint and (alpha_gate is None or alpha_up is None or unequal_eps):
+    by_row = isinstance(eps, Tensor) or isinstance(up_eps, Tensor)
+    two_eps = up_eps is not None and up_eps is not eps and (by_row or up_eps != eps)
+    if joint and (alpha_gate is None or alpha_up is None or two_eps):
         raise ValueError("joint=True is one norm over gate and up: give alpha_gate and alpha_up, and one eps")
 
 
 def check_shapes(z: Tensor, other: Tensor, *alphas: Tensor | None) -> None:
-    """Raise ValueError if two tensors that belong together differ in shape, or an alpha is not one a feature."""
+    """Raise ValueError if the two tensors differ in shape, or an alpha has not one element for each feature."""
     if z.shape != other.shape:
         raise ValueError(f"tensors of shapes {list(z.shape)} and {list(other.shape)} were given, expected one shape")
     for alpha in alphas:
@@ -276,7 +300,11 @@ def rope_tables(
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate `x` `[..., T, D]` by position, `x * cos + rotate_half(x) * sin`; tables `[T, D]` from `rope_tables`."""
+    """Rotate `x` `[..., T, D]` by position, `x * cos + rotate_half(x) * sin`.
+
+    The tables are `[T, D]` as from `rope_tables`, or `[B, 1, T, D]` for an x `[B, H, T, D]` whose rows stand at
+    positions of their own.
+    """
     first, second = x.chunk(2, -1)
     rotated = torch.cat([-second, first], -1)
     return (x * cos + rotated * sin).to(x.dtype)
@@ -295,20 +323,20 @@ def residual_norm(
 ) -> Tensor:
     """An output projection added to the residual stream, with or without the post-norm.
 
-    `s = residual_scale * residual + alpha * norm(z)`, and `post_alpha * norm(s)` if post_alpha is given. Everything is
-    in at least float32 until the one cast at the end.
+    With c = residual_scale, `s = c * residual + alpha * norm(z)`, and `post_alpha * norm(s)` if post_alpha is given.
+    Everything is in at least float32 until the one cast at the end.
 
     Args:
         z: `V x` of the output projection, `[..., d_model]`.
         residual: the residual stream, `[..., d_model]`.
-        alpha: `[d_model]`, or None if the projection has no norm (`s = residual_scale * residual + z`).
+        alpha: `[d_model]`, or None if the projection has no norm (`s = c * residual + z`).
         post_alpha: `[d_model]` or None for no post-norm.
-        residual_scale: DeepNorm's factor on the stream, 1 elsewhere.
-        eps: of the projection's norm; a number, or `[...]` with one a row.
+        residual_scale: c, DeepNorm's factor on the stream; 1 elsewhere.
+        eps: of the projection's norm; a number, or `[...]` with one value for each row.
         post_eps: of the post-norm.
-        kept: a copy of the residual stream in lower precision that is kept for the backward pass anyway, as by the
-            matrix products that read it. The kernels then keep no other one: with a post-norm their gradients have
-            the rounding of this copy. Values never depend on it, nor do the gradients of this reference.
+        kept: a copy of the residual stream in lower precision that the backward pass keeps anyway, because matrix
+            products read it. The kernels then keep no other copy: with a post-norm their gradients have the rounding
+            of this one. Values never depend on it, nor do the gradients of this reference.
 
     Returns:
         `[..., d_model]` in the dtype of the residual stream.
@@ -357,15 +385,15 @@ def residual_prenorm(
 ) -> tuple[Tensor, Tensor]:
     """An output projection added to the residual stream, and the norm that the next branch reads (Pre-Norm, Peri-LN).
 
-    `s = residual_scale * residual + alpha * norm(z)` and `norm_alpha * norm(s)`, of s before its cast.
+    With c = residual_scale, `s = c * residual + alpha * norm(z)` and `norm_alpha * norm(s)`, of s before its cast.
 
     Args:
         z: `V x` of the output projection, `[..., d_model]`.
         residual: the residual stream, `[..., d_model]`.
         alpha: `[d_model]`, or None if the projection has no norm.
         norm_alpha: `[d_model]`.
-        residual_scale: factor on the stream.
-        eps: of the projection's norm; a number, or `[...]` with one a row.
+        residual_scale: c, DeepNorm's factor on the stream; 1 elsewhere.
+        eps: of the projection's norm; a number, or `[...]` with one value for each row.
         norm_eps: of the norm of s.
         dtype: of norm(s); None for that of the residual stream.
 
@@ -384,18 +412,18 @@ def qk_norm_rope(
     *,
     n_heads: int,
     group: int | None = None,
-    eps: float = 1e-6,
+    eps: Eps = 1e-6,
 ) -> Tensor:
     """Normed queries or keys, rotated: `rope(alpha * norm(z))`, in at least float32 until the one cast at the end.
 
     Args:
         z: `V x` of the q or k projection, `[B, T, H*D]`.
         alpha: `[H*D]`, or `[D]` shared by the heads; None for no norm, `rope(z)`.
-        cos: `[T, D]`.
-        sin: `[T, D]`.
+        cos: `[T, D]`, or `[B, 1, T, D]` where rows stand at positions of their own.
+        sin: the same.
         n_heads: H.
         group: D for a norm per head, None for full width.
-        eps: added to the mean square, inside the root.
+        eps: added to the mean square, inside the root; a number, or `[B, T]` with one value for each row.
 
     Returns:
         `[B, H, T, D]` in the dtype of z.
@@ -406,13 +434,13 @@ def qk_norm_rope(
     return apply_rope(y.unflatten(-1, (n_heads, -1)).transpose(-3, -2), cos, sin).to(z.dtype)
 
 
-def _stream(z: Tensor, residual: Tensor, alpha: Tensor | None, residual_scale: float, eps: Eps) -> Tensor:
-    """`residual_scale * residual + alpha * norm(z)` in at least float32."""
+def _stream(z: Tensor, residual: Tensor, alpha: Tensor | None, c: float, eps: Eps) -> Tensor:
+    """`c * residual + alpha * norm(z)` in at least float32."""
     check_shapes(z, residual, alpha)
     branch = z.to(statistics_dtype(z.dtype))
     if alpha is not None:
         branch = scaled_norm(branch, alpha, eps=eps)
-    return torch.add(branch, residual, alpha=residual_scale)
+    return c * residual.to(statistics_dtype(residual.dtype)) + branch
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:

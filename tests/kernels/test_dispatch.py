@@ -3,17 +3,59 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from inspect import getdoc, signature
+from typing import Any
 
 import pytest
 import torch
 from helpers_kernels import DEVICE
 
+from sdd import functional as sdd_F
 from sdd import kernels
 from sdd.errors import UserError
+from sdd.kernels import experts, recompute
 from sdd.kernels.dispatch import HAS_TRITON
 
 LARGE = torch.empty(2048, 1024, device=DEVICE)
 SMALL = torch.empty(4, 1024, device=DEVICE)
+
+
+OPERATIONS = [name for name in kernels.__all__ if name not in ("Path", "path_of", "use")]
+
+
+def reference_of(name: str) -> Callable[..., Any]:
+    return getattr(experts if name.startswith("expert_") else sdd_F, name)
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_an_operation_has_the_signature_and_the_documentation_of_its_reference(name: str) -> None:
+    operation, reference = getattr(kernels, name), reference_of(name)
+    assert signature(operation) == signature(reference)
+    assert getdoc(operation) == getdoc(reference)
+    assert operation.__module__ == "sdd.kernels"
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_implementations_take_the_arguments_of_their_reference(name: str) -> None:
+    from_fused = pytest.importorskip("sdd.kernels.fused.operations") if HAS_TRITON else None
+    found = [getattr(module, name, None) for module in (recompute, from_fused)]
+    wanted = signature(reference_of(name)).parameters
+    for implementation in filter(None, found):
+        parameters = signature(implementation).parameters
+        named = {key: one.kind for key, one in parameters.items() if one.kind is not one.VAR_KEYWORD}
+        assert named.items() <= {key: one.kind for key, one in wanted.items()}.items()
+        assert named.keys() == wanted.keys() or len(named) < len(parameters)  # the rest as **options
+    assert from_fused is None or found[1] is not None
+
+
+@pytest.mark.parametrize("path", ["composed", "recompute"])
+def test_defaults_are_those_of_the_reference(path: kernels.Path) -> None:
+    z, alpha = torch.full((2, 4), 1e-3, dtype=torch.float64), torch.ones(4, dtype=torch.float64)
+    with kernels.use(path):
+        torch.testing.assert_close(kernels.scaled_norm(z, alpha), sdd_F.scaled_norm(z, alpha, eps=1e-6))
+        by_name = kernels.residual_norm(residual=z, z=z, alpha=alpha, residual_scale=3.0)
+    torch.testing.assert_close(by_name, 3 * z + sdd_F.scaled_norm(z, alpha))
 
 
 def test_by_itself() -> None:

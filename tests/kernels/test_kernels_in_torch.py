@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from sdd import RMSNorm, SDDLinear, kernels
-from sdd.functional import rope_tables
+from sdd.functional import Group, alpha_size, resolve_group, rope_tables
 from sdd.kernels.dispatch import HAS_TRITON
 
 needs_kernels = pytest.mark.skipif(not HAS_TRITON, reason="no Triton")
@@ -82,6 +82,28 @@ def test_kernels_equal_the_composed_model() -> None:
 @pytest.mark.parametrize("path", ["auto", "triton"])
 def test_compiles_to_one_graph_with_the_eager_numbers(path: kernels.Path) -> None:
     compare_compiled("aot_eager", path)
+
+
+@needs_kernels
+@pytest.mark.parametrize("path", ["auto", "triton"])
+@pytest.mark.parametrize("group", [None, 4, [(8, 4), (4, 0), (4, 4)]], ids=str)
+def test_a_layer_that_resolved_its_groups_compiles_to_one_graph(path: kernels.Path, group: Group) -> None:
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.parts = resolve_group(group, 16)
+            self.alpha = nn.Parameter(torch.rand(alpha_size(self.parts, shared=False)))
+
+        def forward(self, z: Tensor) -> Tensor:
+            return kernels.scaled_norm(z, self.alpha, group=self.parts)
+
+    layer, z = Layer().to(DEVICE), torch.randn(3, 16, device=DEVICE)
+    with kernels.use(path):
+        eager = numbers(layer, layer, z)
+        compiled = numbers(layer, torch.compile(layer, backend="aot_eager", fullgraph=True), z)
+        with torch.no_grad():
+            exported = torch.export.export(layer, (z,), strict=True).module()(z)
+    assert_same([*compiled, exported], [*eager, eager[0]], rtol=1e-5, atol=1e-6)
 
 
 @needs_kernels

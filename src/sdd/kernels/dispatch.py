@@ -11,22 +11,23 @@ the context manager `use` force one path.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
 from importlib.util import find_spec
-from types import ModuleType
-from typing import Literal, get_args
+from inspect import Parameter, signature
+from typing import Any, Literal, ParamSpec, TypeVar, cast, get_args
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 from sdd import functional as sdd_F
 from sdd.errors import UserError
-from sdd.functional import Eps, Group
-from sdd.kernels import experts as grouped
-from sdd.kernels import recompute
-from sdd.kernels.experts import Order
+from sdd.kernels import experts, recompute
 
+P = ParamSpec("P")
+R = TypeVar("R")
 Path = Literal["auto", "composed", "recompute", "triton"]
 
 #: Whether Triton is installed.
@@ -74,155 +75,48 @@ def path_of(z: Tensor) -> Path:
     return path
 
 
-def scaled_norm(
-    z: Tensor,
-    alpha: Tensor,
-    bias: Tensor | None = None,
-    *,
-    group: Group = None,
-    eps: Eps = 1e-6,
-    dtype: torch.dtype | None = None,
-) -> Tensor:
-    """`alpha * norm(z) + b`; with one group, also RMSNorm. See `sdd.functional.scaled_norm`."""
-    return _chosen(z).scaled_norm(z, alpha, bias, group=group, eps=eps, dtype=dtype)
+def dispatched(reference: Callable[P, R]) -> Callable[P, R]:
+    """`reference`, with its signature and documentation, run by the path that suits its first argument.
 
-
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """`silu(gate) * up`. See `sdd.functional.swiglu`."""
-    return _chosen(gate).sdd_swiglu(gate, up, None, None)
-
-
-def sdd_swiglu(
-    z_gate: Tensor,
-    z_up: Tensor,
-    alpha_gate: Tensor | None,
-    alpha_up: Tensor | None,
-    *,
-    joint: bool = False,
-    eps: float = 1e-6,
-    up_eps: float | None = None,
-) -> Tensor:
-    """`silu(alpha_g * norm(z_g)) * (alpha_u * norm(z_u))`; no norm where alpha is None.
-
-    See `sdd.functional.sdd_swiglu`.
+    The other implementations have the name of the reference: in `sdd.kernels.fused.operations`, and in
+    `sdd.kernels.recompute` unless the reference itself is as good there. They take the arguments of the reference,
+    and all its defaults, so that these are stated once.
     """
-    return _chosen(z_gate).sdd_swiglu(z_gate, z_up, alpha_gate, alpha_up, joint=joint, eps=eps, up_eps=up_eps)
+    name = reference.__name__
+    parameters = signature(reference).parameters
+    first = next(iter(parameters))
+    defaults = {key: one.default for key, one in parameters.items() if one.kind is one.KEYWORD_ONLY}
+    defaults = {key: default for key, default in defaults.items() if default is not Parameter.empty}
+
+    @wraps(reference)
+    def operation(*args: P.args, **kwargs: P.kwargs) -> R:
+        path = path_of(cast(Tensor, args[0] if args else kwargs[first]))
+        if path == "composed":
+            return reference(*args, **kwargs)
+        return _implementation(path, name, reference)(*args, **{**defaults, **kwargs})
+
+    operation.__module__ = "sdd.kernels"
+    return operation
 
 
-def sdd_swiglu_bare_up(
-    z_gate: Tensor, z_up: Tensor, alpha_gate: Tensor | None, alpha_up: Tensor, *, eps: float = 1e-6
-) -> tuple[Tensor, Tensor]:
-    """`silu(alpha_g * norm(z_g)) * (alpha_u * z_u)`, and mean(z_u^2). See `sdd.functional.sdd_swiglu_bare_up`."""
-    return _chosen(z_gate).sdd_swiglu_bare_up(z_gate, z_up, alpha_gate, alpha_up, eps=eps)
+scaled_norm = dispatched(sdd_F.scaled_norm)
+swiglu = dispatched(sdd_F.swiglu)
+sdd_swiglu = dispatched(sdd_F.sdd_swiglu)
+sdd_swiglu_bare_up = dispatched(sdd_F.sdd_swiglu_bare_up)
+expert_swiglu = dispatched(experts.expert_swiglu)
+expert_swiglu_bare_up = dispatched(experts.expert_swiglu_bare_up)
+residual_norm = dispatched(sdd_F.residual_norm)
+residual_postnorm = dispatched(sdd_F.residual_postnorm)
+residual_prenorm = dispatched(sdd_F.residual_prenorm)
+qk_norm_rope = dispatched(sdd_F.qk_norm_rope)
 
 
-def expert_swiglu(
-    z_gate: Tensor,
-    z_up: Tensor,
-    alpha_gate: Tensor | None,
-    alpha_up: Tensor | None,
-    order: Order,
-    *,
-    joint: bool = False,
-    eps: float = 1e-6,
-    up_eps: float | None = None,
-) -> Tensor:
-    """`sdd_swiglu` of rows sorted by expert, with their expert's alphas. See `sdd.kernels.experts.expert_swiglu`."""
-    run = _chosen(z_gate, grouped).expert_swiglu
-    return run(z_gate, z_up, alpha_gate, alpha_up, order, joint=joint, eps=eps, up_eps=up_eps)
+def _implementation(path: Path, name: str, reference: Callable[..., Any]) -> Callable[..., Any]:
+    if path == "recompute":
+        return getattr(recompute, name, reference)
+    from sdd.kernels.fused import operations
 
-
-def expert_swiglu_bare_up(
-    z_gate: Tensor, z_up: Tensor, alpha_gate: Tensor | None, alpha_up: Tensor, order: Order, *, eps: float = 1e-6
-) -> tuple[Tensor, Tensor]:
-    """`sdd_swiglu_bare_up` of rows sorted by expert. See `sdd.kernels.experts.expert_swiglu_bare_up`."""
-    return _chosen(z_gate, grouped).expert_swiglu_bare_up(z_gate, z_up, alpha_gate, alpha_up, order, eps=eps)
-
-
-def residual_norm(
-    z: Tensor,
-    residual: Tensor,
-    alpha: Tensor | None,
-    post_alpha: Tensor | None = None,
-    *,
-    residual_scale: float = 1.0,
-    eps: Eps = 1e-6,
-    post_eps: float = 1e-6,
-    kept: Tensor | None = None,
-) -> Tensor:
-    """`s = c*residual + alpha * norm(z)`, or `post_alpha * norm(s)`. See `sdd.functional.residual_norm`."""
-    return _chosen(z).residual_norm(
-        z, residual, alpha, post_alpha, residual_scale=residual_scale, eps=eps, post_eps=post_eps, kept=kept
-    )
-
-
-def residual_postnorm(
-    z: Tensor,
-    residual: Tensor,
-    alpha: Tensor | None,
-    post_alpha: Tensor,
-    *,
-    residual_scale: float = 1.0,
-    eps: Eps = 1e-6,
-    post_eps: float = 1e-6,
-    kept: Tensor | None = None,
-    dtype: torch.dtype | None = None,
-) -> tuple[Tensor, Tensor]:
-    """`y = post_alpha * norm(s)` and its copy in `dtype`. See `sdd.functional.residual_postnorm`."""
-    return _chosen(z).residual_postnorm(
-        z,
-        residual,
-        alpha,
-        post_alpha,
-        residual_scale=residual_scale,
-        eps=eps,
-        post_eps=post_eps,
-        kept=kept,
-        dtype=dtype,
-    )
-
-
-def residual_prenorm(
-    z: Tensor,
-    residual: Tensor,
-    alpha: Tensor | None,
-    norm_alpha: Tensor,
-    *,
-    residual_scale: float = 1.0,
-    eps: Eps = 1e-6,
-    norm_eps: float = 1e-6,
-    dtype: torch.dtype | None = None,
-) -> tuple[Tensor, Tensor]:
-    """`s = c*residual + alpha * norm(z)` and `norm_alpha * norm(s)`. See `sdd.functional.residual_prenorm`."""
-    return _chosen(z).residual_prenorm(
-        z, residual, alpha, norm_alpha, residual_scale=residual_scale, eps=eps, norm_eps=norm_eps, dtype=dtype
-    )
-
-
-def qk_norm_rope(
-    z: Tensor,
-    alpha: Tensor | None,
-    cos: Tensor,
-    sin: Tensor,
-    *,
-    n_heads: int,
-    group: int | None = None,
-    eps: float = 1e-6,
-) -> Tensor:
-    """`rope(alpha * norm(z))`, or without alpha `rope(z)`. See `sdd.functional.qk_norm_rope`."""
-    return _chosen(z).qk_norm_rope(z, alpha, cos, sin, n_heads=n_heads, group=group, eps=eps)
-
-
-def _chosen(z: Tensor, without_kernels: ModuleType | None = None) -> ModuleType:
-    """The module whose functions run an operation on z; the one given where the kernels do not."""
-    match path_of(z):
-        case "triton":
-            from sdd.kernels.fused import operations
-
-            return operations
-        case "recompute":
-            return without_kernels or recompute
-    return without_kernels or sdd_F
+    return getattr(operations, name)
 
 
 def _automatic(z: Tensor) -> Path:
@@ -250,7 +144,8 @@ def _check_triton(z: Tensor) -> None:
         raise UserError(f"the kernels are forced on a tensor of {z.dtype}: they take float32, bfloat16 and float16")
     from sdd.kernels.fused.common import INTERPRETED
 
-    if not (z.is_cuda or INTERPRETED or z.is_meta):
+    # a tensor without data (`sdd plan`, torch.compile) runs no kernel, only its fake implementation
+    if not (z.is_cuda or INTERPRETED or z.is_meta or isinstance(z, FakeTensor)):
         raise UserError(
             f"the kernels are forced on a {z.device.type} tensor: they need a CUDA device, or Triton's interpreter "
             "(TRITON_INTERPRET=1 before the start)"

@@ -97,10 +97,10 @@ def expert_scaled_norm(z_MO: Tensor, alpha_EO: Tensor, order: Order, *, eps: Eps
 
 
 def expert_swiglu(
-    z_gate_MF: Tensor,
-    z_up_MF: Tensor,
-    alpha_gate_EF: Tensor | None,
-    alpha_up_EF: Tensor | None,
+    z_gate: Tensor,
+    z_up: Tensor,
+    alpha_gate: Tensor | None,
+    alpha_up: Tensor | None,
     order: Order,
     *,
     joint: bool = False,
@@ -110,11 +110,11 @@ def expert_swiglu(
     """`silu(alpha_e * norm(z_g)) * (alpha_e * norm(z_u))` for each row, e being its expert.
 
     Args:
-        z_gate_MF: rows sorted by expert.
-        z_up_MF: the same rows.
-        alpha_gate_EF: None where the gate projections have no norm.
-        alpha_up_EF: None where the up projections have no norm.
-        order: whose row is whose.
+        z_gate: rows sorted by expert, `[M, F]`.
+        z_up: the same rows, `[M, F]`.
+        alpha_gate: `[E, F]`, or None if the gate projections have no norm.
+        alpha_up: `[E, F]`, or None if the up projections have no norm.
+        order: the expert of each row.
         joint: one norm group over `z_gate | z_up`, see `sdd.functional.sdd_swiglu`.
         eps: added to the mean square, inside the root.
         up_eps: the same for the norm of the up projections; None for eps.
@@ -125,52 +125,47 @@ def expert_swiglu(
     Raises:
         ValueError: if shapes do not fit, or a joint group lacks an alpha or has two eps.
     """
-    check_expert_alphas(z_gate_MF, z_up_MF, alpha_gate_EF, alpha_up_EF, order, joint, up_eps not in (None, eps))
-    if joint and alpha_gate_EF is not None and alpha_up_EF is not None:
-        z_M2F, alpha_E2F = torch.cat([z_gate_MF, z_up_MF], -1), torch.cat([alpha_gate_EF, alpha_up_EF], -1)
+    check_expert_swiglu(z_gate, z_up, alpha_gate, alpha_up, order, joint, eps, up_eps)
+    if joint and alpha_gate is not None and alpha_up is not None:
+        z_M2F, alpha_E2F = torch.cat([z_gate, z_up], -1), torch.cat([alpha_gate, alpha_up], -1)
         return swiglu(*expert_scaled_norm(z_M2F, alpha_E2F, order, eps=eps).chunk(2, -1))
-    gate = z_gate_MF if alpha_gate_EF is None else expert_scaled_norm(z_gate_MF, alpha_gate_EF, order, eps=eps)
-    if alpha_up_EF is None:
-        return swiglu(gate, z_up_MF)
-    return swiglu(gate, expert_scaled_norm(z_up_MF, alpha_up_EF, order, eps=eps if up_eps is None else up_eps))
+    gate = z_gate if alpha_gate is None else expert_scaled_norm(z_gate, alpha_gate, order, eps=eps)
+    if alpha_up is None:
+        return swiglu(gate, z_up)
+    return swiglu(gate, expert_scaled_norm(z_up, alpha_up, order, eps=eps if up_eps is None else up_eps))
 
 
 def expert_swiglu_bare_up(
-    z_gate_MF: Tensor,
-    z_up_MF: Tensor,
-    alpha_gate_EF: Tensor | None,
-    alpha_up_EF: Tensor,
-    order: Order,
-    *,
-    eps: float = 1e-6,
+    z_gate: Tensor, z_up: Tensor, alpha_gate: Tensor | None, alpha_up: Tensor, order: Order, *, eps: float = 1e-6
 ) -> tuple[Tensor, Tensor]:
-    """`silu(alpha_e * norm(z_g)) * (alpha_e * z_u)` for each row and `mean(z_u^2)`, the up norm left to the consumer.
+    """`silu(alpha_e * norm(z_g)) * (alpha_e * z_u)` for each row, and `mean(z_u^2)`: the up norm is left out.
 
-    See `sdd.functional.sdd_swiglu_bare_up`; shapes as in `expert_swiglu`, the mean square at least float32 `[M]`.
+    See `sdd.functional.sdd_swiglu_bare_up`; arguments as in `expert_swiglu`, the mean square at least float32 `[M]`.
     """
-    check_expert_alphas(z_gate_MF, z_up_MF, alpha_gate_EF, alpha_up_EF, order)
-    gate = z_gate_MF if alpha_gate_EF is None else expert_scaled_norm(z_gate_MF, alpha_gate_EF, order, eps=eps)
-    wide = z_up_MF.to(statistics_dtype(z_up_MF.dtype))
-    return swiglu(gate, (rows_of(alpha_up_EF, order) * wide).to(z_up_MF.dtype)), wide.square().mean(-1)
+    check_expert_swiglu(z_gate, z_up, alpha_gate, alpha_up, order)
+    gate = z_gate if alpha_gate is None else expert_scaled_norm(z_gate, alpha_gate, order, eps=eps)
+    wide = z_up.to(statistics_dtype(z_up.dtype))
+    return swiglu(gate, (rows_of(alpha_up, order) * wide).to(z_up.dtype)), wide.square().mean(-1)
 
 
-def check_expert_alphas(
-    z_gate_MF: Tensor,
-    z_up_MF: Tensor,
-    alpha_gate_EF: Tensor | None,
-    alpha_up_EF: Tensor | None,
+def check_expert_swiglu(
+    z_gate: Tensor,
+    z_up: Tensor,
+    alpha_gate: Tensor | None,
+    alpha_up: Tensor | None,
     order: Order,
     joint: bool = False,
-    unequal_eps: bool = False,
+    eps: float = 0.0,
+    up_eps: float | None = None,
 ) -> None:
     """Raise ValueError if shapes do not fit, or a joint group lacks an alpha or has two eps."""
-    for alpha in (alpha_gate_EF, alpha_up_EF):
-        if alpha is not None and alpha.shape != (expected := (len(order.ends_E), z_gate_MF.shape[-1])):
+    for alpha in (alpha_gate, alpha_up):
+        if alpha is not None and alpha.shape != (expected := (len(order.ends_E), z_gate.shape[-1])):
             raise ValueError(f"alpha has shape {list(alpha.shape)}, expected {list(expected)}")
-    if z_gate_MF.shape[:-1] != order.experts_M.shape:
-        raise ValueError(f"{len(z_gate_MF)} rows were given in an order of {len(order.experts_M)}")
-    gate, up = (None if alpha is None else alpha[0] for alpha in (alpha_gate_EF, alpha_up_EF))
-    check_swiglu(z_gate_MF, z_up_MF, gate, up, joint, unequal_eps)
+    if z_gate.shape[:-1] != order.experts_M.shape:
+        raise ValueError(f"{len(z_gate)} rows were given in an order of {len(order.experts_M)}")
+    gate, up = (None if alpha is None else alpha[0] for alpha in (alpha_gate, alpha_up))
+    check_swiglu(z_gate, z_up, gate, up, joint, eps, up_eps)
 
 
 class _ExpertScaledNorm(torch.autograd.Function):

@@ -1,9 +1,11 @@
-"""Plain PyTorch operations whose backward passes are written out: any device and dtype, what a CPU runs.
+"""Plain PyTorch operations whose backward passes are written out, for any device and dtype: the path of a CPU.
 
 Where autograd saves every intermediate, the norm saves z and r = 1/sqrt(mean(z^2) + eps) and reads memory less often:
 on a CPU, forward and backward together are two to three times faster (benchmarks/results/kernels_cpu.json). The
-equations are those of the kernels. What was measured to be no faster than the composed function (SwiGLU, additions) is
-composed.
+equations are those of the kernels. An operation that was measured to be no faster than the composed one (SwiGLU,
+additions) is composed.
+
+Signatures stand at the references in `sdd.functional`; `sdd.kernels.dispatch` fills in their defaults.
 """
 
 import math
@@ -14,19 +16,11 @@ import torch
 from torch import Tensor
 
 from sdd import functional as sdd_F
-from sdd.functional import Eps, Group, resolve_group, split_alpha, statistics_dtype
+from sdd.functional import Eps, resolve_group, split_alpha, statistics_dtype
 
 
-def scaled_norm(
-    z: Tensor,
-    alpha: Tensor,
-    bias: Tensor | None = None,
-    *,
-    group: Group = None,
-    eps: Eps = 1e-6,
-    dtype: torch.dtype | None = None,
-) -> Tensor:
-    """`sdd.functional.scaled_norm`."""
+def scaled_norm(z, alpha, bias=None, *, eps, group=None, dtype=None) -> Tensor:
+    """`alpha * norm(z) + b`."""
     parts, dtype = resolve_group(group, z.shape[-1]), dtype or z.dtype
     alphas = split_alpha(alpha, parts)
     if len(parts) == 1 and parts[0][1]:
@@ -43,48 +37,20 @@ def scaled_norm(
     )
 
 
-def sdd_swiglu(
-    z_gate: Tensor,
-    z_up: Tensor,
-    alpha_gate: Tensor | None,
-    alpha_up: Tensor | None,
-    *,
-    joint: bool = False,
-    eps: float = 1e-6,
-    up_eps: float | None = None,
-) -> Tensor:
-    """`sdd.functional.sdd_swiglu`."""
-    sdd_F.check_swiglu(z_gate, z_up, alpha_gate, alpha_up, joint, up_eps not in (None, eps))
-    if joint:
-        assert alpha_gate is not None
-        assert alpha_up is not None
-        alpha = torch.cat([alpha_gate, alpha_up])
-        return sdd_F.swiglu(*scaled_norm(torch.cat([z_gate, z_up], -1), alpha, eps=eps).chunk(2, -1))
-    gate = z_gate if alpha_gate is None else scaled_norm(z_gate, alpha_gate, eps=eps)
-    up = z_up if alpha_up is None else scaled_norm(z_up, alpha_up, eps=eps if up_eps is None else up_eps)
-    return sdd_F.swiglu(gate, up)
+def sdd_swiglu(z_gate, z_up, alpha_gate, alpha_up, *, joint, eps, up_eps) -> Tensor:
+    """`silu(alpha_g * norm(z_g)) * (alpha_u * norm(z_u))`."""
+    sdd_F.check_swiglu(z_gate, z_up, alpha_gate, alpha_up, joint, eps, up_eps)
+    return sdd_F.swiglu(*gate_and_up(scaled_norm, z_gate, z_up, alpha_gate, alpha_up, joint, eps, up_eps))
 
 
-def sdd_swiglu_bare_up(
-    z_gate: Tensor, z_up: Tensor, alpha_gate: Tensor | None, alpha_up: Tensor, *, eps: float = 1e-6
-) -> tuple[Tensor, Tensor]:
-    """`sdd.functional.sdd_swiglu_bare_up`."""
+def sdd_swiglu_bare_up(z_gate, z_up, alpha_gate, alpha_up, *, eps) -> tuple[Tensor, Tensor]:
+    """`silu(alpha_g * norm(z_g)) * (alpha_u * z_u)`, and `mean(z_u^2)`."""
     gate = z_gate if alpha_gate is None else scaled_norm(z_gate, alpha_gate, eps=eps)
     return sdd_F.sdd_swiglu_bare_up(gate, z_up, None, alpha_up)
 
 
-def residual_norm(
-    z: Tensor,
-    residual: Tensor,
-    alpha: Tensor | None,
-    post_alpha: Tensor | None = None,
-    *,
-    residual_scale: float = 1.0,
-    eps: Eps = 1e-6,
-    post_eps: float = 1e-6,
-    kept: Tensor | None = None,
-) -> Tensor:
-    """`sdd.functional.residual_norm`."""
+def residual_norm(z, residual, alpha, post_alpha=None, *, residual_scale, eps, post_eps, kept) -> Tensor:
+    """`s = c * residual + alpha * norm(z)`, or `post_alpha * norm(s)`."""
     if kept is not None:
         sdd_F.check_shapes(residual, kept)
     stream = _stream(z, residual, alpha, residual_scale, eps)
@@ -93,65 +59,43 @@ def residual_norm(
     return scaled_norm(stream, post_alpha, eps=post_eps, dtype=residual.dtype)
 
 
-def residual_postnorm(
-    z: Tensor,
-    residual: Tensor,
-    alpha: Tensor | None,
-    post_alpha: Tensor,
-    *,
-    residual_scale: float = 1.0,
-    eps: Eps = 1e-6,
-    post_eps: float = 1e-6,
-    kept: Tensor | None = None,
-    dtype: torch.dtype | None = None,
-) -> tuple[Tensor, Tensor]:
-    """`sdd.functional.residual_postnorm`."""
-    y = residual_norm(
-        z, residual, alpha, post_alpha, residual_scale=residual_scale, eps=eps, post_eps=post_eps, kept=kept
-    )
+def residual_postnorm(z, residual, alpha, post_alpha, *, dtype, **options) -> tuple[Tensor, Tensor]:
+    """`post_alpha * norm(s)`, and its copy in `dtype`."""
+    y = residual_norm(z, residual, alpha, post_alpha, **options)
     return y, y.to(dtype or y.dtype)
 
 
-def residual_prenorm(
-    z: Tensor,
-    residual: Tensor,
-    alpha: Tensor | None,
-    norm_alpha: Tensor,
-    *,
-    residual_scale: float = 1.0,
-    eps: Eps = 1e-6,
-    norm_eps: float = 1e-6,
-    dtype: torch.dtype | None = None,
-) -> tuple[Tensor, Tensor]:
-    """`sdd.functional.residual_prenorm`."""
+def residual_prenorm(z, residual, alpha, norm_alpha, *, residual_scale, eps, norm_eps, dtype) -> tuple[Tensor, Tensor]:
+    """S and `norm_alpha * norm(s)`."""
     stream = _stream(z, residual, alpha, residual_scale, eps)
     return stream.to(residual.dtype), scaled_norm(stream, norm_alpha, eps=norm_eps, dtype=dtype or residual.dtype)
 
 
-def qk_norm_rope(
-    z: Tensor,
-    alpha: Tensor | None,
-    cos: Tensor,
-    sin: Tensor,
-    *,
-    n_heads: int,
-    group: int | None = None,
-    eps: float = 1e-6,
-) -> Tensor:
-    """`sdd.functional.qk_norm_rope`."""
+def qk_norm_rope(z, alpha, cos, sin, *, n_heads, group, eps) -> Tensor:
+    """`rope(alpha * norm(z))`."""
     y = z.to(statistics_dtype(z.dtype))
     if alpha is not None:
         y = scaled_norm(y, alpha, group=group, eps=eps)
     return _Rope.apply(y.unflatten(-1, (n_heads, -1)).transpose(-3, -2), cos, sin).to(z.dtype)
 
 
+def gate_and_up(scaled_norm, z_gate, z_up, alpha_gate, alpha_up, joint, eps, up_eps) -> tuple[Tensor, Tensor]:
+    """`alpha_g * norm(z_g)` and `alpha_u * norm(z_u)` by a given `scaled_norm`, for a SwiGLU without norms."""
+    if joint:
+        z, alpha = torch.cat([z_gate, z_up], -1), torch.cat([alpha_gate, alpha_up])
+        gate, up = scaled_norm(z, alpha, eps=eps).chunk(2, -1)
+        return gate, up
+    gate = z_gate if alpha_gate is None else scaled_norm(z_gate, alpha_gate, eps=eps)
+    return gate, z_up if alpha_up is None else scaled_norm(z_up, alpha_up, eps=eps if up_eps is None else up_eps)
+
+
 def differentiate_again(
     composed: Callable[..., Tensor | tuple[Tensor, ...]], inputs: Sequence[object], gradients: Sequence[Tensor | None]
 ) -> list[Tensor | None]:
-    """The gradients of `composed(*inputs)`, themselves differentiable: for create_graph=True.
+    """Return the gradients of `composed(*inputs)`, which can be differentiated again: for create_graph=True.
 
     Returns:
-        One an input; None for those that are no tensor or need none.
+        One for each input; None for an input that is not a tensor or needs no gradient.
     """
     with torch.enable_grad():
         outputs = composed(*inputs)
@@ -169,12 +113,12 @@ def differentiate_again(
     return [by_input.get(id(x)) for x in inputs]
 
 
-def _stream(z: Tensor, residual: Tensor, alpha: Tensor | None, residual_scale: float, eps: Eps) -> Tensor:
-    """`residual_scale * residual + alpha * norm(z)` in at least float32."""
+def _stream(z: Tensor, residual: Tensor, alpha: Tensor | None, c: float, eps: Eps) -> Tensor:
+    """`c * residual + alpha * norm(z)` in at least float32."""
     sdd_F.check_shapes(z, residual, alpha)
     wide = statistics_dtype(z.dtype)
     branch = z.to(wide) if alpha is None else scaled_norm(z, alpha, eps=eps, dtype=wide)
-    return torch.add(branch, residual, alpha=residual_scale)
+    return torch.add(branch, residual, alpha=c)  # `c * residual + branch` in one pass over memory
 
 
 class _Rope(torch.autograd.Function):

@@ -7,7 +7,8 @@ With y = alpha*n, n = r*z, and the halves 1, 2 of each head:
     dalpha = sum over rows of dy*n             dz = r * (alpha*dy - n*m)             m = mean(alpha*dy*n)
 
 A program holds the halves of some heads of one row (all heads for a norm of full width). Saved for backward: z and r.
-The output lies in memory as [B, T, H, D], as z does; gradients may lie in any order.
+The output lies in memory as [B, T, H, D], as z does; gradients may lie in any order. Row i reads row i modulo TABLE of
+the tables, which have T rows for all sequences or B*T.
 """
 
 import math
@@ -21,13 +22,14 @@ from sdd import functional as sdd_F
 from sdd.functional import resolve_group, split_alpha
 from sdd.kernels.fused.common import (
     WIDE_BLOCK,
+    cast,
     cdiv,
     dense,
     forbid_double_backward,
     jit,
+    launched_as,
     n_programs,
     next_power_of_2,
-    on_device,
     rows,
     warps,
 )
@@ -68,7 +70,7 @@ def forward_kernel(
     sin_ptr,
     out_ptr,
     r_ptr,
-    LENGTH,
+    TABLE,
     HEADS,
     HALF,
     z_stride,
@@ -95,7 +97,7 @@ def forward_kernel(
         alpha1, alpha2 = halves(alpha_ptr, column if SHARED else first, HALF, there)
         y1 = alpha1 * (y1 * r)
         y2 = alpha2 * (y2 * r)
-    position = row % LENGTH
+    position = row % TABLE
     cos1, cos2 = halves(cos_ptr + position * cos_stride, column, HALF, column < HALF)
     sin1, sin2 = halves(sin_ptr + position * sin_stride, column, HALF, column < HALF)
     out_ptr += row * 2 * HEADS * HALF
@@ -115,6 +117,7 @@ def backward_kernel(
     dalpha_ptr,
     N_ROWS,
     LENGTH,
+    TABLE,
     HEADS,
     HALF,
     dout_batch,
@@ -139,10 +142,10 @@ def backward_kernel(
         alpha1, alpha2 = halves(alpha_ptr, column if SHARED else first, HALF, there)
     for i in range(tl.cdiv(N_ROWS - program, N_PROGRAMS)):
         row = program.to(tl.int64) + i * N_PROGRAMS
-        position = row % LENGTH
+        position = row % TABLE
         cos1, cos2 = halves(cos_ptr + position * cos_stride, column, HALF, column < HALF)
         sin1, sin2 = halves(sin_ptr + position * sin_stride, column, HALF, column < HALF)
-        there_ptr = dout_ptr + (row // LENGTH) * dout_batch + position * dout_row
+        there_ptr = dout_ptr + (row // LENGTH) * dout_batch + (row % LENGTH) * dout_row
         dout1, dout2 = halves(there_ptr, head.to(tl.int64) * dout_head + column, HALF, there)
         dz1 = dout1 * cos1 + dout2 * sin2
         dz2 = dout2 * cos2 - dout1 * sin1
@@ -167,27 +170,6 @@ def backward_kernel(
         tl.store(dalpha_ptr + first + HALF, dalpha2, mask=there)
 
 
-@torch.library.custom_op("sdd::qk_norm_rope", mutates_args=())
-def qk_norm_rope_op(
-    z: Tensor, alpha: Tensor | None, cos: Tensor, sin: Tensor, n_heads: int, full: bool, eps: float
-) -> tuple[Tensor, Tensor]:
-    """The rotated heads `[..., T, H, D]` in the dtype of z, and r `[..., T, groups]` (empty without alpha)."""
-    out, r = _empty(z, alpha, cos, sin, n_heads, full, eps)
-    z_rows, cos, sin = rows(z), rows(cos), rows(sin)
-    if not z_rows.shape[0]:
-        return out, r
-    with on_device(z):
-        grid, blocks = _launch(z_rows, n_heads, full and alpha is not None)
-        forward_kernel[(z_rows.shape[0], *grid)](
-            z_rows, dense(alpha), cos, sin, out, r, z.shape[-2], n_heads, cos.shape[-1] // 2,
-            z_rows.stride(0), cos.stride(0), sin.stride(0), eps,
-            NORM=alpha is not None, FULL=full, SHARED=_shared(z, alpha),
-            **blocks, num_warps=warps(2 * blocks["BLOCK_H"] * blocks["BLOCK_D"], 16),
-        )  # fmt: skip
-    return out, r
-
-
-@qk_norm_rope_op.register_fake
 def _empty(
     z: Tensor, alpha: Tensor | None, cos: Tensor, sin: Tensor, n_heads: int, full: bool, eps: float
 ) -> tuple[Tensor, Tensor]:
@@ -196,44 +178,19 @@ def _empty(
     return out, z.new_empty(groups or (0,), dtype=torch.float32)
 
 
-@torch.library.custom_op("sdd::qk_norm_rope_backward", mutates_args=())
-def qk_norm_rope_backward_op(
-    dout: Tensor,
-    z: Tensor | None,
-    alpha: Tensor | None,
-    cos: Tensor,
-    sin: Tensor,
-    r: Tensor,
-    full: bool,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    """`dz` `[..., T, H*D]` in `dtype`, and dalpha in float32 (empty without alpha)."""
-    dz, dalpha = _empty_backward(dout, z, alpha, cos, sin, r, full, dtype)
-    *_, length, heads, head_dim = dout.shape
-    dout = dout.reshape(math.prod(dout.shape[:-3]), length, heads, head_dim)
-    dout = dout if dout.stride(-1) == 1 else dout.contiguous()
-    n_rows, width = dout.shape[0] * length, heads * head_dim
-    if not n_rows:
-        return dz, dalpha.zero_()
-    z_rows, cos, sin = rows(dz if z is None else z), rows(cos), rows(sin)
-    shared = _shared(z_rows, alpha)
-    with on_device(dout):
-        grid, blocks = _launch(z_rows, heads, full and alpha is not None)
-        block = 2 * blocks["BLOCK_H"] * blocks["BLOCK_D"]
-        programs = n_programs(dout, n_rows, block, grid[0])
-        partial = r.new_empty(0 if alpha is None else programs, width)
-        backward_kernel[(programs, *grid)](
-            dout, z_rows, dense(alpha), cos, sin, r, dz, partial, n_rows, length, heads, head_dim // 2,
-            *dout.stride()[:3], z_rows.stride(0), cos.stride(0), sin.stride(0),
-            NORM=alpha is not None, FULL=full, SHARED=shared, **blocks, num_warps=warps(block, 8),
-        )  # fmt: skip
-    if alpha is not None:
-        total = partial.sum(0)
-        dalpha = total.view(-1, alpha.shape[0]).sum(0) if shared else total
-    return dz, dalpha
+@launched_as("qk_norm_rope", _empty)
+def qk_norm_rope_op(outputs, z, alpha, cos, sin, n_heads, full, eps) -> None:
+    """The rotated heads `[..., T, H, D]` in the dtype of z, and r `[..., T, groups]` (empty without alpha)."""
+    z, cos, sin = rows(z), rows(cos), rows(sin)
+    grid, blocks = _launch(z, n_heads, full)
+    forward_kernel[(z.shape[0], *grid)](
+        z, dense(alpha), cos, sin, *outputs, cos.shape[0], n_heads, cos.shape[-1] // 2,
+        z.stride(0), cos.stride(0), sin.stride(0), eps,
+        NORM=alpha is not None, FULL=full, SHARED=_shared(z, alpha),
+        **blocks, num_warps=warps(2 * blocks["BLOCK_H"] * blocks["BLOCK_D"], 16),
+    )  # fmt: skip
 
 
-@qk_norm_rope_backward_op.register_fake
 def _empty_backward(
     dout: Tensor,
     z: Tensor | None,
@@ -247,6 +204,28 @@ def _empty_backward(
     *front, heads, head_dim = dout.shape
     dz = dout.new_empty((*front, heads * head_dim), dtype=dtype)
     return dz, r.new_empty(0 if alpha is None else alpha.shape[0])
+
+
+@launched_as("qk_norm_rope_backward", _empty_backward)
+def qk_norm_rope_backward_op(outputs, dout, z, alpha, cos, sin, r, full, dtype) -> None:
+    """`dz` `[..., T, H*D]` in `dtype`, and dalpha in float32 (empty without alpha)."""
+    dz, dalpha = outputs
+    *_, length, heads, head_dim = dout.shape
+    dout = dout.reshape(math.prod(dout.shape[:-3]), length, heads, head_dim)
+    dout = dout if dout.stride(-1) == 1 else dout.contiguous()
+    n_rows, width = dout.shape[0] * length, heads * head_dim
+    z, cos, sin = rows(dz if z is None else z), rows(cos), rows(sin)
+    grid, blocks = _launch(z, heads, full)
+    block = 2 * blocks["BLOCK_H"] * blocks["BLOCK_D"]
+    programs = n_programs(dout, n_rows, block, grid[0])
+    partial = r.new_empty(0 if alpha is None else programs, width)
+    backward_kernel[(programs, *grid)](
+        dout, z, dense(alpha), cos, sin, r, dz, partial, n_rows, length, cos.shape[0], heads, head_dim // 2,
+        *dout.stride()[:3], z.stride(0), cos.stride(0), sin.stride(0),
+        NORM=alpha is not None, FULL=full, SHARED=_shared(z, alpha), **blocks, num_warps=warps(block, 8),
+    )  # fmt: skip
+    if alpha is not None:
+        torch.sum(partial.sum(0).view(-1, alpha.shape[0]), 0, out=dalpha)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -263,39 +242,29 @@ def _backward(ctx: Any, dout: Tensor | None, _r: None) -> tuple[Tensor | None, .
     if dout is None:
         return (None,) * 7
     dz, dalpha = qk_norm_rope_backward_op(dout, z, alpha, cos, sin, r, ctx.full, ctx.dtype)
-    return dz, None if alpha is None else dalpha.to(alpha.dtype), *[None] * 5
+    return dz, cast(dalpha, alpha), *[None] * 5
 
 
 qk_norm_rope_op.register_autograd(_backward, setup_context=_setup_context)
 
 
-def qk_norm_rope(
-    z: Tensor,
-    alpha: Tensor | None,
-    cos: Tensor,
-    sin: Tensor,
-    *,
-    n_heads: int,
-    group: int | None = None,
-    eps: float = 1e-6,
-) -> Tensor:
-    """`sdd.functional.qk_norm_rope` by the kernels."""
-    width = z.shape[-1]
-    head_dim, full = width // n_heads, group in (None, width)
+def qk_norm_rope(z, alpha, cos, sin, *, n_heads, group, eps) -> Tensor:
+    """`rope(alpha * norm(z))`; the norm is a kernel of its own for other groups, wide rows and an eps for each row."""
+    *batch, length, width = z.shape
+    head_dim, parts, full = width // n_heads, resolve_group(group, width), ((width, width),)
     if alpha is not None:
-        split_alpha(alpha, resolve_group(group, width))
-        if group not in (None, width, head_dim) or (full and width > MAX_FUSED):
-            z, alpha = scaled_norm(z, alpha, group=group, eps=eps), None
-    if cos.shape != (z.shape[-2], head_dim) or sin.shape != cos.shape:
-        heads = z.unflatten(-1, (n_heads, -1)).transpose(-3, -2)
-        if alpha is not None:
-            return sdd_F.qk_norm_rope(z, alpha, cos, sin, n_heads=n_heads, group=group, eps=eps)
-        return sdd_F.apply_rope(heads, cos, sin)
-    return qk_norm_rope_op(z, alpha, cos, sin, n_heads, full, eps)[0].transpose(-3, -2)
+        split_alpha(alpha, parts)  # raises if its size does not fit
+        one_kernel = parts == ((width, head_dim),) or (parts == full and width <= MAX_FUSED)
+        if not one_kernel or isinstance(eps, Tensor):
+            z, alpha = scaled_norm(z, alpha, group=parts, eps=eps), None
+    if cos.shape not in ((length, head_dim), (*batch, 1, length, head_dim)) or sin.shape != cos.shape:
+        return sdd_F.qk_norm_rope(z, alpha, cos, sin, n_heads=n_heads, group=group, eps=eps)
+    whole, eps = alpha is not None and parts == full, 0.0 if alpha is None else eps
+    return qk_norm_rope_op(z, alpha, cos, sin, n_heads, whole, eps)[0].transpose(-3, -2)
 
 
 def _launch(z: Tensor, heads: int, whole: bool) -> tuple[tuple[int], dict[str, int]]:
-    """Blocks of heads, and the heads and half width of a block: all heads if the norm is over all."""
+    """Number of blocks of heads, and the heads and half width of a block: one block if the norm is over the `whole`."""
     block_d = next_power_of_2(z.shape[-1] // heads // 2)
     block_h = next_power_of_2(heads)
     if not whole:

@@ -21,61 +21,30 @@ import torch
 from torch import Tensor
 
 from sdd import functional as sdd_F
-from sdd.kernels.experts import Order, check_expert_alphas
+from sdd.kernels.experts import check_expert_swiglu
 from sdd.kernels.fused.common import (
     WIDE_BLOCK,
+    cast,
     cdiv,
     dense,
     forbid_double_backward,
+    launched_as,
     mean_square_kernel,
     n_programs,
-    on_device,
     row_blocks,
     rows,
     warps,
 )
+from sdd.kernels.fused.scaled_norm import scaled_norm
 from sdd.kernels.fused.swiglu_kernels import backward_kernel, backward_mean_kernel, forward_kernel
+from sdd.kernels.recompute import gate_and_up
 
 #: The most features of gate and of up that one program holds at once.
 MAX_PAIR = 8192
-#: What the up projection is: plain, scaled by its alpha (its norm left out), or normed.
+#: The kind of the up projection: plain, scaled by its alpha (its norm left out), or normed.
 PLAIN, BARE, NORMED = range(3)
 
 
-@torch.library.custom_op("sdd::swiglu", mutates_args=())
-def swiglu_op(
-    z_gate: Tensor,
-    z_up: Tensor,
-    alpha_gate: Tensor | None,
-    alpha_up: Tensor | None,
-    up: int,
-    joint: bool,
-    eps: float,
-    up_eps: float,
-    experts: Tensor | None = None,
-    ends: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`h` in the dtype of z_gate, r `[..., 2]`, and q `[...]` (empty unless up is BARE)."""
-    h, r, q = _empty(z_gate, z_up, alpha_gate, alpha_up, up, joint, eps, up_eps)
-    gate_rows, up_rows, r_rows = rows(z_gate), rows(z_up), r.view(-1, 2)
-    n_rows, width = gate_rows.shape
-    if not n_rows:
-        return h, r, q
-    with on_device(h):
-        reduces = alpha_gate is not None or up != PLAIN
-        block, n_blocks = row_blocks(width, reduces, MAX_PAIR)
-        if reduces and n_blocks > 1:
-            _statistics(gate_rows, up_rows, r_rows, q, alpha_gate is not None, up, joint, eps, up_eps)
-        forward_kernel[(n_rows, n_blocks)](
-            gate_rows, up_rows, dense(alpha_gate), dense(alpha_up), experts, h, r, q, width,
-            gate_rows.stride(0), up_rows.stride(0), eps, up_eps,
-            GATE=alpha_gate is not None, UP=up, JOINT=joint, EXPERTS=experts is not None, BY_COLUMN=n_blocks > 1,
-            BLOCK=block, num_warps=warps(block, 16),
-        )  # fmt: skip
-    return h, r, q
-
-
-@swiglu_op.register_fake
 def _empty(
     z_gate: Tensor,
     z_up: Tensor,
@@ -96,56 +65,24 @@ def _empty(
     )
 
 
-@torch.library.custom_op("sdd::swiglu_backward", mutates_args=())
-def swiglu_backward_op(
-    dh: Tensor,
-    dq: Tensor | None,
-    z_gate: Tensor,
-    z_up: Tensor,
-    alpha_gate: Tensor | None,
-    alpha_up: Tensor | None,
-    r: Tensor,
-    up: int,
-    joint: bool,
-    experts: Tensor | None = None,
-    ends: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`dz_g`, `dz_u` in the dtypes of z; dalpha_g, dalpha_u in float32, `[0]` where there is no alpha."""
-    outputs = _empty_backward(dh, dq, z_gate, z_up, alpha_gate, alpha_up, r, up, joint)
-    gate_rows, up_rows, dh_rows = rows(z_gate), rows(z_up), rows(dh)
-    n_rows, width = gate_rows.shape
-    if not n_rows:
-        return *outputs[:2], outputs[2].zero_(), outputs[3].zero_()
-    alphas = dense(alpha_gate), dense(alpha_up)
-    strides = gate_rows.stride(0), up_rows.stride(0), dh_rows.stride(0)
-    flags = {"GATE": alpha_gate is not None, "UP": up, "EXPERTS": experts is not None}
-    with on_device(dh):
-        reduces = alpha_gate is not None or up == NORMED
-        block, n_blocks = row_blocks(width, reduces, MAX_PAIR)
-        mean = torch.empty_like(r) if reduces and n_blocks > 1 else None
-        if mean is not None:
-            backward_mean_kernel[(n_rows,)](
-                gate_rows, up_rows, dh_rows, *alphas, experts, r, mean, width, *strides,
-                **flags, BLOCK=2048, num_warps=8,
-            )  # fmt: skip
-        n_experts = 1 if ends is None else len(ends)
-        an_expert = n_programs(dh, n_rows, block, n_blocks)
-        if ends is not None:  # twice as many programs in all, as experts have unlike numbers of rows
-            an_expert = cdiv(2 * an_expert, n_experts)
-        shape = n_experts, an_expert, width
-        partial = [dh.new_empty(shape if a is not None else (0,), dtype=torch.float32) for a in alphas]
-        backward_kernel[(n_experts * an_expert, n_blocks)](
-            gate_rows, up_rows, dh_rows, None if dq is None else dq.reshape(-1).contiguous(), *alphas, ends, r, mean,
-            *outputs[:2], *partial, n_rows, width, *strides, an_expert, **flags,
-            JOINT=joint, HAS_DQ=dq is not None, BY_COLUMN=n_blocks > 1, BLOCK=block, num_warps=warps(block, 8),
-        )  # fmt: skip
-    dalpha_gate, dalpha_up = (
-        sums.sum(1).view_as(out) if out.numel() else out for sums, out in zip(partial, outputs[2:], strict=True)
-    )
-    return *outputs[:2], dalpha_gate, dalpha_up
+@launched_as("swiglu", _empty)
+def swiglu_op(outputs, gate, up, alpha_gate, alpha_up, kind, joint, eps, up_eps, experts=None, ends=None) -> None:
+    """`h` in the dtype of z_gate, r `[..., 2]`, and q `[...]` (empty unless the kind of up is BARE)."""
+    h, r, q = outputs
+    gate, up, r = rows(gate), rows(up), r.view(-1, 2)
+    n_rows, width = gate.shape
+    reduces = alpha_gate is not None or kind != PLAIN
+    block, n_blocks = row_blocks(width, reduces, MAX_PAIR)
+    if reduces and n_blocks > 1:
+        _statistics(gate, up, r, q, alpha_gate is not None, kind, joint, eps, up_eps)
+    forward_kernel[(n_rows, n_blocks)](
+        gate, up, dense(alpha_gate), dense(alpha_up), experts, h, r, q, width,
+        gate.stride(0), up.stride(0), eps, up_eps,
+        GATE=alpha_gate is not None, UP=kind, JOINT=joint, EXPERTS=experts is not None, BY_COLUMN=n_blocks > 1,
+        BLOCK=block, num_warps=warps(block, 16),
+    )  # fmt: skip
 
 
-@swiglu_backward_op.register_fake
 def _empty_backward(
     dh: Tensor,
     dq: Tensor | None,
@@ -164,6 +101,37 @@ def _empty_backward(
     return z_gate.new_empty(z_gate.shape), z_up.new_empty(z_up.shape), dalpha_gate, dalpha_up
 
 
+@launched_as("swiglu_backward", _empty_backward)
+def swiglu_backward_op(
+    outputs, dh, dq, gate, up, alpha_gate, alpha_up, r, kind, joint, experts=None, ends=None
+) -> None:
+    """`dz_g`, `dz_u` in the dtypes of z; dalpha_g, dalpha_u in float32, `[0]` where there is no alpha."""
+    read = rows(gate), rows(up), rows(dh)
+    n_rows, width = read[0].shape
+    alphas, strides = (dense(alpha_gate), dense(alpha_up)), [x.stride(0) for x in read]
+    flags = {"GATE": alpha_gate is not None, "UP": kind, "EXPERTS": experts is not None}
+    reduces = alpha_gate is not None or kind == NORMED
+    block, n_blocks = row_blocks(width, reduces, MAX_PAIR)
+    mean = torch.empty_like(r) if reduces and n_blocks > 1 else None
+    if mean is not None:
+        backward_mean_kernel[(n_rows,)](
+            *read, *alphas, experts, r, mean, width, *strides, **flags, BLOCK=2048, num_warps=8
+        )
+    n_experts = 1 if ends is None else len(ends)
+    an_expert = n_programs(dh, n_rows, block, n_blocks)
+    if ends is not None:  # twice as many programs in all, as experts have unlike numbers of rows
+        an_expert = cdiv(2 * an_expert, n_experts)
+    shape = n_experts, an_expert, width
+    partial = [dh.new_empty(shape if a is not None else (0,), dtype=torch.float32) for a in alphas]
+    backward_kernel[(n_experts * an_expert, n_blocks)](
+        *read, dense(dq), *alphas, ends, r, mean, *outputs[:2], *partial, n_rows, width, *strides, an_expert, **flags,
+        JOINT=joint, HAS_DQ=dq is not None, BY_COLUMN=n_blocks > 1, BLOCK=block, num_warps=warps(block, 8),
+    )  # fmt: skip
+    for sums, dalpha in zip(partial, outputs[2:], strict=True):
+        if dalpha.numel():
+            torch.sum(sums, 1, out=dalpha.view(n_experts, width))
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     z_gate, z_up, alpha_gate, alpha_up, ctx.up, ctx.joint, _, _, experts, ends = inputs
     _, r, q = output
@@ -179,67 +147,50 @@ def _backward(ctx: Any, dh: Tensor | None, _r: None, dq: Tensor | None) -> tuple
     dz_gate, dz_up, dalpha_gate, dalpha_up = swiglu_backward_op(
         dh, dq, z_gate, z_up, alpha_gate, alpha_up, r, ctx.up, ctx.joint, experts, ends
     )
-    return (
-        dz_gate,
-        dz_up,
-        None if alpha_gate is None else dalpha_gate.to(alpha_gate.dtype),
-        None if alpha_up is None else dalpha_up.to(alpha_up.dtype),
-        *[None] * 6,
-    )
+    return dz_gate, dz_up, cast(dalpha_gate, alpha_gate), cast(dalpha_up, alpha_up), *[None] * 6
 
 
 swiglu_op.register_autograd(_backward, setup_context=_setup_context)
 
 
-def sdd_swiglu(
-    z_gate: Tensor,
-    z_up: Tensor,
-    alpha_gate: Tensor | None,
-    alpha_up: Tensor | None,
-    *,
-    joint: bool = False,
-    eps: float = 1e-6,
-    up_eps: float | None = None,
-) -> Tensor:
-    """`sdd.functional.sdd_swiglu` (and `swiglu`, without alphas) by the kernels."""
-    sdd_F.check_swiglu(z_gate, z_up, alpha_gate, alpha_up, joint, up_eps not in (None, eps))
-    up = PLAIN if alpha_up is None else NORMED
-    return swiglu_op(z_gate, z_up, alpha_gate, alpha_up, up, joint, eps, eps if up_eps is None else up_eps)[0]
+def swiglu(gate, up) -> Tensor:
+    """`silu(gate) * up`."""
+    sdd_F.check_shapes(gate, up)
+    return swiglu_op(gate, up, None, None, PLAIN, False, 0.0, 0.0)[0]
 
 
-def sdd_swiglu_bare_up(
-    z_gate: Tensor, z_up: Tensor, alpha_gate: Tensor | None, alpha_up: Tensor, *, eps: float = 1e-6
-) -> tuple[Tensor, Tensor]:
-    """`sdd.functional.sdd_swiglu_bare_up` by the kernels."""
+def sdd_swiglu(z_gate, z_up, alpha_gate, alpha_up, *, joint, eps, up_eps) -> Tensor:
+    """`silu(alpha_g * norm(z_g)) * (alpha_u * norm(z_u))`; with an eps for each row the norms are separate kernels."""
+    sdd_F.check_swiglu(z_gate, z_up, alpha_gate, alpha_up, joint, eps, up_eps)
+    up_eps = eps if up_eps is None else up_eps
+    if isinstance(eps, Tensor) or isinstance(up_eps, Tensor):
+        return swiglu(*gate_and_up(scaled_norm, z_gate, z_up, alpha_gate, alpha_up, joint, eps, up_eps))
+    kind = PLAIN if alpha_up is None else NORMED
+    return swiglu_op(z_gate, z_up, alpha_gate, alpha_up, kind, joint, eps, up_eps)[0]
+
+
+def sdd_swiglu_bare_up(z_gate, z_up, alpha_gate, alpha_up, *, eps) -> tuple[Tensor, Tensor]:
+    """`silu(alpha_g * norm(z_g)) * (alpha_u * z_u)`, and `mean(z_u^2)`."""
     sdd_F.check_shapes(z_gate, z_up, alpha_gate, alpha_up)
+    if isinstance(eps, Tensor):
+        z_gate = z_gate if alpha_gate is None else scaled_norm(z_gate, alpha_gate, eps=eps)
+        alpha_gate, eps = None, 0.0
     h, _, q = swiglu_op(z_gate, z_up, alpha_gate, alpha_up, BARE, False, eps, eps)
     return h, q
 
 
-def expert_swiglu(
-    z_gate: Tensor,
-    z_up: Tensor,
-    alpha_gate: Tensor | None,
-    alpha_up: Tensor | None,
-    order: Order,
-    *,
-    joint: bool = False,
-    eps: float = 1e-6,
-    up_eps: float | None = None,
-) -> Tensor:
-    """`sdd.kernels.experts.expert_swiglu` by the kernels."""
-    check_expert_alphas(z_gate, z_up, alpha_gate, alpha_up, order)
+def expert_swiglu(z_gate, z_up, alpha_gate, alpha_up, order, *, joint, eps, up_eps) -> Tensor:
+    """`sdd_swiglu` of rows sorted by expert, with the alphas of their experts."""
+    check_expert_swiglu(z_gate, z_up, alpha_gate, alpha_up, order, joint, eps, up_eps)
     if alpha_gate is None and alpha_up is None:
-        return sdd_swiglu(z_gate, z_up, None, None)
-    up, up_eps = PLAIN if alpha_up is None else NORMED, eps if up_eps is None else up_eps
-    return swiglu_op(z_gate, z_up, alpha_gate, alpha_up, up, joint, eps, up_eps, order.experts_M, order.ends_E)[0]
+        return swiglu(z_gate, z_up)
+    kind, up_eps = PLAIN if alpha_up is None else NORMED, eps if up_eps is None else up_eps
+    return swiglu_op(z_gate, z_up, alpha_gate, alpha_up, kind, joint, eps, up_eps, order.experts_M, order.ends_E)[0]
 
 
-def expert_swiglu_bare_up(
-    z_gate: Tensor, z_up: Tensor, alpha_gate: Tensor | None, alpha_up: Tensor, order: Order, *, eps: float = 1e-6
-) -> tuple[Tensor, Tensor]:
-    """`sdd.kernels.experts.expert_swiglu_bare_up` by the kernels."""
-    check_expert_alphas(z_gate, z_up, alpha_gate, alpha_up, order)
+def expert_swiglu_bare_up(z_gate, z_up, alpha_gate, alpha_up, order, *, eps) -> tuple[Tensor, Tensor]:
+    """`sdd_swiglu_bare_up` of rows sorted by expert, with the alphas of their experts."""
+    check_expert_swiglu(z_gate, z_up, alpha_gate, alpha_up, order)
     h, _, q = swiglu_op(z_gate, z_up, alpha_gate, alpha_up, BARE, False, eps, eps, order.experts_M, order.ends_E)
     return h, q
 
@@ -255,7 +206,7 @@ def _statistics(
     eps: float,
     up_eps: float,
 ) -> None:
-    """Write r and q of wide rows."""
+    """Write r and q of rows that take several blocks."""
     n_rows, width = gate.shape
 
     def mean_square(z: Tensor, to: Tensor) -> None:
