@@ -69,7 +69,7 @@ def rule_table() -> str:
         [
             f"`{name}`",
             alphas(placement),
-            placement.residual_scale,
+            placement.residual,
             f"`{placement.init}`",
             eps_text(placement),
             placement.source + overrides_text(placement),

@@ -143,8 +143,12 @@ class RMSNorm(nn.Module):
         device: torch.device | str | None = None,
         *,
         group: int | None = None,
+        scale: bool = True,
+        factor: float = 1.0,
     ) -> None:
         super().__init__()
+        assert scale
+        self.factor = factor
         self.group, self.weight_init, self.eps = group, weight_init, eps
         self.weight = nn.Parameter(torch.empty(width, device=device, dtype=torch.float32))
         self.reset_parameters()

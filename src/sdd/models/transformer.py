@@ -14,15 +14,16 @@ from torch.utils.checkpoint import checkpoint
 
 from sdd import functional as sdd_F
 from sdd import probe_points
-from sdd.models.block import Block, norm_at
+from sdd.models.block import norm_at
 from sdd.models.config import ModelConfig
 from sdd.models.init import init_weights
 from sdd.models.kv_cache import KVCache
+from sdd.models.lean import LeanBlock
 from sdd.models.moe import Routing, auxiliary_losses
 
 
 class TrainingLoss(NamedTuple):
-    """What a training step differentiates, and its parts.
+    """The loss of a training step, and its parts.
 
     Attributes:
         total: with gradient.
@@ -58,9 +59,9 @@ class LanguageModel(nn.Module):
         self.sum_counts: Callable[[Tensor], Tensor] | None = None
         # without storage first: weights are drawn once, the same from one seed whether or not built on "meta"
         self.embed = nn.Embedding(config.vocab_size, config.d_model, device="meta")
-        self.embed_norm = norm_at(config.placement.norms.get("embed"), config, config.d_model, "meta")
-        self.blocks = nn.ModuleList(Block(config, index, "meta") for index in range(config.n_layers))
-        self.final_norm = norm_at(config.placement.norms.get("final"), config, config.d_model, "meta")
+        self.embed_norm = norm_at(config.placement.norms.get("embed"), config, "meta")
+        self.blocks = nn.ModuleList(LeanBlock(config, index, "meta") for index in range(config.n_layers))
+        self.final_norm = norm_at(config.placement.norms.get("final"), config, "meta")
         self.head = (
             None if config.tie_embeddings else nn.Linear(config.d_model, config.vocab_size, bias=False, device="meta")
         )
@@ -77,7 +78,7 @@ class LanguageModel(nn.Module):
         self.rope_cos, self.rope_sin = sdd_F.rope_tables(
             self.config.context, self.config.head_dim, self.config.rope_theta, device
         )
-        init_weights(self)
+        init_weights(self, self.config)
 
     def forward(
         self,
@@ -136,9 +137,13 @@ class LanguageModel(nn.Module):
         cache: KVCache | None = None,
         layers: list[Routing] | None = None,
     ) -> Tensor:
-        """What the head reads: `[B, T]` to `[B, T, C]`; with a cache, which knows the mask, after what it holds.
+        """The last hidden state, which the head reads: `[B, T]` to `[B, T, C]`.
 
-        `layers` receives the routing of each mixture of experts.
+        Args:
+            tokens_BT: int64.
+            mask: bool `[B, 1, T, T]`, True where attention is allowed; None for causal.
+            cache: the tokens come after those that it holds; it makes the mask.
+            layers: receives the routing of each mixture of experts.
         """
         positions = slice(tokens_BT.shape[1])
         if cache is not None:

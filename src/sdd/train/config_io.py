@@ -13,7 +13,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from sdd.errors import UserError
 from sdd.files import write_aside
-from sdd.placement import Placement, placements
+from sdd.placement import Placement, current_fields, placements
 from sdd.train.config import RunConfig
 
 _LARGEST = 2**63 - 1  # an integer of torch
@@ -189,10 +189,16 @@ def _dataclasses_in(hint: Any) -> Iterator[Any]:
 
 
 def _resolve_placement(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The same with the placement in full, where its name or an earlier version's fields were given."""
     model = values.get("model")
-    if isinstance(model, Mapping) and isinstance(name := model.get("placement"), str):
-        values = {**values, "model": {**model, "placement": to_dict(find_placement(name))}}
-    return dict(values)
+    placement = model.get("placement") if isinstance(model, Mapping) else None
+    if isinstance(placement, str):
+        placement = to_dict(find_placement(placement))
+    elif isinstance(placement, Mapping):
+        placement = current_fields(placement)
+    else:
+        return dict(values)
+    return {**values, "model": {**model, "placement": placement}}
 
 
 def _first_problem(error: ValidationError, cls: type) -> str:
