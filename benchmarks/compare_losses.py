@@ -3,8 +3,9 @@
     ./dev bench compare_losses REVISION [--dtype float32|float64] [--path composed|recompute] [--steps N] [NAME ...]
 
 Trains `nano` with every placement, and `moe-nano`, for 20 steps on drawn tokens, on a CPU with one thread: once with
-the code that stands here, once with that of a git revision, checked out aside. Prints whether the losses are equal bit
-for bit, and else their largest relative difference. Exits with 1 if one is above 1e-12 (float64) or 1e-3 (float32, where rounding grows from step to step).
+the code in this checkout, once with that of a git revision. Prints whether the losses are equal bit for bit, and else
+their largest relative difference. Exits with 1 if one is above 1e-12 in float64, or 1e-3 in float32, where a difference
+of rounding grows from step to step.
 """
 
 import argparse

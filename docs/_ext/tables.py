@@ -64,7 +64,7 @@ def site_table() -> str:
 
 
 def rule_table() -> str:
-    """One row a placement: alphas, residual scale, init rule, eps, source and what single blocks change."""
+    """One row a placement: alphas, residual rule, init rule, eps, source and what single blocks change."""
     rows = [
         [
             f"`{name}`",
@@ -76,7 +76,7 @@ def rule_table() -> str:
         ]
         for name, placement in placements.items()
     ]
-    return table(["placement", "initial alpha", "residual scale", "init", "eps", "source"], rows)
+    return table(["placement", "initial alpha", "residual rule", "init", "eps", "source"], rows)
 
 
 def preset_table() -> str:

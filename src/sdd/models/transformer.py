@@ -46,7 +46,7 @@ class LanguageModel(nn.Module):
 
     Attributes:
         checkpoint_blocks: recompute each block's activations in the backward pass instead of keeping them.
-        chunked_loss: compute the loss without ever holding all logits, where torch has that (see `cross_entropy`).
+        chunked_loss: compute the loss without ever holding all logits, if this torch can (see `cross_entropy`).
         sum_counts: sums a tensor over the processes that train a mixture of experts together; None for one process.
     """
 
@@ -57,7 +57,7 @@ class LanguageModel(nn.Module):
         self.checkpoint_blocks = False
         self.chunked_loss = False
         self.sum_counts: Callable[[Tensor], Tensor] | None = None
-        # without storage first: weights are drawn once, the same from one seed whether or not built on "meta"
+        # Built without storage first: weights are then drawn once, and alike whether or not the model stays on "meta".
         self.embed = nn.Embedding(config.vocab_size, config.d_model, device="meta")
         self.embed_norm = norm_at(config.placement.norms.get("embed"), config, "meta")
         self.blocks = nn.ModuleList(LeanBlock(config, index, "meta") for index in range(config.n_layers))
@@ -192,11 +192,11 @@ def cross_entropy(
         targets_BT: int64.
         z_loss: weight of the mean `logsumexp(logits)^2` added to the loss (arXiv 2204.02311).
         reduction: "mean", or "none" for `[B, T]` (without z_loss).
-        chunked: use torch's chunked `linear_cross_entropy` (torch >= 2.13), which never holds all logits. It knows
-            no z_loss and no second derivative.
+        chunked: use torch's chunked `linear_cross_entropy` (torch >= 2.13), which never holds all logits. It has
+            neither z_loss nor a second derivative.
 
     Raises:
-        ValueError: if z_loss is asked for together with reduction "none" or chunked.
+        ValueError: if z_loss is given with reduction "none" or with chunked.
     """
     if z_loss and (chunked or reduction != "mean"):
         raise ValueError("z_loss needs all logits and reduction='mean': leave out chunked and reduction='none'")
