@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from sdd.errors import UserError
 from sdd.models import ModelConfig
-from sdd.placement import MODEL_SITES, SCALES, SITES, InitName, Norm, Placement, ScaleName, placements
+from sdd.placement import MODEL_SITES, RESIDUALS, SCALES, SITES, InitName, Norm, Placement, ScaleName, placements
 from sdd.train import config_io
 from sdd.train.config import RunConfig
 
@@ -45,7 +45,7 @@ drawn_placements = st.builds(
     Placement,
     norms=sites_of(list(SITES)),
     name=st.text(max_size=5),
-    residual_scale=st.sampled_from(list(SCALES)),
+    residual=st.sampled_from(list(RESIDUALS)),
     init=st.sampled_from(get_args(InitName)),
     overrides=st.dictionaries(st.integers(-6, 5), sites_of(BLOCK_SITES, absent=True), max_size=3),
     source=st.text(max_size=5),
@@ -137,7 +137,7 @@ def test_a_norm_refuses(arguments: dict, message: str):
             {"norms": {"gate": Norm(), "up": Norm()}, "joint_gate_up": True, "overrides": {1: {"up": Norm(eps=1.0)}}},
             "one eps",
         ),
-        ({"norms": {}, "residual_scale": "2"}, "residual_scale='2'"),
+        ({"norms": {}, "residual": "2 x + f"}, "residual='2 x"),
         ({"norms": {}, "init": "xavier"}, "init='xavier' is not an init rule"),
     ],
 )

@@ -64,19 +64,19 @@ def site_table() -> str:
 
 
 def rule_table() -> str:
-    """One row a placement: alphas, residual scale, init rule, eps, source and what single blocks change."""
+    """One row a placement: alphas, residual rule, init rule, eps, source and what single blocks change."""
     rows = [
         [
             f"`{name}`",
             alphas(placement),
-            placement.residual_scale,
+            placement.residual,
             f"`{placement.init}`",
             eps_text(placement),
             placement.source + overrides_text(placement),
         ]
         for name, placement in placements.items()
     ]
-    return table(["placement", "initial alpha", "residual scale", "init", "eps", "source"], rows)
+    return table(["placement", "initial alpha", "residual rule", "init", "eps", "source"], rows)
 
 
 def preset_table() -> str:

@@ -461,3 +461,15 @@ def _scale_part(z: Tensor, alpha: Tensor, group: int, eps: Eps) -> Tensor:
     if isinstance(eps, Tensor):
         eps = eps.unsqueeze(-1)
     return (norm(z.unflatten(-1, (-1, group)), eps) * alpha).flatten(-2)
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which a matrix product takes x: that of autocast where it is on."""
+    device = x.device.type
+    cast = torch.is_autocast_enabled(device) and x.dtype != torch.float64
+    return torch.get_autocast_dtype(device) if cast else x.dtype
+
+
+def cast_once(x: Tensor) -> Tensor:
+    """X in the dtype of the products that read it; autocast would cast it for each of them, and keep every copy."""
+    return x.to(product_dtype(x))

@@ -131,7 +131,7 @@ class SDDLinear(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm with a learned scale, `y = weight * x / sqrt(mean(x^2) + eps)` (arXiv 1910.07467).
+    """Root-mean-square norm, `y = factor * weight * x / sqrt(mean(x^2) + eps)` (arXiv 1910.07467).
 
     The statistic and the scale are applied in at least float32 before the cast back to the dtype of the input, as in
     `SDDLinear`. (`torch.nn.RMSNorm` wants weight and input of one dtype.)
@@ -142,7 +142,8 @@ class RMSNorm(nn.Module):
         eps: added to the mean square, inside the root.
         device: as in every module.
         group: width of the norm groups (heads); None for one group.
-        scale: whether a scale is learned; without, `.weight` is None and `y = x / sqrt(mean(x^2) + eps)`.
+        scale: whether a scale is learned; without, `.weight` is None and left out of the formula.
+        factor: a number that is not learned.
 
     Shapes:
         input and output `[..., features]`.
@@ -159,9 +160,10 @@ class RMSNorm(nn.Module):
         *,
         group: int | None = None,
         scale: bool = True,
+        factor: float = 1.0,
     ) -> None:
         super().__init__()
-        self.width, self.group, self.weight_init, self.eps = width, group, weight_init, eps
+        self.width, self.group, self.weight_init, self.eps, self.factor = width, group, weight_init, eps, factor
         weight = nn.Parameter(torch.empty(width, device=device, dtype=torch.float32)) if scale else None
         self.register_parameter("weight", weight)
         self.reset_parameters()
@@ -174,13 +176,15 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Normalise and scale; `[..., features]` to `[..., features]`."""
         if self.weight is None:
-            return norm(x, self.eps, self.group).to(x.dtype)
-        return scaled_norm(x, self.weight, group=self.group, eps=self.eps)
+            return (self.factor * norm(x, self.eps, self.group)).to(x.dtype)
+        weight = self.weight if self.factor == 1 else self.factor * self.weight
+        return scaled_norm(x, weight, group=self.group, eps=self.eps)
 
     def extra_repr(self) -> str:
         """Width, initial scale and eps."""
         scale = "scale=False" if self.weight is None else f"weight_init={self.weight_init:.4g}"
-        return f"{self.width}, {scale}, eps={self.eps:g}"
+        factor = "" if self.factor == 1 else f", factor={self.factor:.4g}"
+        return f"{self.width}, {scale}, eps={self.eps:g}{factor}"
 
 
 class ExpertLinear(nn.Module):

@@ -4,15 +4,17 @@ A block of a decoder has the sites
 
     embed | attn_in  q k v  ctx  attn_out  attn_post | ffn_in  gate up  ffn_out  ffn_post | final
 
-and computes, with every absent norm left out and c the residual scale,
+and computes, with every absent norm left out,
 
     x = embed(E[tokens])
-    x = attn_post(c*x + attn_out(ctx(attention(q(h), k(h), v(h)))))      h = attn_in(x)
-    x = ffn_post(c*x + ffn_out(silu(gate(h)) * up(h)))                   h = ffn_in(x)
+    x = attn_post(mix(x, attn_out(ctx(attention(q(h), k(h), v(h))))))    h = attn_in(x)
+    x = ffn_post(mix(x, ffn_out(silu(gate(h)) * up(h))))                 h = ffn_in(x)
     logits = head(final(x))
 
+where `mix(x, f)` is the residual rule: `x + f`, or DeepNorm's `c * x + f`.
+
 A norm on q, k, v, attn_out, gate, up or ffn_out makes that projection an `SDDLinear`; the other sites are RMSNorms.
-A `Placement` names the norms, a residual rule and an init rule; rules are named (`1/sqrt(2L)`), not numbers, so that
+A `Placement` names the norms, a residual rule and an init rule. Rules are named (`1/sqrt(2L)`), not numbers, so that
 one placement fits any depth. `placements` holds the methods by name; a new one is a few lines of data.
 """
 
@@ -20,7 +22,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 Site = Literal[
     "embed",
@@ -55,12 +57,31 @@ SCALES: Mapping[str, Callable[[int], float]] = MappingProxyType(
     }
 )
 ScaleName = Literal["one", "1/sqrt(L)", "1/sqrt(2L)", "(2L)^(1/4)", "(8L)^(-1/4)"]
+
+#: Named factors by depth, as functions of l, the number of the block from 1.
+DEPTH_FACTORS: Mapping[str, Callable[[int], float]] = MappingProxyType(
+    {"one": lambda l: 1.0, "1/sqrt(l)": lambda l: l**-0.5}
+)
+DepthName = Literal["one", "1/sqrt(l)"]
+
+#: Named residual rules `mix(x, f) = c_x * x + c_f * f`: (c_x, c_f) as a function of k, the number of the sublayer from
+#: 1 (attention and feed-forward network alternate), and of L, the number of blocks.
+RESIDUALS: Mapping[str, Callable[[int, int], tuple[float, float]]] = MappingProxyType(
+    {
+        "x + f": lambda k, L: (1.0, 1.0),
+        "1/sqrt(L) x + f": lambda k, L: (SCALES["1/sqrt(L)"](L), 1.0),
+        "1/sqrt(2L) x + f": lambda k, L: (SCALES["1/sqrt(2L)"](L), 1.0),
+        "(2L)^(1/4) x + f": lambda k, L: (SCALES["(2L)^(1/4)"](L), 1.0),
+        "(8L)^(-1/4) x + f": lambda k, L: (SCALES["(8L)^(-1/4)"](L), 1.0),
+    }
+)
+ResidualName = Literal["x + f", "1/sqrt(L) x + f", "1/sqrt(2L) x + f", "(2L)^(1/4) x + f", "(8L)^(-1/4) x + f"]
 InitName = Literal["base", "base-unit-embed", "megatron", "deepnorm", "normal-0.02"]
 
 
 @dataclass(frozen=True)
 class Norm:
-    """One norm at one site, `y = alpha * norm(z)`.
+    """One norm at one site, `y = factor * alpha * norm(z)`.
 
     Attributes:
         group: "full" takes the mean square over the site's whole width, "head" over each head.
@@ -68,6 +89,8 @@ class Norm:
         alpha_init: named initial value of alpha, see `SCALES`.
         alpha_factor: multiplies the named initial value.
         eps: added to the mean square, inside the root.
+        scale: whether the norm has an alpha; False at sites of RMSNorms only.
+        depth_factor: named factor by depth that is not learned, see `DEPTH_FACTORS`; at a block's RMSNorms only.
     """
 
     group: Literal["full", "head"] = "full"
@@ -75,8 +98,14 @@ class Norm:
     alpha_init: ScaleName = "one"
     alpha_factor: float = 1.0
     eps: float = 1e-6
+    scale: bool = True
+    depth_factor: DepthName = "one"
 
     def __post_init__(self) -> None:
+        if self.depth_factor not in DEPTH_FACTORS:
+            raise ValueError(f"depth_factor={self.depth_factor!r}: choose one of {list(DEPTH_FACTORS)}")
+        if not self.scale and (self.shared_alpha, self.alpha_init, self.alpha_factor) != (False, "one", 1.0):
+            raise ValueError("scale=False is a norm without alpha: leave out shared_alpha, alpha_init and alpha_factor")
         if self.alpha_init not in SCALES:
             raise ValueError(f"alpha_init={self.alpha_init!r} is not a named scale: choose one of {list(SCALES)}")
         if self.group not in ("full", "head"):
@@ -101,7 +130,7 @@ class Placement:
         norms: the norm at each site; an absent site has none.
         name: what tables and figures call it.
         joint_gate_up: one norm group over the concatenated gate|up vector instead of one each.
-        residual_scale: named factor on the residual stream before each addition, see `SCALES` (DeepNorm).
+        residual: named rule of the residual additions, see `RESIDUALS`.
         init: named init rule, see `sdd.models.init`.
         overrides: for single blocks (by index, negative from the end), sites to change; None removes the norm.
         source: where the definition comes from.
@@ -110,7 +139,7 @@ class Placement:
     norms: dict[Site, Norm]
     name: str = ""
     joint_gate_up: bool = False
-    residual_scale: ScaleName = "one"
+    residual: ResidualName = "x + f"
     init: InitName = "megatron"
     overrides: dict[int, dict[Site, Norm | None]] = field(default_factory=dict)
     source: str = ""
@@ -122,6 +151,10 @@ class Placement:
                     raise ValueError(f"{site!r} is not a norm site: choose from {list(SITES)}")
                 if norm is not None and norm.group == "head" and site not in ("q", "k", "v", "ctx"):
                     raise ValueError(f"site {site!r} has no heads: group='head' fits q, k, v and ctx only")
+                if norm is not None and site in PROJECTIONS and (not norm.scale or norm.depth_factor != "one"):
+                    raise ValueError(f"site {site!r} is an SDD layer: scale=False and depth_factor fit RMSNorms only")
+                if norm is not None and site in MODEL_SITES and norm.depth_factor != "one":
+                    raise ValueError(f"site {site!r} stands in no block: it has no depth_factor")
         for layer, sites in self.overrides.items():
             misplaced = [site for site in sites if site in MODEL_SITES]
             if misplaced:
@@ -134,8 +167,8 @@ class Placement:
                 raise ValueError(f"joint_gate_up=True has one eps: gate has {gate.eps} and up has {up.eps}")
         if self.init not in get_args(InitName):
             raise ValueError(f"init={self.init!r} is not an init rule: choose one of {list(get_args(InitName))}")
-        if self.residual_scale not in SCALES:
-            raise ValueError(f"residual_scale={self.residual_scale!r}: choose one of {list(SCALES)}")
+        if self.residual not in RESIDUALS:
+            raise ValueError(f"residual={self.residual!r}: choose one of {list(RESIDUALS)}")
 
     def layer(self, index: int, n_layers: int) -> dict[Site, Norm]:
         """The norms of block `index` of `n_layers`, overrides applied."""
@@ -160,6 +193,18 @@ class Placement:
                 for layer, sites in self.overrides.items()
             },
         )
+
+
+def current_fields(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a `Placement` under today's names, from those of a config that an earlier version wrote.
+
+    Earlier, `residual_scale` named the factor c of the rule `c * x + f`.
+    """
+    values = dict(values)
+    scale = values.pop("residual_scale", None)
+    if scale is not None and "residual" not in values:
+        values["residual"] = "x + f" if scale == "one" else f"{scale} x + f"
+    return values
 
 
 _ONE = Norm()
@@ -209,7 +254,7 @@ _PLACEMENTS: dict[str, Placement] = {
     "prenorm": Placement(_PRE, source="arXiv 2002.04745; Llama"),
     "prenorm-qk": Placement({**_PRE, **_QK_HEAD}, source="arXiv 2302.05442, 2309.14322; Qwen3"),
     "postnorm": Placement(_POST, source="arXiv 1706.03762, with the norm on the embedding of the released wiring"),
-    "deepnorm": Placement(_POST, residual_scale="(2L)^(1/4)", init="deepnorm", source="arXiv 2203.00555, decoder-only"),
+    "deepnorm": Placement(_POST, residual="(2L)^(1/4) x + f", init="deepnorm", source="arXiv 2203.00555, decoder-only"),
     "olmo2": Placement(
         {"q": _ONE, "k": _ONE, "attn_out": _ONE, "ffn_out": _ONE, "final": _ONE},
         init="normal-0.02",

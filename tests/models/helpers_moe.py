@@ -9,7 +9,6 @@ from helpers_models import tiny_config
 from torch import Tensor
 
 from sdd.models import LanguageModel, ModelConfig, MoEConfig
-from sdd.models.elimination import read
 from sdd.models.moe import MoE
 from sdd.nn import ExpertLinear, SDDExpertLinear
 from sdd.placement import Placement
@@ -63,8 +62,7 @@ def naive(layer: MoE, x_NC: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor
             chosen[e] += 1
             y = y + p[e] / scale * expert(layer, e, x)
         if layer.shared is not None:
-            h, before = layer.shared(x)
-            y = y + read(layer.shared.down_proj, h, before)
+            y = y + layer.shared(x)
         outputs.append(y)
     share, mean = chosen / (len(x_NC) * k), torch.stack(probabilities).mean(0)
     return torch.stack(outputs), E * (share * mean).sum(), torch.stack(z_losses).mean()

@@ -1,4 +1,4 @@
-"""Norms that their readers make superfluous: left out, nothing changes, in float64 and every gradient."""
+"""The lean block against its equations: left-out norms change nothing, in float64 and every gradient."""
 
 from dataclasses import replace
 
@@ -7,10 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sdd.models import LanguageModel, ModelConfig
-from sdd.models.block import eliminations as block_eliminations
-from sdd.models.elimination import superfluous_norms
+from sdd import kernels
+from sdd.models import LanguageModel, ModelConfig, MoEConfig, lean
+from sdd.models.elimination import left_out_norms
 from sdd.placement import Norm, Placement, placements
+from sdd.probing import Probe
 
 SHAPE = ModelConfig(n_layers=2, d_model=32, d_ff=48, n_heads=4, n_kv_heads=2, vocab_size=61, context=1024)
 EVERY_LINEAR = placements["sdd-prenorm"].norms
@@ -26,7 +27,7 @@ CASES = {
     "per head": Placement({**EVERY_LINEAR, **{site: Norm(group="head") for site in "qkv"}}, init="base"),
     "joint": Placement({**EVERY_LINEAR, "ctx": Norm()}, joint_gate_up=True, init="base"),
 }
-WHAT = {
+LEFT_OUT = {
     "released, v plain": {"ctx"},
     "released, v normed": {"ctx"},
     "paper": {"up"},
@@ -38,9 +39,11 @@ WHAT = {
 
 
 def pair(config, dtype=torch.float64):
-    """The same model with every norm, and without the superfluous ones; alphas are no longer ones."""
+    """The same model by its equations, and lean without the norms that cancel; alphas are no longer ones."""
     torch.manual_seed(0)
-    models = [LanguageModel(replace(config, eliminate_norms=on)).to(dtype) for on in (False, True)]
+    models = [LanguageModel(config).to(dtype) for _ in range(2)]
+    for block in models[1].blocks:
+        block.force_lean = True
     with torch.no_grad():
         for parameter in models[0].parameters():
             if parameter.ndim == 1:
@@ -52,8 +55,8 @@ def pair(config, dtype=torch.float64):
 @pytest.mark.parametrize("case", CASES)
 def test_which_norms_are_left_out(case):
     config = replace(SHAPE, placement=CASES[case])
-    assert block_eliminations(config, 0) == WHAT[case]
-    assert block_eliminations(replace(config, eliminate_norms=False), 0) == frozenset()
+    assert left_out_norms(config, 0) == LEFT_OUT[case]
+    assert left_out_norms(replace(config, eliminate_norms=False), 0) == frozenset()
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -148,39 +151,101 @@ def test_an_adapter_or_a_hook_keeps_the_norms_around_it(where, how):
         torch.testing.assert_close(*seen, rtol=1e-4, atol=1e-4)
 
 
-def test_a_router_or_a_plain_reader_keeps_the_norm():
-    norms = dict(EVERY_LINEAR)
-    assert "ffn_in" in superfluous_norms(norms, joint=False)
-    assert "ffn_in" not in superfluous_norms(norms, joint=False, router=True)
-    assert "up" not in superfluous_norms(norms, joint=True)
-    per_head = {**norms, "ctx": Norm(group="head")}
-    assert "ctx" not in superfluous_norms(per_head, joint=False)
-    for site, freed in {"v": "attn_in", "gate": "ffn_in", "ffn_out": "up", "attn_out": "ctx"}.items():
-        rest = {one: norm for one, norm in {**norms, "ctx": Norm()}.items() if one != site}
-        assert freed not in superfluous_norms(rest, joint=False)
+def left_out(norms, **changes):
+    placement = Placement(norms, joint_gate_up=changes.pop("joint", False), init="base")
+    return left_out_norms(replace(SHAPE, placement=placement, **changes), 0)
+
+
+def test_a_router_a_joint_group_or_heads_keep_the_norm():
+    assert "ffn_in" in left_out(EVERY_LINEAR)
+    assert "ffn_in" not in left_out(EVERY_LINEAR, moe=MoEConfig(4, 2))
+    assert "up" not in left_out(EVERY_LINEAR, joint=True)
+    assert "ctx" not in left_out({**EVERY_LINEAR, "ctx": Norm(group="head")})
+
+
+@pytest.mark.parametrize(
+    ("plain", "kept"), [("v", "attn_in"), ("gate", "ffn_in"), ("ffn_out", "up"), ("attn_out", "ctx")]
+)
+def test_a_plain_reader_keeps_the_norm(plain, kept):
+    norms = {**EVERY_LINEAR, "ctx": Norm()}
+    assert kept in left_out(norms)
+    del norms[plain]
+    assert kept not in left_out(norms)
 
 
 @pytest.mark.parametrize("name", ["prenorm", "prenorm-qk", "postnorm", "olmo2", "peri", "hybrid", "qkv-norm", "sdd"])
 def test_other_placements_keep_all_their_norms(name):
-    assert block_eliminations(replace(SHAPE, placement=placements[name]), 0) == frozenset()
+    assert left_out_norms(replace(SHAPE, placement=placements[name]), 0) == frozenset()
 
 
-def test_it_matters_that_eps_is_taken_along():
+def test_it_matters_that_eps_is_taken_along(monkeypatch):
     """With the consumer's eps as it stands, small init scales would give another function."""
-    from sdd.models import elimination
-
     config = replace(SHAPE, placement=CASES["released, v plain"].replace_eps(1e-6), init_scale=0.1)
     kept, left_out = pair(config)
     tokens = torch.randint(0, 61, (1, 128))
-    plain = elimination.project
+    product = lean.product
+    monkeypatch.setattr(lean, "product", lambda layer, read: product(layer, read._replace(square=None)))
+    assert (left_out(tokens) - kept(tokens)).norm() / kept(tokens).norm() > 0.01
 
-    def with_own_eps(layer, x, before):
-        z, _ = plain(layer, x, before)
-        return z, layer.eps
 
-    elimination.project = with_own_eps
-    try:
-        error = (left_out(tokens) - kept(tokens)).norm() / kept(tokens).norm()
-    finally:
-        elimination.project = plain
-    assert error > 0.01
+# --- every placement, and who decides ---
+
+
+@pytest.mark.parametrize("path", ["composed", "recompute"])
+@pytest.mark.parametrize("name", placements)
+@pytest.mark.parametrize("moe", [None, MoEConfig(4, 2, d_shared=8)], ids=["dense", "moe"])
+def test_lean_is_the_same_function_for_every_placement(name, path, moe):
+    kept, lean_model = pair(replace(SHAPE, placement=placements[name], moe=moe))
+    sample = torch.randint(0, 61, (2, 13), generator=torch.Generator().manual_seed(1))
+    found = []
+    for model in (kept, lean_model):
+        with kernels.use(path):
+            loss = model(sample[:, :-1], sample[:, 1:])
+            found.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
+    for ours, expected in zip(*found, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-13)
+
+
+def test_blocks_built_by_us_run_lean():
+    _, model = pair(SHAPE)
+    assert all(lean.runs_lean(block, torch.zeros(1, 2, 32)) for block in model.blocks)
+
+
+def spoil_hook(block):
+    block.ffn.gate_proj.register_forward_hook(lambda module, args, output: None)
+
+
+def spoil_adapter(block):
+    block.attn.v_proj = Adapted(block.attn.v_proj)
+
+
+def spoil_norm(block):
+    block.attn_post = torch.nn.LayerNorm(32)
+
+
+def spoil_residual_rule(block):
+    block.ffn_mix.of_f = 0.5
+
+
+@pytest.mark.parametrize("spoil", [spoil_hook, spoil_adapter, spoil_norm, spoil_residual_rule])
+def test_what_lean_does_not_know_sends_its_block_to_the_equations(spoil):
+    _, model = pair(SHAPE)
+    spoil(model.blocks[0])
+    assert [lean.runs_lean(block, torch.zeros(1, 2, 32)) for block in model.blocks] == [False, True]
+
+
+def test_a_recording_probe_sends_every_block_to_the_equations():
+    _, model = pair(SHAPE)
+    seen = []
+    with Probe(model, every=1, out=lambda row: None) as probe, probe.step():
+        seen += [lean.runs_lean(block, torch.zeros(1, 2, 32)) for block in model.blocks]
+    assert seen == [False, False]
+    assert lean.runs_lean(model.blocks[0], torch.zeros(1, 2, 32))
+
+
+@pytest.mark.parametrize(
+    ("norm", "runs"), [(Norm(), True), (Norm(scale=False), False), (Norm(depth_factor="1/sqrt(l)"), False)]
+)
+def test_norms_without_a_scale_or_with_a_factor_run_by_the_equations(norm, runs):
+    _, model = pair(replace(SHAPE, placement=Placement({"attn_in": norm, "ffn_in": Norm(), "final": Norm()})))
+    assert lean.runs_lean(model.blocks[1], torch.zeros(1, 2, 32)) == runs

@@ -18,8 +18,8 @@ from sdd import kernels
 from sdd.bench.timing import OUT_OF_MEMORY, free, wait, wall_seconds
 from sdd.errors import UserError, is_out_of_memory
 from sdd.models import LanguageModel, ModelConfig
-from sdd.models.block import Block
 from sdd.models.flops import training_flops
+from sdd.models.lean import LeanBlock
 from sdd.train import OptimConfig
 from sdd.train.config_io import find_placement
 from sdd.train.optim import build_optimizer, clip_gradients, optimizer_tensors
@@ -124,7 +124,7 @@ def build(setting: Setting, names: list[str], modes: list[Mode]) -> list[Variant
         path: kernels.Path = "composed" if is_composed(name) else "auto"
         torch.manual_seed(0)
         if setting.block:
-            net: nn.Module = Block(config, min(1, config.n_layers - 1), setting.device)
+            net: nn.Module = LeanBlock(config, min(1, config.n_layers - 1), setting.device)
             share_matrices(net, first or net)
             step, held, clean = block_step(net, setting)
         else:

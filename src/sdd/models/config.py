@@ -7,7 +7,7 @@ from sdd.placement import Placement, placements
 
 @dataclass(frozen=True)
 class MoEConfig:
-    """A mixture of experts in the place of each block's feed-forward network, see `sdd.models.moe`.
+    """A mixture of experts in place of each block's feed-forward network, see `sdd.models.moe`.
 
     Attributes:
         n_experts: number of experts E of a block, each d_ff wide.
@@ -48,9 +48,9 @@ class ModelConfig:
         rope_theta: base of the rotary angles.
         tie_embeddings: use the embedding matrix as the head.
         init_scale: multiplies the initial std of every matrix and of the embedding.
-        eliminate_norms: leave out norms whose readers make them superfluous (see `sdd.models.elimination`): the same
-            function and gradients, but for rounding, in less time.
-        placement: where the norms stand; a name on the command line, the whole definition in config.json.
+        eliminate_norms: leave out norms that every reader cancels, where the fused kernels run: the same function and
+            gradients, up to rounding, in less time (see `sdd.models.elimination`).
+        placement: where the norms stand: a name on the command line, the whole definition in config.json.
         moe: the mixture of experts; none for a dense model.
     """
 

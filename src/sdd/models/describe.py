@@ -1,13 +1,13 @@
-"""Presets and placements in words, for `sdd presets`."""
+"""Descriptions of presets and placements, for `sdd presets`."""
 
 from collections.abc import Collection, Sequence
 
-from sdd.models.block import eliminations
 from sdd.models.config import ModelConfig
+from sdd.models.elimination import left_out_norms
 from sdd.models.flops import training_flops
 from sdd.models.init import init_std
 from sdd.models.presets import count_parameters, model_presets
-from sdd.placement import MODEL_SITES, PROJECTIONS, SCALES, SITES, Norm, Placement, Site, placements
+from sdd.placement import MODEL_SITES, PROJECTIONS, RESIDUALS, SITES, Norm, Placement, Site, placements
 from sdd.terminal import aligned, indented
 
 
@@ -146,9 +146,12 @@ def _stds(config: ModelConfig) -> list[str]:
 
 
 def _residual(config: ModelConfig) -> str:
-    name = config.placement.residual_scale
-    scale = SCALES[name](config.n_layers)
-    return "x + branch" if scale == 1 else f"c*x + branch, c = {name} = {scale:.4g}"
+    """The residual rule, with the factors of the first and last sublayer if they are not 1."""
+    name, L = config.placement.residual, config.n_layers
+    ends = [RESIDUALS[name](k, L) for k in (1, 2 * L)]
+    if ends[0] == ends[1]:
+        return name if ends[0] == (1, 1) else f"{name}, i.e. {ends[0][0]:.4g} x + {ends[0][1]:.4g} f"
+    return f"{name}: {ends[0][0]:.4g} x + {ends[0][1]:.4g} f at first, {ends[1][0]:.4g} x + {ends[1][1]:.4g} f at last"
 
 
 def _norm_sections(config: ModelConfig) -> list[list[str]]:
@@ -163,8 +166,8 @@ def _norm_sections(config: ModelConfig) -> list[list[str]]:
             which = [str(index) for index, other in enumerate(layers) if other == norms]
             title = "Norms in every block" if len(which) == len(layers) else f"Norms in block {', '.join(which)}"
             sites: list[Site] = [site for site in SITES if site not in MODEL_SITES]
-            left_out = eliminations(config, layers.index(norms))
-            note = ["left out: all its readers are SDD and do not see its scale, see model.eliminate_norms"]
+            left_out = left_out_norms(config, layers.index(norms))
+            note = ["left out: all readers of this norm cancel its scale; computed on a CPU; see model.eliminate_norms"]
             rows = [*_norms(norms, config, sites, left_out), *(note if left_out else [])]
             sections.append([title, *indented(rows)])
     return sections

@@ -1,4 +1,4 @@
-"""Norms that their readers make superfluous.
+"""Norms that can be left out because every reader of theirs cancels them.
 
 An SDD projection does not see the scale of what it reads: for a number c > 0 a token, `norm(V (c h)) = norm(V h)` at
 eps = 0. So where all readers of a norm are SDD, its 1/rms cancels and only its alpha is left:
@@ -24,43 +24,17 @@ producer anyway.
 Source: the observation is this project's own; see docs/design.md.
 """
 
-from collections.abc import Mapping
-from typing import NamedTuple
-
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-
-from sdd import probe_points
-from sdd.functional import Eps, statistics_dtype
-from sdd.kernels import scaled_norm
-from sdd.nn import ExpertLinear, RMSNorm, SDDExpertLinear, SDDLinear
-from sdd.placement import Norm, Site
-
-_PLAIN = (nn.Linear, SDDLinear, ExpertLinear, SDDExpertLinear, RMSNorm, nn.Identity)
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+from sdd.models.config import ModelConfig
+from sdd.placement import Site
 
 
-class Skipped(NamedTuple):
-    """What is left of a norm whose readers make it superfluous: they read z in place of `gain * z / sqrt(square)`.
-
-    Attributes:
-        gain: the norm's alpha `[N]`, which the readers take into their columns; None if z has it already.
-        square: `mean(z^2) + eps`, at least float32 `[...]`, one a row.
-    """
-
-    gain: Tensor | None
-    square: Tensor
-
-
-def superfluous_norms(norms: Mapping[Site, Norm], *, joint: bool, router: bool = False) -> frozenset[Site]:
-    """The norms of a block that its SDD projections make superfluous; the conditions stand at the head of this module.
-
-    Args:
-        norms: the norms of one block.
-        joint: whether gate and up have one norm group together.
-        router: whether a router of experts reads what gate and up read.
-    """
+def left_out_norms(config: ModelConfig, index: int) -> frozenset[Site]:
+    """The sites of block `index` whose norms are left out; the conditions stand at the head of this module."""
+    if not config.eliminate_norms:
+        return frozenset()
+    placement = config.placement
+    norms = placement.layer(index, config.n_layers)
+    joint = placement.joint_gate_up and norms.keys() >= {"gate", "up"}
     found: set[Site] = set()
     if norms.keys() >= {"up", "ffn_out"} and not joint:
         found.add("up")
@@ -68,57 +42,6 @@ def superfluous_norms(norms: Mapping[Site, Norm], *, joint: bool, router: bool =
         found.add("ctx")
     if norms.keys() >= {"attn_in", "q", "k", "v"}:
         found.add("attn_in")
-    if norms.keys() >= {"ffn_in", "gate", "up"} and not router:
+    if norms.keys() >= {"ffn_in", "gate", "up"} and config.moe is None:  # a router would read it too
         found.add("ffn_in")
     return frozenset(found)
-
-
-def is_plain(*modules: nn.Module) -> bool:
-    """Whether these can be computed around: linear layers and norms as they were built, and nobody looks at them.
-
-    Adapters and hooks want the modules themselves, and so does a probe while it records.
-    """
-    return not probe_points.recording() and all(type(module) in _PLAIN and not _has_hooks(module) for module in modules)
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return any(getattr(module, hooks) for hooks in _HOOKS)
-
-
-def skip(norm: nn.Module, x: Tensor) -> tuple[Tensor, Skipped | None]:
-    """A superfluous norm: x as it is and what its readers must know, or in float16 `norm(x)` and None."""
-    assert isinstance(norm, RMSNorm)
-    if product_dtype(x) == torch.float16:
-        return norm(x), None
-    return x, Skipped(norm.weight, mean_square(x) + norm.eps)
-
-
-def project(layer: nn.Module, x: Tensor, before: Skipped | None) -> tuple[Tensor, Eps]:
-    """`z = V x` and the eps of the norm of z (0 where none stands)."""
-    assert isinstance(layer, (nn.Linear, SDDLinear))
-    if before is None:
-        return F.linear(x, layer.weight), layer.eps if isinstance(layer, SDDLinear) else 0.0
-    assert isinstance(layer, SDDLinear)
-    weight = layer.weight if before.gain is None else (layer.weight * before.gain).to(layer.weight.dtype)
-    return F.linear(x, weight), layer.eps * before.square
-
-
-def read(layer: nn.Module, x: Tensor, before: Skipped | None) -> Tensor:
-    """`layer(x)`; or if the norm before it was skipped, what it would have given."""
-    if before is None:
-        return layer(x)
-    z, eps = project(layer, x, before)
-    assert isinstance(layer, SDDLinear)
-    return scaled_norm(z, layer.alpha, group=layer.parts, eps=eps)
-
-
-def mean_square(z: Tensor) -> Tensor:
-    """`mean(z^2)` of each row, at least float32 `[...]`."""
-    return z.to(statistics_dtype(z.dtype)).square().mean(-1)
-
-
-def product_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which x is multiplied: that of autocast where it is on."""
-    device = x.device.type
-    cast = torch.is_autocast_enabled(device) and x.dtype != torch.float64
-    return torch.get_autocast_dtype(device) if cast else x.dtype

@@ -1,4 +1,4 @@
-"""Floating-point operations of training, a token.
+"""Floating-point operations (FLOPs) of training one token.
 
 A multiplication and an addition are two operations, and a matrix product's backward costs twice its forward:
 
@@ -17,14 +17,14 @@ from sdd.models.presets import count_parameters
 
 @dataclass(frozen=True)
 class TrainingFlops:
-    """FLOPs of forward and backward, a token.
+    """FLOPs of the forward and backward pass of one token.
 
     Attributes:
         matmul_parameters: N, the parameters that a token is multiplied with: the blocks' matrices, of experts those
             that it uses, and the head.
         matmul: `6 * N`.
         attention: `12 * L * d_model * T`: every token against all T, as model FLOPs are counted by convention.
-        recomputed: forward work that the backward pass does again; no part of the model's FLOPs.
+        recomputed: forward work that the backward pass repeats; not counted among the model's FLOPs.
     """
 
     matmul_parameters: int
@@ -34,17 +34,17 @@ class TrainingFlops:
 
     @property
     def model(self) -> int:
-        """What model FLOPs utilisation (MFU) counts: matrix products and attention, nothing twice."""
+        """The FLOPs that model FLOPs utilisation (MFU) counts: matrix products and attention, nothing twice."""
         return self.matmul + self.attention
 
     @property
     def causal(self) -> int:
-        """The same with the half of the attention that a causal mask leaves."""
+        """The model's FLOPs with only the half of the attention that a causal mask leaves."""
         return self.matmul + self.attention // 2
 
     @property
     def hardware(self) -> int:
-        """What the machine is made to do: the model's FLOPs and those of recomputation."""
+        """The FLOPs that the machine executes: the model's and those of recomputation."""
         return self.model + self.recomputed
 
 
@@ -55,9 +55,9 @@ def training_flops(
 
     Args:
         config: the model.
-        checkpoint_blocks: each block's forward is done again in the backward pass: `2 * N_blocks + 4 * L * d_model * T`
-            more, less the down projections whose output nothing keeps (no norm reads it).
-        fused_attention: the attention kernel does `q k^T` again in its backward pass: `2 * L * d_model * T` more.
+        checkpoint_blocks: the backward pass repeats each block's forward pass: `2 * N_blocks + 4 * L * d_model * T`
+            more, except for down projections whose output nothing keeps (no norm reads it).
+        fused_attention: the attention kernel repeats `q k^T` in its backward pass: `2 * L * d_model * T` more.
     """
     count = count_parameters(config)
     matrices = count.matrices - count.idle
@@ -72,6 +72,6 @@ def training_flops(
 def _not_recomputed(config: ModelConfig) -> int:
     """Parameters of down projections that end their block: recomputation stops when all kept tensors are there."""
     layers = (config.placement.layer(index, config.n_layers) for index in range(config.n_layers))
-    # the routing weights' derivative wants the outputs of experts, that of nothing the output of the shared network
+    # the derivative of the routing weights needs the outputs of the experts; nothing needs the shared network's output
     width = config.d_ff if config.moe is None else config.moe.d_shared
     return sum(config.d_model * width for norms in layers if not {"ffn_out", "ffn_post"} & norms.keys())

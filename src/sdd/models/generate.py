@@ -1,9 +1,9 @@
 """Sampling text from a language model, token by token.
 
-What the model sees of a row is its window: all of its tokens, at most `context`. Where the next token would not fit,
-the window starts anew with the row's last `context // 2` tokens; of a longer prompt it is the last `context` tokens. A
-window's tokens stand at positions 0, 1, ... So what the model sees never shrinks below half a context, and with a cache
-a token costs one token's work, but for a reading of half a context once in so many.
+The model sees a row through its window: all of its tokens, or the last `context` tokens of a longer prompt. When the
+window is full, it starts anew with the row's last `context // 2` tokens. A window's tokens stand at positions 0, 1, ...
+So the model never sees less than half a context of a long row. With a cache a token costs one token's work, plus a
+reading of half a context once in every `context // 2` tokens.
 
 Shape suffixes: B rows, T tokens, C d_model, V vocabulary.
 """
@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from sdd.models.kv_cache import KVCache
 from sdd.models.transformer import LanguageModel
 
-#: Where draws come from: one generator for all rows, one a row, or torch's global one.
+#: The source of random draws: one generator for all rows, one for each row, or None for torch's global one.
 Generators = torch.Generator | Sequence[torch.Generator] | None
 
 
@@ -39,7 +39,7 @@ def generate(
         model: a language model.
         prompt_BT: int64 `[B, T]`, at least one token.
         max_new_tokens: how many tokens to add.
-        temperature: as for `generate_stream`, like all that follow.
+        temperature: see `generate_stream`, also for the arguments below.
         top_k: sample among the k most likely tokens only.
         top_p: sample among the smallest set of tokens whose probabilities sum to p.
         eos: after it a row repeats it, and sampling stops once every row has it.
@@ -87,8 +87,8 @@ def generate_stream(
     """Continue prompts by sampling from `softmax(logits / temperature)`, a token a row and step.
 
     Prompts may differ in length, and each row is what it would be alone, up to rounding. Equal prompts are read once.
-    Past the model's context its oldest tokens are dropped from what the model sees: see the head of this module. The
-    caller's autocast applies.
+    Past the model's context, the model no longer sees a row's oldest tokens: see the head of this module. The caller's
+    autocast applies.
 
     Args:
         model: a language model.
@@ -96,7 +96,7 @@ def generate_stream(
         max_new_tokens: how many tokens to add to each.
         temperature: 0 takes the most likely token.
         top_k: sample among the k most likely tokens only.
-        top_p: sample among the smallest set of tokens (of those that top_k leaves) whose probabilities sum to p
+        top_p: sample among the smallest set of tokens, of those that top_k leaves, whose probabilities sum to p
             (nucleus, arXiv 1904.09751).
         eos: ends its row.
         stop: called with a row and each of its new tokens; True ends the row.
@@ -146,14 +146,16 @@ def sample(
     top_k: int | None = None,
     top_p: float | None = None,
 ) -> Tensor:
-    """The token of each row at which the cumulative probability, of likely tokens first, reaches a uniform draw.
+    """Sample a token for each row: the first at which the cumulative probability reaches a uniform draw.
+
+    Tokens are ordered by probability, the most likely one first.
 
     Args:
         logits_BV: float32 `[B, V]`.
         uniform_B: uniform draws in [0, 1), float32 `[B]`.
-        temperature: above 0; for this and what follows see `generate_stream`.
-        top_k: among the k most likely tokens only.
-        top_p: among the smallest set of tokens whose probabilities sum to p.
+        temperature: above 0; see `generate_stream`, also for the arguments below.
+        top_k: sample among the k most likely tokens only.
+        top_p: sample among the smallest set of tokens whose probabilities sum to p.
 
     Returns:
         int64 `[B]`.
@@ -162,7 +164,7 @@ def sample(
     # the difference first: a tiny temperature then gives -inf, not inf
     probabilities = ((logits - logits[:, :1]) / temperature).softmax(-1)
     if top_p is not None:
-        # keep a token if what stands before it has not reached p: the most likely one always stays
+        # keep a token if those before it have not reached p: the most likely one always stays
         probabilities[probabilities.cumsum(-1) - probabilities >= top_p] = 0
     cumulative = probabilities.cumsum(-1)
     # the first token to reach the draw: never one of probability 0, whatever the rounding
@@ -171,7 +173,7 @@ def sample(
 
 
 class _Reader:
-    """The logits after each row's window, with a cache if `max_new_tokens` says for how much."""
+    """The logits after each row's window; with a cache, if `max_new_tokens` gives the tokens to make room for."""
 
     def __init__(self, model: LanguageModel, windows: list[list[int]], max_new_tokens: int | None) -> None:
         self.model, self.windows = model, windows
@@ -194,20 +196,20 @@ class _Reader:
         return logits_BV
 
     def append(self, tokens: list[int]) -> None:
-        """A token more in each window."""
+        """Append a token to each window."""
         for window, token in zip(self.windows, tokens, strict=True):
             window.append(token)
             if len(window) > self.context:
                 del window[: -max(1, self.context // 2)]
 
     def select(self, rows: list[int]) -> None:
-        """Go on with these rows only."""
+        """Continue with these rows only."""
         self.windows = [self.windows[row] for row in rows]
         if self.cache is not None:
             self.cache.select(rows)
 
     def _read(self, windows: Sequence[Sequence[int]], cache: KVCache | None = None) -> Tensor:
-        """Hidden state of each window's last token, `[B, C]`: padded on the right, which no token of a window sees."""
+        """Hidden state of each window's last token, `[B, C]`. No token sees the padding, which is on the right."""
         lengths = [len(window) for window in windows]
         tokens_BT = pad_sequence([torch.tensor(window) for window in windows], batch_first=True)
         hidden_BTC = self.model.hidden(tokens_BT.to(self.model.embed.weight.device), cache=cache)
@@ -224,7 +226,7 @@ class _Reader:
         return hidden_BC[rows]
 
     def _read_on(self, cache: KVCache) -> Tensor:
-        """Each window's newest token; windows that have started anew are read anew before it."""
+        """Hidden state of each window's newest token; windows that have started anew are read from their beginning."""
         anew = [row for row, window in enumerate(self.windows) if len(window) <= cache.lengths[row]]
         if anew:
             beginnings = [self.windows[row][:-1] for row in anew]

@@ -1,6 +1,6 @@
 """Named init rules: the standard deviation with which each matrix is drawn.
 
-All draws are normal, truncated at three standard deviations. The rules are
+All draws are normal, truncated at three standard deviations. The rules:
 
     base              1/sqrt(2.5 d_model) everywhere (arXiv 2502.15499)
     base-unit-embed   the same with a standard normal embedding
@@ -13,7 +13,6 @@ All draws are normal, truncated at three standard deviations. The rules are
 """
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -21,9 +20,6 @@ from torch import nn
 from sdd.models.config import ModelConfig
 from sdd.nn import ExpertLinear, RMSNorm, SDDExpertLinear, SDDLinear
 from sdd.placement import SCALES
-
-if TYPE_CHECKING:
-    from sdd.models.transformer import LanguageModel
 
 _OUTPUTS = ("o_proj", "down_proj")
 _DEEPNORM_GAINED = ("v_proj", "o_proj", "up_proj", "down_proj")
@@ -58,13 +54,16 @@ def init_std(config: ModelConfig, role: str, fan_in: int, fan_out: int) -> float
 
 
 @torch.no_grad()
-def init_weights(model: "LanguageModel") -> None:
+def init_weights(model: nn.Module, config: ModelConfig) -> None:
     """Draw every matrix by the placement's init rule, times init_scale, and set every alpha to its initial value.
 
     Draws come from torch's default generator, in an order that does not depend on the norms: two placements with one
     init rule start from the same matrices.
+
+    Args:
+        model: a `LanguageModel`, whose modules' names are the roles of `init_std`.
+        config: its config.
     """
-    config = model.config
     for role, weight in _matrices(model):
         fan_out, fan_in = weight.shape[-2:]  # of each expert's matrix, where they are stacked
         std = config.init_scale * init_std(config, role, fan_in, fan_out)
@@ -89,10 +88,8 @@ def _draw(weight: torch.Tensor, std: float) -> None:
     weight.copy_(distribute_tensor(whole, weight.device_mesh, weight.placements, src_data_rank=None))
 
 
-def _matrices(model: "LanguageModel") -> Iterator[tuple[str, torch.Tensor]]:
-    yield "embed", model.embed.weight
-    for name, module in model.blocks.named_modules():
-        if isinstance(module, (nn.Linear, SDDLinear, ExpertLinear)):
+def _matrices(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Each matrix with its role, in the order of the model: embedding, blocks, head."""
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Embedding, nn.Linear, SDDLinear, ExpertLinear)):
             yield name.rsplit(".", 1)[-1], module.weight
-    if model.head is not None:
-        yield "head", model.head.weight

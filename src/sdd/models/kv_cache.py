@@ -23,17 +23,17 @@ class KVCache:
         logits_BTV = model(prompt_BT, cache=cache)
         logits_B1V = model(next_B1, cache=cache)
 
-    Rows may hold different numbers of tokens. Each row's stand at positions 0, 1, ... whatever the others hold, so that
-    a row is computed as it would be alone.
+    Rows may hold different numbers of tokens. A row's tokens stand at positions 0, 1, ... whatever the others hold, so
+    that a row is computed as it would be alone.
 
     Args:
         config: the model's.
         rows: B.
-        length: the most tokens that a row will hold, None for the model's context.
+        length: the largest number of tokens that a row will hold; None for the model's context.
 
     Attributes:
-        keys: a tensor `[B, K, length, D]` a block, allocated at the first reading, in the dtype that the model computes
-            (under autocast that of autocast).
+        keys: a tensor `[B, K, length, D]` for each block, allocated when the first tokens are read, in the dtype in
+            which the model computes (autocast's, where it is on).
         values: the same.
         lengths: how many tokens each row holds; lowering one forgets that row's last tokens.
     """
@@ -49,9 +49,9 @@ class KVCache:
         """Make room for new tokens in each row, which the blocks fill by `write`.
 
         Returns:
-            The new tokens' positions, an index of RoPE's tables (a slice, or int64 `[B, 1, T]`); and which tokens each
-            may see, bool `[B, 1, T, S]`, or None where that is plain: all for a single token, those before it for each
-            of a row's first ones.
+            The new tokens' positions, which index RoPE's tables: a slice, or int64 `[B, 1, T]`. And the attention mask,
+            bool `[B, 1, T, S]`, or None where plain causal attention does: for one new token in each row, or for the
+            first tokens of all rows.
 
         Raises:
             ValueError: if the cache has another number of rows, or no room.
@@ -72,7 +72,7 @@ class KVCache:
         return positions_B1T, held_S <= positions_B1T[..., None]
 
     def write(self, layer: int, k_BKTD: Tensor, v_BKTD: Tensor) -> tuple[Tensor, Tensor]:
-        """Put a block's keys and values where `grow` made room; returns all of them so far, `[B, K, S, D]`."""
+        """Store a block's keys and values where `grow` made room, and return all so far, `[B, K, S, D]`."""
         if layer == len(self.keys):
             B, K, _, D = k_BKTD.shape
             self.keys.append(k_BKTD.new_zeros(B, K, self._length, D))
@@ -87,7 +87,7 @@ class KVCache:
         return keys[:, :, :held], values[:, :, :held]
 
     def select(self, rows: Sequence[int]) -> None:
-        """Go on with these rows in this order; a row may be left out, or stand several times."""
+        """Keep these rows, in this order; a row may be left out or repeated."""
         if list(rows) == list(range(len(self.lengths))):
             return
         self.keys = [keys[list(rows)] for keys in self.keys]
@@ -95,7 +95,7 @@ class KVCache:
         self.lengths = [self.lengths[row] for row in rows]
 
     def put(self, rows: Sequence[int], other: "KVCache") -> None:
-        """Replace what these rows hold by what the rows of another cache hold."""
+        """Replace the contents of these rows by those of another cache."""
         held = max(other.lengths)
         for mine, theirs in zip(self.keys + self.values, other.keys + other.values, strict=bool(held)):
             mine[list(rows), :, :held] = theirs[:, :, :held]

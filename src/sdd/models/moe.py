@@ -1,17 +1,17 @@
-"""Dropless mixtures of experts: the feed-forward network of which each token uses only the k experts that suit it best.
+"""Dropless mixtures of experts: a feed-forward network of which each token uses only the k experts that fit it best.
 
 With h the input, `p = softmax(R h)` over all E experts in float32, and the k experts of largest p chosen,
 
     y = sum over the chosen e of p_e * down_e(silu(gate_e h) * up_e h)
 
-and a shared feed-forward network of h added by choice. No token is dropped and none is padded to a capacity: rows are
-sorted by expert, so that memory and work grow with tokens * k. Norms at gate, up and ffn_out make each expert's
-projections SDD layers of their own, `alpha_e * norm(V_e x)`: its output is normed before p_e is applied.
+plus, by choice, a shared feed-forward network of h. No token is dropped and none is padded to a capacity: rows are
+sorted by expert, so memory and work grow with tokens * k. Norms at gate, up and ffn_out make each expert's projections
+SDD layers of their own, `alpha_e * norm(V_e x)`: an expert's output is normed before p_e is applied.
 
 Two auxiliary losses join the training loss, each the mean over layers times its weight (arXiv 2409.02060):
 
-    load balancing   E * sum over e of f_e * P_e   f_e: share of all choices that fell on e; P_e: mean of p_e
-    router z-loss    mean of logsumexp(R h)^2
+    load balancing loss   E * sum over e of f_e * P_e   f_e: share of all choices that fell on e; P_e: mean of p_e
+    router z-loss         mean of logsumexp(R h)^2
 
 f and P are those of the tokens of one forward pass, over all processes (see `auxiliary_losses`).
 
@@ -26,16 +26,15 @@ import torch
 from torch import Tensor, nn
 
 from sdd import probe_points
-from sdd.kernels import expert_swiglu, expert_swiglu_bare_up, swiglu
+from sdd.functional import cast_once, swiglu
 from sdd.kernels.experts import Order, collect, dispatch, expert_scaled_norm, sort_by_expert
 from sdd.models.config import ModelConfig, MoEConfig
-from sdd.models.elimination import is_plain, read
 from sdd.nn import ExpertLinear, SDDExpertLinear
 from sdd.placement import Norm, Site
 
 
 class Routing(NamedTuple):
-    """How a forward pass routed its tokens: by one layer, or with a first dimension L by each of a model's layers.
+    """How one layer routed the tokens of a forward pass; with a first dimension L, how each layer of a model did.
 
     A forward hook on `MoE` sees it as the second output. Nothing here waits for the device.
 
@@ -69,7 +68,6 @@ class MoE(nn.Module):
         config: the model; must have `moe`.
         norms: of the block, by site.
         shared: the feed-forward network that every token uses, if there is one.
-        superfluous: norms that are not computed, see `sdd.models.elimination`.
         device: as in every module.
     """
 
@@ -78,7 +76,6 @@ class MoE(nn.Module):
         config: ModelConfig,
         norms: dict[Site, Norm],
         shared: nn.Module | None = None,
-        superfluous: frozenset[Site] = frozenset(),
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
@@ -86,7 +83,6 @@ class MoE(nn.Module):
         C, F = config.d_model, config.d_ff
         self.top_k, self.renormalise = config.moe.top_k, config.moe.renormalise
         self.joint = config.placement.joint_gate_up and {"gate", "up"} <= norms.keys()
-        self.superfluous = superfluous
         self.router = nn.Linear(C, config.moe.n_experts, bias=False, device=device)
         self.gate_proj = _experts_at(C, F, norms.get("gate"), config, device)
         self.up_proj = _experts_at(C, F, norms.get("up"), config, device)
@@ -95,15 +91,11 @@ class MoE(nn.Module):
 
     def forward(self, x_BTC: Tensor) -> tuple[Tensor, Routing]:
         """`[B, T, C]` to `[B, T, C]`, and how the tokens were routed."""
+        x_BTC = cast_once(x_BTC)
         x_NC = x_BTC.flatten(0, -2)
         weights_NK, order, routing = self.route(x_NC)
-        y_MC = self.experts(dispatch(x_NC, order), order)
-        weights_M = weights_NK.flatten().index_select(0, order.pairs_M)
-        y_NC = collect(y_MC * weights_M.unsqueeze(1), order).to(y_MC.dtype)
-        y_BTC = y_NC.view_as(x_BTC)
-        if self.shared is not None:
-            y_BTC = y_BTC + read(self.shared.down_proj, *self.shared(x_BTC))  # pyright: ignore[reportArgumentType]
-        return y_BTC, routing
+        y_BTC = self.combine(self.experts(dispatch(x_NC, order), order), weights_NK, order).view_as(x_BTC)
+        return (y_BTC if self.shared is None else y_BTC + self.shared(x_BTC)), routing
 
     def route(self, x_NC: Tensor) -> tuple[Tensor, Order, Routing]:
         """The weights of each token's experts, at least float32 `[N, K]`; the order of the rows; statistics."""
@@ -115,6 +107,7 @@ class MoE(nn.Module):
         if self.renormalise:
             weights_NK = weights_NK / weights_NK.sum(-1, keepdim=True)
         order = sort_by_expert(experts_NK, p_NE.shape[1])
+        # log p_e = (R h)_e - logsumexp(R h) for every e: the first one gives the logsumexp without another pass
         log_sum_N = logits_NE[:, 0] - log_p_NE[:, 0]
         with torch.no_grad():
             entropy = -torch.linalg.vecdot(p_NE, log_p_NE).mean()
@@ -122,19 +115,19 @@ class MoE(nn.Module):
 
     def experts(self, x_MC: Tensor, order: Order) -> Tensor:
         """Each row through its expert: `[M, C]` to `[M, C]`."""
-        gate, up, down = self.gate_proj, self.up_proj, self.down_proj
-        if not is_plain(gate, up):
-            return down(self._joint(x_MC, order) if self.joint else swiglu(gate(x_MC, order), up(x_MC, order)), order)
-        z_gate, z_up = gate.product(x_MC, order), up.product(x_MC, order)
-        if "up" in self.superfluous and is_plain(down) and z_up.dtype != torch.float16:
-            assert isinstance(up, SDDExpertLinear)
-            assert isinstance(down, SDDExpertLinear)
-            h_MF, square_M = expert_swiglu_bare_up(z_gate, z_up, _alpha(gate), up.alpha, order, eps=_eps(gate))
-            return down.scale(down.product(h_MF, order), order, down.eps * (square_M + up.eps))
-        alphas, up_eps = (_alpha(gate), _alpha(up)), None if self.joint else _eps(up)
-        return down(expert_swiglu(z_gate, z_up, *alphas, order, joint=self.joint, eps=_eps(gate), up_eps=up_eps), order)
+        gate_and_up = self._joint if self.joint else self._separate
+        return self.down_proj(swiglu(*gate_and_up(x_MC, order)), order)
 
-    def _joint(self, x_MC: Tensor, order: Order) -> Tensor:
+    def combine(self, y_MC: Tensor, weights_NK: Tensor, order: Order) -> Tensor:
+        """The sum of each token's experts with their weights: `[M, C]` to `[N, C]`, in the dtype of y."""
+        weights_M = weights_NK.flatten().index_select(0, order.pairs_M)
+        return collect(y_MC * weights_M.unsqueeze(1), order).to(y_MC.dtype)
+
+    def _separate(self, x_MC: Tensor, order: Order) -> tuple[Tensor, Tensor]:
+        return self.gate_proj(x_MC, order), self.up_proj(x_MC, order)
+
+    def _joint(self, x_MC: Tensor, order: Order) -> tuple[Tensor, Tensor]:
+        """Gate and up with one norm over the concatenated vector (the released dense code)."""
         gate, up = self.gate_proj, self.up_proj
         assert isinstance(gate, SDDExpertLinear)
         assert isinstance(up, SDDExpertLinear)
@@ -143,7 +136,7 @@ class MoE(nn.Module):
         y_gate, y_up = expert_scaled_norm(z_M2F, alpha_E2F, order, eps=gate.eps).chunk(2, -1)
         probe_points.projection(gate, z_M2F, y_gate)
         probe_points.projection(up, z_M2F, y_up)
-        return swiglu(y_gate, y_up)
+        return y_gate, y_up
 
 
 def _experts_at(
@@ -157,18 +150,10 @@ def _experts_at(
     return SDDExpertLinear(*shape, alpha_init=norm.alpha(config.n_layers), eps=norm.eps)
 
 
-def _alpha(layer: ExpertLinear) -> Tensor | None:
-    return layer.alpha if isinstance(layer, SDDExpertLinear) else None
-
-
-def _eps(layer: ExpertLinear) -> float:
-    return layer.eps if isinstance(layer, SDDExpertLinear) else 0.0
-
-
 def auxiliary_losses(
     layers: Sequence[Routing], config: MoEConfig, sum_counts: Callable[[Tensor], Tensor] | None = None
 ) -> tuple[Tensor, Routing]:
-    """What the routers add to the training loss: `balance_loss * mean balance + router_z_loss * mean z`.
+    """The routers' part of the training loss, `balance_loss * mean balance + router_z_loss * mean z`.
 
     The load balancing loss is linear in P, and f has no derivative. So where every process computes it with its own P
     and the counts of all, the mean over processes is the loss of all their tokens together, and so are the gradients.

@@ -76,9 +76,9 @@ class ParameterCount:
         embedding: the embedding, which is also the head when tied.
         head: the head when not tied, else 0.
         scales: every alpha and norm weight.
-        routers: of the matrices, those of routers.
-        idle: of the matrices, those of the experts that a token does not use; 0 in a dense model.
-        idle_scales: of the scales, likewise.
+        routers: the part of `matrices` that is in routers.
+        idle: the part of `matrices` that is in experts a token does not use; 0 in a dense model.
+        idle_scales: the part of `scales` that is in such experts.
     """
 
     matrices: int
@@ -91,12 +91,12 @@ class ParameterCount:
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """All parameters."""
         return self.matrices + self.embedding + self.head + self.scales
 
     @property
     def published(self) -> int:
-        """By the convention of the published labels: matrices and embeddings, without norms and alphas.
+        """Parameters as the published labels count them: matrices and embeddings, without norms and alphas.
 
         The 588M of `moe-588m-3b` leaves its routers out too.
         """
@@ -104,12 +104,12 @@ class ParameterCount:
 
     @property
     def active(self) -> int:
-        """Those that a token uses: the chosen experts only, and the whole embedding."""
+        """Parameters that a token uses: of the experts only the chosen ones, and the whole embedding."""
         return self.total - self.idle - self.idle_scales
 
     @property
     def published_active(self) -> int:
-        """Of `published`, those that a token uses."""
+        """The part of `published` that a token uses."""
         return self.published - self.idle
 
 

@@ -14,15 +14,16 @@ from torch.utils.checkpoint import checkpoint
 
 from sdd import functional as sdd_F
 from sdd import probe_points
-from sdd.models.block import Block, norm_at
+from sdd.models.block import norm_at
 from sdd.models.config import ModelConfig
 from sdd.models.init import init_weights
 from sdd.models.kv_cache import KVCache
+from sdd.models.lean import LeanBlock
 from sdd.models.moe import Routing, auxiliary_losses
 
 
 class TrainingLoss(NamedTuple):
-    """What a training step differentiates, and its parts.
+    """The loss of a training step, and its parts.
 
     Attributes:
         total: with gradient.
@@ -45,7 +46,7 @@ class LanguageModel(nn.Module):
 
     Attributes:
         checkpoint_blocks: recompute each block's activations in the backward pass instead of keeping them.
-        chunked_loss: compute the loss without ever holding all logits, where torch has that (see `cross_entropy`).
+        chunked_loss: compute the loss without ever holding all logits, if this torch can (see `cross_entropy`).
         sum_counts: sums a tensor over the processes that train a mixture of experts together; None for one process.
     """
 
@@ -56,11 +57,11 @@ class LanguageModel(nn.Module):
         self.checkpoint_blocks = False
         self.chunked_loss = False
         self.sum_counts: Callable[[Tensor], Tensor] | None = None
-        # without storage first: weights are drawn once, the same from one seed whether or not built on "meta"
+        # Built without storage first: weights are then drawn once, and alike whether or not the model stays on "meta".
         self.embed = nn.Embedding(config.vocab_size, config.d_model, device="meta")
-        self.embed_norm = norm_at(config.placement.norms.get("embed"), config, config.d_model, "meta")
-        self.blocks = nn.ModuleList(Block(config, index, "meta") for index in range(config.n_layers))
-        self.final_norm = norm_at(config.placement.norms.get("final"), config, config.d_model, "meta")
+        self.embed_norm = norm_at(config.placement.norms.get("embed"), config, "meta")
+        self.blocks = nn.ModuleList(LeanBlock(config, index, "meta") for index in range(config.n_layers))
+        self.final_norm = norm_at(config.placement.norms.get("final"), config, "meta")
         self.head = (
             None if config.tie_embeddings else nn.Linear(config.d_model, config.vocab_size, bias=False, device="meta")
         )
@@ -77,7 +78,7 @@ class LanguageModel(nn.Module):
         self.rope_cos, self.rope_sin = sdd_F.rope_tables(
             self.config.context, self.config.head_dim, self.config.rope_theta, device
         )
-        init_weights(self)
+        init_weights(self, self.config)
 
     def forward(
         self,
@@ -136,9 +137,13 @@ class LanguageModel(nn.Module):
         cache: KVCache | None = None,
         layers: list[Routing] | None = None,
     ) -> Tensor:
-        """What the head reads: `[B, T]` to `[B, T, C]`; with a cache, which knows the mask, after what it holds.
+        """The last hidden state, which the head reads: `[B, T]` to `[B, T, C]`.
 
-        `layers` receives the routing of each mixture of experts.
+        Args:
+            tokens_BT: int64.
+            mask: bool `[B, 1, T, T]`, True where attention is allowed; None for causal.
+            cache: the tokens come after those that it holds; it makes the mask.
+            layers: receives the routing of each mixture of experts.
         """
         positions = slice(tokens_BT.shape[1])
         if cache is not None:
@@ -187,11 +192,11 @@ def cross_entropy(
         targets_BT: int64.
         z_loss: weight of the mean `logsumexp(logits)^2` added to the loss (arXiv 2204.02311).
         reduction: "mean", or "none" for `[B, T]` (without z_loss).
-        chunked: use torch's chunked `linear_cross_entropy` (torch >= 2.13), which never holds all logits. It knows
-            no z_loss and no second derivative.
+        chunked: use torch's chunked `linear_cross_entropy` (torch >= 2.13), which never holds all logits. It has
+            neither z_loss nor a second derivative.
 
     Raises:
-        ValueError: if z_loss is asked for together with reduction "none" or chunked.
+        ValueError: if z_loss is given with reduction "none" or with chunked.
     """
     if z_loss and (chunked or reduction != "mean"):
         raise ValueError("z_loss needs all logits and reduction='mean': leave out chunked and reduction='none'")

@@ -13,7 +13,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from sdd.errors import UserError
 from sdd.files import write_aside
-from sdd.placement import Placement, placements
+from sdd.placement import Placement, current_fields, placements
 from sdd.train.config import RunConfig
 
 _LARGEST = 2**63 - 1  # an integer of torch
@@ -189,10 +189,16 @@ def _dataclasses_in(hint: Any) -> Iterator[Any]:
 
 
 def _resolve_placement(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The same with the placement in full, where its name or an earlier version's fields were given."""
     model = values.get("model")
-    if isinstance(model, Mapping) and isinstance(name := model.get("placement"), str):
-        values = {**values, "model": {**model, "placement": to_dict(find_placement(name))}}
-    return dict(values)
+    if not isinstance(model, Mapping):
+        return dict(values)
+    placement = model.get("placement")
+    if isinstance(placement, str):
+        model = {**model, "placement": to_dict(find_placement(placement))}
+    elif isinstance(placement, Mapping):
+        model = {**model, "placement": current_fields(placement)}
+    return {**values, "model": model}
 
 
 def _first_problem(error: ValidationError, cls: type) -> str:
