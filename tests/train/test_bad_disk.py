@@ -13,9 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sdd.commands.main import main
-from sdd.train import config_io, starting
-from sdd.train import trainer as loop
+from sdd.data import Loader
+from sdd.files import aside
+from sdd.train import config_io
 from sdd.train.checkpoint import list_checkpoints
+from sdd.train.trainer import start
 
 STEPS = 12
 
@@ -26,7 +28,7 @@ def whole(tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
     config = little(folder, steps=STEPS, keep_checkpoints=2)
     config_io.save(config, folder / "settings.json")
-    starting.start(config, folder / "run").run()
+    start(config, folder / "run").run()
     return folder / "run"
 
 
@@ -54,7 +56,7 @@ def one_line(capsys, start):
 
 def at_step(monkeypatch, step, do):
     """Do something just before the batch of a step (from 0) is read, once."""
-    batch, done = loop.Loader.batch, []
+    batch, done = Loader.batch, []
 
     def hooked(loader, number):
         if number == step and not done:
@@ -62,7 +64,7 @@ def at_step(monkeypatch, step, do):
             do()
         return batch(loader, number)
 
-    monkeypatch.setattr(loop.Loader, "batch", hooked)
+    monkeypatch.setattr(Loader, "batch", hooked)
 
 
 @pytest.mark.slow
@@ -86,15 +88,15 @@ def test_a_disk_that_fills_up_in_mid_run_costs_the_steps_since_the_last_checkpoi
         assert_equal(whole, run)
 
 
-@pytest.mark.parametrize("name", [".tmp-metrics.jsonl", ".tmp-environment.json", ".tmp-result.json"])
+@pytest.mark.parametrize("name", ["metrics.jsonl", "environment.json", "result.json"])
 def test_a_full_disk_on_resume_is_one_line(whole, tmp_path, capsys, name):
     run = tmp_path / "run"
     shutil.copytree(whole, run)
     (run / "result.json").unlink()
     shutil.rmtree(list_checkpoints(run / "checkpoints")[-1])
-    with full_disk_at(run / name):
+    with aside(run / name) as temporary, full_disk_at(temporary):
         assert main(["resume", str(run)]) == 3
-    assert f"{run}/{name.removeprefix('.tmp-')}: No space left on device" in one_line(capsys, "sdd: ")
+    assert f"{run}/{name}: No space left on device" in one_line(capsys, "sdd: ")
     assert main(["resume", str(run)]) == 0
     assert_equal(whole, run)
 

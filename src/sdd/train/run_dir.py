@@ -3,25 +3,25 @@
 config.json        every field; feeds back in
 environment.json   versions, device, threads
 metrics.jsonl      one object a step, and one an evaluation
-probe.jsonl        one object a probed step, see sdd.probing.rows
+probe.jsonl        one object a probed step, see sdd.probing
 samples.jsonl      generated text
 result.json        how it ended
 checkpoints/       see sdd.train.checkpoint
 """
 
 import json
-import math
 import os
 import platform
+import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 
 from sdd.errors import UserError
-from sdd.files import lock, naming, sync, write_aside
+from sdd.files import finite, lock, naming, read_json_lines, sync, write_aside
 
 
 class RunDir:
@@ -29,28 +29,14 @@ class RunDir:
 
     Args:
         path: the directory; made if missing.
-        writes: false in those processes of a run of several that leave writing to the first.
+        writes: false in all processes of a run but the first: they write nothing.
     """
 
     def __init__(self, path: Path, writes: bool = True) -> None:
-        self.path = path
-        self.writes = writes
+        self.path, self.writes = path, writes
+        self.config, self.metrics = path / "config.json", path / "metrics.jsonl"
+        self.checkpoints = path / "checkpoints"
         self._lock: IO[str] | None = None
-
-    @property
-    def config(self) -> Path:
-        """config.json."""
-        return self.path / "config.json"
-
-    @property
-    def metrics(self) -> Path:
-        """metrics.jsonl."""
-        return self.path / "metrics.jsonl"
-
-    @property
-    def checkpoints(self) -> Path:
-        """The folder of the checkpoints."""
-        return self.path / "checkpoints"
 
     def create(self) -> None:
         """Make the directory and lock it.
@@ -75,10 +61,10 @@ class RunDir:
             raise UserError(f"{self.path} holds a run already: go on with it (sdd resume {self.path}), or name another")
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"{self.path} is a file: name a new directory")
-        # what a process leaves that is killed before it has written config.json is no run yet
-        inside = self.path.iterdir() if self.path.exists() else iter(())
-        other = next((path.name for path in inside if path.name not in ("lock", ".tmp-config.json")), None)
-        if other is not None:
+        # a process that is killed before it has written config.json leaves these, which are not a run yet
+        ours = re.compile(r"lock|\.tmp-config\.json.*")
+        inside = self.path.iterdir() if self.path.exists() else ()
+        if other := next((path.name for path in inside if not ours.fullmatch(path.name)), None):
             raise UserError(f"{self.path} is not empty (it holds {other}) and is no run: name a new directory")
 
     def lock(self) -> None:
@@ -99,17 +85,9 @@ class RunDir:
             self._lock = None
 
     def write_json(self, name: str, values: dict[str, Any]) -> None:
-        """Write a small JSON file aside and rename it."""
+        """Write a small JSON file, as a whole."""
         if self.writes:
-            write_aside(self.path / name, json.dumps(_finite(values), indent=2) + "\n")
-
-    def read_json(self, name: str) -> dict[str, Any]:
-        """The object in a JSON file; empty if there is none that can be read."""
-        try:
-            found = json.loads((self.path / name).read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError):
-            return {}
-        return found if isinstance(found, dict) else {}
+            write_aside(self.path / name, json.dumps(finite(values), indent=2) + "\n")
 
     def append(self, name: str, values: dict[str, Any]) -> None:
         """Append one object to a JSON-lines file."""
@@ -117,51 +95,39 @@ class RunDir:
             return
         file = self.path / name
         with naming(file), file.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(_finite(values)) + "\n")
+            stream.write(json.dumps(finite(values)) + "\n")
 
     def put(self, name: str, values: dict[str, Any]) -> None:
-        """Write one object into a small JSON-lines file, in place of those of the same step."""
+        """Write one object into a small JSON-lines file, in place of objects of the same step."""
         if self.writes:
             self._rewrite(name, lambda row: row.get("step") != values["step"], [values])
 
     def drop_after(self, step: int) -> None:
-        """Remove from metrics, probe and samples what comes after `step`: a resumed run writes it again.
+        """Remove the rows after `step` from metrics, probe and samples: a resumed run writes them again.
 
-        What the guard did (`event`) stays: it happened.
+        The guard's rows (`event`) stay: what they report happened.
         """
         for name in ("metrics.jsonl", "probe.jsonl", "samples.jsonl"):
             if (self.path / name).exists():
                 self._rewrite(name, lambda row: "event" in row or _at_most(step, row.get("step", 0)))
 
     def sync(self) -> None:
-        """Bring the metrics to the disk: a checkpoint must not outlive them."""
+        """Bring the metrics to the disk, so that no checkpoint outlives them."""
         if self.writes and self.metrics.exists():
             sync(self.metrics)
 
     def _rewrite(self, name: str, keep: Callable[[dict[str, Any]], bool], more: Sequence[dict[str, Any]] = ()) -> None:
         file = self.path / name
-        rows = [row for row in read_jsonl(file) if keep(row)] if file.exists() else []
-        write_aside(file, "".join(json.dumps(_finite(row)) + "\n" for row in [*rows, *more]))
+        rows = [row for row in read_json_lines(file) if keep(row)] if file.exists() else []
+        write_aside(file, "".join(json.dumps(finite(row)) + "\n" for row in [*rows, *more]))
 
 
 def _at_most(step: int, at: Any) -> bool:
     return isinstance(at, int) and at <= step
 
 
-def read_jsonl(file: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a JSON-lines file; a line that a killed process left unfinished is passed over."""
-    with file.open(encoding="utf-8", errors="replace") as stream:
-        for line in stream:
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError):
-                continue
-            if isinstance(row, dict):
-                yield row
-
-
 def environment(device: torch.device, precision: str, processes: int = 1, job: str | None = None) -> dict[str, Any]:
-    """What a result depends on beside its config."""
+    """Versions, device and settings that a result depends on beside its config."""
     from sdd import __version__
 
     cuda = device.type == "cuda"
@@ -181,14 +147,3 @@ def environment(device: torch.device, precision: str, processes: int = 1, job: s
         "cpus": os.cpu_count(),
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
     }
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity: they become the strings "nan", "inf" and "-inf"."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return value
