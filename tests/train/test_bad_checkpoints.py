@@ -280,7 +280,7 @@ def test_a_damaged_one_does_not_count_among_those_to_keep(scratch):
         (
             "model.d_model",
             64,
-            "config.json does not fit step-00000012: model.d_model is 64, the checkpoint was trained with 32",
+            "does not fit step-00000012: model.d_model is 64, the checkpoint was trained with 32",
         ),
         ("model.placement", "prenorm", "model.placement is prenorm, the checkpoint was trained with sdd"),
         ("model.init_scale", 2.0, "model.init_scale is 2.0, the checkpoint was trained with 1.0"),

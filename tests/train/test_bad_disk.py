@@ -7,14 +7,13 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
-from helpers_disk import full_disk_at, no_file_larger_than, read_only, shared_folder
+from helpers_disk import full_disk_for, no_file_larger_than, read_only, shared_folder
 from helpers_train import assert_same_tensors, little, rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sdd.commands.main import main
 from sdd.data import Loader
-from sdd.files import aside
 from sdd.train import config_io
 from sdd.train.checkpoint import list_checkpoints
 from sdd.train.trainer import start
@@ -94,14 +93,14 @@ def test_a_full_disk_on_resume_is_one_line(whole, tmp_path, capsys, name):
     shutil.copytree(whole, run)
     (run / "result.json").unlink()
     shutil.rmtree(list_checkpoints(run / "checkpoints")[-1])
-    with aside(run / name) as temporary, full_disk_at(temporary):
+    with full_disk_for(run / name):
         assert main(["resume", str(run)]) == 3
     assert f"{run}/{name}: No space left on device" in one_line(capsys, "sdd: ")
     assert main(["resume", str(run)]) == 0
     assert_equal(whole, run)
 
 
-def test_a_full_disk_at_the_start_is_one_line_and_the_start_can_be_repeated(whole, tmp_path, capsys):
+def test_a_full_disk_for_the_start_is_one_line_and_the_start_can_be_repeated(whole, tmp_path, capsys):
     run = tmp_path / "run"
     with no_file_larger_than(100):
         assert train(whole, run) == 3
