@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.progress import MofNCompleteColumn, TextColumn
 
 from sdd.data import Loader
@@ -55,26 +54,40 @@ def opening(config: RunConfig, loader: Loader, data: str, place: str, step: int)
 
 
 class RunLog:
-    """Writes the rows of a run and shows them.
+    """Writes the rows of a run, and shows step, loss, tokens/s and the time left.
+
+    The numbers are a progress bar on a terminal and plain lines elsewhere, both on stderr, so that a command's answer
+    can be piped.
 
     Args:
         config: the run.
         run_dir: its files; only the process that writes them shows anything.
+
+    Attributes:
+        alarms: judge the rows.
     """
 
     def __init__(self, config: RunConfig, run_dir: RunDir) -> None:
         self._config, self._run_dir = config, run_dir
-        self._reporter = Reporter(config.steps, quiet=not run_dir.writes)
+        self._console = stderr_console(quiet=not run_dir.writes)
         self._tensorboard = TensorBoard()
+        self._begin(0)
         self.reset_alarms()
+
+    def _begin(self, step: int) -> None:
+        self._start, self._began, self._line = step, time.monotonic(), Interval(SECONDS_BETWEEN_LINES)
+        self._bar = progress_bar(
+            self._console, TextColumn("step"), MofNCompleteColumn(), quiet=not self._run_dir.writes
+        )
+        self._task = self._bar.add_task("train", total=self._config.steps, completed=step, numbers="")
 
     @contextmanager
     def open(self, step: int) -> Iterator[None]:
         """Show progress from `step` on, and write into RUN/tensorboard."""
-        self._reporter = Reporter(self._config.steps, step, quiet=not self._run_dir.writes)
+        self._begin(step)
         if self._run_dir.writes:
             self._tensorboard = TensorBoard(self._run_dir.path / "tensorboard", step, self.say)
-        with self._reporter, self._tensorboard:
+        with self._bar, self._tensorboard:
             yield
 
     def reset_alarms(self) -> None:
@@ -83,7 +96,7 @@ class RunLog:
 
     def say(self, line: str) -> None:
         """Print a line that stays."""
-        self._reporter.say(line)
+        self._console.print(line, markup=False)
 
     def record(self, name: str, row: dict[str, Any]) -> None:
         """Append a row to metrics.jsonl or probe.jsonl, and print the alarms that it raises."""
@@ -93,49 +106,19 @@ class RunLog:
                 self.say(str(alarm))
 
     def record_numbers(self, row: dict[str, Any]) -> None:
-        """Append a row of a step or an evaluation to metrics.jsonl and TensorBoard, and show a step on the bar."""
+        """Append a row of a step or an evaluation to metrics.jsonl and TensorBoard, and show that of a step."""
         self.record("metrics.jsonl", row)
         self._tensorboard.log(row)
         if "loss" in row:
-            self._reporter.step(row["step"], row["loss"], row["tokens_per_second"])
+            self._show(row["step"], row["loss"], row["tokens_per_second"])
 
-
-class Reporter:
-    """Shows step, loss, tokens/s and the time left: a progress bar on a terminal, plain lines elsewhere.
-
-    Args:
-        steps: length of the run.
-        start: steps already done.
-        console: where to; stderr by default, so that a command's answer can be piped.
-        quiet: show nothing.
-    """
-
-    def __init__(self, steps: int, start: int = 0, console: Console | None = None, *, quiet: bool = False) -> None:
-        self.console = console or stderr_console(quiet=quiet)
-        self.steps = steps
-        self._start, self._began = start, time.monotonic()
-        self._line = Interval(SECONDS_BETWEEN_LINES)
-        self._progress = progress_bar(self.console, TextColumn("step"), MofNCompleteColumn(), quiet=quiet)
-        self._task = self._progress.add_task("train", total=steps, completed=start, numbers="")
-
-    def __enter__(self) -> "Reporter":
-        self._progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()
-
-    def say(self, line: str) -> None:
-        """Print a line that stays."""
-        self.console.print(line, markup=False)
-
-    def step(self, step: int, loss: float, tokens_per_second: float) -> None:
-        """Show where the run is."""
+    def _show(self, step: int, loss: float, tokens_per_second: float) -> None:
         numbers = f"loss {loss:.4f}   {tokens_per_second:,.0f} tokens/s"
-        self._progress.update(self._task, completed=step, numbers=numbers)
-        if not self.console.is_terminal and (self._line.due() or step == self.steps):
-            left = (time.monotonic() - self._began) / max(step - self._start, 1) * (self.steps - step)
-            self.say(f"step {step}/{self.steps}   {numbers}   {clock(left)} left")
+        self._bar.update(self._task, completed=step, numbers=numbers)
+        last = self._config.steps
+        if not self._console.is_terminal and (self._line.due() or step == last):
+            left = (time.monotonic() - self._began) / max(step - self._start, 1) * (last - step)
+            self.say(f"step {step}/{last}   {numbers}   {clock(left)} left")
 
 
 class TensorBoard:

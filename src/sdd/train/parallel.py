@@ -59,9 +59,8 @@ def pick_autocast(precision: str, device: torch.device) -> torch.dtype | None:
     has_bfloat16 = device.type != "cuda" or torch.cuda.is_bf16_supported()
     if precision == "bfloat16" and not has_bfloat16:
         raise UserError("precision=bfloat16: this GPU has no bfloat16; choose float32")
-    if precision == "auto":
-        return torch.bfloat16 if device.type == "cuda" and has_bfloat16 else None
-    return torch.bfloat16 if precision == "bfloat16" else None
+    wanted = precision == "bfloat16" or (precision == "auto" and device.type == "cuda" and has_bfloat16)
+    return torch.bfloat16 if wanted else None
 
 
 class StopSignals:

@@ -21,7 +21,7 @@ from typing import IO, Any
 import torch
 
 from sdd.errors import UserError
-from sdd.files import finite, lock, naming, read_json_lines, sync, write_aside
+from sdd.files import finite, lock, naming, number, read_json_lines, sync, write_aside
 
 
 class RunDir:
@@ -39,7 +39,7 @@ class RunDir:
         self._lock: IO[str] | None = None
 
     def create(self) -> None:
-        """Make the directory and lock it.
+        """Make the directory and lock it. The lock may stay after an error: the caller unlocks.
 
         Raises:
             UserError: if it holds a run or other files already, or cannot be made, or another process has it.
@@ -50,11 +50,7 @@ class RunDir:
         except OSError as error:
             raise UserError(f"cannot make the run directory {self.path}: {error.strerror}") from None
         self.lock()
-        try:
-            self._check_free()  # another process may have been faster
-        except UserError:
-            self.unlock()
-            raise
+        self._check_free()  # another process may have been faster
 
     def _check_free(self) -> None:
         if self.config.exists():
@@ -109,7 +105,7 @@ class RunDir:
         """
         for name in ("metrics.jsonl", "probe.jsonl", "samples.jsonl"):
             if (self.path / name).exists():
-                self._rewrite(name, lambda row: "event" in row or _at_most(step, row.get("step", 0)))
+                self._rewrite(name, lambda row: "event" in row or number(row.get("step", 0)) <= step)
 
     def sync(self) -> None:
         """Bring the metrics to the disk, so that no checkpoint outlives them."""
@@ -120,10 +116,6 @@ class RunDir:
         file = self.path / name
         rows = [row for row in read_json_lines(file) if keep(row)] if file.exists() else []
         write_aside(file, "".join(json.dumps(finite(row)) + "\n" for row in [*rows, *more]))
-
-
-def _at_most(step: int, at: Any) -> bool:
-    return isinstance(at, int) and at <= step
 
 
 def environment(device: torch.device, precision: str, processes: int = 1, job: str | None = None) -> dict[str, Any]:

@@ -91,8 +91,8 @@ def is_left_by_job(run_dir: RunDir, config: RunConfig, world: World) -> bool:
 
 def claim(run_dir: RunDir, config: RunConfig) -> None:
     """Make the run directory, lock it and write config.json."""
-    run_dir.create()
     try:
+        run_dir.create()
         config_io.save(config, run_dir.config)
     except BaseException:
         run_dir.unlock()

@@ -194,12 +194,11 @@ class Trainer(Learner):
             self._say_opening()
             try:
                 evaluation = self._train()
-            except Diverged as error:
-                self._save_result("failed", cause="diverged", reason=str(error))
-                raise Diverged(f"{error}; the last checkpoint is {self._newest()}") from None
             except RunFailed as error:
-                self._save_result("failed", cause="stopped", reason=str(error))
-                failure = RunFailed(f"step {self.step}: {error}; the last checkpoint is {self._newest()}")
+                reason = f"step {self.step}: {error}"
+                cause = "diverged" if isinstance(error, Diverged) else "stopped"
+                self._save_result("failed", cause=cause, reason=reason)
+                failure = type(error)(f"{reason}; the last checkpoint is {self._newest()}")
                 failure.rank = error.rank
                 raise failure from None
             if evaluation is None:
@@ -273,7 +272,7 @@ class Trainer(Learner):
             RunFailed: if no checkpoint can be loaded.
         """
         if decision.action == "stop":
-            raise Diverged(f"step {self.step}: {decision.reason}")
+            raise Diverged(decision.reason)
         if decision.action == "roll back" and decision.problem:
             self._roll_back(decision.problem)
 
@@ -281,9 +280,9 @@ class Trainer(Learner):
         """Pass over the present batch if the guard decided so, or note that a spike was only observed."""
         batch = self.loader.batch_index(self.step)
         if decision.action == "take":
-            self._note("observe", problem, self.step, batch=batch)
+            self._note("observe", problem, "taken all the same", batch=batch)
         if decision.skips_batch:
-            self._note("skip", problem, self.step, batch=batch)
+            self._note("skip", problem, f"batch {batch} skipped", batch=batch)
             self.guard.skip(batch)
             self.loader.pass_over(self.guard.skipped)
 
@@ -295,20 +294,16 @@ class Trainer(Learner):
             raise RunFailed(f"{problem.what}; cannot roll back: {error}") from None
         self.guard.rolled_back(failed_at, () if problem.kind == "damaged weights" else found_bad)
         self.loader.pass_over(self.guard.skipped)
-        self._note("roll back", problem, failed_at, to=self.step)
+        self._note("roll back", problem, f"back to step {self.step}", failed_at, to=self.step)
 
-    def _note(self, event: str, problem: Problem, at: int, **numbers: int) -> None:
-        """Record an action of the guard on the step after `at`, and have the next step probed."""
-        row = {"step": at + 1, "event": event, "kind": problem.kind, "what": problem.what, **numbers}
+    def _note(self, event: str, problem: Problem, outcome: str, at: int | None = None, **numbers: int) -> None:
+        """Record an action of the guard on the step after `at` (by default the present one), and have the next probed."""
+        step = (self.step if at is None else at) + 1
+        row = {"step": step, "event": event, "kind": problem.kind, "what": problem.what, **numbers}
         self.log.record("metrics.jsonl", {**row, "time": time.time()})
-        if self.guard.note_event(at + 1):
+        if self.guard.note_event(step):
             self.probe.look()
-        outcome = {
-            "observe": "taken all the same",
-            "skip": f"batch {numbers.get('batch')} skipped",
-            "roll back": f"back to step {numbers.get('to')}",
-        }[event]
-        self.log.say(f"step {at + 1}: {problem.kind}: {problem.what}; {outcome}")
+        self.log.say(f"step {step}: {problem.kind}: {problem.what}; {outcome}")
 
     def train_step(self, step: int) -> tuple[Tensor, Tensor]:
         """Take one optimiser step (from 0), whatever its loss. All processes call it together; see `gradients`."""
