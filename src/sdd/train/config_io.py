@@ -82,16 +82,15 @@ def load(path: Path) -> RunConfig:
     """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise UserError(f"expected a JSON object with the fields of a run, found a {type(values).__name__}")
+        return from_dict(values)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON: {str(error).splitlines()[0]}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path} holds a JSON {type(values).__name__}, expected an object with the fields of a run")
-    try:
-        return from_dict(values)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not JSON: {str(error).splitlines()[0]}") from None
 
 
 def save(config: RunConfig, path: Path) -> None:

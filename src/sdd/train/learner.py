@@ -3,12 +3,11 @@
 import torch
 from torch import Tensor
 
-from sdd.data import eval_windows
+from sdd.data import DataSource, Loader, eval_windows
 from sdd.errors import UserError
 from sdd.models import LanguageModel
 from sdd.models.moe import Routing
-from sdd.models.transformer import HAS_CHUNKED_LOSS, TrainingLoss
-from sdd.train import starting
+from sdd.models.transformer import HAS_CHUNKED_LOSS
 from sdd.train.config import RunConfig, resolve
 from sdd.train.evaluate import Evaluation, evaluate
 from sdd.train.optim import build_optimizer, learning_rate, set_learning_rate
@@ -18,16 +17,17 @@ from sdd.train.sharding import average_gradients, build_model, compile_model
 
 
 class Learner:
-    """Everything that `config` names and that learning takes; it writes no files.
+    """The parts that `config` names and that learn: data, model and optimiser. It writes no files.
 
     Args:
         config: the run.
         world: the processes that share the run.
 
     Attributes:
-        device, autocast_dtype: where it computes, and in what precision beside float32.
+        device: where it computes.
+        autocast_dtype: bfloat16, or None for float32 throughout.
         data, loader, model, optimizer: the parts.
-        router_stats: of a mixture of experts, in the last step; else None.
+        router_stats: how the last step's tokens were routed; None without experts.
         eval_windows: held-out tokens, int64 `[N, T + 1]`.
     """
 
@@ -38,7 +38,7 @@ class Learner:
         if config.threads:
             torch.set_num_threads(config.threads)
         self.data = world.in_turn(lambda: resolve(config))
-        self.loader = world.together(lambda: starting.build_loader(config, self.data, world))
+        self.loader = world.together(lambda: _build_loader(config, self.data, world))
         if len(set(world.gather(self.data.fingerprint()))) > 1:
             raise UserError("the processes do not see the same training data: give every machine the same files")
         torch.manual_seed(config.seed)
@@ -72,8 +72,10 @@ class Learner:
         parts = self._batch(step).chunk(self._passes)
         total = torch.zeros((), device=self.device)
         passes: list[Routing] = []
+        eos, z_loss = self._document_eos, self.config.optim.z_loss
         for part in parts:
-            loss = self._loss(part)
+            with torch.autocast(self.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
+                loss = self.model(part[:, :-1], part[:, 1:], document_eos=eos, z_loss=z_loss, detailed=True)
             (loss.total / len(parts)).backward()
             total += loss.cross_entropy / len(parts)
             if loss.routing is not None:
@@ -111,7 +113,18 @@ class Learner:
             batch = batch.pin_memory()
         return batch.to(self.device, non_blocking=True)
 
-    def _loss(self, rows: Tensor) -> TrainingLoss:
-        inputs, targets, eos = rows[:, :-1], rows[:, 1:], self._document_eos
-        with torch.autocast(self.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
-            return self.model(inputs, targets, document_eos=eos, z_loss=self.config.optim.z_loss, detailed=True)
+
+def _build_loader(config: RunConfig, data: DataSource, world: World) -> Loader:
+    """The batches of a run.
+
+    Raises:
+        UserError: if the config does not fit the data.
+    """
+    if data.vocab_size > config.model.vocab_size:
+        raise UserError(
+            f"model.vocab_size={config.model.vocab_size} is too small: the data have {data.vocab_size} tokens"
+        )
+    if config.data.document_mask and data.eos is None:
+        raise UserError("data.document_mask=true needs to know the end-of-document token, and these data name none")
+    batch_size, context = config.data.batch_size, config.model.context
+    return Loader(data.parts, batch_size, context, config.seed, rank=world.rank, world_size=world.size)

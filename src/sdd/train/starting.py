@@ -8,7 +8,7 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, Field, ValidationError
 
-from sdd.data import DataSource, Loader
+from sdd.data import DataSource
 from sdd.errors import UserError, one_line
 from sdd.files import read_json_object
 from sdd.train import config_io
@@ -59,22 +59,6 @@ def fit_vocabulary(config: RunConfig, data: DataSource) -> RunConfig:
     if data.vocab_size <= config.model.vocab_size:
         return config
     return replace(config, model=replace(config.model, vocab_size=data.vocab_size))
-
-
-def build_loader(config: RunConfig, data: DataSource, world: World) -> Loader:
-    """The batches of a run.
-
-    Raises:
-        UserError: if the config does not fit the data.
-    """
-    if data.vocab_size > config.model.vocab_size:
-        raise UserError(
-            f"model.vocab_size={config.model.vocab_size} is too small: the data have {data.vocab_size} tokens"
-        )
-    if config.data.document_mask and data.eos is None:
-        raise UserError("data.document_mask=true needs to know the end-of-document token, and these data name none")
-    batch_size, context = config.data.batch_size, config.model.context
-    return Loader(data.parts, batch_size, context, config.seed, rank=world.rank, world_size=world.size)
 
 
 def is_left_by_job(run_dir: RunDir, config: RunConfig, world: World) -> bool:

@@ -218,7 +218,8 @@ class Trainer(Learner):
             last = self.step == self.config.steps
             stop = self.world.any(self._signals.received)
             saving = last or stop or _due(self.step, self.config.checkpoint_every)
-            if (saving or _due(self.step, CHECK_EVERY)) and not self._weights_are_sound():
+            checking = saving or _due(self.step, CHECK_EVERY)
+            if checking and not self._follow(self.guard.decide(self.step, None, self._damage())):
                 continue
             if last or _due(self.step, self.config.eval_every):
                 evaluation = self._log_evaluation()
@@ -248,14 +249,7 @@ class Trainer(Learner):
             self.guard.taken(self.step, loss, grad_norm)
         if decision.action in ("take", "stop"):
             self._log_step(loss, grad_norm, time.perf_counter() - began)
-        self._follow(decision)
-        return decision.action == "take"
-
-    def _weights_are_sound(self) -> bool:
-        """Look at all weights; False if one was damaged and the run was rolled back."""
-        decision = self.guard.decide(self.step, None, self._damage())
-        self._follow(decision)
-        return decision.action == "take"
+        return self._follow(decision)
 
     def _damage(self) -> Problem | None:
         """The problem of the weights, on all processes alike."""
@@ -264,8 +258,11 @@ class Trainer(Learner):
             return None
         return own or Problem("damaged weights", "a weight of another process is damaged")
 
-    def _follow(self, decision: Decision) -> None:
+    def _follow(self, decision: Decision) -> bool:
         """End the run or roll back, if the guard decided so.
+
+        Returns:
+            True if the step was taken.
 
         Raises:
             Diverged: if the run ends.
@@ -275,14 +272,15 @@ class Trainer(Learner):
             raise Diverged(decision.reason)
         if decision.action == "roll back" and decision.problem:
             self._roll_back(decision.problem)
+        return decision.action == "take"
 
     def _note_or_skip(self, decision: Decision, problem: Problem) -> None:
         """Pass over the present batch if the guard decided so, or note that a spike was only observed."""
         batch = self.loader.batch_index(self.step)
         if decision.action == "take":
-            self._note("observe", problem, "taken all the same", batch=batch)
+            self._note(self.step + 1, "observe", problem, "taken all the same", batch=batch)
         if decision.skips_batch:
-            self._note("skip", problem, f"batch {batch} skipped", batch=batch)
+            self._note(self.step + 1, "skip", problem, f"batch {batch} skipped", batch=batch)
             self.guard.skip(batch)
             self.loader.pass_over(self.guard.skipped)
 
@@ -294,11 +292,10 @@ class Trainer(Learner):
             raise RunFailed(f"{problem.what}; cannot roll back: {error}") from None
         self.guard.rolled_back(failed_at, () if problem.kind == "damaged weights" else found_bad)
         self.loader.pass_over(self.guard.skipped)
-        self._note("roll back", problem, f"back to step {self.step}", failed_at, to=self.step)
+        self._note(failed_at + 1, "roll back", problem, f"back to step {self.step}", to=self.step)
 
-    def _note(self, event: str, problem: Problem, outcome: str, at: int | None = None, **numbers: int) -> None:
-        """Record an action of the guard on the step after `at` (by default the present one), and have the next probed."""
-        step = (self.step if at is None else at) + 1
+    def _note(self, step: int, event: str, problem: Problem, outcome: str, **numbers: int) -> None:
+        """Record an action of the guard on a step (from 1), and have the next step probed."""
         row = {"step": step, "event": event, "kind": problem.kind, "what": problem.what, **numbers}
         self.log.record("metrics.jsonl", {**row, "time": time.time()})
         if self.guard.note_event(step):
