@@ -134,7 +134,7 @@ class World:
 
     def mean(self, value: Tensor) -> Tensor:
         """The mean over ranks."""
-        return value if self.size == 1 else self.total(value) / self.size
+        return self.total(value) / self.size
 
     def total(self, value: Tensor) -> Tensor:
         """The sum of a tensor over ranks, in its dtype."""

@@ -30,12 +30,15 @@ class RunDir:
     Args:
         path: the directory; made if missing.
         writes: false in all processes of a run but the first: they write nothing.
+
+    Attributes:
+        config: the path of config.json.
+        checkpoints: the folder of the checkpoints.
     """
 
     def __init__(self, path: Path, writes: bool = True) -> None:
         self.path, self.writes = path, writes
-        self.config, self.metrics = path / "config.json", path / "metrics.jsonl"
-        self.checkpoints = path / "checkpoints"
+        self.config, self.checkpoints = path / "config.json", path / "checkpoints"
         self._lock: IO[str] | None = None
 
     def create(self) -> None:
@@ -109,8 +112,8 @@ class RunDir:
 
     def sync(self) -> None:
         """Bring the metrics to the disk, so that no checkpoint outlives them."""
-        if self.writes and self.metrics.exists():
-            sync(self.metrics)
+        if self.writes and (metrics := self.path / "metrics.jsonl").exists():
+            sync(metrics)
 
     def _rewrite(self, name: str, keep: Callable[[dict[str, Any]], bool], more: Sequence[dict[str, Any]] = ()) -> None:
         file = self.path / name

@@ -30,14 +30,11 @@ def build_model(
         autocast_dtype: matrices are cast to it before the blocks gather them, as autocast would do afterwards.
         world: the processes.
     """
-    if world.size == 1:
-        model.to_empty(device="cpu")
-        model.init_weights()
-        return model.to(device)
-    _shard(model, device, autocast_dtype, world)
-    model.to_empty(device=device)
+    if world.size > 1:
+        _shard(model, device, autocast_dtype, world)
+    model.to_empty(device=device if world.size > 1 else "cpu")
     model.init_weights()
-    return model
+    return model.to(device)
 
 
 def _shard(model: LanguageModel, device: torch.device, autocast_dtype: torch.dtype | None, world: World) -> None:

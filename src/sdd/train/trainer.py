@@ -58,13 +58,14 @@ def reopen(out: Path, steps: int | None = None, world: World = ALONE) -> "Traine
         world: the processes that share the run; their number may differ from before.
 
     Raises:
-        UserError: if there is no run, no whole checkpoint and the run was started under other code, or nothing to do.
+        UserError: if there is no run, if all its checkpoints are damaged or none fits, or if it is complete.
     """
     run_dir = RunDir(out, world.is_main)
     world.on_main(lambda: starting.lock_existing(run_dir))
     try:
         config = world.together(lambda: config_io.load(run_dir.config))
-        config = replace(config, steps=steps or config.steps)
+        if steps is not None:
+            config = replace(config, steps=steps)
         trainer = Trainer(config, run_dir, world)
         trainer.resume_newest()
         result = read_json_object(out / "result.json")
