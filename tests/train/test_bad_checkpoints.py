@@ -74,9 +74,7 @@ def damage(draw, file):
     """Flip, cut out, cut off or insert bytes at drawn places, or put something else in the file's place."""
     content = bytearray(file.read_bytes())
     at = draw(st.integers(0, len(content) - 1))
-    match draw(
-        st.sampled_from(["flip", "cut out", "cut off", "insert", "replace", "json", "header", "delete", "folder"])
-    ):
+    match draw(st.sampled_from(HARMS)):
         case "flip":
             content[at] ^= 1 << draw(st.integers(0, 7))
         case "cut out":
@@ -224,8 +222,6 @@ def test_no_code_in_a_checkpoint_is_executed(scratch, tmp_path, name, forged):
     assert trace.exists(), "it would"
     trace.unlink()
     newest = list_checkpoints(run / "checkpoints")[-1]
-    if name == "tensors":
-        name = next(newest.glob("*.safetensors")).name
     if name.endswith(".pkl"):
         torch.save(Touch(trace), newest / name)
     else:
