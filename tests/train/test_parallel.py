@@ -84,52 +84,50 @@ def test_shares_are_equally_long_and_cover_everything_once(size, n):
 
 
 def exchange(world):
-    found = {
+    return {
         "any": [world.any(world.rank == 2), world.any(False)],
         "sum": world.sum(world.rank + 0.5),
         "mean": world.mean(torch.tensor([1.0, world.rank])).tolist(),
         "on main": world.on_main(lambda: f"from {world.rank}"),
         "turn": world.in_turn(lambda: world.rank),
     }
-    for culprits in ([1], [0, 2]):
 
-        def act(culprits=culprits):
-            if world.rank in culprits:
-                raise UserError(f"rank {world.rank} objects")
 
-        for how in (world.together, world.in_turn):
-            try:
-                how(act)
-            except UserError as error:
-                found.setdefault("errors", []).append(str(error))
-    try:
-        world.together(lambda: [][world.rank == 1] if world.rank == 1 else None)
-    except (IndexError, RunFailed) as error:
-        found["surprise"] = f"{type(error).__name__}: {error}"
-    try:
-        world.on_main(lambda: [].pop())
-    except (IndexError, RunFailed) as error:
-        found["on main surprise"] = type(error).__name__
+def test_every_rank_gets_what_is_exchanged():
+    common = {"any": [True, False], "sum": 4.5, "mean": [1.0, 1.0], "on main": "from 0"}
+    assert in_world(3, exchange) == [{**common, "turn": rank} for rank in range(3)]
+
+
+def errors_of(world, culprits, error):
+    """The error that this rank sees when the culprits raise, in each way of acting together."""
+
+    def act():
+        if world.rank in culprits:
+            raise error(f"rank {world.rank} objects")
+
+    found = []
+    for how in (world.together, world.in_turn, *[world.on_main] * (0 in culprits)):
+        try:
+            how(act)
+        except Exception as raised:
+            found.append(f"{type(raised).__name__}: {raised}")
     return found
 
 
-def test_what_is_exchanged_and_errors_reach_every_rank():
-    answers = in_world(3, exchange)
-    for rank, found in enumerate(answers):
-        assert found["any"] == [True, False]
-        assert found["sum"] == 4.5
-        assert found["mean"] == [1.0, 1.0]
-        assert found["on main"] == "from 0"
-        assert found["turn"] == rank
-        assert found["errors"][:2] == ["rank 1 objects"] * 2
-        own = rank if rank in (0, 2) else 0
-        assert found["errors"][2] == f"rank {own} objects"
-        assert found["surprise"] == (
-            "IndexError: list index out of range"
-            if rank == 1
-            else "RunFailed: rank 1: IndexError: list index out of range"
-        )
-        assert found["on main surprise"] == ("IndexError" if rank == 0 else "RunFailed")
+def test_an_error_of_one_rank_reaches_every_rank():
+    assert in_world(3, errors_of, [1], UserError) == [["UserError: rank 1 objects"] * 2] * 3
+
+
+def test_of_several_errors_a_rank_keeps_its_own_and_the_others_get_that_of_the_lowest():
+    at_0, at_1, at_2 = in_world(3, errors_of, [0, 2], UserError)
+    assert at_0[0] == at_1[0] == "UserError: rank 0 objects"
+    assert at_2[0] == "UserError: rank 2 objects"
+
+
+def test_an_unexpected_error_is_a_failed_run_on_the_other_ranks():
+    at_0, at_1, _ = in_world(3, errors_of, [0], IndexError)
+    assert at_0 == ["IndexError: rank 0 objects"] * 3
+    assert at_1 == ["RunFailed: rank 0: IndexError: rank 0 objects"] * 3
 
 
 # --- training
