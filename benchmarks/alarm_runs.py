@@ -11,11 +11,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from sdd.files import read_json_lines
 from sdd.placement import placements
 from sdd.probing import Probe, append_row
 from sdd.train import RunConfig, preset
-from sdd.train.run_dir import read_jsonl
-from sdd.train.starting import start
+from sdd.train.trainer import start
 
 #: Steps that are kept: dense at first, where runs break.
 STEPS = (1, 2, 4, 8, 16, 30, 50, 100, 150, 200, 250, 350)
@@ -71,8 +71,8 @@ def train(name: str, out: Path) -> None:
 
 def record(name: str, run: Path) -> dict[str, Any]:
     """A run in three significant digits: numbers of a site side by side, as they compress best."""
-    rows = [row for row in read_jsonl(run / "probe.jsonl") if row["step"] in STEPS]
-    metrics = [row for row in read_jsonl(run / "metrics.jsonl") if "loss" in row]
+    rows = [row for row in read_json_lines(run / "probe.jsonl") if row["step"] in STEPS]
+    metrics = [row for row in read_json_lines(run / "metrics.jsonl") if "loss" in row]
     sites = {
         site: {stat: _short([row["sites"][site][stat] for row in rows]) for stat in stats if stat not in _LEFT_OUT}
         for site, stats in rows[0]["sites"].items()

@@ -20,7 +20,7 @@ import torch
 from _record import write_result
 from sdd import placements
 from sdd.models import LanguageModel, generate_stream, model_presets
-from sdd.train.device import pick_autocast
+from sdd.train.parallel import pick_autocast
 
 PLACEMENTS = ("prenorm", "prenorm-qk", "sdd", "sdd-paper")
 BASE = "prenorm"

@@ -39,7 +39,7 @@ def command(line, *more, **options):
         ("train nano --steps x", "steps='x'"),
         ("train nano --steps 0", "steps=0 must be at least 1"),
         ("train nano --placement prenrm", "no placement 'prenrm' (did you mean 'prenorm'?)"),
-        ("train nano --lr=-1", "lr=-1.0 must be finite and not negative"),
+        ("train nano --lr=-1", "lr=-1.0 must be at least 0"),
         ("train nano --lr nan", "lr=nan must be finite"),
         ("train nano --optim.schedule cosin", "optim.schedule='cosin'"),
         ("train nano --model.n_heads 3", "n_heads=3 does not divide d_model=64"),

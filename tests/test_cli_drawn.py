@@ -129,7 +129,7 @@ def test_every_command_is_drawn(capsys):
     [
         ("--steps 100000000000000000000", 2, "steps=100000000000000000000 is too large"),
         ("--seed 9223372036854775808", 2, "seed=9223372036854775808 is too large"),
-        ("--threads 1000000", 2, "threads=1000000: expected at most 1024"),
+        ("--threads 1000000", 2, "threads=1000000 must be between 0 and 1024"),
         ("--data.batch_size 1000000000000000", 3, "not enough memory"),
     ],
 )

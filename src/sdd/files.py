@@ -108,7 +108,7 @@ def number(value: Any) -> float:
     """A number of a JSON file as float; "nan", "inf" and "-inf" are numbers, anything else is nan."""
     try:
         return float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return math.nan
 
 

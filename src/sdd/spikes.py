@@ -1,4 +1,4 @@
-"""Spikes of loss and gradient norm, against what was usual lately: what the guard acts on and alarms tell of."""
+"""Spikes of loss and gradient norm compared with recent steps, for the guard and the alarms."""
 
 import math
 import statistics
@@ -6,18 +6,18 @@ from collections import deque
 from itertools import pairwise
 from typing import NamedTuple
 
-#: Accepted steps without which nothing is judged.
+#: Nothing is judged before this many accepted steps.
 ENOUGH = 16
-#: A loss spike is also this share of the usual loss.
+#: A loss spike exceeds the median loss by at least this share of it.
 LOSS_SHARE = 0.02
 _SIGMA_PER_MAD = 1.4826  # of a normal distribution
 
 
 class Spike(NamedTuple):
-    """A spike.
+    """How far a loss or gradient norm is beyond its threshold.
 
     Attributes:
-        factor: how far beyond the threshold, above 1.
+        factor: the excess over the usual value, as a multiple of the threshold; above 1.
         what: the numbers, for people.
     """
 
@@ -26,19 +26,19 @@ class Spike(NamedTuple):
 
 
 class Usual:
-    """What was usual of loss and gradient norm in the last `window` accepted steps.
+    """The usual loss and gradient norm: medians over the last `window` accepted steps.
 
-    A loss is a spike if it exceeds the median of those by more than `margin` robust standard deviations and by more
-    than 2% of the median; a gradient norm if it exceeds `factor` times the median of theirs. Neither is judged before
+    A loss is a spike if it exceeds the median loss by more than `margin` robust standard deviations and by more than
+    2% of the median. A gradient norm is a spike if it exceeds `factor` times the median norm. Neither is judged before
     16 steps were accepted. The standard deviation is that of the noise from step to step, `1.4826 / sqrt(2)` times the
-    median absolute difference of successive losses: a falling loss does not add to it.
+    median absolute difference of successive losses, so that a falling loss does not add to it.
 
     Args:
         window: how many accepted steps count.
         refresh: accepted steps between two computations of the medians.
 
     Attributes:
-        losses, norms: of those steps.
+        losses, norms: the values of those steps.
         accepted: steps so far.
         sigma: the standard deviation, nan before there are enough.
     """
@@ -52,7 +52,7 @@ class Usual:
         self._refresh = refresh
 
     def accept(self, loss: float, norm: float) -> None:
-        """Take a step with finite numbers into what is usual."""
+        """Take in a step with finite numbers."""
         self.losses.append(loss)
         self.norms.append(norm)
         self.accepted += 1
@@ -62,14 +62,14 @@ class Usual:
             self._loss, self._norm = statistics.median(self.losses), statistics.median(self.norms)
 
     def loss_spike(self, loss: float, margin: float) -> Spike | None:
-        """Whether a loss in nats a token is one."""
+        """The spike of a loss in nats a token, or None."""
         threshold = max(margin * self.sigma, LOSS_SHARE * self._loss)
         if not loss - self._loss > threshold > 0:
             return None
         return Spike((loss - self._loss) / threshold, f"loss {loss:.4g}, lately {self._loss:.4g} ± {self.sigma:.2g}")
 
     def gradient_spike(self, norm: float, factor: float) -> Spike | None:
-        """Whether a gradient norm, before clipping, is one."""
+        """The spike of a gradient norm before clipping, or None."""
         if not norm > factor * self._norm > 0:
             return None
         return Spike(norm / (factor * self._norm), f"gradient norm {norm:.4g}, lately {self._norm:.4g}")

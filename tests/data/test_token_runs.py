@@ -14,7 +14,7 @@ from sdd.errors import RunFailed, UserError
 from sdd.models import ModelConfig
 from sdd.placement import placements
 from sdd.train import DataConfig, RunConfig, config_io
-from sdd.train.starting import reopen, start
+from sdd.train.trainer import reopen, start
 
 
 @pytest.fixture
@@ -133,4 +133,4 @@ def test_the_command_takes_files_of_others(tmp_path: Path, tokens: Path, capsys:
     assert main([*words, "--out", str(tmp_path / "a")]) == 0
     assert main(["eval", str(tmp_path / "a"), "--json"]) == 0
     assert main([*words, "--data.eos", "-1", "--out", str(tmp_path / "b")]) == 2
-    assert "eos=-1 must not be negative" in capsys.readouterr().err
+    assert "eos=-1 must be at least 0" in capsys.readouterr().err

@@ -4,7 +4,7 @@ import pytest
 
 from sdd.models import ModelConfig
 from sdd.train import DataConfig, OptimConfig, RunConfig
-from sdd.train.starting import start
+from sdd.train.trainer import start
 
 
 @pytest.fixture(scope="session")

@@ -12,8 +12,8 @@ from sdd.evals import text as evals
 from sdd.evals.generation import continue_texts
 from sdd.evals.unigram import token_frequencies
 from sdd.train import config_io
-from sdd.train.data import resolve
-from sdd.train.starting import start
+from sdd.train.config import resolve
+from sdd.train.trainer import start
 
 CONTEXT = 16
 WORDS = "It is a truth universally acknowledged, that a single man must be in want of a wife."

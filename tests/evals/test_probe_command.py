@@ -13,8 +13,7 @@ from sdd.models import ModelConfig, MoEConfig
 from sdd.placement import placements
 from sdd.train import DataConfig, OptimConfig, RunConfig, config_io
 from sdd.train.run_dir import RunDir
-from sdd.train.starting import start
-from sdd.train.trainer import Trainer
+from sdd.train.trainer import Trainer, start
 
 UPDATED = ("update_ratio", "angle")
 
@@ -156,8 +155,8 @@ def test_mixture_of_experts_shows_how_it_routes(text: Path, capsys: pytest.Captu
     trainer.save()
     config_io.save(sparse, out / "config.json")
     trainer.gradients(0)
-    assert trainer._routing is not None
-    expected = trainer._routing
+    assert trainer.router_stats is not None
+    expected = trainer.router_stats
     (found,) = answer(capsys, out)
     for name, value in (expected.row() | expected.loads()).items():
         assert found[name] == (pytest.approx(value, abs=1e-6) if isinstance(value, float) else value), name

@@ -23,7 +23,7 @@ from sdd.lab.studies.robustness import DEFINITION
 from sdd.models import ModelConfig
 from sdd.train import DataConfig, OptimConfig, RunConfig
 from sdd.train.run_dir import RunDir
-from sdd.train.starting import start
+from sdd.train.trainer import start
 
 REASON = "step 31: loss nan: not finite"
 TINY = RunConfig(

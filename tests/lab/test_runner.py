@@ -22,7 +22,7 @@ from sdd.lab.grid.runner import Grid, Job, same_settings, time_left
 from sdd.models import ModelConfig
 from sdd.train import DataConfig, OptimConfig, RunConfig, config_io
 from sdd.train.run_dir import RunDir
-from sdd.train.starting import start
+from sdd.train.trainer import start
 
 
 @pytest.fixture(scope="module")

@@ -4,8 +4,10 @@ import os
 import resource
 import shutil
 import tempfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from sdd.files import aside
 
 
 @contextmanager
@@ -20,13 +22,14 @@ def no_file_larger_than(n_bytes):
 
 
 @contextmanager
-def full_disk_at(path):
-    """Inside, whoever writes a new file of that name meets a full disk (ENOSPC). It must not be read: it has no end."""
-    path.symlink_to("/dev/full")
-    try:
-        yield
-    finally:
-        path.unlink(missing_ok=True)
+def full_disk_for(path):
+    """Inside, this thread meets a full disk (ENOSPC) when it replaces the file by `write_aside`."""
+    with suppress(FileNotFoundError), aside(path) as temporary:
+        temporary.symlink_to("/dev/full")
+        try:
+            yield
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 @contextmanager

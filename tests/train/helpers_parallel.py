@@ -8,7 +8,7 @@ import torch
 
 _SPAWN = multiprocessing.get_context("forkserver")
 _SPAWN.set_forkserver_preload(
-    ["sdd.train.starting", "torch._dynamo", "torch._decomp", "numpy.ma", "safetensors.torch", "pytest", "hypothesis"]
+    ["sdd.train.trainer", "torch._dynamo", "torch._decomp", "numpy.ma", "safetensors.torch", "pytest", "hypothesis"]
 )
 
 

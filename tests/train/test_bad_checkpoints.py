@@ -17,8 +17,9 @@ from safetensors.torch import load_file, save_file
 
 from sdd.commands.main import main
 from sdd.errors import UserError
-from sdd.train import config_io, starting
+from sdd.train import config_io
 from sdd.train.checkpoint import FORMAT, list_checkpoints, sealed
+from sdd.train.trainer import reopen, start
 
 
 class Touch:
@@ -35,7 +36,7 @@ class Touch:
 def finished(tmp_path_factory):
     """A run with checkpoints at 4, 8 and 12, to be copied."""
     folder = tmp_path_factory.mktemp("finished")
-    starting.start(little(folder), folder / "run").run()
+    start(little(folder), folder / "run").run()
     return folder / "run"
 
 
@@ -55,7 +56,7 @@ def scratch(finished, tmp_path_factory):
 
 def reopened(run):
     """The step at which a run goes on, found as `sdd resume` does."""
-    trainer = starting.reopen(run)
+    trainer = reopen(run)
     trainer.run_dir.unlock()
     return trainer.step
 
@@ -73,9 +74,7 @@ def damage(draw, file):
     """Flip, cut out, cut off or insert bytes at drawn places, or put something else in the file's place."""
     content = bytearray(file.read_bytes())
     at = draw(st.integers(0, len(content) - 1))
-    match draw(
-        st.sampled_from(["flip", "cut out", "cut off", "insert", "replace", "json", "header", "delete", "folder"])
-    ):
+    match draw(st.sampled_from(HARMS)):
         case "flip":
             content[at] ^= 1 << draw(st.integers(0, 7))
         case "cut out":
@@ -192,7 +191,7 @@ def test_a_file_of_tensors_that_is_no_part_of_a_checkpoint_is_not_read(scratch, 
     newest = list_checkpoints(run / "checkpoints")[-1]
     save_file({"model.embed.weight": torch.zeros(64, 32)}, newest / "zz.safetensors")
     assert reopened(run) == 8
-    assert "zz.safetensors is no part of it" in capsys.readouterr().err
+    assert "zz.safetensors is no part" in capsys.readouterr().err
 
 
 def reseal(path):
@@ -223,8 +222,6 @@ def test_no_code_in_a_checkpoint_is_executed(scratch, tmp_path, name, forged):
     assert trace.exists(), "it would"
     trace.unlink()
     newest = list_checkpoints(run / "checkpoints")[-1]
-    if name == "tensors":
-        name = next(newest.glob("*.safetensors")).name
     if name.endswith(".pkl"):
         torch.save(Touch(trace), newest / name)
     else:
@@ -265,7 +262,7 @@ def test_a_damaged_one_does_not_count_among_those_to_keep(scratch):
     (run / "config.json").write_text(json.dumps({**settings, "keep_checkpoints": 1, "checkpoint_every": 5}))
     newest = list_checkpoints(run / "checkpoints")[-1]
     (newest / "state.json").write_text("{}")
-    trainer = starting.reopen(run)
+    trainer = reopen(run)
     trainer.step = 9
     trainer.save()
     trainer.run_dir.unlock()
@@ -276,12 +273,16 @@ def test_a_damaged_one_does_not_count_among_those_to_keep(scratch):
 @pytest.mark.parametrize(
     ("dotted", "value", "expected"),
     [
-        ("model.d_model", 64, "config.json does not fit step-00000012: model.d_model is 64, that was trained with 32"),
-        ("model.placement", "prenorm", "model.placement is prenorm, that was trained with sdd"),
-        ("model.init_scale", 2.0, "model.init_scale is 2.0, that was trained with 1.0"),
-        ("model.context", 16, "model.context is 16, that was trained with 32"),
-        ("data.batch_size", 8, "data.batch_size is 8, that was trained with 4"),
-        ("seed", 1, "seed is 1, that was trained with 0"),
+        (
+            "model.d_model",
+            64,
+            "does not fit step-00000012: model.d_model is 64, the checkpoint was trained with 32",
+        ),
+        ("model.placement", "prenorm", "model.placement is prenorm, the checkpoint was trained with sdd"),
+        ("model.init_scale", 2.0, "model.init_scale is 2.0, the checkpoint was trained with 1.0"),
+        ("model.context", 16, "model.context is 16, the checkpoint was trained with 32"),
+        ("data.batch_size", 8, "data.batch_size is 8, the checkpoint was trained with 4"),
+        ("seed", 1, "seed is 1, the checkpoint was trained with 0"),
         ("steps", 11, "step-00000012 lies beyond the end, steps=11"),
     ],
 )
@@ -337,10 +338,10 @@ def test_an_unchanged_run_is_told_nothing(scratch, capsys):
 def test_what_was_killed_after_its_last_checkpoint_is_brought_to_its_end(tmp_path, earlier):
     """result.json then tells of an earlier end: an interruption, or that of a run with fewer steps."""
     run = tmp_path / "run"
-    result = starting.start(replace(TINY, steps=2), run).run()
+    result = start(replace(TINY, steps=2), run).run()
     samples = (run / "samples.jsonl").read_text()
     (run / "result.json").write_text(json.dumps({"status": earlier, "step": 1}))
-    assert starting.reopen(run).run()["eval_loss"] == result["eval_loss"]
+    assert reopen(run).run()["eval_loss"] == result["eval_loss"]
     assert (run / "samples.jsonl").read_text() == samples, "the text is not sampled twice"
 
 

@@ -7,15 +7,16 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
-from helpers_disk import full_disk_at, no_file_larger_than, read_only, shared_folder
+from helpers_disk import full_disk_for, no_file_larger_than, read_only, shared_folder
 from helpers_train import assert_same_tensors, little, rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sdd.commands.main import main
-from sdd.train import config_io, starting
-from sdd.train import trainer as loop
+from sdd.data import Loader
+from sdd.train import config_io
 from sdd.train.checkpoint import list_checkpoints
+from sdd.train.trainer import start
 
 STEPS = 12
 
@@ -26,7 +27,7 @@ def whole(tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
     config = little(folder, steps=STEPS, keep_checkpoints=2)
     config_io.save(config, folder / "settings.json")
-    starting.start(config, folder / "run").run()
+    start(config, folder / "run").run()
     return folder / "run"
 
 
@@ -54,7 +55,7 @@ def one_line(capsys, start):
 
 def at_step(monkeypatch, step, do):
     """Do something just before the batch of a step (from 0) is read, once."""
-    batch, done = loop.Loader.batch, []
+    batch, done = Loader.batch, []
 
     def hooked(loader, number):
         if number == step and not done:
@@ -62,7 +63,7 @@ def at_step(monkeypatch, step, do):
             do()
         return batch(loader, number)
 
-    monkeypatch.setattr(loop.Loader, "batch", hooked)
+    monkeypatch.setattr(Loader, "batch", hooked)
 
 
 @pytest.mark.slow
@@ -86,20 +87,20 @@ def test_a_disk_that_fills_up_in_mid_run_costs_the_steps_since_the_last_checkpoi
         assert_equal(whole, run)
 
 
-@pytest.mark.parametrize("name", [".tmp-metrics.jsonl", ".tmp-environment.json", ".tmp-result.json"])
+@pytest.mark.parametrize("name", ["metrics.jsonl", "environment.json", "result.json"])
 def test_a_full_disk_on_resume_is_one_line(whole, tmp_path, capsys, name):
     run = tmp_path / "run"
     shutil.copytree(whole, run)
     (run / "result.json").unlink()
     shutil.rmtree(list_checkpoints(run / "checkpoints")[-1])
-    with full_disk_at(run / name):
+    with full_disk_for(run / name):
         assert main(["resume", str(run)]) == 3
-    assert f"{run}/{name.removeprefix('.tmp-')}: No space left on device" in one_line(capsys, "sdd: ")
+    assert f"{run}/{name}: No space left on device" in one_line(capsys, "sdd: ")
     assert main(["resume", str(run)]) == 0
     assert_equal(whole, run)
 
 
-def test_a_full_disk_at_the_start_is_one_line_and_the_start_can_be_repeated(whole, tmp_path, capsys):
+def test_a_full_disk_for_the_start_is_one_line_and_the_start_can_be_repeated(whole, tmp_path, capsys):
     run = tmp_path / "run"
     with no_file_larger_than(100):
         assert train(whole, run) == 3

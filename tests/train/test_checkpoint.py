@@ -1,5 +1,6 @@
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -95,43 +96,63 @@ def test_checkpoints_are_listed_by_step_not_by_spelling(tmp_path):
     assert [ckpt.step_of(path) for path in ckpt.list_checkpoints(tmp_path)] == steps
 
 
-@pytest.mark.parametrize("harm", ["flip", "truncate", "delete", "state", "no state"])
-def test_damage_is_named(tmp_path, trained, harm):
-    path = save(tmp_path, trained)
+def flip_a_bit(path):
     (tensors,) = path.glob("*.safetensors")
     content = bytearray(tensors.read_bytes())
-    if harm == "flip":
-        content[len(content) // 2] ^= 1
-        tensors.write_bytes(content)
-    elif harm == "truncate":
-        tensors.write_bytes(content[:-10])
-    elif harm == "delete":
-        tensors.unlink()
-    elif harm == "state":
-        (path / "state.json").write_text("{")
-    else:
-        (path / "state.json").unlink()
+    content[len(content) // 2] ^= 1
+    tensors.write_bytes(content)
+
+
+def truncate_the_tensors(path):
+    (tensors,) = path.glob("*.safetensors")
+    tensors.write_bytes(tensors.read_bytes()[:-10])
+
+
+def delete_the_tensors(path):
+    next(path.glob("*.safetensors")).unlink()
+
+
+def truncate_the_state(path):
+    (path / "state.json").write_text("{")
+
+
+def delete_the_state(path):
+    (path / "state.json").unlink()
+
+
+@pytest.mark.parametrize(
+    "harm", [flip_a_bit, truncate_the_tensors, delete_the_tensors, truncate_the_state, delete_the_state]
+)
+def test_damage_is_named(tmp_path, trained, harm):
+    path = save(tmp_path, trained)
+    harm(path)
     with pytest.raises(ckpt.DamagedCheckpoint, match="step-00000007"):
         ckpt.load_checkpoint(path, *trained)
 
 
-def test_another_format_or_model_is_one_clear_line(tmp_path, trained):
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"d_ff": 64}, r"gate_proj.weight has shape \[48, 32\], this model's is \[64, 32\]"),
+        ({"n_layers": 3}, r"has no model\.blocks\.2"),
+        ({"n_layers": 1}, r"holds model\.blocks\.1"),
+    ],
+)
+def test_another_model_is_one_clear_line(tmp_path, trained, changes, expected):
     path = save(tmp_path, trained)
-    other = LanguageModel(TINY.model.__class__(**{**vars(TINY.model), "d_ff": 64}))
-    with pytest.raises(UserError, match=r"gate_proj.weight has shape \[48, 32\], this model's is \[64, 32\]"):
-        ckpt.load_checkpoint(path, other)
-    more = LanguageModel(TINY.model.__class__(**{**vars(TINY.model), "n_layers": 3}))
-    with pytest.raises(UserError, match=r"has no model\.blocks\.2"):
-        ckpt.load_checkpoint(path, more)
-    fewer = LanguageModel(TINY.model.__class__(**{**vars(TINY.model), "n_layers": 1}))
-    with pytest.raises(UserError, match=r"holds model\.blocks\.1"):
-        ckpt.load_checkpoint(path, fewer)
+    with pytest.raises(UserError, match=expected):
+        ckpt.load_checkpoint(path, LanguageModel(replace(TINY.model, **changes)))
+
+
+@pytest.mark.parametrize("sealed", [True, False])
+def test_a_newer_checkpoint_is_one_clear_line_and_not_called_damaged(tmp_path, trained, sealed):
+    path = save(tmp_path, trained)
     state = json.loads((path / "state.json").read_text())
-    for another in (ckpt.sealed({**state, "format": 99}), {"format": 99, "step": 7}):
-        (path / "state.json").write_text(json.dumps(another))
-        with pytest.raises(UserError, match="format 99, this version of sdd reads 2") as raised:
-            ckpt.load_checkpoint(path, *trained)
-        assert not isinstance(raised.value, ckpt.DamagedCheckpoint), "a newer checkpoint is not to be passed over"
+    newer = ckpt.sealed({**state, "format": 99}) if sealed else {"format": 99, "step": 7}
+    (path / "state.json").write_text(json.dumps(newer))
+    with pytest.raises(UserError, match="format 99, this version of sdd reads 2") as raised:
+        ckpt.load_checkpoint(path, *trained)
+    assert not isinstance(raised.value, ckpt.DamagedCheckpoint)
 
 
 def test_saving_the_same_step_again_replaces_it(tmp_path, trained):

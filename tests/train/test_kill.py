@@ -5,14 +5,14 @@ from helpers_train import TINY
 from kill_run import compare, config, killed_run
 
 from sdd.models import MoEConfig
-from sdd.train import starting
+from sdd.train.trainer import start
 
 
 @pytest.mark.slow
 def test_a_run_that_is_killed_again_and_again_ends_bit_equal_to_one_left_alone(tmp_path):
     """Six kills; a hundred by hand, see kill_run.py."""
     settings = config(steps=120)
-    starting.start(settings, tmp_path / "whole").run()
+    start(settings, tmp_path / "whole").run()
     kills = killed_run(settings, tmp_path, kills=6, seed=1)
     assert len(kills) == 6
     assert sum(kill.left_half_written for kill in kills) >= 2, "none of them hit a save"
@@ -23,7 +23,7 @@ def test_a_run_that_is_killed_again_and_again_ends_bit_equal_to_one_left_alone(t
 @pytest.mark.slow
 def test_a_mixture_of_experts_that_is_killed_as_it_saves_ends_bit_equal_too(tmp_path):
     settings = config(steps=40, model=replace(TINY.model, d_ff=24, moe=MoEConfig(4, 2)))
-    starting.start(settings, tmp_path / "whole").run()
+    start(settings, tmp_path / "whole").run()
     (kill,) = killed_run(settings, tmp_path, kills=1, seed=0)
     assert kill.moment == "saving"
     assert kill.step > 0, "killed before there was anything to lose"

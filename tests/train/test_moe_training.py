@@ -13,10 +13,10 @@ from sdd.commands.main import main
 from sdd.errors import Interrupted
 from sdd.models import MoEConfig
 from sdd.placement import placements
-from sdd.train import starting
-from sdd.train import trainer as loop
 from sdd.train.optim import optimizer_tensors
 from sdd.train.parallel import World
+from sdd.train.run_dir import RunDir
+from sdd.train.trainer import Trainer, reopen, start
 
 # three experts on two and four processes: some hold none of them; the auxiliary losses are large enough to be seen
 MOE = MoEConfig(3, 2, d_shared=12, balance_loss=0.5, router_z_loss=0.1)
@@ -35,7 +35,7 @@ LOSS, NORM = 1e-5, 1e-4
 
 
 def run(world, config, out):
-    trainer = starting.start(config, out, world)
+    trainer = start(config, out, world)
     trainer.run()
     return {name: whole(parameter).numpy() for name, parameter in trainer.model.named_parameters()}
 
@@ -70,7 +70,7 @@ def test_rows_say_how_the_tokens_were_routed(alone):
 
 
 def test_the_logged_loss_is_the_cross_entropy(alone, tmp_path):
-    trainer = loop.Trainer(CONFIG, loop.RunDir(tmp_path))
+    trainer = Trainer(CONFIG, RunDir(tmp_path))
     batch = trainer.loader.batch(0)
     trainer.model.eval()
     with torch.no_grad():
@@ -101,7 +101,7 @@ def two_steps(world, names, out):
     found = []
     for name in names:
         model = replace(CONFIG.model, placement=placements[name])
-        trainer = loop.Trainer(replace(CONFIG, model=model), loop.RunDir(out), world=world)
+        trainer = Trainer(replace(CONFIG, model=model), RunDir(out), world=world)
         found.append([tuple(value.item() for value in trainer.train_step(step)) for step in range(2)])
     return found
 
@@ -121,7 +121,7 @@ def state(trainer):
 
 
 def step_and_save(world, out, config=None):
-    trainer = starting.start(config, out, world) if config else starting.reopen(out, world=world)
+    trainer = start(config, out, world) if config else reopen(out, world=world)
     before = state(trainer)
     trainer.train_step(trainer.step)
     trainer.step += 1
@@ -144,7 +144,7 @@ def test_checkpoints_load_on_another_number_of_processes_bit_for_bit(tmp_path):
 
 
 def test_a_stopped_and_resumed_run_is_the_whole_one_bit_for_bit(tmp_path, alone):
-    trainer = starting.start(CONFIG, tmp_path / "run")
+    trainer = start(CONFIG, tmp_path / "run")
     append = trainer.run_dir.append
 
     def stop_at_seven(name, row):
@@ -155,7 +155,7 @@ def test_a_stopped_and_resumed_run_is_the_whole_one_bit_for_bit(tmp_path, alone)
     trainer.run_dir.append = stop_at_seven
     with pytest.raises(Interrupted):
         trainer.run()
-    again = starting.reopen(tmp_path / "run")
+    again = reopen(tmp_path / "run")
     assert again.step == 7
     again.run()
     assert rows(tmp_path / "run") == rows(alone[0])
@@ -164,7 +164,7 @@ def test_a_stopped_and_resumed_run_is_the_whole_one_bit_for_bit(tmp_path, alone)
 
 
 def dtypes(world, config, out):
-    trainer = loop.Trainer(config, loop.RunDir(out), world=world)
+    trainer = Trainer(config, RunDir(out), world=world)
     seen = {}
 
     def look(name):
@@ -183,7 +183,7 @@ def dtypes(world, config, out):
 def test_stacked_alphas_stay_whole_and_float32_and_do_not_decay(tmp_path):
     # hooks see modules that norms left out would go around, with another rounding
     config = replace(CONFIG, precision="bfloat16", model=replace(CONFIG.model, eliminate_norms=False))
-    trainer = loop.Trainer(config, loop.RunDir(tmp_path))
+    trainer = Trainer(config, RunDir(tmp_path))
     decay = {name: group["weight_decay"] for group in trainer.optimizer.param_groups for name in group["names"]}
     loss, _ = trainer.train_step(0)
     for seen, sharded, our_loss in in_world(2, dtypes, config, tmp_path):
@@ -200,13 +200,13 @@ def test_stacked_alphas_stay_whole_and_float32_and_do_not_decay(tmp_path):
 
 def test_accumulated_passes_balance_their_own_tokens(tmp_path):
     """One process with two passes: counts add up, losses are means."""
-    whole_batch = loop.Trainer(CONFIG, loop.RunDir(tmp_path))
-    halves = loop.Trainer(replace(CONFIG, accumulate=2), loop.RunDir(tmp_path))
+    whole_batch = Trainer(CONFIG, RunDir(tmp_path))
+    halves = Trainer(replace(CONFIG, accumulate=2), RunDir(tmp_path))
     found = []
     for trainer in (whole_batch, halves):
         loss, _ = trainer.gradients(0)
-        assert trainer._routing is not None
-        found.append((loss.item(), trainer._routing))
+        assert trainer.router_stats is not None
+        found.append((loss.item(), trainer.router_stats))
     (loss, one), (other_loss, other) = found
     assert other_loss == pytest.approx(loss, abs=LOSS)
     assert other.loads() == one.loads()
@@ -219,7 +219,7 @@ def test_a_router_that_is_forced_to_collapse_raises_alarms_and_the_others_none(t
     moe = MoEConfig(4, 1, balance_loss=0.0, router_z_loss=0.0)
     model = replace(CONFIG.model, d_model=16, d_ff=8, context=16, moe=moe)
     data = replace(CONFIG.data, batch_size=4)
-    trainer = starting.start(replace(CONFIG, model=model, data=data, steps=176, eval_every=0), tmp_path / "run")
+    trainer = start(replace(CONFIG, model=model, data=data, steps=176, eval_every=0), tmp_path / "run")
     append = trainer.run_dir.append
 
     def collapse_after_ten(name, row):
@@ -230,7 +230,7 @@ def test_a_router_that_is_forced_to_collapse_raises_alarms_and_the_others_none(t
 
     trainer.run_dir.append = collapse_after_ten
     trainer.run()
-    found = {alarm.kind: alarm for alarm in trainer.alarms.found}
+    found = {alarm.kind: alarm for alarm in trainer.log.alarms.found}
     for kind in ("dead experts", "saturated router"):
         alarm = found[kind]
         assert (alarm.where, alarm.certainty) == ("blocks.1.ffn.router", "certain")

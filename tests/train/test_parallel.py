@@ -14,10 +14,10 @@ from sdd.commands.main import main
 from sdd.errors import Interrupted, RunFailed, UserError
 from sdd.placement import placements
 from sdd.train import checkpoint as ckpt
-from sdd.train import starting
-from sdd.train import trainer as loop
 from sdd.train.optim import optimizer_tensors
 from sdd.train.parallel import World
+from sdd.train.run_dir import RunDir
+from sdd.train.trainer import Trainer, reopen, start
 
 # d_ff and the vocabulary divide neither by 2 nor by 4; one key-value head of 16 features has fewer rows than some
 # worlds have processes in other matrices' alphas; the gradient norm is about 1.4, so clipping is at work
@@ -84,59 +84,57 @@ def test_shares_are_equally_long_and_cover_everything_once(size, n):
 
 
 def exchange(world):
-    found = {
+    return {
         "any": [world.any(world.rank == 2), world.any(False)],
         "sum": world.sum(world.rank + 0.5),
         "mean": world.mean(torch.tensor([1.0, world.rank])).tolist(),
         "on main": world.on_main(lambda: f"from {world.rank}"),
         "turn": world.in_turn(lambda: world.rank),
     }
-    for culprits in ([1], [0, 2]):
 
-        def act(culprits=culprits):
-            if world.rank in culprits:
-                raise UserError(f"rank {world.rank} objects")
 
-        for how in (world.together, world.in_turn):
-            try:
-                how(act)
-            except UserError as error:
-                found.setdefault("errors", []).append(str(error))
-    try:
-        world.together(lambda: [][world.rank == 1] if world.rank == 1 else None)
-    except (IndexError, RunFailed) as error:
-        found["surprise"] = f"{type(error).__name__}: {error}"
-    try:
-        world.on_main(lambda: [].pop())
-    except (IndexError, RunFailed) as error:
-        found["on main surprise"] = type(error).__name__
+def test_every_rank_gets_what_is_exchanged():
+    common = {"any": [True, False], "sum": 4.5, "mean": [1.0, 1.0], "on main": "from 0"}
+    assert in_world(3, exchange) == [{**common, "turn": rank} for rank in range(3)]
+
+
+def errors_of(world, culprits, error):
+    """The error that this rank sees when the culprits raise, in each way of acting together."""
+
+    def act():
+        if world.rank in culprits:
+            raise error(f"rank {world.rank} objects")
+
+    found = []
+    for how in (world.together, world.in_turn, *[world.on_main] * (0 in culprits)):
+        try:
+            how(act)
+        except Exception as raised:
+            found.append(f"{type(raised).__name__}: {raised}")
     return found
 
 
-def test_what_is_exchanged_and_errors_reach_every_rank():
-    answers = in_world(3, exchange)
-    for rank, found in enumerate(answers):
-        assert found["any"] == [True, False]
-        assert found["sum"] == 4.5
-        assert found["mean"] == [1.0, 1.0]
-        assert found["on main"] == "from 0"
-        assert found["turn"] == rank
-        assert found["errors"][:2] == ["rank 1 objects"] * 2
-        own = rank if rank in (0, 2) else 0
-        assert found["errors"][2] == f"rank {own} objects"
-        assert found["surprise"] == (
-            "IndexError: list index out of range"
-            if rank == 1
-            else "RunFailed: rank 1: IndexError: list index out of range"
-        )
-        assert found["on main surprise"] == ("IndexError" if rank == 0 else "RunFailed")
+def test_an_error_of_one_rank_reaches_every_rank():
+    assert in_world(3, errors_of, [1], UserError) == [["UserError: rank 1 objects"] * 2] * 3
+
+
+def test_of_several_errors_a_rank_keeps_its_own_and_the_others_get_that_of_the_lowest():
+    at_0, at_1, at_2 = in_world(3, errors_of, [0, 2], UserError)
+    assert at_0[0] == at_1[0] == "UserError: rank 0 objects"
+    assert at_2[0] == "UserError: rank 2 objects"
+
+
+def test_an_unexpected_error_is_a_failed_run_on_the_other_ranks():
+    at_0, at_1, _ = in_world(3, errors_of, [0], IndexError)
+    assert at_0 == ["IndexError: rank 0 objects"] * 3
+    assert at_1 == ["RunFailed: rank 0: IndexError: rank 0 objects"] * 3
 
 
 # --- training
 
 
 def train(world, config, out):
-    trainer = starting.start(config, out, world)
+    trainer = start(config, out, world)
     found = {f"first.{name}": tensor for name, tensor in everything(trainer).items() if name.startswith("model.")}
     trainer.run()
     alphas = {f"alpha.{name}": p.detach() for name, p in trainer.model.named_parameters() if p.ndim < 2}
@@ -176,7 +174,7 @@ def test_several_processes_train_as_one_does(tmp_path, alone, size, changes):
 
 def train_and_save(world, config, out):
     """Two steps and an evaluation, which must leave the parameters in their parts."""
-    trainer = starting.start(config, out, world)
+    trainer = start(config, out, world)
     for step in range(2):
         trainer.train_step(step)
         trainer.step += 1
@@ -189,7 +187,7 @@ def train_and_save(world, config, out):
 
 def load_and_save(world, out, step):
     torch.manual_seed(123)
-    trainer = starting.reopen(out, world=world)
+    trainer = reopen(out, world=world)
     assert trainer.step == step
     found = everything(trainer)
     loss = trainer.train_step(step)[0].item()
@@ -231,7 +229,7 @@ def test_a_sharded_checkpoint_holds_parts_of_matrices_and_one_copy_of_the_rest(t
 def two_steps(world, names, out):
     found = []
     for name in names:
-        trainer = loop.Trainer(replace(tiny(name), accumulate=2), loop.RunDir(out), world=world)
+        trainer = Trainer(replace(tiny(name), accumulate=2), RunDir(out), world=world)
         found.append([tuple(value.item() for value in trainer.train_step(step)) for step in range(2)])
     return found
 
@@ -246,7 +244,7 @@ def test_every_placement_is_trained_as_by_one_process(tmp_path):
 
 
 def dtypes(world, config, out):
-    trainer = loop.Trainer(config, loop.RunDir(out), world=world)
+    trainer = Trainer(config, RunDir(out), world=world)
     seen = {}
 
     def look(name):
@@ -264,7 +262,7 @@ def dtypes(world, config, out):
 
 def test_bfloat16_leaves_alphas_and_norms_in_float32(tmp_path):
     config = replace(CONFIG, precision="bfloat16")
-    trainer = loop.Trainer(config, loop.RunDir(tmp_path))
+    trainer = Trainer(config, RunDir(tmp_path))
     loss, norm = trainer.train_step(0)
     for seen, stored, our_loss, our_norm in in_world(2, dtypes, config, tmp_path):
         assert stored == {"torch.float32"}, "master weights"
@@ -279,7 +277,7 @@ def test_bfloat16_leaves_alphas_and_norms_in_float32(tmp_path):
 
 
 def compiled(world, config, out):
-    trainer = loop.Trainer(config, loop.RunDir(out), world=world)
+    trainer = Trainer(config, RunDir(out), world=world)
     return [trainer.train_step(step)[0].item() for step in range(3)]
 
 
@@ -306,7 +304,7 @@ def fails(world, out, how):
     if how == "no data" and world.rank == 1:
         config = replace(config, data=replace(config.data, path=str(out / "nowhere.npy")))
     try:
-        trainer = starting.start(config, out, world)
+        trainer = start(config, out, world)
         if how == "disk" and world.rank == 1:
             ckpt.HuggingFaceStorageWriter.write_data = full
         if how == "signal" and world.rank == 1:
@@ -343,7 +341,7 @@ def test_all_ranks_end_together_and_the_first_says_why(tmp_path, how, kind, text
 
 
 def data_lost_by_one(world, out):
-    trainer = starting.start(TINY, out, world)
+    trainer = start(TINY, out, world)
     if world.rank == 1:
 
         def batch(_):
@@ -366,19 +364,19 @@ def test_an_error_that_one_rank_meets_alone_is_told_by_it(tmp_path):
 
 def test_a_restarted_job_goes_on_with_its_own_run_only(tmp_path):
     run = tmp_path / "run"
-    trainer = starting.start(TINY, run, World(job="a"))
+    trainer = start(TINY, run, World(job="a"))
     trainer.run_dir.write_json("environment.json", trainer.environment())
     trainer.train_step(0)
     trainer.step = 1
     trainer.save()
     trainer.run_dir.unlock()
     for world in (World(restarted=True), World(job="a")):
-        again = starting.start(TINY, run, world)
+        again = start(TINY, run, world)
         assert again.step == 1
         again.run_dir.unlock()
     for config, world in ((replace(TINY, seed=1), World(restarted=True)), (TINY, World(job="b")), (TINY, World())):
         with pytest.raises(UserError, match="holds a run already"):
-            starting.start(config, run, world)
+            start(config, run, world)
 
 
 def test_a_job_that_may_be_restarted_must_name_its_run(monkeypatch, capsys):
@@ -390,7 +388,7 @@ def test_a_job_that_may_be_restarted_must_name_its_run(monkeypatch, capsys):
 
 
 def damage_and_reopen(world, out):
-    trainer = starting.reopen(out, world=world)
+    trainer = reopen(out, world=world)
     trainer.run_dir.unlock()
     return trainer.step
 

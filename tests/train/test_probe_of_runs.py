@@ -10,10 +10,9 @@ from helpers_train import TINY, rows
 
 import sdd
 from sdd.models import LanguageModel
-from sdd.train import starting
-from sdd.train import trainer as loop
 from sdd.train.parallel import World
-from sdd.train.tensorboard import TensorBoard
+from sdd.train.run_dir import RunDir
+from sdd.train.trainer import Trainer, reopen, start
 
 # d_ff and the vocabulary divide by no number of processes; parts of one row, as attention is sampled of a part's first
 CONFIG = replace(
@@ -28,7 +27,7 @@ CONFIG = replace(
 def probed(world, config, out, name):
     """The rows that a probe finds in two steps of a placement, and what it writes."""
     config = replace(config, model=replace(config.model, placement=sdd.placements[name]))
-    trainer = loop.Trainer(config, loop.RunDir(out), world=world)
+    trainer = Trainer(config, RunDir(out), world=world)
     with sdd.Probe(trainer.model, trainer.optimizer, 1, out / f"{world.size}-{name}.jsonl") as probe:
         found = []
         for step in range(2):
@@ -86,7 +85,7 @@ def test_replicas_find_what_one_process_finds():
 
 
 def compiled(world, config, out, backend):
-    trainer = loop.Trainer(config, loop.RunDir(out), world=world)
+    trainer = Trainer(config, RunDir(out), world=world)
     if backend:
         for block in trainer.model.blocks:
             block.compile(backend=backend)
@@ -116,7 +115,7 @@ def probe_rows(run):
 
 def test_a_run_is_probed_and_not_changed_by_it(tmp_path):
     for every in (0, 5):
-        starting.start(replace(TINY, probe_every=every), tmp_path / str(every)).run()
+        start(replace(TINY, probe_every=every), tmp_path / str(every)).run()
     assert rows(tmp_path / "0") == rows(tmp_path / "5")
     assert not (tmp_path / "0" / "probe.jsonl").exists()
     assert [row["step"] for row in probe_rows(tmp_path / "5")] == [1, 2, 4, 5, 10]
@@ -124,15 +123,15 @@ def test_a_run_is_probed_and_not_changed_by_it(tmp_path):
 
 def test_a_resumed_run_is_probed_as_an_uninterrupted_one(tmp_path):
     config = replace(TINY, probe_every=3)
-    starting.start(config, tmp_path / "whole").run()
-    trainer = starting.start(config, tmp_path / "cut")
+    start(config, tmp_path / "whole").run()
+    trainer = start(config, tmp_path / "cut")
     while trainer.step < 7:  # as a killed process leaves it: a checkpoint at 4, a probed step after it
-        trainer._take_step(TensorBoard())
+        trainer._take_step()
         if trainer.step == 4:
             trainer.save()
     trainer.run_dir.unlock()
     assert [row["step"] for row in probe_rows(tmp_path / "cut")] == [1, 2, 3, 6]
-    starting.reopen(tmp_path / "cut").run()
+    reopen(tmp_path / "cut").run()
     assert probe_rows(tmp_path / "cut") == probe_rows(tmp_path / "whole")
 
 
@@ -140,8 +139,8 @@ def test_gradients_are_those_before_clipping(tmp_path):
     found = []
     for limit in (0.0, 1e-3):
         out = tmp_path / str(limit)
-        trainer = starting.start(replace(TINY, optim=replace(TINY.optim, grad_clip=limit)), out)
-        trainer._take_step(TensorBoard())
+        trainer = start(replace(TINY, optim=replace(TINY.optim, grad_clip=limit)), out)
+        trainer._take_step()
         trainer.run_dir.unlock()
         (row,) = probe_rows(out)
         found.append({site: stats.get("weight_grad_rms") for site, stats in row["sites"].items()})
@@ -149,7 +148,7 @@ def test_gradients_are_those_before_clipping(tmp_path):
 
 
 def whole_run(world, config, out):
-    starting.start(config, out, world).run()
+    start(config, out, world).run()
 
 
 def test_two_processes_write_what_one_writes(tmp_path):

@@ -14,8 +14,9 @@ import pytest
 from helpers_parallel import in_world
 from helpers_train import TINY, rows
 
-from sdd.train import config_io, starting
+from sdd.train import config_io
 from sdd.train.checkpoint import list_checkpoints
+from sdd.train.trainer import reopen, start
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="finds torchrun's processes in /proc")
 
@@ -72,7 +73,7 @@ def newest(run):
 
 
 def train(world, config, out):
-    starting.start(config, out, world).run()
+    start(config, out, world).run()
 
 
 @pytest.mark.slow
@@ -97,7 +98,7 @@ def test_a_killed_rank_a_stopped_job_and_a_smaller_world_do_not_change_the_run(t
     in_world(2, train, replace(CONFIG, steps=stopped + 5), tmp_path / "whole")
     whole = [row for row in rows(tmp_path / "whole") if "loss" in row]
     assert rows(run) == whole[:stopped], "bit for bit, through the kill and the restart"
-    starting.reopen(run, stopped + 5).run()
+    reopen(run, stopped + 5).run()
     rest = [row for row in rows(run) if "loss" in row][stopped:]
     assert len(rest) == 5
     for one, other in zip(rest, whole[stopped:], strict=True):

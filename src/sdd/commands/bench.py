@@ -20,7 +20,7 @@ from sdd.errors import UserError
 from sdd.models import model_presets
 from sdd.plan.gpus import Gpu, find_gpu, gpu_of_device, gpus
 from sdd.train import config_io
-from sdd.train.device import pick_autocast, pick_device
+from sdd.train.parallel import pick_autocast, pick_device
 
 DTYPES = ("bfloat16", "float16", "float32")
 #: Tokens of a step unless asked otherwise, where the preset's own batch has more.

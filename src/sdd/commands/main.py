@@ -114,8 +114,9 @@ def _dispatch(args: list[str]) -> int:
 
 
 def _train(args: list[str]) -> int:
-    from sdd.train.data import resolve
-    from sdd.train.starting import fit_vocabulary, start
+    from sdd.train.config import resolve
+    from sdd.train.starting import fit_vocabulary
+    from sdd.train.trainer import start
 
     with joined() as world:
         config, out, as_json, own_vocabulary, port = world.together(lambda: _train_request(args))
@@ -152,7 +153,7 @@ def _train_request(args: list[str]) -> tuple[Any, Path | None, bool, bool, int |
 
 
 def _resume(args: list[str]) -> int:
-    from sdd.train.starting import reopen
+    from sdd.train.trainer import reopen
 
     with joined() as world:
         options = world.together(lambda: _resume_request(args))

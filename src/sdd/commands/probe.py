@@ -19,11 +19,9 @@ from sdd.probing.probe_file import Row
 from sdd.terminal import aligned
 from sdd.train import config_io
 from sdd.train.checkpoint import load_checkpoint
-from sdd.train.config import RunConfig
-from sdd.train.data import resolve
-from sdd.train.device import pick_autocast, pick_device
-from sdd.train.parallel import ALONE
-from sdd.train.routing import StepRouting
+from sdd.train.config import RunConfig, resolve
+from sdd.train.parallel import ALONE, pick_autocast, pick_device
+from sdd.train.router_stats import RouterStats
 from sdd.train.sharding import build_model
 from sdd.train.starting import fit_vocabulary
 
@@ -66,7 +64,7 @@ class Probed:
     Attributes:
         loss: nats a token, with z-loss and the routers' losses where the config has them.
         row: as in probe.jsonl.
-        routing: of a mixture of experts, the columns of metrics.jsonl (`sdd.train.routing`); else empty.
+        routing: of a mixture of experts, the columns of metrics.jsonl (`sdd.train.router_stats`); else empty.
     """
 
     loss: float
@@ -161,7 +159,7 @@ def probe_subject(subject: Subject, data: str | None, batches: int) -> Probed:
     probe.close()
     model.zero_grad()
     assert probe.latest is not None
-    routing = StepRouting(passes, ALONE) if config.model.moe else None
+    routing = RouterStats(passes, ALONE) if config.model.moe else None
     return Probed(total.item(), probe.latest, {**routing.row(), **routing.loads()} if routing else {})
 
 

@@ -12,7 +12,7 @@ from sdd.errors import UserError
 from sdd.evals.text import TrainedRun, tokenizer_of
 from sdd.evals.text_stream import TextStream
 from sdd.models import generate_stream
-from sdd.train.device import pick_autocast
+from sdd.train.parallel import pick_autocast
 
 _log = logging.getLogger(__name__)
 

@@ -15,10 +15,9 @@ from sdd.errors import UserError
 from sdd.models import LanguageModel
 from sdd.train import config_io
 from sdd.train.checkpoint import DamagedCheckpoint, list_checkpoints, load_checkpoint
-from sdd.train.config import RunConfig
-from sdd.train.data import resolve
-from sdd.train.device import pick_autocast, pick_device
+from sdd.train.config import RunConfig, resolve
 from sdd.train.evaluate import Evaluation, evaluate
+from sdd.train.parallel import pick_autocast, pick_device
 
 _log = logging.getLogger(__name__)
 _ROWS = 8  # windows a forward pass

@@ -27,9 +27,9 @@ from sdd.files import number
 from sdd.lab.grid.runner import diverged
 from sdd.report.runs import Run, load_run
 from sdd.train import RunConfig, config_io
-from sdd.train.data import resolve
-from sdd.train.device import pick_autocast
+from sdd.train.config import resolve
 from sdd.train.evaluate import evaluate
+from sdd.train.parallel import pick_autocast
 
 #: A run that ends less than this share below what token frequencies reach has learned nothing from the context.
 LEARNED_SHARE = 0.01

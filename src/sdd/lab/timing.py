@@ -14,7 +14,7 @@ from pathlib import Path
 from sdd.errors import UserError
 from sdd.lab.grid.timing import step_seconds
 from sdd.train import RunConfig
-from sdd.train.device import pick_device
+from sdd.train.parallel import pick_device
 from sdd.train.run_dir import environment
 
 ROUNDS = 7

@@ -126,6 +126,11 @@ class Probe:
         """Probe the next step that begins, whatever its number."""
         self.asked = True
 
+    def leave_out(self) -> None:
+        """Record nothing of the step under way, as its update will not be made; the next step has its number."""
+        self._close_step()
+        self.done -= 1
+
     def gradients_ready(self) -> None:
         """Take the statistics of the weights' gradients now, before they are clipped.
 

@@ -11,11 +11,11 @@ import numpy as np
 
 from sdd.errors import UserError
 from sdd.files import number
+from sdd.files import read_json_lines
 from sdd.probing import ProbeHistory, history
 from sdd.probing.alarms import Alarm, judge
 from sdd.report.routers import RoutingHistory, routing_history
 from sdd.train import config_io
-from sdd.train.run_dir import read_jsonl
 
 #: A run "did not converge" if it became non-finite, or ended by this share above its own lowest held-out loss, or not
 #: by this share below the loss of its first step.
@@ -198,7 +198,7 @@ def _read_object(file: Path) -> dict[str, Any]:
 
 
 def _rows(file: Path) -> list[dict[str, Any]]:
-    return list(read_jsonl(file)) if file.is_file() else []
+    return list(read_json_lines(file)) if file.is_file() else []
 
 
 def _probe_rows(file: Path) -> list[dict[str, Any]]:

@@ -1,16 +1,17 @@
 """Checkpoints: torch.distributed.checkpoint over safetensors, written aside and renamed, nothing pickled.
 
     RUN/checkpoints/step-00000500/
-        *.safetensors          parameters, optimiser state and RNG state by name; one file a process, which holds its
-                               parts of the matrices; what all processes have alike is in one of them
-        state.json             step, tokens, seconds, config, versions, size and SHA-256 of every other file, and the
-                               SHA-256 of all that
+        *.safetensors          parameters, optimiser state and RNG state by name. There is one file a process, with its
+                               parts of the matrices; tensors that all processes hold alike are in one of the files
+        state.json             step, tokens, seconds, config, versions, size and SHA-256 of every other file, and its
+                               own SHA-256
 
-Files are written into `.tmp-step-00000500`, which gets its name when all of them are on the disk, state.json last. So
-a folder of that name is whole unless something harmed it later; the recorded sizes and hashes tell. They guard against
-accidents, not against a forger, who can only choose what numbers are loaded: nothing that is read is executed.
+Files are written into `.tmp-step-00000500`, which is renamed when all of them are on the disk, state.json last. So a
+folder with the final name is whole unless something harmed it later, which the recorded sizes and hashes show. They
+guard against accidents, not against a forger. A forger can only choose which numbers are loaded: nothing that is read
+is executed.
 
-A checkpoint loads on any number of processes. One RNG state is enough for all: the generators draw nothing but initial
+A checkpoint loads on any number of processes. One RNG state is enough for all: the generators only draw the initial
 weights, which every process draws alike.
 """
 
@@ -22,7 +23,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,11 +33,9 @@ from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from sdd.errors import UserError
-from sdd.files import sync, write_aside
+from sdd.files import read_json_object, sync, write_aside
 from sdd.train.optim import optimizer_tensors
 from sdd.train.parallel import ALONE, World
-
-T = TypeVar("T")
 
 FORMAT = 2
 _NAME = re.compile(r"step-([0-9]{8,18})")
@@ -70,11 +69,8 @@ def save_checkpoint(
     try:
         world.on_main(lambda: _make_empty(aside))
         writer = HuggingFaceStorageWriter(str(aside), save_distributed=world.size > 1)
-        try:
-            with _quiet():
-                dcp_save(_tensors(model, optimizer), storage_writer=writer)
-        except CheckpointException as error:
-            raise _first(error) from None
+        with _unwrapped():
+            dcp_save(_tensors(model, optimizer), storage_writer=writer)
         written = world.gather(world.together(lambda: _synced_digests(aside, world)))
         files = dict(sorted(item for part in written for item in part.items()))
         world.on_main(lambda: _complete(aside, final, sealed({"format": FORMAT, **state, "files": files})))
@@ -88,7 +84,7 @@ def save_checkpoint(
 def load_checkpoint(
     path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None, world: World = ALONE
 ) -> dict[str, Any]:
-    """Read a checkpoint into a model and, for going on with training, an optimiser and torch's generators.
+    """Read a checkpoint into a model and, to go on with training, into an optimiser and torch's generators.
 
     Args:
         path: the checkpoint, written by any number of processes.
@@ -100,21 +96,17 @@ def load_checkpoint(
         The state that `save_checkpoint` was given.
 
     Raises:
-        DamagedCheckpoint: if a file is missing, changed or not what it should be; this and the next on every process.
-        UserError: if it is of another format, or its parameters are not the model's.
+        DamagedCheckpoint: if a file is missing, changed or not what it should be. All processes raise.
+        UserError: if it has another format, or its parameters are not the model's. All processes raise.
     """
     state = world.on_main(lambda: read_state(path))
     world.together(lambda: verify(path, state, world))
     reader = HuggingFaceStorageReader(str(path))
     tensors = _tensors(model, optimizer)
-    saved = world.together(lambda: _described(path, reader))
-    world.together(lambda: _check_fit(path, tensors, saved))
+    saved = world.together(lambda: _fitting(path, reader, tensors))
     tensors = {name: tensor for name, tensor in tensors.items() if name in saved}  # all but another device's generator
-    try:
-        with _quiet():
-            dcp_load(tensors, storage_reader=reader)
-    except CheckpointException as error:
-        raise _unreadable(path, _first(error)) from None
+    with _damage(path), _unwrapped():
+        dcp_load(tensors, storage_reader=reader)
     if optimizer is not None:
         with _damage(path):
             torch.set_rng_state(tensors["rng.cpu"])
@@ -130,12 +122,9 @@ def read_state(path: Path) -> dict[str, Any]:
         DamagedCheckpoint: if it is missing or not what was written.
         UserError: if it is of another format.
     """
-    try:
-        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        raise DamagedCheckpoint(f"{path} has no readable state.json: it is not a whole checkpoint") from None
-    if not isinstance(state, dict):
-        raise DamagedCheckpoint(f"{path}/state.json is no object: it is not a checkpoint of ours")
+    state = read_json_object(path / "state.json")
+    if not state:
+        raise DamagedCheckpoint(f"{path} has no readable state.json: it is not a whole checkpoint")
     intact, version = state == sealed(state), state.get("format")
     if type(version) is int and version != FORMAT and (intact or "sha256" not in state):
         raise UserError(
@@ -144,23 +133,23 @@ def read_state(path: Path) -> dict[str, Any]:
     if not intact:
         raise DamagedCheckpoint(f"{path}/state.json is damaged (its SHA-256 differs from what was written)")
     if not _is_step(path, state.get("step")) or not _are_files(state.get("files")):
-        raise DamagedCheckpoint(f"{path}/state.json holds no step and files that fit: it is not this checkpoint's")
+        raise DamagedCheckpoint(f"{path}/state.json does not belong to this checkpoint: its step or files do not fit")
     return state
 
 
 def sealed(state: dict[str, Any]) -> dict[str, Any]:
-    """The state with the SHA-256 of all of it but itself, by which damage to state.json is seen."""
+    """The state with a SHA-256 of all its other values, which shows damage to state.json."""
     content = {name: value for name, value in state.items() if name != "sha256"}
     return {**content, "sha256": hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()}
 
 
 def verify(path: Path, state: dict[str, Any], world: World = ALONE) -> None:
-    """Compare size and SHA-256 of every file with what was written; several processes share the files.
+    """Compare size and SHA-256 of every file with those recorded; several processes share the files.
 
     Raises:
         DamagedCheckpoint: naming the first file that differs.
     """
-    for name, expected in _shared(list(state["files"].items()), world):
+    for name, expected in list(state["files"].items())[world.rank :: world.size]:
         file = path / name
         try:
             if not file.is_file():
@@ -171,58 +160,58 @@ def verify(path: Path, state: dict[str, Any], world: World = ALONE) -> None:
             raise DamagedCheckpoint(f"{path}: {name} cannot be read: {error.strerror}") from None
     for file in path.glob("*.safetensors"):
         if file.name not in state["files"]:
-            raise DamagedCheckpoint(f"{path}: {file.name} is no part of it")
+            raise DamagedCheckpoint(f"{path}: {file.name} is no part of the checkpoint")
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints in RUN/checkpoints, oldest first; half-written ones have another name and are not among them."""
+    """The checkpoints in RUN/checkpoints, oldest first, without half-written ones."""
     if not folder.is_dir():
         return []
     return sorted((path for path in folder.iterdir() if _NAME.fullmatch(path.name) and path.is_dir()), key=step_of)
 
 
 def step_of(path: Path) -> int:
-    """The step that a checkpoint's name tells."""
+    """The step in a checkpoint's name."""
     return int(path.name.removeprefix("step-"))
 
 
 def half_written(folder: Path) -> list[Path]:
-    """What a process left that was killed while it saved."""
+    """Half-written checkpoints, left by processes that were killed while they saved."""
     return sorted(folder.glob(f"{_ASIDE}*"))
 
 
 def prune(folder: Path, keep: int, newest: Path) -> None:
-    """Delete what a checkpoint that is whole now has made superfluous.
+    """Delete the checkpoints that are not to be kept.
 
     Args:
         folder: RUN/checkpoints.
         keep: how many of the newest to keep; 0 keeps all.
-        newest: the one just written. Later ones are damaged or given up: the run does their steps again.
+        newest: the one just written. Later ones are damaged or given up, and go: the run does their steps again.
     """
     there = list_checkpoints(folder)
-    later = [path for path in there if step_of(path) > step_of(newest)]
-    older = [path for path in there if path not in later]
-    for path in [*(older[:-keep] if keep else []), *later]:
-        remove(path)
+    kept = [path for path in there if step_of(path) <= step_of(newest)][-keep:]  # [-0:] is all
+    for path in there:
+        if path not in kept:
+            remove(path)
     for left in folder.glob(f"{_LEAVING}*"):
         shutil.rmtree(left, ignore_errors=True)
 
 
 def remove(path: Path) -> None:
-    """Delete a checkpoint, or what is left of one; killed meanwhile, it leaves nothing that looks like one."""
+    """Delete a checkpoint. It is renamed first, so that a process killed here leaves nothing that looks like one."""
     leaving = path.with_name(f"{_LEAVING}{path.name}")
     shutil.rmtree(leaving, ignore_errors=True)
     shutil.rmtree(path.replace(leaving), ignore_errors=True)
 
 
 def _is_step(path: Path, step: Any) -> bool:
-    """Whether that is the step of the checkpoint of this name."""
+    """Whether a value is the step in the checkpoint's name; a copy under another name may have any step."""
     named = _NAME.fullmatch(path.name)
     return type(step) is int and step >= 0 and (named is None or int(named[1]) == step)
 
 
 def _are_files(files: Any) -> bool:
-    """Whether these are names of files in a checkpoint: JSON from anywhere must not lead elsewhere."""
+    """Whether a value is a dict of plain file names: forged JSON must not lead out of the folder."""
     return isinstance(files, dict) and all(re.fullmatch(r"[\w-][\w.-]{0,200}", name, re.ASCII) for name in files)
 
 
@@ -236,13 +225,10 @@ def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[
     return found
 
 
-def _described(path: Path, reader: HuggingFaceStorageReader) -> dict[str, Any]:
-    """Shape and dtype of each tensor in a checkpoint."""
+def _fitting(path: Path, reader: HuggingFaceStorageReader, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """Shape and dtype of each tensor in a checkpoint, which must fit those that it is read into."""
     with _damage(path):
-        return reader.read_metadata().state_dict_metadata
-
-
-def _check_fit(path: Path, tensors: dict[str, Tensor], saved: dict[str, Any]) -> None:
+        saved: dict[str, Any] = reader.read_metadata().state_dict_metadata
     for name, tensor in tensors.items():
         if name.startswith("rng."):
             continue
@@ -255,20 +241,31 @@ def _check_fit(path: Path, tensors: dict[str, Tensor], saved: dict[str, Any]) ->
     extra = [name for name in saved if name.startswith("model.") and name not in tensors]
     if extra:
         raise UserError(f"{path} holds {extra[0]}, which this model does not have: its config differs")
+    return saved
 
 
 @contextmanager
 def _damage(path: Path) -> Iterator[None]:
-    """Whatever is wrong with what is read inside is damage to the checkpoint."""
+    """Report any error inside as damage to the checkpoint."""
     try:
         yield
-    except Exception as error:  # of three libraries, which have no common base for them
-        raise _unreadable(path, error) from None
+    except Exception as error:  # from three libraries, whose errors share no base class
+        what = (" ".join(str(error).split()) or type(error).__name__)[:200]
+        raise DamagedCheckpoint(f"{path} cannot be read: {what}") from None
 
 
-def _unreadable(path: Path, error: BaseException) -> DamagedCheckpoint:
-    what = (" ".join(str(error).split()) or type(error).__name__)[:200]
-    return DamagedCheckpoint(f"{path} cannot be read: {what}")
+@contextmanager
+def _unwrapped() -> Iterator[None]:
+    """Raise the first process's own error, such as an OSError of its disk, instead of torch's wrapper around all.
+
+    torch's warning that no process group exists is silenced.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+        try:
+            yield
+        except CheckpointException as error:
+            raise next(iter(error.failures.values()))[0] from None
 
 
 def _make_empty(folder: Path) -> None:
@@ -280,37 +277,20 @@ def _complete(aside: Path, final: Path, state: dict[str, Any]) -> None:
     """Write state.json and give the folder its name."""
     write_aside(aside / "state.json", json.dumps(state, indent=2) + "\n")
     sync(aside)
-    if final.exists():  # damaged, else the run would have gone on from it
+    if final.exists():  # it is damaged, else the run would have gone on from it
         remove(final)
     aside.rename(final)
     sync(final.parent)
 
 
 def _synced_digests(folder: Path, world: World) -> dict[str, dict[str, Any]]:
-    """Size and SHA-256 of this process's share of the files, which are on the disk afterwards."""
-    files = _shared(sorted(folder.iterdir()), world)
+    """Bring this process's share of the files to the disk; returns their sizes and SHA-256."""
+    files = sorted(folder.iterdir())[world.rank :: world.size]
     for file in files:
         sync(file)
     return {file.name: _digest(file) for file in files}
 
 
-def _shared(items: list[T], world: World) -> list[T]:
-    return items[world.rank :: world.size]
-
-
 def _digest(file: Path) -> dict[str, Any]:
     with file.open("rb") as stream:
         return {"size": file.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence torch's warning that no process group exists."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
-        yield
-
-
-def _first(error: CheckpointException) -> BaseException:
-    """The error of a disk as the OSError that it was: torch wraps those of all processes, on every one of them."""
-    return next(iter(error.failures.values()))[0]

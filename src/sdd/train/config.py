@@ -1,46 +1,42 @@
-"""Everything that defines a run, as plain dataclasses; config.json is this, complete, and feeds back in."""
+"""All settings of a run, as plain dataclasses. config.json holds every one of them and can start the same run again."""
 
+import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
+from sdd.data import DataSource, Notify, resolve_data
 from sdd.data.spec import absolute as absolute_spec
 from sdd.models import ModelConfig, model_presets
+from sdd.spikes import ENOUGH
 
-#: More than any machine has cores for; a larger number is a slip, and torch would start them all.
+#: More threads than any machine has cores for. A larger number is a typing error, and torch would start them all.
 _MOST_THREADS = 1024
 
 
-def _positive(owner: object, *names: str) -> None:
+def _at_least(least: float, owner: object, *names: str, most: float = math.inf) -> None:
+    """Check that fields are finite and within bounds."""
     for name in names:
-        if getattr(owner, name) < 1:
-            raise ValueError(f"{name}={getattr(owner, name)} must be at least 1")
-
-
-def _fraction(owner: object, *names: str) -> None:
-    for name in names:
-        if not 0 <= getattr(owner, name) <= 1:
-            raise ValueError(f"{name}={getattr(owner, name)} must be between 0 and 1")
-
-
-def _not_negative(owner: object, *names: str) -> None:
-    for name in names:
-        if not 0 <= getattr(owner, name) < float("inf"):
-            raise ValueError(f"{name}={getattr(owner, name)} must be finite and not negative")
+        value = getattr(owner, name)
+        if not abs(value) < math.inf:
+            raise ValueError(f"{name}={value} must be finite")
+        if not least <= value <= most:
+            bounds = f"at least {least}" if most == math.inf else f"between {least} and {most}"
+            raise ValueError(f"{name}={value} must be {bounds}")
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What is trained on.
+    """The training data, and how many sequences make a step.
 
     Attributes:
         path: token files, plain text files or a folder of either; none for the built-in classics. A mixture is
             PATH:WEIGHT,PATH:WEIGHT or a mixture.json.
         tokenizer: a tokenizer.json for plain text; none for the built-in one.
-        dtype: of token files that have no json.
-        eos: id of the end-of-document token of token files whose json does not say.
+        dtype: number type of token files that have no json.
+        eos: id of the end-of-document token, for token files whose json does not say.
         batch_size: sequences a step, over all accumulation steps and processes.
-        document_mask: attention does not cross the end of a document.
+        document_mask: whether attention stops at the end of a document.
     """
 
     path: str | None = None
@@ -51,12 +47,12 @@ class DataConfig:
     document_mask: bool = False
 
     def __post_init__(self) -> None:
-        _positive(self, "batch_size")
-        if self.eos is not None and self.eos < 0:
-            raise ValueError(f"eos={self.eos} must not be negative")
+        _at_least(1, self, "batch_size")
+        if self.eos is not None:
+            _at_least(0, self, "eos")
 
     def absolute(self) -> "DataConfig":
-        """The same with absolute paths, so that a run resumes from any folder."""
+        """The same config with absolute paths, so that a run resumes from any folder."""
         path = None if self.path is None else absolute_spec(self.path)
         return replace(self, path=path, tokenizer=self.tokenizer and str(Path(self.tokenizer).absolute()))
 
@@ -71,13 +67,13 @@ class OptimConfig:
         schedule: "cosine" from lr to lr * final_lr; "wsd" (warm-up, stable, decay) falls linearly over the last
             decay_fraction of the steps; "constant" stays at lr.
         final_lr: the learning rate at the last step, as a fraction of lr.
-        decay_fraction: of the steps, for "wsd".
+        decay_fraction: fraction of the steps in which "wsd" decays.
         beta1: decay of the first moment.
         beta2: decay of the second moment.
         eps: added to the root of the second moment.
-        weight_decay: of matrices.
-        alpha_weight_decay: of every alpha and norm weight; the released recipe decays them by 0.1.
-        embedding_weight_decay: of the embedding (tied or not).
+        weight_decay: weight decay of matrices.
+        alpha_weight_decay: weight decay of every alpha and norm weight; the released recipe decays them by 0.1.
+        embedding_weight_decay: weight decay of the embedding (tied or not).
         grad_clip: largest global gradient norm; 0 does not clip.
         z_loss: weight of logsumexp(logits)^2 in the loss (arXiv 2204.02311).
     """
@@ -97,36 +93,27 @@ class OptimConfig:
     z_loss: float = 0.0
 
     def __post_init__(self) -> None:
-        _fraction(self, "final_lr", "decay_fraction", "beta1", "beta2")
-        _not_negative(
-            self,
-            "lr",
-            "warmup",
-            "eps",
-            "weight_decay",
-            "alpha_weight_decay",
-            "embedding_weight_decay",
-            "grad_clip",
-            "z_loss",
-        )
+        _at_least(0, self, "final_lr", "decay_fraction", "beta1", "beta2", most=1)
+        _at_least(0, self, "lr", "warmup", "eps", "grad_clip", "z_loss")
+        _at_least(0, self, "weight_decay", "alpha_weight_decay", "embedding_weight_decay")
         if self.schedule not in ("cosine", "wsd", "constant"):
             raise ValueError(f"schedule={self.schedule!r}: choose cosine, wsd or constant")
 
 
 @dataclass(frozen=True)
 class GuardConfig:
-    """What is done about a step that went wrong; every action is in metrics.jsonl and on the screen.
+    """How to handle a step that went wrong. Every action is in metrics.jsonl and on the screen.
 
     Attributes:
-        nonfinite: a loss or gradient that is not finite, or a damaged weight: "skip" takes the step with the next
+        nonfinite: on a loss or gradient that is not finite, or a damaged weight: "skip" takes the step with the next
             batch instead, and rolls back where that does not help; "stop" ends the run with exit code 3.
-        spikes: a spike of loss or gradient norm: "observe" only notes it, "skip" does as above.
+        spikes: on a spike of loss or gradient norm: "observe" only notes it, "skip" does as above.
         loss_margin: a loss spike is this many robust standard deviations, of the noise from step to step, above the
             median of the last losses.
         grad_factor: a gradient spike is this many times the median of the last gradient norms.
-        window: how many accepted steps the running estimates look back.
+        window: accepted steps that the running estimates look back on.
         patience: skips in a row after which the last good checkpoint is loaded.
-        max_rollbacks: how often without passing the bad step, before the run is given up.
+        max_rollbacks: rollbacks without getting past the bad step after which the run is given up.
     """
 
     nonfinite: Literal["skip", "stop"] = "skip"
@@ -138,10 +125,9 @@ class GuardConfig:
     max_rollbacks: int = 3
 
     def __post_init__(self) -> None:
-        _positive(self, "patience")
-        if self.window < 16:
-            raise ValueError(f"window={self.window} must be at least 16 steps")
-        _not_negative(self, "loss_margin", "grad_factor", "max_rollbacks")
+        _at_least(1, self, "patience")
+        _at_least(ENOUGH, self, "window")
+        _at_least(0, self, "loss_margin", "grad_factor", "max_rollbacks")
 
 
 @dataclass(frozen=True)
@@ -150,26 +136,26 @@ class RunConfig:
 
     Attributes:
         model: shape and placement.
-        data: what is trained on.
+        data: the training data.
         optim: optimiser and schedule.
-        guard: what is done about steps that go wrong.
+        guard: how to handle steps that go wrong.
         steps: optimiser steps.
-        seed: of the initial weights and of the order of the data.
-        accumulate: equal parts of a step's batch, of which one at a time is in memory; divides data.batch_size. Several
-            processes share them out.
+        seed: seed of the initial weights and of the order of the data.
+        accumulate: number of equal parts that a step's batch is cut into, one in memory at a time; divides
+            data.batch_size. Several processes share the parts.
         precision: "auto" is bfloat16 autocast on a GPU that has it and float32 elsewhere.
         compile: torch.compile the model.
         activation_checkpointing: recompute each block in the backward pass to save memory.
         chunked_loss: never hold all logits (torch >= 2.13): less memory for a little time.
-        eval_every: steps between evaluations on the held-out text; 0 only at the end.
+        eval_every: steps between evaluations on the held-out text; 0 evaluates only at the end.
         eval_sequences: held-out sequences an evaluation, spread evenly and the same each time.
-        checkpoint_every: steps between checkpoints; 0 only at the end and on interruption.
-        probe_every: steps between those at which `sdd.Probe` looks into the model, into probe.jsonl, and steps 1, 2, 4,
-            8, ... before the first of them; 0 never looks.
-        keep_checkpoints: how many of the newest checkpoints to keep; 0 keeps all.
-        sample_tokens: tokens of the sample written at the end; 0 writes none.
+        checkpoint_every: steps between checkpoints; 0 saves only at the end and on interruption.
+        probe_every: steps between those that `sdd.Probe` records in probe.jsonl; steps 1, 2, 4, 8, ... before the first
+            of them are recorded too. 0 never probes.
+        keep_checkpoints: number of the newest checkpoints to keep; 0 keeps all.
+        sample_tokens: length of the text that the model writes at the end; 0 writes none.
         device: "auto" is the first of cuda, mps (untested) and cpu that exists.
-        threads: CPU threads; 0 leaves it to torch.
+        threads: CPU threads; 0 leaves the number to torch.
     """
 
     model: ModelConfig
@@ -193,15 +179,13 @@ class RunConfig:
     threads: int = 0
 
     def __post_init__(self) -> None:
-        _positive(self, "steps", "accumulate", "eval_sequences")
-        _not_negative(self, "seed", "eval_every", "checkpoint_every", "probe_every")
-        _not_negative(self, "keep_checkpoints", "sample_tokens", "threads")
+        _at_least(1, self, "steps", "accumulate", "eval_sequences")
+        _at_least(0, self, "seed", "eval_every", "checkpoint_every", "probe_every", "keep_checkpoints", "sample_tokens")
+        _at_least(0, self, "threads", most=_MOST_THREADS)
         if self.data.batch_size % self.accumulate:
             raise ValueError(f"accumulate={self.accumulate} does not divide data.batch_size={self.data.batch_size}")
         if self.chunked_loss and self.optim.z_loss:
             raise ValueError("optim.z_loss needs all logits: leave out chunked_loss")
-        if self.threads > _MOST_THREADS:  # torch starts as many as it is told to
-            raise ValueError(f"threads={self.threads}: expected at most {_MOST_THREADS}, 0 leaves it to torch")
 
     @property
     def tokens_per_step(self) -> int:
@@ -209,17 +193,28 @@ class RunConfig:
         return self.data.batch_size * self.model.context
 
 
-# Large shapes: the paper's batch, schedule and rates; see docs/training.md.
-_PUBLISHED_OPTIM = OptimConfig(lr=3e-4, warmup=2000)
-_PUBLISHED_MOE_OPTIM = OptimConfig(lr=4e-4, warmup=2500)
+def preset(name: str) -> RunConfig:
+    """The run that a preset's name stands for.
 
-
-def _published(name: str) -> RunConfig:
+    Raises:
+        KeyError: if there is no such preset; the names are those of `model_presets`.
+    """
+    model = model_presets[name]
+    if name in ("nano", "moe-nano"):
+        return RunConfig(
+            model, DataConfig(batch_size=4), OptimConfig(lr=4e-3, warmup=40), steps=400, checkpoint_every=200
+        )
+    if name == "micro":
+        return RunConfig(
+            model, DataConfig(batch_size=16), OptimConfig(lr=2e-3, warmup=50), steps=500, eval_sequences=128
+        )
+    # large shapes: the paper's batch, schedule and rates, see docs/training.md
+    large_moe = model.moe is not None
     return RunConfig(
-        model=model_presets[name],
-        data=DataConfig(batch_size=1024),
-        optim=_PUBLISHED_OPTIM,
-        steps=47_684,  # 200B tokens
+        model,
+        DataConfig(batch_size=1024),
+        OptimConfig(lr=4e-4, warmup=2500) if large_moe else OptimConfig(lr=3e-4, warmup=2000),
+        steps=59_605 if large_moe else 47_684,  # 250B or 200B tokens
         accumulate=256,
         activation_checkpointing=True,
         eval_every=1000,
@@ -228,23 +223,23 @@ def _published(name: str) -> RunConfig:
     )
 
 
-def preset(name: str) -> RunConfig:
-    """The run that a preset's name stands for.
+def resolve(config: RunConfig, notify: Notify | None = None) -> DataSource:
+    """Find a run's data, and tokenise them if need be.
+
+    Args:
+        config: the run. Token files that do not say how large their vocabulary is have the model's.
+        notify: receives one line before work that takes a while; by default it is logged.
 
     Raises:
-        KeyError: if there is no such preset; `model_presets` names them.
+        UserError: see `resolve_data`.
     """
-    model = model_presets[name]
-    match name:
-        case "nano" | "moe-nano":
-            return RunConfig(
-                model, DataConfig(batch_size=4), OptimConfig(lr=4e-3, warmup=40), steps=400, checkpoint_every=200
-            )
-        case "micro":
-            return RunConfig(
-                model, DataConfig(batch_size=16), OptimConfig(lr=2e-3, warmup=50), steps=500, eval_sequences=128
-            )
-        case "moe-588m-3b" | "moe-1b-7b":
-            return replace(_published(name), optim=_PUBLISHED_MOE_OPTIM, steps=59_605)  # 250B tokens
-        case _:
-            return _published(name)
+    data = config.data
+    return resolve_data(
+        data.path,
+        data.tokenizer,
+        context=config.model.context,
+        dtype=data.dtype,
+        eos=data.eos,
+        vocab_size=config.model.vocab_size,
+        notify=notify,
+    )

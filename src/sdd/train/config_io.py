@@ -1,11 +1,12 @@
-"""Run configs in and out of JSON and the command line: one clear line for every mistake."""
+"""Run configs to and from JSON and the command line. Every mistake is reported in one clear line."""
 
 import dataclasses
 import difflib
 import json
+import re
 import types
 from collections.abc import Iterator, Mapping
-from functools import cache, reduce
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -16,9 +17,7 @@ from sdd.files import write_aside
 from sdd.placement import Placement, current_fields, placements
 from sdd.train.config import RunConfig
 
-_LARGEST = 2**63 - 1  # an integer of torch
-# Floats may be written as JSON cannot (a diverged run's threshold, say); unknown keys are mistakes, not extras.
-_PYDANTIC = ConfigDict(extra="forbid")
+_LARGEST = 2**63 - 1  # the largest integer that torch can hold
 
 
 def nearest(word: str, choices: Iterator[str] | list[str]) -> str:
@@ -28,10 +27,10 @@ def nearest(word: str, choices: Iterator[str] | list[str]) -> str:
 
 
 def find_placement(name: str) -> Placement:
-    """The placement of that name.
+    """The placement with this name.
 
     Raises:
-        UserError: if there is none, with the nearest name.
+        UserError: if there is none; the message names the nearest.
     """
     if name not in placements:
         raise UserError(
@@ -46,7 +45,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dicts as one with dotted names; the placement stays whole."""
+    """Nested dicts as one dict with dotted names; the placement stays whole."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         name = f"{prefix}{key}"
@@ -57,57 +56,50 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def from_dict(values: Mapping[str, Any], cls: type = RunConfig) -> Any:
+def from_dict(values: Mapping[str, Any]) -> RunConfig:
     """Build a config from nested dicts; a placement may be given by its name.
 
     Raises:
         UserError: naming the field, what was given and what was expected.
     """
     try:
-        config = _adapter(cls).validate_python(_resolve_placement(values))
+        config = _adapter().validate_python(_resolve_placement(values))
     except ValidationError as error:
-        raise UserError(_first_problem(error, cls)) from None
+        raise UserError(_first_problem(error)) from None
     except RecursionError:
-        raise UserError("the config is nested too deeply to be one of ours") from None
-    for dotted, _, _ in fields(cls):
-        value = _value(config, dotted)
+        raise UserError("the config is nested too deeply to be the config of a run") from None
+    for dotted, value in flatten(dataclasses.asdict(config)).items():
         if isinstance(value, int) and value > _LARGEST:
             raise UserError(f"{dotted}={value} is too large: at most {_LARGEST}")
     return config
-
-
-def _value(config: Any, dotted: str) -> Any:
-    """The value of a field; None in an optional part that is not set up."""
-    return reduce(lambda part, name: getattr(part, name, None), dotted.split("."), config)
 
 
 def load(path: Path) -> RunConfig:
     """Read a config.json.
 
     Raises:
-        UserError: if it is missing, no JSON, or no valid config.
+        UserError: if it is missing, not JSON, or not a valid config.
     """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise UserError(f"expected a JSON object with the fields of a run, found a {type(values).__name__}")
+        return from_dict(values)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON: {str(error).splitlines()[0]}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path} holds a JSON {type(values).__name__}, expected an object with the fields of a run")
-    try:
-        return from_dict(values)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not JSON: {str(error).splitlines()[0]}") from None
 
 
 def save(config: RunConfig, path: Path) -> None:
-    """Write a config as JSON, aside and renamed; every field, so that later defaults do not change an old run."""
+    """Write every field of a config as JSON, so that later defaults do not change an old run."""
     write_aside(path, json.dumps(to_dict(config), indent=2) + "\n")
 
 
 def with_overrides(config: RunConfig, overrides: Mapping[str, Any]) -> RunConfig:
-    """A config with some fields replaced, named with dots: `{"optim.lr": "1e-3", "steps": 200}`.
+    """A config with some fields replaced. Fields are named with dots: `{"optim.lr": "1e-3", "steps": 200}`.
 
     Raises:
         UserError: for a value that does not fit its field.
@@ -117,17 +109,16 @@ def with_overrides(config: RunConfig, overrides: Mapping[str, Any]) -> RunConfig
         *path, last = dotted.split(".")
         target = values
         for key in path:
-            if target[key] is None:  # an optional part, which this sets up
-                target[key] = {}
+            target[key] = target[key] or {}  # an optional part is set up by its fields
             target = target[key]
         target[last] = value
     return from_dict(values)
 
 
 def fields(cls: type = RunConfig, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
-    """Every settable field as (dotted name, type, explanation), nested dataclasses followed, placements left whole.
+    """Every settable field as (dotted name, type, explanation).
 
-    An optional dataclass is set up by its fields.
+    Nested dataclasses give their own fields, optional ones too; a placement is a single field.
     """
     hints = get_type_hints(cls)
     explained = explanations(cls)
@@ -141,41 +132,27 @@ def fields(cls: type = RunConfig, prefix: str = "") -> Iterator[tuple[str, Any, 
 
 
 def explanations(cls: type) -> dict[str, str]:
-    """What the `Attributes:` section of a dataclass's docstring says of each field."""
-    found: dict[str, str] = {}
-    name = ""
-    _, _, section = (cls.__doc__ or "").partition("Attributes:\n")
-    for line in section.splitlines():
-        text = line.strip()
-        indent = len(line) - len(line.lstrip())
-        if not text:
-            break
-        if indent == 8 and ":" in text:
-            name, _, text = text.partition(":")
-        found[name] = f"{found.get(name, '')} {text.strip()}".strip()
-    return found
+    """The text on each field in the `Attributes:` section of a dataclass's docstring."""
+    section = (cls.__doc__ or "").partition("Attributes:\n")[2].partition("\n\n")[0]
+    entries = re.findall(r"^ {8}([\w, ]+):(.*(?:\n {12}.*)*)", section, re.MULTILINE)
+    return {name: " ".join(text.split()) for name, text in entries}
 
 
 def describe_type(hint: Any) -> str:
-    """How a field's type is named to users: `int`, `float`, `cosine|wsd|constant`, `text or none`."""
+    """A field's type in the words of the help: `int`, `float`, `cosine|wsd|constant`, `text or none`."""
     if get_origin(hint) is Literal:
         return "|".join(map(str, get_args(hint)))
     if get_origin(hint) in (types.UnionType, Union):
         return " or ".join(describe_type(arg) for arg in get_args(hint))
-    if hint is types.NoneType:
-        return "none"
-    if hint is bool:
-        return "true|false"
-    if hint is Placement:
-        return "name"
-    return {str: "text"}.get(hint, getattr(hint, "__name__", str(hint)))
+    words = {types.NoneType: "none", bool: "true|false", Placement: "name", str: "text"}
+    return words.get(hint) or getattr(hint, "__name__", str(hint))
 
 
 @cache
-def _adapter(cls: type) -> TypeAdapter[Any]:
-    for owner in _dataclasses_in(cls):
-        owner.__pydantic_config__ = _PYDANTIC  # type: ignore[attr-defined]
-    return TypeAdapter(cls)
+def _adapter() -> TypeAdapter[RunConfig]:
+    for owner in _dataclasses_in(RunConfig):
+        owner.__pydantic_config__ = ConfigDict(extra="forbid")  # an unknown key is a mistake
+    return TypeAdapter(RunConfig)
 
 
 def _dataclasses_in(hint: Any) -> Iterator[Any]:
@@ -201,13 +178,13 @@ def _resolve_placement(values: Mapping[str, Any]) -> dict[str, Any]:
     return {**values, "model": model}
 
 
-def _first_problem(error: ValidationError, cls: type) -> str:
+def _first_problem(error: ValidationError) -> str:
     """The first problem of a failed validation, in one line."""
     problem = error.errors(include_url=False)[0]
     location = ".".join(str(part) for part in problem["loc"])
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        return f"unknown field {location!r}{nearest(location, [name for name, _, _ in fields(cls)])}"
+        return f"unknown field {location!r}{nearest(location, [name for name, _, _ in fields()])}"
     if problem["type"] in ("missing", "missing_argument"):
         return f"the field {location!r} is missing"
     if problem["type"] == "value_error":

@@ -1,4 +1,4 @@
-"""AdamW with groups by role, and its state as named tensors."""
+"""The learning-rate schedule (cosine, WSD), and AdamW with parameter groups by role."""
 
 import math
 from typing import Any
@@ -11,6 +11,40 @@ from sdd.optim_groups import param_groups
 from sdd.train.config import OptimConfig
 
 
+def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
+    """The learning rate of one step, a pure function of the step.
+
+    Warm-up rises linearly and reaches lr at step `warmup`. After it,
+
+        cosine     lr * (f + (1 - f) * (1 + cos(pi * p)) / 2),   p from 0 after warm-up to 1 at the last step
+        wsd        lr, then linear to f * lr over the last decay_fraction of the steps (arXiv 2404.06395)
+        constant   lr
+
+    with f = final_lr.
+
+    Args:
+        config: the optimiser's settings.
+        step: from 1 to `steps`.
+        steps: length of the run.
+    """
+    if step < config.warmup:
+        return config.lr * step / config.warmup
+    match config.schedule:
+        case "constant":
+            return config.lr
+        case "cosine":
+            progress = _ramp(step, config.warmup, steps)
+            return config.lr * (config.final_lr + (1 - config.final_lr) * (1 + math.cos(math.pi * progress)) / 2)
+        case "wsd":  # warm-up, stable, decay
+            progress = _ramp(step, steps - config.decay_fraction * steps, steps)
+            return config.lr * (1 - (1 - config.final_lr) * progress)
+
+
+def _ramp(step: int, start: float, end: float) -> float:
+    """0 up to `start`, 1 from `end` on, linear between."""
+    return min(1.0, max(0.0, (step - start) / max(end - start, 1)))
+
+
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     """AdamW over `sdd.param_groups`, in torch's fused form."""
     groups = param_groups(model, config.weight_decay, config.alpha_weight_decay, config.embedding_weight_decay)
@@ -18,7 +52,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Give every group one learning rate."""
+    """Give every parameter group the same learning rate."""
     for group in optimizer.param_groups:
         group["lr"] = lr
 
@@ -27,11 +61,11 @@ def clip_gradients(model: nn.Module, limit: float) -> Tensor:
     """Scale all gradients so that their global norm is at most `limit`.
 
     Args:
-        model: whose gradients; of a sharded model, each process holds a part.
+        model: its gradients are scaled in place. Of a sharded model, each process holds a part.
         limit: 0 leaves the gradients as they are.
 
     Returns:
-        The norm before; the same on every process.
+        The norm before scaling. It is the same on every process.
     """
     limit = limit or math.inf
     parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
@@ -40,8 +74,9 @@ def clip_gradients(model: nn.Module, limit: float) -> Tensor:
         return nn.utils.clip_grad_norm_(parameters, limit)
     whole = [parameter for parameter in parameters if not isinstance(parameter.grad, DTensor)]
     norms = [nn.utils.get_total_norm([p.grad for p in part if p.grad is not None]) for part in (sharded, whole)]
+    # the sharded sum of squares: full_tensor() adds up what the processes hold
     norm = torch.stack([part.full_tensor() if isinstance(part, DTensor) else part for part in norms]).norm()
-    for part in (sharded, whole):  # an operation on many tensors takes one kind of them
+    for part in (sharded, whole):  # torch's multi-tensor operations do not mix DTensors with plain tensors
         nn.utils.clip_grads_with_norm_(part, limit, norm)
     return norm
 
@@ -49,8 +84,8 @@ def clip_gradients(model: nn.Module, limit: float) -> Tensor:
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The optimiser's state by parameter name, `{"blocks.0.attn.q_proj.weight.exp_avg": ...}`.
 
-    State that does not exist yet is made first (zeros, as AdamW starts), so that a checkpoint can be read into it.
-    Hyper-parameters are not in it: they are a function of config and step.
+    State that does not exist yet is created as zeros, as AdamW starts, so that a checkpoint can be read into it.
+    Hyper-parameters are left out: they are a function of config and step.
     """
     found: dict[str, Tensor] = {}
     for group in optimizer.param_groups:

@@ -1,11 +1,12 @@
-"""One run on many processes: who they are, and what they must agree on.
+"""Where a run computes: the device, the processes that share it and what they exchange, and signals to stop.
 
 torchrun starts the processes and tells each its number. All then run the same program in step; the first writes the
-files and speaks. How they share a model is in `sdd.train.sharding`.
+files and prints the messages. How the processes share a model is in `sdd.train.sharding`.
 """
 
 import os
 import re
+import signal
 import sys
 import time
 import uuid
@@ -13,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -25,17 +26,72 @@ from sdd.errors import RunFailed, SddError, UserError
 
 T = TypeVar("T")
 
-#: A process that others have waited for this long is given up. Tokenising on first use must fit in.
+#: How long the processes wait for one of them before they give it up. Tokenising on first use must fit in.
 TIMEOUT = timedelta(minutes=30)
 _PATIENCE = timedelta(seconds=10)
 _ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_MAX_RESTARTS")
-_store: Store | None = None  # where the processes of this attempt at the job leave each other notes
+_store: Store | None = None  # shared by the processes of this attempt at the job
+#: torchrun looks every 0.1 seconds whether a process is gone: after these seconds it has surely seen it.
+_TORCHRUN_LOOKS = 1.0
+
+
+def pick_device(name: str) -> torch.device:
+    """The device that a config's `device` names; "auto" is the first that exists of cuda, mps (untested) and cpu.
+
+    Raises:
+        UserError: if it does not exist here.
+    """
+    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    there = [kind for kind, found in present.items() if found]
+    name = there[0] if name == "auto" else name
+    if name not in there:
+        raise UserError(f"device={name!r} is not available here: choose from {', '.join(there)}, or auto")
+    return torch.device(name)
+
+
+def pick_autocast(precision: str, device: torch.device) -> torch.dtype | None:
+    """The dtype of autocast, None for float32.
+
+    Raises:
+        UserError: if bfloat16 was asked for on a GPU that has none.
+    """
+    has_bfloat16 = device.type != "cuda" or torch.cuda.is_bf16_supported()
+    if precision == "bfloat16" and not has_bfloat16:
+        raise UserError("precision=bfloat16: this GPU has no bfloat16; choose float32")
+    wanted = precision == "bfloat16" or (precision == "auto" and device.type == "cuda" and has_bfloat16)
+    return torch.bfloat16 if wanted else None
+
+
+class StopSignals:
+    """While entered, the first Ctrl-C or SIGTERM is noted and the step in hand goes on; the second raises.
+
+    Attributes:
+        received: whether one has come.
+    """
+
+    def __init__(self) -> None:
+        self.received = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopSignals":
+        with suppress(ValueError):  # not the main thread, which alone may set handlers
+            self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, *_: object) -> None:
+        if self.received:
+            raise KeyboardInterrupt
+        self.received = True
 
 
 @dataclass(frozen=True)
 class World:
-    """The processes of a run. By default it is this one alone, and every method does next to nothing.
+    """The processes of a run. By default that is this process alone, and every method does next to nothing.
 
     Methods that exchange something must be called by all ranks in the same order.
 
@@ -44,8 +100,8 @@ class World:
         size: number of processes.
         local_rank: number of this process on its machine.
         restarted: whether torchrun has started the job again after a failure.
-        may_restart: whether it would.
-        job: its name for the job, the same for every attempt; None if it has none.
+        may_restart: whether torchrun would start the job again after a failure.
+        job: torchrun's name for the job, the same for every attempt; None if it has none.
     """
 
     rank: int = 0
@@ -57,7 +113,7 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes the files and speaks."""
+        """Whether this process writes the files and prints the messages."""
         return self.rank == 0
 
     def place(self, device: torch.device) -> torch.device:
@@ -78,10 +134,10 @@ class World:
 
     def mean(self, value: Tensor) -> Tensor:
         """The mean over ranks."""
-        return value if self.size == 1 else self.total(value) / self.size
+        return self.total(value) / self.size
 
     def total(self, value: Tensor) -> Tensor:
-        """The sum over ranks, in the dtype of the value."""
+        """The sum of a tensor over ranks, in its dtype."""
         if self.size == 1:
             return value
         total = value.clone()
@@ -89,35 +145,31 @@ class World:
         return total
 
     def sum(self, value: float) -> float:
-        """The sum over ranks, in float64."""
-        if self.size == 1:
-            return value
-        total = torch.tensor(value, dtype=torch.float64)
-        dist.all_reduce(total)
-        return total.item()
+        """The sum of a number over ranks, in float64."""
+        return self.total(torch.tensor(value, dtype=torch.float64)).item()
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is up on any rank."""
         return bool(self.sum(float(flag)))
 
     def passes(self, batch_size: int, accumulate: int) -> int:
-        """Forward and backward passes a step on each rank.
+        """The number of forward and backward passes that each rank makes in a step.
 
-        A batch is cut into `accumulate` equal parts, which the ranks share: the rows that are in memory at once do not
-        grow with the number of processes, nor when a run goes on with fewer. Where the parts do not divide among the
-        ranks, they are made smaller. All are equal, so the mean of their losses is the batch's.
+        A batch is cut into `accumulate` equal parts, which the ranks share. So the rows in memory at once do not grow
+        with the number of processes, nor when a run goes on with fewer. Where the parts do not divide among the ranks,
+        they are made smaller. All parts are equal, so the mean of their losses is the loss of the batch.
         """
         rows = batch_size // self.size
         return next(n for n in range(1, rows + 1) if rows % n == 0 and n * self.size >= accumulate)
 
     def share(self, n: int) -> Tensor:
-        """This rank's part of n items: int64 indices, as many on each rank, filled up with -1."""
+        """The indices (int64) of this rank's part of n items. Every rank gets as many; -1 fills up."""
         each = -(-n // self.size)
         indices = torch.arange(self.rank * each, (self.rank + 1) * each)
         return indices.masked_fill(indices >= n, -1)
 
     def gather(self, value: T) -> list[T]:
-        """The values of all ranks, in their order; anything that can be pickled."""
+        """The values of all ranks, in rank order. A value is anything that can be pickled."""
         if self.size == 1:
             return [value]
         values: list[T] = [value] * self.size
@@ -125,14 +177,15 @@ class World:
         return values
 
     def together(self, function: Callable[[], T]) -> T:
-        """What `function`, which must not exchange anything, returns here; if it raises on any rank, all ranks raise.
+        """Call `function` on every rank and return its result here; if it raises on any rank, all ranks raise.
+
+        Args:
+            function: must not exchange anything between ranks.
 
         Raises:
-            UserError, RunFailed, OSError: as on the rank that raised.
-            RunFailed: naming the error, if another rank raised something else.
+            UserError, RunFailed, OSError: the error of the lowest rank that raised.
+            RunFailed: with the name of the error, if that rank raised something else.
         """
-        if self.size == 1:
-            return function()
         try:
             result = function()
         except Exception as error:
@@ -142,24 +195,18 @@ class World:
         return result
 
     def on_main(self, function: Callable[[], T]) -> T:
-        """What `function` returns on rank 0, on every rank; if it raises, all ranks raise (see `together`)."""
-        if self.size == 1:
-            return function()
+        """Call `function` on rank 0 and return its result on every rank; if it raises, all ranks raise."""
         own = self.together(function if self.is_main else _nothing)
         return cast("list[T]", self.gather(own))[0]
 
     def in_turn(self, function: Callable[[], T]) -> T:
-        """`together`, on rank 0 first, then on one process a machine, then on the rest: these find caches filled."""
+        """`together`, on rank 0 first, then on one process a machine, then on the rest, which find caches filled."""
         turn = 0 if self.is_main else 1 if self.local_rank == 0 else 2
-        for _ in range(turn):
-            self.together(_nothing)
-        result = self.together(function)
-        for _ in range(2 - turn):
-            self.together(_nothing)
-        return result
+        results = [self.together(function if each == turn else _nothing) for each in range(3)]
+        return cast("T", results[turn])
 
     def alone(self, function: Callable[[], T]) -> T:
-        """What `function` returns; its error is told by this rank, as the others cannot know of it."""
+        """Call `function` on this rank only. This rank reports its error, as the others cannot know of it."""
         try:
             return function()
         except SddError as error:
@@ -168,10 +215,10 @@ class World:
 
     def _raise_first(self, own: Exception | None) -> None:
         """Raise the error of the lowest rank that has one, except where this rank has its own to raise."""
-        told = own
+        shared = own
         if own is not None and not isinstance(own, SddError | OSError):
-            told = RunFailed(f"rank {self.rank}: {type(own).__name__}: {own}")
-        first = next((error for error in self.gather(told) if error is not None), None)
+            shared = RunFailed(f"rank {self.rank}: {type(own).__name__}: {own}")
+        first = next((error for error in self.gather(shared) if error is not None), None)
         if first is not None and own is None:
             raise first
 
@@ -184,26 +231,26 @@ ALONE = World()
 
 
 def in_environment() -> bool:
-    """Whether torchrun, or what does as it does, started this process as one of a job."""
+    """Whether torchrun, or a launcher that sets the same variables, started this process as one of a job."""
     return all(name in os.environ for name in _ENVIRONMENT)
 
 
 def speaks(rank: int = 0) -> bool:
-    """Whether this is the process of that number, or no part of a job."""
+    """Whether this process has that rank, or is not part of a job."""
     return not in_environment() or int(os.environ["RANK"]) == rank
 
 
 def tell(line: str, rank: int = 0) -> None:
-    """Print a last line on stderr in the process of that number; the others wait until it is out.
+    """Print a last line on stderr in the process of that rank. The others wait until it is printed.
 
-    torchrun ends all processes as soon as it sees one gone.
+    They wait because torchrun ends all processes as soon as it sees one gone.
     """
     if speaks(rank):
-        with suppress(OSError):  # nobody listens any more
+        with suppress(OSError):  # nobody reads stderr any more
             print(line, file=sys.stderr, flush=True)
     if _store is None:
         return
-    with suppress(RuntimeError):  # who should have spoken is gone too
+    with suppress(RuntimeError):  # the process that should print is gone too
         if speaks(rank):
             _store.set("told", "")
         else:
@@ -212,9 +259,9 @@ def tell(line: str, rank: int = 0) -> None:
 
 @contextmanager
 def joined() -> Iterator[World]:
-    """The world that this process belongs to, left when the block ends well.
+    """The world that this process belongs to. The process leaves it when the block ends without an error.
 
-    After an error others may be gone, and to take leave of them could take forever.
+    After an error other processes may be gone, and leaving in good order could wait for them forever.
 
     Raises:
         RunFailed: if another process is lost.
@@ -242,18 +289,19 @@ def _join() -> World:
         return world
     store, _, _ = next(rendezvous("env://", timeout=TIMEOUT))
     _store = PrefixStore(_attempt(store, world), store)
-    # small things are exchanged between CPUs: a flag or an error then needs no GPU that works
+    # flags and errors are exchanged between CPUs, so that they do not depend on a working GPU
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=_store, rank=rank, world_size=size, timeout=TIMEOUT)
     return replace(world, restarted=world.any(world.restarted))  # machines count their own restarts
 
 
 def _attempt(store: Store, world: World) -> str:
-    """A name that the processes of this attempt at the job have in common.
+    """A name that the processes of this attempt at the job, and of no earlier one, share.
 
-    torchrun keeps its store over restarts, and init_process_group would find addresses of the dead in it
-    (https://github.com/pytorch/pytorch/issues/135712). So rank 0 publishes a fresh name, and every other rank takes it
-    once rank 0 has answered under it to a fresh name of its own, which no rank 0 of the past can have known.
+    torchrun keeps its store over restarts, so init_process_group would find the addresses of dead processes in it
+    (https://github.com/pytorch/pytorch/issues/135712). Therefore rank 0 publishes a fresh name. Every other rank
+    writes a fresh name of its own under it, and takes rank 0's name once rank 0 has answered. A rank 0 of an earlier
+    attempt cannot answer, as it never knew the other's fresh name.
     """
     own = uuid.uuid4().hex
     if world.is_main:
@@ -274,16 +322,12 @@ def _attempt(store: Store, world: World) -> str:
             return attempt
 
 
-#: Seconds in which torchrun, which looks every 0.1, is sure to have seen that a process is gone.
-_TORCHRUN_LOOKS = 1.0
-
-
 def supervised(main: Callable[[], int]) -> int:
-    """The exit code that `main` returns; torchrun learns of an exception that leaves it.
+    """Call `main` and return its exit code. An exception that leaves `main` is reported to torchrun.
 
     In a job of several processes a failed one ends right here: at an orderly end, threads that still wait for other
-    processes abort it now and then, and its exit code is lost. It lets torchrun look around first: a process that ends
-    because another was lost must not be taken for the cause.
+    processes abort it now and then, and its exit code is lost. First it gives torchrun time to look: a process that
+    ends because another was lost must not be taken for the cause.
     """
     if "TORCHELASTIC_ERROR_FILE" in os.environ:
         from torch.distributed.elastic.multiprocessing.errors import record

@@ -1,176 +1,191 @@
-"""What is done about a step that went wrong.
+"""The guard: what is wrong with a step, and what to do about it.
 
+A step is judged after its gradients are known and before the optimiser uses them:
+
+    take        the optimiser makes its update; of a spike that is only observed, a note is kept
     skip        the step is taken with the next batch instead; the batch's number joins the run's list of skipped ones,
                 so that the order of the data stays a pure function of data, seed, step and that list
-    roll back   after `patience` skips in a row, or damaged weights: the newest whole checkpoint is loaded (without one
-                the run begins again); batches found bad stay skipped, unless it was the weights
+    roll back   after `patience` skips in a row, or for a damaged weight: the newest whole checkpoint is loaded (without
+                one the run begins again); batches found bad stay skipped, unless a weight was to blame
     stop        where the config says so, or rolling back did not help
 
-Each action is a row `{"step", "event", "kind", "what", "batch", ...}` of metrics.jsonl and a line on the screen.
+The guard only decides; the trainer acts, and tells the guard what it did. Without a fault the guard only reads, so a
+guarded run equals an unguarded one bit for bit.
 """
 
-import time
-from typing import TYPE_CHECKING, Any
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
 
-from sdd.errors import Diverged, RunFailed, UserError
-from sdd.train.guard import Guard, Problem, weight_problem
-from sdd.train.resuming import NO_LOOKS, resume_newest
+import torch
+from torch import Tensor
 
-if TYPE_CHECKING:
-    from sdd.train.trainer import Trainer
+from sdd.spikes import Usual
+from sdd.train.config import GuardConfig
 
-#: Steps between looks at all weights; one reads each weight once, a tenth of what the optimiser's step moves.
-CHECK_EVERY = 10
+#: No weight of a healthy model comes near. A weight whose top exponent bit flipped stands at 1e36 or above.
+LARGEST_WEIGHT = 1e6
 
 
-class Recovery:
-    """The guard of a run and what it has done so far. All processes of the run decide alike.
-
-    Args:
-        trainer: the run.
+@dataclass(frozen=True)
+class Problem:
+    """A fault of a step, or of the weights.
 
     Attributes:
-        guard: judges loss and gradient norm.
-        skipped: numbers of the batches that are passed over.
+        kind: which of the tests failed.
+        what: the numbers, for people.
     """
 
-    def __init__(self, trainer: "Trainer") -> None:
-        self.trainer = trainer
-        self.guard = Guard(trainer.config.guard)
+    kind: Literal["nonfinite", "loss spike", "gradient spike", "damaged weights"]
+    what: str
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What to do with a step.
+
+    Attributes:
+        action: see the head of this file.
+        problem: what is wrong; None for a sound step.
+        skips_batch: whether the batch is to be passed over from now on. Before a rollback or the end of the run, the
+            last bad batch is skipped too.
+        reason: why the run stops, for people.
+    """
+
+    action: Literal["take", "skip", "roll back", "stop"]
+    problem: Problem | None = None
+    skips_batch: bool = False
+    reason: str = ""
+
+
+class Guard:
+    """Judges the steps of a run by the accepted ones before, with the thresholds of `sdd.spikes`.
+
+    All processes of a run are told the same and so decide the same.
+
+    Args:
+        config: thresholds, and what to do.
+
+    Attributes:
+        skipped: numbers of the batches that are passed over, in order.
+        looked_at: the step of the last event for which `note_event` returned True; None before the first.
+    """
+
+    def __init__(self, config: GuardConfig) -> None:
+        self.config = config
         self.skipped: list[int] = []
+        self.looked_at: int | None = None
+        self._usual = Usual(config.window)
         self._skips_in_a_row = 0
         self._rollbacks = 0
         self._worst_step = -1
-        self._looked_at: int | None = None
 
-    def allows(self, loss: float, grad_norm: float) -> bool:
-        """Judge the trainer's present step, whose gradients are known and not yet used.
+    def judge(self, loss: float, grad_norm: float) -> Problem | None:
+        """Compare a step with those before.
 
         Args:
-            loss: of the batch, in nats a token.
+            loss: in nats a token.
             grad_norm: before clipping.
 
         Returns:
-            True to take the step; False if something was done about it, and the trainer's step may be another now.
-
-        Raises:
-            Diverged: if it is not finite and the config says stop, or if rolling back did not help.
-            RunFailed: if it cannot roll back.
+            What is wrong with the step, or None.
         """
-        problem = self.guard.judge(loss, grad_norm)
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            return Problem("nonfinite", f"loss {loss:.4g}, gradient norm {grad_norm:.4g}: not finite")
+        if spike := self._usual.loss_spike(loss, self.config.loss_margin):
+            return Problem("loss spike", spike.what)
+        if spike := self._usual.gradient_spike(grad_norm, self.config.grad_factor):
+            return Problem("gradient spike", spike.what)
+        return None
+
+    def decide(self, step: int, problem: Problem | None, damage: Problem | None = None) -> Decision:
+        """Decide about a step. The answer depends on the arguments and the guard's state, which stays as it is.
+
+        Args:
+            step: steps done before this one.
+            problem: the answer of `judge`.
+            damage: the answer of `weight_problem`, if the weights were looked at.
+        """
+        if damage is not None:  # the weights are to blame, not the batch
+            if self.config.nonfinite == "stop":
+                return Decision("stop", damage, reason="; ".join(each.what for each in (problem, damage) if each))
+            return self._roll_back(step, damage)
         if problem is None:
-            self._accept(loss, grad_norm)
-            return True
-        damage = self._damage()
-        if damage and self.guard.acts_on(damage):
-            self._roll_back(damage)
-            return False
-        if not self.guard.acts_on(problem):
-            if problem.kind == "nonfinite":
-                causes = [problem.what, *([damage.what] if damage else [])]
-                raise Diverged(f"step {self.trainer.step + 1}: {'; '.join(causes)}")
-            self._note("observe", problem)
-            self._accept(loss, grad_norm)
-            return True
-        self._skip(problem)
-        return False
+            return Decision("take")
+        if problem.kind == "nonfinite" and self.config.nonfinite == "stop":
+            return Decision("stop", problem, reason=problem.what)
+        if problem.kind != "nonfinite" and self.config.spikes == "observe":
+            return Decision("take", problem)
+        if self._skips_in_a_row + 1 < self.config.patience:
+            return Decision("skip", problem, skips_batch=True)
+        return self._roll_back(step, problem, skips_batch=True)
 
-    def weights_are_sound(self) -> bool:
-        """Look at all weights; if one is damaged, roll back.
+    def _roll_back(self, step: int, problem: Problem, *, skips_batch: bool = False) -> Decision:
+        """Decide to roll back, or to stop if that did not help before."""
+        if self._rollbacks < self.config.max_rollbacks:
+            return Decision("roll back", problem, skips_batch)
+        reason = (
+            f"{problem.what}; rolled back {self._rollbacks} times without getting past step {self._worst_step + 1}: "
+            "lower the learning rate (optim.lr), or look at data and machine"
+        )
+        return Decision("stop", problem, skips_batch, reason)
 
-        Returns:
-            False if the trainer was rolled back.
-
-        Raises:
-            Diverged: if one is damaged and the config says stop, or if rolling back did not help.
-            RunFailed: if it cannot roll back.
-        """
-        damage = self._damage()
-        if damage is None:
-            return True
-        if not self.guard.acts_on(damage):
-            raise Diverged(f"step {self.trainer.step}: {damage.what}")
-        self._roll_back(damage)
-        return False
-
-    def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint must hold, as JSON values."""
-        looks = {"asked": self.trainer.probe.asked, "at": self._looked_at}
-        return {"skipped_batches": self.skipped, "guard": self.guard.state_dict(), "looks": looks}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up the state of a checkpoint."""
-        self.guard.load_state_dict(state["guard"])
-        looks = state.get("looks", NO_LOOKS)
-        self.trainer.probe.asked, self._looked_at = looks["asked"], looks["at"]
-        self._pass_over(state["skipped_batches"])
-
-    def forget(self) -> None:
-        """Stand where a run begins."""
-        self.load_state_dict({"guard": {"losses": [], "norms": []}, "skipped_batches": []})
-
-    def _accept(self, loss: float, grad_norm: float) -> None:
-        self.guard.accept(loss, grad_norm)
+    def taken(self, step: int, loss: float, grad_norm: float) -> None:
+        """Record that the step was taken: its numbers join those that later steps are compared with."""
+        self._usual.accept(loss, grad_norm)
         self._skips_in_a_row = 0
-        if self.trainer.step > self._worst_step:
+        if step > self._worst_step:
             self._rollbacks = 0
 
-    def _skip(self, problem: Problem) -> None:
-        self._note("skip", problem)
-        self._pass_over([*self.skipped, self._batch()])
+    def skip(self, batch: int) -> None:
+        """Record that the step's batch was passed over."""
+        self.skipped = sorted({*self.skipped, batch})
         self._skips_in_a_row += 1
-        if self._skips_in_a_row == self.guard.config.patience:
-            self._roll_back(problem)
 
-    def _roll_back(self, problem: Problem) -> None:
-        config, trainer = self.guard.config, self.trainer
-        if self._rollbacks == config.max_rollbacks:
-            raise Diverged(
-                f"step {trainer.step}: {problem.what}; rolled back {self._rollbacks} times without getting past step "
-                f"{self._worst_step + 1}: lower the learning rate (optim.lr), or look at data and machine"
-            )
-        self._rollbacks += 1
-        self._worst_step = max(self._worst_step, trainer.step)
+    def rolled_back(self, step: int, skipped: Iterable[int]) -> None:
+        """Record a rollback, after the state of the checkpoint was loaded.
+
+        Args:
+            step: steps done before the one that failed.
+            skipped: batches that stay skipped, beside those of the checkpoint.
+        """
+        self.skipped = sorted({*self.skipped, *skipped})
         self._skips_in_a_row = 0
-        found_bad, at = self.skipped, trainer.step
-        try:
-            resume_newest(trainer)
-        except UserError as error:
-            raise RunFailed(f"{problem.what}; cannot roll back: {error}") from None
-        if problem.kind != "damaged weights":  # then the batches were innocent
-            self._pass_over(found_bad)
-        self._note("roll back", problem, at, to=trainer.step)
+        self._rollbacks += 1
+        self._worst_step = max(self._worst_step, step)
 
-    def _damage(self) -> Problem | None:
-        own = weight_problem(self.trainer.model.parameters())
-        if not self.trainer.world.any(own is not None):
-            return None
-        return own or Problem("damaged weights", "a weight of another process is damaged")
+    def note_event(self, step: int) -> bool:
+        """Record an event; True if the step after it is to be probed. Of events within a window, the first counts."""
+        if self.looked_at is not None and abs(step - self.looked_at) < self.config.window:
+            return False
+        self.looked_at = step
+        return True
 
-    def _pass_over(self, batches: list[int]) -> None:
-        self.skipped = sorted(set(batches))
-        self.trainer.loader.pass_over(self.skipped)
+    def state_dict(self) -> dict[str, Any]:
+        """The part of the state that a checkpoint holds, as JSON values."""
+        usual = {"losses": list(self._usual.losses), "norms": list(self._usual.norms)}
+        return {"skipped_batches": self.skipped, "guard": usual}
 
-    def _batch(self) -> int:
-        return self.trainer.loader.batch_index(self.trainer.step)
+    def load_state_dict(self, state: dict[str, Any], looked_at: int | None) -> None:
+        """Take up the state of a checkpoint. The count of rollbacks stays as it is, for it counts over them."""
+        self.skipped, self.looked_at = sorted(set(state["skipped_batches"])), looked_at
+        self._usual = Usual(self.config.window)
+        for loss, norm in zip(state["guard"]["losses"], state["guard"]["norms"], strict=True):
+            self._usual.accept(loss, norm)
 
-    def _look(self, step: int) -> None:
-        """Have the step after an event probed; of events close together, after the first."""
-        if self._looked_at is None or abs(step - self._looked_at) >= self.guard.config.window:
-            self._looked_at = step
-            self.trainer.probe.look()
 
-    def _note(self, event: str, problem: Problem, at: int | None = None, **more: int) -> None:
-        """Record an action on the step after `at`."""
-        step = (self.trainer.step if at is None else at) + 1
-        row = {"step": step, "event": event, "kind": problem.kind, "what": problem.what, **more}
-        if event != "roll back":
-            row["batch"] = self._batch()
-        self.trainer.record("metrics.jsonl", {**row, "time": time.time()})
-        self._look(step)
-        done = {
-            "observe": "taken all the same",
-            "skip": f"batch {row.get('batch')} skipped",
-            "roll back": f"back to step {more.get('to')}",
-        }[event]
-        self.trainer.reporter.say(f"step {step}: {problem.kind}: {problem.what}; {done}")
+def weight_problem(parameters: Iterable[Tensor]) -> Problem | None:
+    """Whether a weight is not finite or absurdly large, as memory faults leave them.
+
+    A normalised model can hide such a weight from loss and gradient: the norm divides it away, and the layer is dead.
+    """
+    # a shard may be empty, and then has no largest value
+    local = [shard for p in parameters if (shard := getattr(p, "_local_tensor", p).detach()).numel()]
+    if not local:
+        return None
+    norms = torch._foreach_norm(local, math.inf)  # pyright: ignore[reportPrivateImportUsage]
+    largest = torch.stack([norm.float() for norm in norms]).max().item()
+    if largest <= LARGEST_WEIGHT:
+        return None
+    return Problem("damaged weights", f"a weight of {largest:.3g} (sound ones are below {LARGEST_WEIGHT:g})")

@@ -10,18 +10,18 @@ checkpoints/       see sdd.train.checkpoint
 """
 
 import json
-import math
 import os
 import platform
+import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 
 from sdd.errors import UserError
-from sdd.files import lock, naming, sync, write_aside
+from sdd.files import finite, lock, naming, number, read_json_lines, sync, write_aside
 
 
 class RunDir:
@@ -29,31 +29,20 @@ class RunDir:
 
     Args:
         path: the directory; made if missing.
-        writes: false in those processes of a run of several that leave writing to the first.
+        writes: false in all processes of a run but the first: they write nothing.
+
+    Attributes:
+        config: the path of config.json.
+        checkpoints: the folder of the checkpoints.
     """
 
     def __init__(self, path: Path, writes: bool = True) -> None:
-        self.path = path
-        self.writes = writes
+        self.path, self.writes = path, writes
+        self.config, self.checkpoints = path / "config.json", path / "checkpoints"
         self._lock: IO[str] | None = None
 
-    @property
-    def config(self) -> Path:
-        """config.json."""
-        return self.path / "config.json"
-
-    @property
-    def metrics(self) -> Path:
-        """metrics.jsonl."""
-        return self.path / "metrics.jsonl"
-
-    @property
-    def checkpoints(self) -> Path:
-        """The folder of the checkpoints."""
-        return self.path / "checkpoints"
-
     def create(self) -> None:
-        """Make the directory and lock it.
+        """Make the directory and lock it. The lock may stay after an error: the caller unlocks.
 
         Raises:
             UserError: if it holds a run or other files already, or cannot be made, or another process has it.
@@ -64,21 +53,17 @@ class RunDir:
         except OSError as error:
             raise UserError(f"cannot make the run directory {self.path}: {error.strerror}") from None
         self.lock()
-        try:
-            self._check_free()  # another process may have been faster
-        except UserError:
-            self.unlock()
-            raise
+        self._check_free()  # another process may have been faster
 
     def _check_free(self) -> None:
         if self.config.exists():
             raise UserError(f"{self.path} holds a run already: go on with it (sdd resume {self.path}), or name another")
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"{self.path} is a file: name a new directory")
-        # what a process leaves that is killed before it has written config.json is no run yet
-        inside = self.path.iterdir() if self.path.exists() else iter(())
-        other = next((path.name for path in inside if path.name not in ("lock", ".tmp-config.json")), None)
-        if other is not None:
+        # a process that is killed before it has written config.json leaves these, which are not a run yet
+        ours = re.compile(r"lock|\.tmp-config\.json.*")
+        inside = self.path.iterdir() if self.path.exists() else ()
+        if other := next((path.name for path in inside if not ours.fullmatch(path.name)), None):
             raise UserError(f"{self.path} is not empty (it holds {other}) and is no run: name a new directory")
 
     def lock(self) -> None:
@@ -99,17 +84,9 @@ class RunDir:
             self._lock = None
 
     def write_json(self, name: str, values: dict[str, Any]) -> None:
-        """Write a small JSON file aside and rename it."""
+        """Write a small JSON file, as a whole."""
         if self.writes:
-            write_aside(self.path / name, json.dumps(_finite(values), indent=2) + "\n")
-
-    def read_json(self, name: str) -> dict[str, Any]:
-        """The object in a JSON file; empty if there is none that can be read."""
-        try:
-            found = json.loads((self.path / name).read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError):
-            return {}
-        return found if isinstance(found, dict) else {}
+            write_aside(self.path / name, json.dumps(finite(values), indent=2) + "\n")
 
     def append(self, name: str, values: dict[str, Any]) -> None:
         """Append one object to a JSON-lines file."""
@@ -117,51 +94,35 @@ class RunDir:
             return
         file = self.path / name
         with naming(file), file.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(_finite(values)) + "\n")
+            stream.write(json.dumps(finite(values)) + "\n")
 
     def put(self, name: str, values: dict[str, Any]) -> None:
-        """Write one object into a small JSON-lines file, in place of those of the same step."""
+        """Write one object into a small JSON-lines file, in place of objects of the same step."""
         if self.writes:
             self._rewrite(name, lambda row: row.get("step") != values["step"], [values])
 
     def drop_after(self, step: int) -> None:
-        """Remove from metrics, probe and samples what comes after `step`: a resumed run writes it again.
+        """Remove the rows after `step` from metrics, probe and samples: a resumed run writes them again.
 
-        What the guard did (`event`) stays: it happened.
+        The guard's rows (`event`) stay: what they report happened.
         """
         for name in ("metrics.jsonl", "probe.jsonl", "samples.jsonl"):
             if (self.path / name).exists():
-                self._rewrite(name, lambda row: "event" in row or _at_most(step, row.get("step", 0)))
+                self._rewrite(name, lambda row: "event" in row or number(row.get("step", 0)) <= step)
 
     def sync(self) -> None:
-        """Bring the metrics to the disk: a checkpoint must not outlive them."""
-        if self.writes and self.metrics.exists():
-            sync(self.metrics)
+        """Bring the metrics to the disk, so that no checkpoint outlives them."""
+        if self.writes and (metrics := self.path / "metrics.jsonl").exists():
+            sync(metrics)
 
     def _rewrite(self, name: str, keep: Callable[[dict[str, Any]], bool], more: Sequence[dict[str, Any]] = ()) -> None:
         file = self.path / name
-        rows = [row for row in read_jsonl(file) if keep(row)] if file.exists() else []
-        write_aside(file, "".join(json.dumps(_finite(row)) + "\n" for row in [*rows, *more]))
-
-
-def _at_most(step: int, at: Any) -> bool:
-    return isinstance(at, int) and at <= step
-
-
-def read_jsonl(file: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a JSON-lines file; a line that a killed process left unfinished is passed over."""
-    with file.open(encoding="utf-8", errors="replace") as stream:
-        for line in stream:
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError):
-                continue
-            if isinstance(row, dict):
-                yield row
+        rows = [row for row in read_json_lines(file) if keep(row)] if file.exists() else []
+        write_aside(file, "".join(json.dumps(finite(row)) + "\n" for row in [*rows, *more]))
 
 
 def environment(device: torch.device, precision: str, processes: int = 1, job: str | None = None) -> dict[str, Any]:
-    """What a result depends on beside its config."""
+    """Versions, device and settings that a result depends on beside its config."""
     from sdd import __version__
 
     cuda = device.type == "cuda"
@@ -181,14 +142,3 @@ def environment(device: torch.device, precision: str, processes: int = 1, job: s
         "cpus": os.cpu_count(),
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
     }
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity: they become the strings "nan", "inf" and "-inf"."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return value

@@ -1,8 +1,8 @@
-"""A model's parts on many processes (FSDP2).
+"""One model shared by many processes (FSDP2).
 
-Matrices are sharded, block by block, those of experts by expert. Alphas and norm weights, well under 0.1% of a model,
-stay whole and float32 on every rank: they never pass the bfloat16 cast of the matrices' all-gather, and their gradients
-are averaged in one all-reduce. All master weights, moments and reductions are float32.
+Matrices are sharded block by block, those of experts by expert. Alphas and norm weights, well under 0.1% of a model,
+stay whole and float32 on every rank. So the bfloat16 cast of the matrices' all-gather never touches them, and their
+gradients are averaged in one all-reduce. All master weights, moments and reductions are float32.
 """
 
 from collections.abc import Iterator
@@ -22,22 +22,19 @@ from sdd.train.parallel import World
 def build_model(
     model: LanguageModel, device: torch.device, autocast_dtype: torch.dtype | None, world: World
 ) -> LanguageModel:
-    """Give a model that was made on "meta" its storage and weights: of a world of several, this rank's part.
+    """Give a model that was made on "meta" its storage and weights; with several processes, only this rank's part.
 
     Args:
         model: on "meta".
-        device: where to.
-        autocast_dtype: what matrices are cast to before the blocks gather them, as autocast would after it.
+        device: the device of its storage.
+        autocast_dtype: matrices are cast to it before the blocks gather them, as autocast would do afterwards.
         world: the processes.
     """
-    if world.size == 1:
-        model.to_empty(device="cpu")
-        model.init_weights()
-        return model.to(device)
-    _shard(model, device, autocast_dtype, world)
-    model.to_empty(device=device)
+    if world.size > 1:
+        _shard(model, device, autocast_dtype, world)
+    model.to_empty(device=device if world.size > 1 else "cpu")
     model.init_weights()
-    return model
+    return model.to(device)
 
 
 def _shard(model: LanguageModel, device: torch.device, autocast_dtype: torch.dtype | None, world: World) -> None:
@@ -47,18 +44,18 @@ def _shard(model: LanguageModel, device: torch.device, autocast_dtype: torch.dty
     policy = MixedPrecisionPolicy(autocast_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in model.blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy, ignored_params=whole)
-    # embedding and head are gathered in float32: the look-up is no matrix product, and autocast leaves it alone
+    # embedding and head are gathered in float32: autocast leaves the look-up alone, as it is not a matrix product
     fully_shard(model, mesh=mesh, mp_policy=replace(policy, param_dtype=None), ignored_params=whole)
 
 
 def compile_model(model: LanguageModel) -> None:
-    """torch.compile the model; if it is sharded, block by block, since parts are gathered in between."""
+    """torch.compile the model. A sharded model is compiled block by block, since parts are gathered in between."""
     for part in model.blocks if isinstance(model, FSDPModule) else [model]:
         part.compile()
 
 
 def average_gradients(model: LanguageModel, world: World) -> None:
-    """Average over ranks the gradients that FSDP does not, i.e. those of parameters that every rank holds whole."""
+    """Average over ranks the gradients of parameters that every rank holds whole; FSDP averages the others."""
     if world.size == 1:
         return
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
@@ -70,10 +67,10 @@ def average_gradients(model: LanguageModel, world: World) -> None:
 
 @contextmanager
 def gathered(model: LanguageModel) -> Iterator[None]:
-    """Hold embedding, final norm and head of a sharded model whole inside the block, and not beyond it.
+    """Inside the block, every rank holds embedding, final norm and head of a sharded model whole.
 
-    Then parts of the model other than its `forward` can be called, by all ranks alike. Without it, a forward pass that
-    no backward pass follows leaves them whole.
+    So all ranks can call parts of the model other than its `forward`. Afterwards each rank holds its part again; a
+    forward pass that no backward pass follows would leave them whole.
     """
     if not isinstance(model, FSDPModule):
         yield

@@ -1,17 +1,57 @@
-"""Trainers for new runs, and for those that go on."""
+"""Beginning a run and going on with one: which checkpoint to load, whether it fits, and what has changed since."""
 
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BaseModel, Field, ValidationError
 
 from sdd.data import DataSource
-from sdd.errors import UserError
+from sdd.errors import UserError, one_line
+from sdd.files import read_json_object
 from sdd.train import config_io
+from sdd.train.checkpoint import DamagedCheckpoint, half_written, list_checkpoints, read_state, remove
 from sdd.train.config import RunConfig
-from sdd.train.data import resolve
-from sdd.train.parallel import ALONE, World
-from sdd.train.resuming import resume_newest
+from sdd.train.parallel import World
 from sdd.train.run_dir import RunDir
-from sdd.train.trainer import Trainer
+
+#: Fields, and groups of them, that fix the parameters and the order of samples: they cannot change in mid-run.
+FIXED = ("model", "seed", "data.batch_size")
+#: Fields whose change is not reported: the data have a fingerprint, and the environment is compared by itself.
+_QUIET = (
+    *("steps", "eval_every", "eval_sequences", "checkpoint_every", "probe_every", "keep_checkpoints", "sample_tokens"),
+    *("data.path", "data.tokenizer", "data.dtype", "data.eos", "device", "precision", "threads"),
+)
+#: The parts of the environment that the last bits of a result depend on.
+_BITS = ("torch", "device", "cuda", "machine", "cpu", "precision", "processes", "threads")
+
+State = TypeVar("State")
+_Number = Annotated[float, Field(ge=0, lt=2**62)]
+_Count = Annotated[int, Field(ge=0, lt=2**62)]
+
+
+class _Estimates(BaseModel):
+    losses: list[_Number]
+    norms: list[_Number]
+
+
+class _Looks(BaseModel):
+    asked: bool
+    at: _Count | None
+
+
+class _RunState(BaseModel):
+    """The part of a checkpoint's state that a run needs to go on from it."""
+
+    seconds: float
+    data: str
+    config: dict[str, Any]
+    environment: dict[str, Any]
+    skipped_batches: list[_Count]
+    guard: _Estimates
+    looks: _Looks | None = None  # checkpoints of earlier versions have none
 
 
 def fit_vocabulary(config: RunConfig, data: DataSource) -> RunConfig:
@@ -21,80 +61,133 @@ def fit_vocabulary(config: RunConfig, data: DataSource) -> RunConfig:
     return replace(config, model=replace(config.model, vocab_size=data.vocab_size))
 
 
-def start(config: RunConfig, out: Path, world: World = ALONE) -> Trainer:
-    """A trainer for a new run in `out`; if torchrun has restarted the job, for the run that it left there.
-
-    Args:
-        config: the run.
-        out: the run directory.
-        world: the processes that share the run.
-
-    Raises:
-        UserError: if `out` holds a run already, or the config does not fit machine or data.
-    """
-    run_dir = RunDir(out, world.is_main)
-    config = replace(config, data=config.data.absolute())
-    if world.on_main(run_dir.config.exists):
-        if world.on_main(lambda: _is_left_by_job(run_dir, config, world)):
-            return reopen(out, world=world)
-        world.on_main(run_dir.create)  # says so, before the data are touched
-    trainer = Trainer(config, run_dir, world.in_turn(lambda: resolve(config)), world)
-    world.on_main(lambda: _claim(run_dir, config))
-    return trainer
-
-
-def _is_left_by_job(run_dir: RunDir, config: RunConfig, world: World) -> bool:
+def is_left_by_job(run_dir: RunDir, config: RunConfig, world: World) -> bool:
     """Whether an earlier attempt at this job made the run: torchrun repeats the command after a failure.
 
-    It repeats it too, uncounted, when machines come or go; the job's name is then the same.
+    It also repeats the command, without counting that as a restart, when machines come or go. The job's name is then
+    the same.
     """
-    if not world.restarted and (world.job is None or run_dir.read_json("environment.json").get("job") != world.job):
+    before = read_json_object(run_dir.path / "environment.json")
+    if not world.restarted and (world.job is None or before.get("job") != world.job):
         return False
     return config_io.load(run_dir.config) == config
 
 
-def _claim(run_dir: RunDir, config: RunConfig) -> None:
-    run_dir.create()
+def claim(run_dir: RunDir, config: RunConfig) -> None:
+    """Make the run directory, lock it and write config.json."""
     try:
+        run_dir.create()
         config_io.save(config, run_dir.config)
     except BaseException:
         run_dir.unlock()
         raise
 
 
-def reopen(out: Path, steps: int | None = None, world: World = ALONE) -> Trainer:
-    """A trainer that goes on with the run in `out` from its newest whole checkpoint.
-
-    Args:
-        out: the run directory.
-        steps: a new length of the run; None keeps it.
-        world: the processes that share the run; their number may differ from before.
+def lock_existing(run_dir: RunDir) -> None:
+    """Lock the directory of a run that is there.
 
     Raises:
-        UserError: if there is no run, no whole checkpoint and the run was started under other code, or nothing to do.
+        UserError: if there is none, or another process has it.
     """
-    run_dir = RunDir(out, world.is_main)
-    world.on_main(lambda: _lock_existing(run_dir))
-    try:
-        config = world.together(lambda: config_io.load(run_dir.config))
-        if steps is not None:
-            config = replace(config, steps=steps)
-        trainer = Trainer(config, run_dir, world=world)
-        resume_newest(trainer)
-        result = run_dir.read_json("result.json")
-        if trainer.step >= config.steps and (result.get("status"), result.get("step")) == ("done", trainer.step):
-            raise UserError(f"{out} is complete at step {trainer.step}: give more with --steps N to go on")
-        if steps is not None:
-            world.on_main(lambda: config_io.save(config, run_dir.config))
-    except BaseException:
-        run_dir.unlock()
-        raise
-    return trainer
-
-
-def _lock_existing(run_dir: RunDir) -> None:
     if not run_dir.config.exists():
         raise UserError(
             f"{run_dir.path} holds no run (no config.json): start one with sdd train PRESET --out {run_dir.path}"
         )
     run_dir.lock()
+
+
+def check_state(path: Path, config: RunConfig, data: DataSource) -> None:
+    """Check that a run can go on from a checkpoint.
+
+    Raises:
+        DamagedCheckpoint: if its state lacks something that the run needs.
+        UserError: if it belongs to another model, other data or another format, or lies beyond the end of the run.
+    """
+    state = read_state(path)
+    try:
+        _RunState.model_validate(state, strict=True)
+    except ValidationError as error:
+        name = error.errors(include_url=False)[0]["loc"][0]
+        raise DamagedCheckpoint(f"{path}/state.json has no valid {name!r}: it is not the checkpoint of a run") from None
+    for name, before, now in _changes(state["config"], config_io.to_dict(config)):
+        if _is_among(name, FIXED):
+            raise UserError(
+                f"config.json does not fit {path.name}: {name} is {now}, the checkpoint was trained with {before}; put "
+                "it back, or start a new run"
+            )
+    if state["data"] != data.fingerprint():
+        raise UserError(
+            f"the training data are not those that {path.name} was trained on "
+            f"({data.changes(state.get('data_files'))}): bring those back, or start a new run"
+        )
+    if state["step"] > config.steps:
+        raise UserError(f"{path} lies beyond the end, steps={config.steps}: give more with --steps N to go on")
+
+
+def load_newest(folder: Path, load: Callable[[Path], State], say: Callable[[str], None], world: World) -> State | None:
+    """Load the newest whole checkpoint, and name the half-written and damaged ones that are passed over.
+
+    Args:
+        folder: RUN/checkpoints.
+        load: loads one checkpoint; all processes call it.
+        say: receives one line for each checkpoint that is passed over.
+        world: the processes that share the run.
+
+    Returns:
+        The answer of `load`; None if there are no checkpoints.
+
+    Raises:
+        UserError: if there are checkpoints and none is whole: to lose all the work is for the user to decide.
+    """
+    for path in world.on_main(lambda: half_written(folder)):
+        say(f"passed over: {path} is half-written, the process that wrote it was ended")
+        world.on_main(partial(remove, path))
+    found = world.on_main(lambda: list_checkpoints(folder))
+    for path in reversed(found):
+        try:
+            return load(path)
+        except DamagedCheckpoint as error:
+            say(f"passed over: {one_line(error)}")
+    if found:
+        raise UserError(
+            f"{folder} has no whole checkpoint, {len(found)} damaged: bring one back, or delete them to begin again at "
+            "step 0"
+        )
+    return None
+
+
+def remarks(state: dict[str, Any], config: dict[str, Any], environment: dict[str, Any]) -> Iterator[str]:
+    """A line each for settings and surroundings that may change and are not those of the checkpoint."""
+    settings = [
+        f"{name} {before} -> {now}"
+        for name, before, now in _changes(state["config"], config)
+        if not _is_among(name, (*FIXED, *_QUIET))
+    ]
+    if settings:
+        yield one_line(f"settings changed since step {state['step']}: {', '.join(settings)}")
+    then = state["environment"]
+    around = [
+        f"{name} {_word(then.get(name))} -> {environment[name]}"
+        for name in _BITS
+        if then.get(name) != environment[name]
+    ]
+    if around:
+        yield one_line(f"from here on not bit for bit what an uninterrupted run gives: {', '.join(around)}")
+
+
+def _changes(before: dict[str, Any], now: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """Name, old and new value of each field that differs; fields that the checkpoint's version lacked are left out."""
+    then, now = config_io.flatten(before), config_io.flatten(now)
+    for name, _, _ in config_io.fields():
+        if name in then and then[name] != now.get(name):
+            yield name, _word(then[name]), _word(now.get(name))
+
+
+def _word(value: Any) -> str:
+    """A value in a message; for a placement, its name."""
+    name = value.get("name") if isinstance(value, dict) else value
+    return str(name)[:100]
+
+
+def _is_among(name: str, group: tuple[str, ...]) -> bool:
+    return any(name == one or name.startswith(f"{one}.") for one in group)

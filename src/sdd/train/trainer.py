@@ -1,130 +1,179 @@
-"""The training loop."""
+"""The training loop of a run: its steps, the files it writes, and acting on what the guard decides."""
 
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor
 
-from sdd.data import DataSource, Loader, eval_windows
 from sdd.errors import Diverged, Interrupted, RunFailed, UserError
-from sdd.models import LanguageModel, count_parameters
-from sdd.models.moe import Routing
-from sdd.models.transformer import HAS_CHUNKED_LOSS, TrainingLoss
+from sdd.files import read_json_object
+from sdd.models import count_parameters
 from sdd.probing import Probe
-from sdd.probing.alarms import Alarms
 from sdd.train import checkpoint as ckpt
-from sdd.train import config_io
+from sdd.train import config_io, starting
 from sdd.train.config import RunConfig
-from sdd.train.data import resolve
-from sdd.train.device import pick_autocast, pick_device
-from sdd.train.evaluate import Evaluation, evaluate
-from sdd.train.optim import build_optimizer, clip_gradients, set_learning_rate
-from sdd.train.parallel import ALONE, World
-from sdd.train.progress import Reporter
-from sdd.train.recovery import CHECK_EVERY, Recovery
-from sdd.train.resuming import accepted_state
-from sdd.train.routing import StepRouting
+from sdd.train.evaluate import Evaluation, sample
+from sdd.train.learner import Learner
+from sdd.train.log import RunLog, opening
+from sdd.train.optim import clip_gradients
+from sdd.train.parallel import ALONE, StopSignals, World
+from sdd.train.recovery import Decision, Guard, Problem, weight_problem
 from sdd.train.run_dir import RunDir, environment
-from sdd.train.schedule import learning_rate
-from sdd.train.sharding import average_gradients, build_model, compile_model
-from sdd.train.signals import StopSignals
-from sdd.train.tensorboard import TensorBoard
-from sdd.train.words import opening, sample
+
+#: Steps between looks at all weights. A look reads each weight once, a tenth of what the optimiser's step moves.
+CHECK_EVERY = 10
 
 
-class Trainer:
+def start(config: RunConfig, out: Path, world: World = ALONE) -> "Trainer":
+    """A trainer for a new run in `out`; if torchrun has restarted the job, for the run that it left there.
+
+    Args:
+        config: the run.
+        out: the run directory.
+        world: the processes that share the run.
+
+    Raises:
+        UserError: if `out` holds a run already, or the config does not fit machine or data.
+    """
+    run_dir = RunDir(out, world.is_main)
+    config = replace(config, data=config.data.absolute())
+    if world.on_main(run_dir.config.exists):
+        if world.on_main(lambda: starting.is_left_by_job(run_dir, config, world)):
+            return reopen(out, world=world)
+        world.on_main(run_dir.create)  # raises, before the data are touched
+    trainer = Trainer(config, run_dir, world)
+    world.on_main(lambda: starting.claim(run_dir, config))
+    return trainer
+
+
+def reopen(out: Path, steps: int | None = None, world: World = ALONE) -> "Trainer":
+    """A trainer that goes on with the run in `out` from its newest whole checkpoint.
+
+    Args:
+        out: the run directory.
+        steps: a new length of the run; None keeps it.
+        world: the processes that share the run; their number may differ from before.
+
+    Raises:
+        UserError: if there is no run, if all its checkpoints are damaged or none fits, or if it is complete.
+    """
+    run_dir = RunDir(out, world.is_main)
+    world.on_main(lambda: starting.lock_existing(run_dir))
+    try:
+        config = world.together(lambda: config_io.load(run_dir.config))
+        if steps is not None:
+            config = replace(config, steps=steps)
+        trainer = Trainer(config, run_dir, world)
+        trainer.resume_newest()
+        result = read_json_object(out / "result.json")
+        if trainer.step >= config.steps and (result.get("status"), result.get("step")) == ("done", trainer.step):
+            raise UserError(f"{out} is complete at step {trainer.step}: give more with --steps N to go on")
+        if steps is not None:
+            world.on_main(lambda: config_io.save(config, run_dir.config))
+    except BaseException:
+        run_dir.unlock()
+        raise
+    return trainer
+
+
+class Trainer(Learner):
     """One run: builds everything that `config` names, trains, and writes the files of the run directory.
 
-    The order of samples is a pure function of (data, seed, step, skipped batches) and the learning rate one of the
-    step, so the whole state of a run is: parameters, optimiser moments, generators, the step, and what the guard knows.
+    The order of samples is a pure function of (data, seed, step, skipped batches), and the learning rate is one of the
+    step. So the whole state of a run is: parameters, optimiser moments, generators, the step, and the guard's state.
 
     Args:
         config: the run.
         run_dir: where its files go; must exist.
-        data: what `resolve(config)` gave; found anew if None.
         world: the processes that share the run.
 
     Attributes:
-        model, optimizer, loader, probe, alarms, recovery, reporter: the parts.
+        probe, guard, log: the parts beside those of `Learner`.
         step: optimiser steps done.
         seconds: spent in training steps, evaluation and saving excluded, over all sessions of the run.
     """
 
-    def __init__(
-        self, config: RunConfig, run_dir: RunDir, data: DataSource | None = None, world: World = ALONE
-    ) -> None:
-        self.config, self.run_dir, self.world = config, run_dir, world
-        self.device = world.together(lambda: world.place(pick_device(config.device)))
-        self.autocast_dtype = world.together(lambda: pick_autocast(config.precision, self.device))
-        if config.threads:
-            torch.set_num_threads(config.threads)
-        self.data = data or world.in_turn(lambda: resolve(config))
-        self.loader = world.together(self._build_loader)
-        if len(set(world.gather(self.data.fingerprint()))) > 1:
-            raise UserError("the processes do not see the same training data: give every machine the same files")
-        torch.manual_seed(config.seed)
-        self.model = build_model(LanguageModel(config.model, "meta"), self.device, self.autocast_dtype, world)
-        self.model.checkpoint_blocks = config.activation_checkpointing
-        self.model.chunked_loss = config.chunked_loss and HAS_CHUNKED_LOSS
-        self.model.sum_counts = world.total if world.size > 1 else None
-        self.optimizer = build_optimizer(self.model, config.optim)
-        self.recovery = Recovery(self)
-        self.reporter = Reporter(config.steps, quiet=not world.is_main)
-        self.step = 0
-        self.seconds = 0.0
-        self._routing: StepRouting | None = None
-        self._passes = world.passes(config.data.batch_size, config.accumulate)
-        self._eval_windows = eval_windows(self.data.validation, config.eval_sequences, config.model.context)
-        self._token_bytes = self._token_lengths()
-        self._document_eos = self.data.eos if config.data.document_mask else None
+    def __init__(self, config: RunConfig, run_dir: RunDir, world: World = ALONE) -> None:
+        super().__init__(config, world)
+        self.run_dir = run_dir
+        self.guard = Guard(config.guard)
+        self.log = RunLog(config, run_dir)
+        write = partial(self.log.record, "probe.jsonl")
+        self.probe = Probe(self.model, every=config.probe_every, out=write, early=True)
+        self.step, self.seconds = 0, 0.0
         self._signals = StopSignals()
-        if config.compile:
-            compile_model(self.model)
-        self.probe = Probe(self.model, every=config.probe_every, out=partial(self.record, "probe.jsonl"), early=True)
-        self.alarms = self._new_alarms()
+
+    # --- going on from a checkpoint, and saving one
+
+    def resume_newest(self) -> None:
+        """Go on from the newest whole checkpoint, or begin at step 0 if there is none; say what is passed over.
+
+        Raises:
+            UserError: if there are checkpoints and none is whole.
+        """
+        state = starting.load_newest(self.run_dir.checkpoints, self.resume, self.log.say, self.world)
+        if state is None:
+            self.log.say("no checkpoint yet: at step 0 again")
+            self.begin_again()
+            return
+        for line in starting.remarks(state, config_io.to_dict(self.config), self.environment()):
+            self.log.say(line)
 
     def resume(self, path: Path) -> dict[str, Any]:
-        """Go on from a checkpoint.
-
-        Returns:
-            Its state.
+        """Go on from a checkpoint and return its state.
 
         Raises:
             UserError: if it is damaged, belongs to another model or other data, or lies beyond the end of the run.
         """
-        self.world.on_main(lambda: accepted_state(path, self))
+        self.world.on_main(lambda: starting.check_state(path, self.config, self.data))
         state = ckpt.load_checkpoint(path, self.model, self.optimizer, self.world)
-        self.step, self.seconds = state["step"], max(self.seconds, state["seconds"])
-        self.recovery.load_state_dict(state)
-        self._forget_after()
+        self._stand_at(state["step"], state)
+        self.seconds = max(self.seconds, state["seconds"])
         return state
 
     def begin_again(self) -> None:
-        """Go back to step 0: the weights are drawn as they were."""
-        torch.manual_seed(self.config.seed)
-        self.model.init_weights()
-        self.optimizer.state.clear()
-        self.step = 0
-        self.recovery.forget()
-        self._forget_after()
+        """Go back to step 0, with the weights that the seed gives."""
+        self.draw_weights()
+        self._stand_at(0, {"guard": {"losses": [], "norms": []}, "skipped_batches": []})
 
-    def _forget_after(self) -> None:
-        """Drop the rows of later steps; what alarms before comes to word again if it goes on."""
-        self.alarms = self._new_alarms()
-        self.world.on_main(lambda: self.run_dir.drop_after(self.step))
+    def _stand_at(self, step: int, state: dict[str, Any]) -> None:
+        """Take up the state of guard and probe, and drop the rows of later steps."""
+        self.step = step
+        looks = state.get("looks") or {"asked": False, "at": None}
+        self.probe.asked = looks["asked"]
+        self.guard.load_state_dict(state, looks["at"])
+        self.loader.pass_over(self.guard.skipped)
+        self.log.reset_alarms()
+        self.world.on_main(lambda: self.run_dir.drop_after(step))
 
-    def _new_alarms(self) -> Alarms:
-        return Alarms(config_io.flatten(config_io.to_dict(self.config)))
+    def save(self) -> Path:
+        """Write a checkpoint, then delete those that are no longer to be kept."""
+        state = {
+            "step": self.step,
+            "seconds": self.seconds,
+            "tokens": self.step * self.config.tokens_per_step,
+            "data": self.data.fingerprint(),
+            "data_files": self.data.listing,
+            "config": config_io.to_dict(self.config),
+            "environment": self.environment(),
+            "looks": {"asked": self.probe.asked, "at": self.guard.looked_at},
+            **self.guard.state_dict(),
+        }
+        self.world.on_main(self.run_dir.sync)
+        path = ckpt.save_checkpoint(self.run_dir.checkpoints, self.model, self.optimizer, state, self.world)
+        self.world.on_main(lambda: ckpt.prune(self.run_dir.checkpoints, self.config.keep_checkpoints, path))
+        return path
+
+    # --- the whole run
 
     def run(self) -> dict[str, Any]:
         """Train to the last step, then let go of the run directory.
 
         Returns:
-            What result.json holds.
+            The values of result.json.
 
         Raises:
             RunFailed: if the guard gives up, or a checkpoint cannot be written.
@@ -142,21 +191,15 @@ class Trainer:
 
     def _run(self) -> dict[str, Any]:
         self.run_dir.write_json("environment.json", self.environment())
-        self.reporter = Reporter(self.config.steps, self.step, quiet=not self.world.is_main)
-        tensorboard = TensorBoard()
-        if self.world.is_main:
-            tensorboard = TensorBoard.if_present(self.run_dir.path, self.step, self.reporter.say)
-        with self._signals, self.reporter, tensorboard, self.probe:
-            for line in opening(self):
-                self.reporter.say(line)
+        with self._signals, self.log.open(self.step), self.probe:
+            self._say_opening()
             try:
-                evaluation = self._train(tensorboard)
-            except Diverged as error:
-                self._save_result("failed", cause="diverged", reason=str(error))
-                raise Diverged(f"{error}; the last checkpoint is {self._newest()}") from None
+                evaluation = self._train()
             except RunFailed as error:
-                self._save_result("failed", cause="stopped", reason=str(error))
-                failure = RunFailed(f"step {self.step}: {error}; the last checkpoint is {self._newest()}")
+                reason = f"step {self.step}: {error}"
+                cause = "diverged" if isinstance(error, Diverged) else "stopped"
+                self._save_result("failed", cause=cause, reason=reason)
+                failure = type(error)(f"{reason}; the last checkpoint is {self._newest()}")
                 failure.rank = error.rank
                 raise failure from None
             if evaluation is None:
@@ -164,146 +207,121 @@ class Trainer:
                 raise Interrupted(
                     f"interrupted at step {self.step} and saved; go on with: sdd resume {self.run_dir.path}"
                 )
-            if row := sample(self, self._eval_windows):
-                self.run_dir.put("samples.jsonl", row)
-        return self._save_result(
-            "done",
-            eval_loss=evaluation.loss,
-            eval_bits_per_byte=evaluation.bits_per_byte,
-            eval_tokens=evaluation.tokens,
-        )
+            self._put_sample()
+        return self._save_result("done", **evaluation.row())
 
-    def train_step(self, step: int) -> tuple[Tensor, Tensor]:
-        """One optimiser step (from 0), whatever its loss; all processes take it together. Returns as `gradients`."""
-        found = self.gradients(step)
-        self.update()
-        return found
-
-    def gradients(self, step: int) -> tuple[Tensor, Tensor]:
-        """Forward and backward of one step (from 0); the gradients are clipped and not yet used.
-
-        Returns:
-            Loss (nats a token, of the whole batch, without the auxiliary losses of a mixture of experts) and global
-            gradient norm before clipping, still on the device; the same on every process.
-        """
-        set_learning_rate(self.optimizer, learning_rate(self.config.optim, step + 1, self.config.steps))
-        parts = self._batch(step).chunk(self._passes)
-        total = torch.zeros((), device=self.device)
-        passes: list[Routing] = []
-        for part in parts:
-            loss = self._loss(part)
-            (loss.total / len(parts)).backward()
-            total += loss.cross_entropy / len(parts)
-            if loss.routing is not None:
-                passes.append(loss.routing)
-        average_gradients(self.model, self.world)
-        self._routing = StepRouting(passes, self.world) if passes else None
-        self.probe.gradients_ready()
-        return self.world.mean(total), clip_gradients(self.model, self.config.optim.grad_clip)
-
-    def _loss(self, rows: Tensor) -> TrainingLoss:
-        with torch.autocast(self.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
-            return self.model(
-                rows[:, :-1],
-                rows[:, 1:],
-                document_eos=self._document_eos,
-                z_loss=self.config.optim.z_loss,
-                detailed=True,
-            )
-
-    def update(self) -> None:
-        """The optimiser's part of a step."""
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-
-    def record(self, name: str, row: dict[str, Any]) -> None:
-        """Append a row to metrics.jsonl or probe.jsonl, and say what it alarms about."""
-        self.run_dir.append(name, row)
-        if self.world.is_main:
-            for alarm in self.alarms.update(row):
-                self.reporter.say(str(alarm))
-
-    def _batch(self, step: int) -> Tensor:
-        """This process's rows of a batch, on the device."""
-        batch = self.world.alone(lambda: self.loader.batch(step))
-        if self.device.type == "cuda":
-            batch = batch.pin_memory()
-        return batch.to(self.device, non_blocking=True)
-
-    def evaluate(self) -> Evaluation:
-        """Held-out loss on the run's fixed windows."""
-        rows = self.config.data.batch_size // (self.world.size * self._passes)
-        return evaluate(
-            self.model,
-            self._eval_windows,
-            rows,
-            token_bytes=self._token_bytes,
-            document_eos=self._document_eos,
-            autocast_dtype=self.autocast_dtype,
-            world=self.world,
-        )
-
-    def save(self) -> Path:
-        """Write a checkpoint, then delete those that are no longer to be kept."""
-        state = {
-            "step": self.step,
-            "seconds": self.seconds,
-            "tokens": self.step * self.config.tokens_per_step,
-            "data": self.data.fingerprint(),
-            "data_files": self.data.listing,
-            "config": config_io.to_dict(self.config),
-            "environment": self.environment(),
-            **self.recovery.state_dict(),
-        }
-        self.world.on_main(self.run_dir.sync)
-        path = ckpt.save_checkpoint(self.run_dir.checkpoints, self.model, self.optimizer, state, self.world)
-        self.world.on_main(lambda: ckpt.prune(self.run_dir.checkpoints, self.config.keep_checkpoints, path))
-        return path
-
-    def _train(self, tensorboard: TensorBoard) -> Evaluation | None:
-        """All steps that are left; None if a signal ended them."""
+    def _train(self) -> Evaluation | None:
+        """Take all steps that are left; None if a signal ended them."""
         evaluation = None
         while self.step < self.config.steps:
-            if not self._take_step(tensorboard):
+            if not self._take_step():
                 continue
             last = self.step == self.config.steps
             stop = self.world.any(self._signals.received)
             saving = last or stop or _due(self.step, self.config.checkpoint_every)
-            if (saving or _due(self.step, CHECK_EVERY)) and not self.recovery.weights_are_sound():
+            checking = saving or _due(self.step, CHECK_EVERY)
+            if checking and not self._follow(self.guard.decide(self.step, None, self._damage())):
                 continue
             if last or _due(self.step, self.config.eval_every):
-                evaluation = self._log_evaluation(tensorboard)
+                evaluation = self._log_evaluation()
             if saving:
                 self.save()
             if stop and not last:
                 return None
         return evaluation or self.evaluate()
 
-    def _take_step(self, tensorboard: TensorBoard) -> bool:
-        """The present step, if the guard allows it."""
-        began, fatal = time.perf_counter(), None
-        try:
-            with self.probe.step(self.optimizer, self.step + 1):
-                loss, grad_norm = (value.item() for value in self.gradients(self.step))
-                try:
-                    allowed = self.recovery.allows(loss, grad_norm)
-                except Diverged as error:  # the step that ends the run is logged and probed like any other
-                    allowed, fatal = True, error
-                if not allowed:
-                    raise _NotAllowed  # past the probe, which then leaves this attempt out
-                if fatal is None:
-                    self.update()
-        except _NotAllowed:
-            self.optimizer.zero_grad()
-            return False
-        self._log_step(loss, grad_norm, began, tensorboard)
-        if fatal is not None:
-            raise fatal
-        return True
+    # --- one step, and what the guard decides about it
 
-    def _log_step(self, loss: float, grad_norm: float, began: float, tensorboard: TensorBoard) -> None:
-        """Count the step that began then, and write its row."""
-        seconds = time.perf_counter() - began
+    def _take_step(self) -> bool:
+        """Try the present step, and do with it as the guard decides; True if it was taken."""
+        began = time.perf_counter()
+        with self.probe.step(self.optimizer, self.step + 1):
+            loss, grad_norm = (value.item() for value in self.gradients(self.step))
+            problem = self.guard.judge(loss, grad_norm)
+            decision = self.guard.decide(self.step, problem, self._damage() if problem else None)
+            if decision.action == "take":
+                self.update()
+            elif decision.action != "stop":  # the step that ends a run is recorded like any other
+                self.probe.leave_out()
+                self.optimizer.zero_grad()
+        if problem is not None:
+            self._note_or_skip(decision, problem)
+        if decision.action == "take":
+            self.guard.taken(self.step, loss, grad_norm)
+        if decision.action in ("take", "stop"):
+            self._log_step(loss, grad_norm, time.perf_counter() - began)
+        return self._follow(decision)
+
+    def _damage(self) -> Problem | None:
+        """The problem of the weights, on all processes alike."""
+        own = weight_problem(self.model.parameters())
+        if not self.world.any(own is not None):
+            return None
+        return own or Problem("damaged weights", "a weight of another process is damaged")
+
+    def _follow(self, decision: Decision) -> bool:
+        """End the run or roll back, if the guard decided so.
+
+        Returns:
+            True if the step was taken.
+
+        Raises:
+            Diverged: if the run ends.
+            RunFailed: if no checkpoint can be loaded.
+        """
+        if decision.action == "stop":
+            raise Diverged(decision.reason)
+        if decision.action == "roll back" and decision.problem:
+            self._roll_back(decision.problem)
+        return decision.action == "take"
+
+    def _note_or_skip(self, decision: Decision, problem: Problem) -> None:
+        """Pass over the present batch if the guard decided so, or note that a spike was only observed."""
+        batch = self.loader.batch_index(self.step)
+        if decision.action == "take":
+            self._note(self.step + 1, "observe", problem, "taken all the same", batch=batch)
+        if decision.skips_batch:
+            self._note(self.step + 1, "skip", problem, f"batch {batch} skipped", batch=batch)
+            self.guard.skip(batch)
+            self.loader.pass_over(self.guard.skipped)
+
+    def _roll_back(self, problem: Problem) -> None:
+        failed_at, found_bad = self.step, self.guard.skipped
+        try:
+            self.resume_newest()
+        except UserError as error:
+            raise RunFailed(f"{problem.what}; cannot roll back: {error}") from None
+        self.guard.rolled_back(failed_at, () if problem.kind == "damaged weights" else found_bad)
+        self.loader.pass_over(self.guard.skipped)
+        self._note(failed_at + 1, "roll back", problem, f"back to step {self.step}", to=self.step)
+
+    def _note(self, step: int, event: str, problem: Problem, outcome: str, **numbers: int) -> None:
+        """Record an action of the guard on a step (from 1), and have the next step probed."""
+        row = {"step": step, "event": event, "kind": problem.kind, "what": problem.what, **numbers}
+        self.log.record("metrics.jsonl", {**row, "time": time.time()})
+        if self.guard.note_event(step):
+            self.probe.look()
+        self.log.say(f"step {step}: {problem.kind}: {problem.what}; {outcome}")
+
+    def train_step(self, step: int) -> tuple[Tensor, Tensor]:
+        """Take one optimiser step (from 0), whatever its loss. All processes call it together; see `gradients`."""
+        found = self.gradients(step)
+        self.update()
+        return found
+
+    def gradients(self, step: int) -> tuple[Tensor, Tensor]:
+        """Forward and backward passes of one step (from 0). The gradients are clipped and not yet used.
+
+        Returns:
+            Loss (see `backward`) and global gradient norm before clipping, still on the device; the same on every
+            process.
+        """
+        loss = self.backward(step)
+        self.probe.gradients_ready()
+        return loss, clip_gradients(self.model, self.config.optim.grad_clip)
+
+    def _log_step(self, loss: float, grad_norm: float, seconds: float) -> None:
+        """Count the present step, and write its row."""
         self.seconds += seconds
         self.step += 1
         row = {
@@ -315,25 +333,28 @@ class Trainer:
             "seconds": self.seconds,
             "time": time.time(),
             "tokens_per_second": self.config.tokens_per_step / seconds,
-            **(self._routing.row() if self._routing else {}),
+            **(self.router_stats.row() if self.router_stats else {}),
         }
-        self.record("metrics.jsonl", row)
-        tensorboard.log(row)
-        self.reporter.step(self.step, loss, row["tokens_per_second"])
+        self.log.record_numbers(row)
 
-    def _log_evaluation(self, tensorboard: TensorBoard) -> Evaluation:
+    def _log_evaluation(self) -> Evaluation:
         evaluation = self.evaluate()
-        row = {
-            "step": self.step,
-            "eval_loss": evaluation.loss,
-            "eval_bits_per_byte": evaluation.bits_per_byte,
-            "eval_tokens": evaluation.tokens,
-            **(self._routing.loads() if self._routing else {}),
-        }
-        self.record("metrics.jsonl", row)
-        tensorboard.log(row)
-        self.reporter.say(f"step {self.step}   held-out {_describe(evaluation)}")
+        row = {"step": self.step, **evaluation.row(), **(self.router_stats.loads() if self.router_stats else {})}
+        self.log.record_numbers(row)
+        self.log.say(f"step {self.step}   held-out {evaluation}")
         return evaluation
+
+    def _say_opening(self) -> None:
+        where = str(self.device) if self.world.size == 1 else f"{self.world.size} processes ({self.device.type})"
+        place = f"{self.precision} on {where}, into {self.run_dir.path}"
+        for line in opening(self.config, self.loader, self.data.name, place, self.step):
+            self.log.say(line)
+
+    def _put_sample(self) -> None:
+        tokenizer = self.data.tokenizer
+        if self.config.sample_tokens and tokenizer is not None:
+            text = sample(self.model, self.config, tokenizer, self.eval_windows, self.autocast_dtype)
+            self.run_dir.put("samples.jsonl", {"step": self.step, **text})
 
     def _save_result(self, status: str, **values: Any) -> dict[str, Any]:
         result = {
@@ -344,53 +365,20 @@ class Trainer:
             "tokens": self.step * self.config.tokens_per_step,
             "seconds": self.seconds,
             "parameters": count_parameters(self.config.model).total,
-            "skipped_batches": self.recovery.skipped,
+            "skipped_batches": self.guard.skipped,
             **values,
         }
         self.run_dir.write_json("result.json", result)
         return result
 
-    @property
-    def precision_name(self) -> str:
-        """Of the matrix products."""
-        return str(self.autocast_dtype or torch.float32).removeprefix("torch.")
-
-    def _build_loader(self) -> Loader:
-        """The loader, if the config fits the data."""
-        config, data, world = self.config, self.data, self.world
-        _check_vocabulary(config, data)
-        if config.data.document_mask and data.eos is None:
-            raise UserError("data.document_mask=true needs to know the end-of-document token, and these data name none")
-        batch_size, context = config.data.batch_size, config.model.context
-        return Loader(data.parts, batch_size, context, config.seed, rank=world.rank, world_size=world.size)
-
     def environment(self) -> dict[str, Any]:
-        """What a result depends on beside the config."""
-        return environment(self.device, self.precision_name, self.world.size, self.world.job)
-
-    def _token_lengths(self) -> np.ndarray | None:
-        return None if self.data.tokenizer is None else self.data.tokenizer.token_bytes()
+        """Versions, device and settings that a result depends on beside the config."""
+        return environment(self.device, self.precision, self.world.size, self.world.job)
 
     def _newest(self) -> str:
         found = ckpt.list_checkpoints(self.run_dir.checkpoints)
         return str(found[-1]) if found else "none"
 
 
-class _NotAllowed(Exception):
-    """The guard did something about the step instead."""
-
-
-def _check_vocabulary(config: RunConfig, data: DataSource) -> None:
-    if data.vocab_size > config.model.vocab_size:
-        raise UserError(
-            f"model.vocab_size={config.model.vocab_size} is too small: the data have {data.vocab_size} tokens"
-        )
-
-
 def _due(step: int, every: int) -> bool:
     return bool(every) and step % every == 0
-
-
-def _describe(evaluation: Evaluation) -> str:
-    text = f"loss {evaluation.loss:.4f}"
-    return text if evaluation.bits_per_byte is None else f"{text}, {evaluation.bits_per_byte:.4f} bits per byte"

@@ -8,8 +8,8 @@ import torch
 
 from sdd.models import LanguageModel
 from sdd.train import RunConfig
-from sdd.train.device import pick_autocast, pick_device
 from sdd.train.optim import build_optimizer, clip_gradients
+from sdd.train.parallel import pick_autocast, pick_device
 
 _START_SECONDS = 6.0  # of a process: importing torch, opening the data
 _TIMED_STEPS = 2

@@ -20,7 +20,7 @@ from sdd.report.extras import require_report_extra
 from sdd.report.page import environment_rows, settings_tables
 from sdd.report.runs import load_run
 from sdd.train import RunConfig, preset
-from sdd.train.data import resolve
+from sdd.train.config import resolve
 
 if TYPE_CHECKING:
     from sdd.report.html import FigureGroup

@@ -3,22 +3,22 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers_train import TINY, assert_same_tensors, rows, tiny
+from helpers_train import TINY, assert_same_tensors, little, rows, tiny
 
 from sdd.errors import RunFailed, UserError
 from sdd.placement import placements
 from sdd.report.page import write_report
-from sdd.train import starting
-from sdd.train import trainer as loop
 from sdd.train.checkpoint import list_checkpoints
+from sdd.train.run_dir import RunDir
+from sdd.train.trainer import Trainer, reopen, start
 
 
 def train(out, config=TINY):
-    return starting.start(config, out).run()
+    return start(config, out).run()
 
 
 def resume(out, steps=None):
-    return starting.reopen(out, steps).run()
+    return reopen(out, steps).run()
 
 
 def test_the_files_of_a_run(tmp_path):
@@ -53,7 +53,7 @@ def test_the_same_config_gives_the_same_run_bit_for_bit(tmp_path):
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path, accumulate):
     config = replace(TINY, accumulate=accumulate)
     train(tmp_path / "whole", config)
-    trainer = starting.start(config, tmp_path / "cut")
+    trainer = start(config, tmp_path / "cut")
     trainer.run_dir.append("metrics.jsonl", {"step": 0})
     while trainer.step < 5:  # as a killed process leaves it: a checkpoint at 4, metrics up to 5
         loss, _ = trainer.train_step(trainer.step)
@@ -62,7 +62,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path, accumul
         if trainer.step == 4:
             trainer.save()
     trainer.run_dir.unlock()
-    resumed = starting.reopen(tmp_path / "cut")
+    resumed = reopen(tmp_path / "cut")
     assert resumed.step == 4
     resumed.run()
     whole = {row["step"]: row for row in rows(tmp_path / "whole") if "loss" in row}
@@ -74,8 +74,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path, accumul
 
 
 def test_accumulation_does_not_change_the_step(tmp_path):
-    whole = loop.Trainer(TINY, loop.RunDir(tmp_path))
-    parts = loop.Trainer(replace(TINY, accumulate=4), loop.RunDir(tmp_path))
+    whole = Trainer(TINY, RunDir(tmp_path))
+    parts = Trainer(replace(TINY, accumulate=4), RunDir(tmp_path))
     for step in range(3):
         loss, norm = whole.train_step(step)
         loss_of_parts, norm_of_parts = parts.train_step(step)
@@ -83,22 +83,32 @@ def test_accumulation_does_not_change_the_step(tmp_path):
         torch.testing.assert_close(norm_of_parts, norm, rtol=1e-4, atol=1e-5)
 
 
-def test_clipping_and_decay_reach_what_they_should(tmp_path):
-    config = replace(TINY, optim=replace(TINY.optim, lr=0.1, warmup=0, weight_decay=0.5, beta1=0.0, beta2=0.0))
-    trainer = loop.Trainer(config, loop.RunDir(tmp_path))
+def test_weight_decay_goes_by_role_and_every_parameter_has_one(tmp_path):
+    trainer = Trainer(replace(TINY, optim=replace(TINY.optim, weight_decay=0.5)), RunDir(tmp_path))
     roles = {group["role"]: group["weight_decay"] for group in trainer.optimizer.param_groups}
     assert roles == {"matrix": 0.5, "embedding": 0.0, "alpha": 0.0}
-    names = {name for group in trainer.optimizer.param_groups for name in group["names"]}
-    assert names == {name for name, _ in trainer.model.named_parameters()}
+    names = [name for group in trainer.optimizer.param_groups for name in group["names"]]
+    assert sorted(names) == sorted(name for name, _ in trainer.model.named_parameters())
+
+
+def test_gradients_are_dropped_after_the_step(tmp_path):
+    trainer = Trainer(TINY, RunDir(tmp_path))
     trainer.train_step(0)
-    gradient_free = [p for p in trainer.model.parameters() if p.grad is not None]
-    assert not gradient_free, "gradients are dropped after the step"
+    assert all(parameter.grad is None for parameter in trainer.model.parameters())
+
+
+def test_gradients_are_clipped_to_the_limit(tmp_path):
+    trainer = Trainer(replace(TINY, optim=replace(TINY.optim, grad_clip=0.01)), RunDir(tmp_path))
+    _, before = trainer.gradients(0)
+    after = torch.nn.utils.get_total_norm([parameter.grad for parameter in trainer.model.parameters()])
+    assert before > 0.01
+    assert after.item() == pytest.approx(0.01, rel=1e-3)
 
 
 def test_evaluation_matches_the_definition(tmp_path):
-    trainer = loop.Trainer(TINY, loop.RunDir(tmp_path))
+    trainer = Trainer(TINY, RunDir(tmp_path))
     evaluation = trainer.evaluate()
-    windows = trainer._eval_windows
+    windows = trainer.eval_windows
     with torch.no_grad():
         logits = trainer.model(windows[:, :-1])
     nll = torch.nn.functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten(), reduction="sum")
@@ -108,17 +118,22 @@ def test_evaluation_matches_the_definition(tmp_path):
     assert trainer.model.training
 
 
+HOT = replace(TINY.optim, lr=1e30, warmup=0, grad_clip=0.0)
+
+
 def test_a_run_that_is_no_longer_finite_fails_and_says_so(tmp_path):
-    hot = replace(TINY.optim, lr=1e30, warmup=0, grad_clip=0.0)
-    config = tiny("postnorm", optim=hot, guard=replace(TINY.guard, nonfinite="stop"))
+    config = tiny("postnorm", optim=HOT, guard=replace(TINY.guard, nonfinite="stop"))
     with pytest.raises(RunFailed, match="not finite"):
-        train(tmp_path / "stop", config)
-    result = json.loads((tmp_path / "stop" / "result.json").read_text())
-    assert result["status"] == "failed"
+        train(tmp_path / "run", config)
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert (result["status"], result["cause"]) == ("failed", "diverged")
     assert "not finite" in result["reason"]
-    json.loads((tmp_path / "stop" / "metrics.jsonl").read_text().splitlines()[-1])
-    with pytest.raises(RunFailed, match=r"rolled back 3 times without getting past step 2: lower the learning rate"):
-        train(tmp_path / "skip", tiny("postnorm", optim=hot))
+    assert rows(tmp_path / "run")[-1]["step"] == result["step"], "the last step is in the metrics too"
+
+
+def test_a_run_that_rolling_back_does_not_help_fails_at_the_step_it_did_not_pass(tmp_path):
+    with pytest.raises(RunFailed, match="rolled back 3 times without getting past step 2"):
+        train(tmp_path / "run", tiny("postnorm", optim=HOT))
 
 
 def test_damaged_checkpoints_are_passed_over(tmp_path, capsys):
@@ -127,7 +142,7 @@ def test_damaged_checkpoints_are_passed_over(tmp_path, capsys):
     (tensors,) = newest.glob("*.safetensors")
     tensors.write_bytes(tensors.read_bytes()[:-1])
     before = rows(tmp_path / "run")
-    trainer = starting.reopen(tmp_path / "run")
+    trainer = reopen(tmp_path / "run")
     assert trainer.step == 8
     trainer.run()
     assert "passed over" in capsys.readouterr().err
@@ -135,36 +150,36 @@ def test_damaged_checkpoints_are_passed_over(tmp_path, capsys):
 
 
 def test_two_processes_cannot_write_into_one_run(tmp_path):
-    trainer = starting.start(TINY, tmp_path / "run")
+    trainer = start(TINY, tmp_path / "run")
     with pytest.raises(UserError, match="another process"):
-        starting.reopen(tmp_path / "run")
+        reopen(tmp_path / "run")
     trainer.run_dir.unlock()
-    starting.reopen(tmp_path / "run").run_dir.unlock()
+    reopen(tmp_path / "run").run_dir.unlock()
 
 
 def test_nothing_the_user_had_is_overwritten(tmp_path):
     train(tmp_path / "run")
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     with pytest.raises(UserError, match="holds a run already"):
-        starting.start(TINY, tmp_path / "run")
+        start(TINY, tmp_path / "run")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.tex").write_text("x")
     with pytest.raises(UserError, match=r"thesis\.tex"):
-        starting.start(TINY, tmp_path / "other")
+        start(TINY, tmp_path / "other")
     assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
 
 
 def test_a_start_that_was_killed_before_its_config_stood_can_be_repeated(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "lock").touch()
-    (tmp_path / "run" / ".tmp-config.json").write_text('{"half')
+    (tmp_path / "run" / ".tmp-config.json-4711-12").write_text('{"half')
     assert train(tmp_path / "run", replace(TINY, steps=1))["status"] == "done"
 
 
 def test_a_complete_run_goes_on_only_with_more_steps(tmp_path):
     train(tmp_path / "run", replace(TINY, optim=replace(TINY.optim, schedule="constant")))
     with pytest.raises(UserError, match="complete at step 12"):
-        starting.reopen(tmp_path / "run")
+        reopen(tmp_path / "run")
 
 
 def test_more_steps_go_on(tmp_path):
@@ -183,25 +198,35 @@ def test_changed_data_are_refused(tmp_path):
     train(tmp_path / "run", config)
     text.write_text("something else entirely, and longer than before\n" * 3000)
     with pytest.raises(UserError, match="not those that"):
-        starting.reopen(tmp_path / "run", 20)
+        reopen(tmp_path / "run", 20)
 
 
-def test_document_mask_and_z_loss_and_checkpointing_and_chunks_train(tmp_path):
-    base = loop.Trainer(TINY, loop.RunDir(tmp_path))
-    reference, _ = base.train_step(0)
-    for change in ({"activation_checkpointing": True}, {"chunked_loss": True}):
-        trainer = loop.Trainer(replace(TINY, **change), loop.RunDir(tmp_path))
-        torch.testing.assert_close(trainer.train_step(0)[0], reference, rtol=1e-5, atol=1e-6)
-    z_loss = loop.Trainer(replace(TINY, optim=replace(TINY.optim, z_loss=1e-2)), loop.RunDir(tmp_path))
-    assert z_loss.train_step(0)[0] > reference
-    masked = loop.Trainer(replace(TINY, data=replace(TINY.data, document_mask=True)), loop.RunDir(tmp_path))
-    assert masked.train_step(0)[0].isfinite()
+def first_loss(out, **changes):
+    return Trainer(replace(TINY, **changes), RunDir(out)).train_step(0)[0]
+
+
+@pytest.mark.parametrize("option", ["activation_checkpointing", "chunked_loss"])
+def test_options_that_save_memory_do_not_change_the_loss(tmp_path, option):
+    torch.testing.assert_close(first_loss(tmp_path, **{option: True}), first_loss(tmp_path), rtol=1e-5, atol=1e-6)
+
+
+def test_z_loss_adds_to_the_loss(tmp_path):
+    assert first_loss(tmp_path, optim=replace(TINY.optim, z_loss=1e-2)) > first_loss(tmp_path)
+
+
+def test_a_document_mask_changes_the_loss(tmp_path):
+    """The documents are about 64 tokens long, so that most windows cross the end of one."""
+    config = little(tmp_path)
+    masked = replace(config, data=replace(config.data, document_mask=True))
+    losses = [Trainer(each, RunDir(tmp_path)).train_step(0)[0] for each in (config, masked)]
+    assert losses[1].isfinite()
+    assert losses[0] != losses[1]
 
 
 def test_bfloat16_autocast_on_cpu_is_near_float32(tmp_path):
     losses = []
     for precision in ("float32", "bfloat16"):
-        trainer = loop.Trainer(replace(TINY, precision=precision), loop.RunDir(tmp_path))
+        trainer = Trainer(replace(TINY, precision=precision), RunDir(tmp_path))
         losses.append(torch.stack([trainer.train_step(step)[0] for step in range(4)]))
         assert all(p.dtype == torch.float32 for p in trainer.model.parameters())
     torch.testing.assert_close(losses[1], losses[0], rtol=5e-3, atol=5e-3)
@@ -232,7 +257,7 @@ def test_every_placement_trains_resumes_and_reports(tmp_path, placement):
         eval_sequences=16,
         sample_tokens=0,
     )
-    before = loop.Trainer(config, loop.RunDir(tmp_path)).evaluate().loss
+    before = Trainer(config, RunDir(tmp_path)).evaluate().loss
     train(tmp_path / "run", config)
     result = resume(tmp_path / "run", 40)
     assert result["step"] == 40

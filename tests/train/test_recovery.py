@@ -13,11 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sdd.errors import RunFailed
-from sdd.train import starting
-from sdd.train import trainer as loop
 from sdd.train.config import GuardConfig
-from sdd.train.guard import Guard, weight_problem
-from sdd.train.resuming import resume_newest
+from sdd.train.recovery import Decision, Guard, Problem, weight_problem
+from sdd.train.run_dir import RunDir
+from sdd.train.trainer import Trainer, reopen, start
 
 #: The batches are tiny and the loss falls fast: a nearer look back, and a narrower margin, than the defaults.
 CAREFUL = GuardConfig(spikes="skip", patience=2, window=16, loss_margin=6)
@@ -38,7 +37,7 @@ FIRST_FAULT = 18
 
 def train(out, config=RUN, fault=None, calls=()):
     """A run; `fault(trainer)` strikes at those calls of `gradients`, counted from 0; returns the result."""
-    trainer = starting.start(config, out)
+    trainer = start(config, out)
     inject(trainer, fault, calls)
     return trainer.run()
 
@@ -99,12 +98,12 @@ def faultless(tmp_path_factory):
 
 def test_without_faults_the_guard_changes_nothing(tmp_path, faultless):
     """An unguarded loop, written out here, gives the same weights bit for bit."""
-    trainer = starting.start(RUN, tmp_path / "plain")
+    trainer = start(RUN, tmp_path / "plain")
     plain = [trainer.train_step(step)[0].item() for step in range(RUN.steps)]
     trainer.run_dir.unlock()
     assert plain == losses(faultless[0])
-    guarded = loop.Trainer(RUN, loop.RunDir(faultless[0]))
-    resume_newest(guarded)
+    guarded = Trainer(RUN, RunDir(faultless[0]))
+    guarded.resume_newest()
     for own, other in zip(trainer.model.parameters(), guarded.model.parameters(), strict=True):
         assert torch.equal(own, other)
     assert events(faultless[0]) == []
@@ -169,7 +168,7 @@ def test_before_the_first_checkpoint_a_flipped_weight_begins_the_run_again(tmp_p
 
 def test_a_damaged_weight_is_never_saved(tmp_path, monkeypatch):
     """Struck after the gradients of the step that a checkpoint follows: nothing shows in loss or gradient."""
-    trainer = starting.start(RUN, tmp_path / "run")
+    trainer = start(RUN, tmp_path / "run")
     update, count = trainer.update, iter(range(1000))
 
     def struck():
@@ -180,7 +179,7 @@ def test_a_damaged_weight_is_never_saved(tmp_path, monkeypatch):
     trainer.update = struck
     trainer.run()
     assert events(tmp_path / "run", "event", "to") == [("roll back", 18)]
-    reread = loop.Trainer(RUN, loop.RunDir(tmp_path / "run"))
+    reread = Trainer(RUN, RunDir(tmp_path / "run"))
     for path in sorted((tmp_path / "run" / "checkpoints").iterdir()):
         reread.resume(path)
         assert weight_problem(reread.model.parameters()) is None
@@ -188,7 +187,7 @@ def test_a_damaged_weight_is_never_saved(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("good_steps", [0, 14])
 def test_a_fault_that_stays_stops_the_run(tmp_path, good_steps):
-    trainer = starting.start(RUN, tmp_path / "run")
+    trainer = start(RUN, tmp_path / "run")
     inject(trainer, nan_gradient, range(good_steps, 1000))
     with pytest.raises(RunFailed, match=f"rolled back 3 times without getting past step {good_steps + 1}"):
         trainer.run()
@@ -230,7 +229,7 @@ def _drawn_flip(draw):
 
 def test_skips_survive_a_kill_bit_for_bit(tmp_path):
     train(tmp_path / "whole", fault=nan_gradient, calls=[20])
-    trainer = starting.start(RUN, tmp_path / "cut")
+    trainer = start(RUN, tmp_path / "cut")
     inject(trainer, nan_gradient, [20])
     spoiled = trainer.gradients
 
@@ -242,7 +241,7 @@ def test_skips_survive_a_kill_bit_for_bit(tmp_path):
     trainer.gradients = gradients
     with pytest.raises(KeyboardInterrupt):
         trainer.run()
-    resumed = starting.reopen(tmp_path / "cut")
+    resumed = reopen(tmp_path / "cut")
     assert resumed.step == 24
     assert resumed.run()["skipped_batches"] == [20]
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
@@ -252,7 +251,7 @@ def test_skips_survive_a_kill_bit_for_bit(tmp_path):
 def test_a_step_that_is_to_be_probed_is_so_after_a_kill(tmp_path, faultless):
     """A spike in the last step before a checkpoint, and a kill in the one after."""
     observing = replace(RUN, guard=replace(CAREFUL, spikes="observe"))
-    trainer = starting.start(observing, tmp_path / "cut")
+    trainer = start(observing, tmp_path / "cut")
     inject(trainer, bad_batch, [23])
     spoiled = trainer.gradients
 
@@ -264,14 +263,14 @@ def test_a_step_that_is_to_be_probed_is_so_after_a_kill(tmp_path, faultless):
     trainer.gradients = gradients
     with pytest.raises(KeyboardInterrupt):
         trainer.run()
-    starting.reopen(tmp_path / "cut").run()
+    reopen(tmp_path / "cut").run()
     assert events(tmp_path / "cut", "event", "step") == [("observe", 24)]
     assert probed(tmp_path / "cut") == sorted([*probed(faultless[0]), 25])
 
 
 def struck_by_one(world, out):
     """A weight flips on the second process only, later a gradient is NaN on both, as an all-reduce leaves it."""
-    trainer = starting.start(RUN, out, world)
+    trainer = start(RUN, out, world)
     if world.rank == 1:
         inject(trainer, _flip_own_shard, [20])
     inject(trainer, nan_norm, [30])
@@ -298,26 +297,104 @@ def test_all_processes_roll_back_and_skip_together(tmp_path, faultless):
     assert len(losses(tmp_path / "run")) == RUN.steps
 
 
-@given(st.lists(st.floats(1.0, 1.02), min_size=16, max_size=80), st.floats(1.05, 100))
-def test_a_quiet_run_raises_nothing_and_a_jump_is_a_spike(quiet, jump):
-    guard = Guard(GuardConfig())
-    for value in quiet:
-        assert guard.judge(value, value) is None
-        guard.accept(value, value)
-    # robust sigma is at most 1.4826 * 0.02
-    assert guard.judge((1.02 + 8 * 1.4826 * 0.02) * jump, 1.0).kind == "loss spike"
-    assert guard.judge(1.0, 1.02 * 20 * jump).kind == "gradient spike"
-    assert guard.judge(float("nan"), 1.0).kind == "nonfinite"
-    assert guard.judge(1.0, float("inf")).kind == "nonfinite"
+QUIET = st.lists(st.floats(1.0, 1.02), min_size=16, max_size=80)
+JUMP = st.floats(1.05, 100)
+#: Robust sigma of values in 1 to 1.02 is at most this.
+SIGMA = 1.4826 * 0.02
+
+
+def guard_after(values, **changes):
+    """A guard that has seen steps with these values as losses and gradient norms."""
+    guard = Guard(GuardConfig(**changes))
+    for step, value in enumerate(values):
+        guard.taken(step, value, value)
+    return guard
+
+
+@given(QUIET)
+def test_a_quiet_run_raises_nothing(quiet):
+    for n, value in enumerate(quiet):
+        assert guard_after(quiet[:n]).judge(value, value) is None
+
+
+@given(QUIET, JUMP)
+def test_a_jump_of_the_loss_is_a_spike(quiet, jump):
+    assert guard_after(quiet).judge((1.02 + 8 * SIGMA) * jump, 1.0).kind == "loss spike"
+
+
+@given(QUIET, JUMP)
+def test_a_jump_of_the_gradient_norm_is_a_spike(quiet, jump):
+    assert guard_after(quiet).judge(1.0, 1.02 * 20 * jump).kind == "gradient spike"
+
+
+@pytest.mark.parametrize(("loss", "grad_norm"), [(float("nan"), 1.0), (1.0, float("inf")), (float("-inf"), 1.0)])
+def test_numbers_that_are_not_finite_are_a_problem_from_the_first_step(loss, grad_norm):
+    assert guard_after([]).judge(loss, grad_norm).kind == "nonfinite"
+
+
+SPIKE, NAN, DAMAGE = Problem("loss spike", "a"), Problem("nonfinite", "b"), Problem("damaged weights", "c")
+
+
+def test_a_sound_step_is_taken():
+    assert guard_after([]).decide(0, None) == Decision("take")
+
+
+@pytest.mark.parametrize(
+    ("problem", "changes", "action"),
+    [
+        (SPIKE, {"spikes": "observe"}, "take"),
+        (SPIKE, {"spikes": "observe", "nonfinite": "stop"}, "take"),
+        (SPIKE, {"spikes": "skip"}, "skip"),
+        (NAN, {"nonfinite": "skip"}, "skip"),
+        (NAN, {"nonfinite": "skip", "patience": 1}, "roll back"),
+        (NAN, {"nonfinite": "skip", "patience": 1, "max_rollbacks": 0}, "stop"),
+        (NAN, {"nonfinite": "stop"}, "stop"),
+    ],
+)
+def test_the_config_says_what_is_done_about_a_problem(problem, changes, action):
+    decision = guard_after([], **changes).decide(0, problem)
+    assert (decision.action, decision.problem) == (action, problem)
+
+
+@pytest.mark.parametrize("problem", [None, SPIKE, NAN])
+@pytest.mark.parametrize(("nonfinite", "action"), [("skip", "roll back"), ("stop", "stop")])
+def test_a_damaged_weight_is_never_the_fault_of_the_batch(problem, nonfinite, action):
+    decision = guard_after([], nonfinite=nonfinite).decide(0, problem, DAMAGE)
+    assert (decision.action, decision.problem, decision.skips_batch) == (action, DAMAGE, False)
+
+
+def test_patience_counts_skips_in_a_row():
+    guard = guard_after([], patience=2)
+    guard.skip(0)
+    guard.taken(0, 1.0, 1.0)
+    assert guard.decide(1, NAN).action == "skip"
+    guard.skip(2)
+    assert guard.decide(1, NAN) == Decision("roll back", NAN, skips_batch=True)
+
+
+def test_rollbacks_count_until_the_worst_step_is_passed():
+    guard = guard_after([], max_rollbacks=1)
+    guard.rolled_back(5, [5])
+    guard.taken(5, 1.0, 1.0)
+    assert guard.decide(5, None, DAMAGE).action == "stop"
+    guard.taken(6, 1.0, 1.0)
+    assert guard.decide(7, None, DAMAGE).action == "roll back"
+
+
+@given(QUIET, st.sampled_from([None, SPIKE, NAN]), st.sampled_from([None, DAMAGE]))
+def test_to_decide_changes_nothing(quiet, problem, damage):
+    guard = guard_after(quiet)
+    before = guard.state_dict()
+    assert guard.decide(99, problem, damage) == guard.decide(99, problem, damage)
+    assert guard.state_dict() == before
 
 
 def test_state_comes_back():
-    guard = Guard(GuardConfig())
-    for value in range(20):
-        guard.accept(1 / (value + 3), value / 7)
+    guard = guard_after([1 / (value + 3) for value in range(20)])
+    guard.skip(3)
     other = Guard(GuardConfig())
-    other.load_state_dict(json.loads(json.dumps(guard.state_dict())))
-    assert other.state_dict() == guard.state_dict()
+    other.load_state_dict(json.loads(json.dumps(guard.state_dict())), looked_at=7)
+    assert (other.state_dict(), other.looked_at) == (guard.state_dict(), 7)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -1e30])

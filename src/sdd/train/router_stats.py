@@ -1,12 +1,12 @@
-"""How a step's tokens were routed, for metrics.jsonl.
+"""How the routers of a mixture of experts spread a step's tokens, as columns of metrics.jsonl.
 
 balance_loss      mean over layers of `E * sum of f_e * P_e`, 1 where balanced; before its weight
 router_z_loss     mean over layers of `mean of logsumexp^2`; before its weight
 router_entropy    mean over tokens and layers of the entropy of the router's softmax, in nats; at most log E
-worst_load        the most tokens on an expert over the mean, in the worst layer; at most E/k
-dead_experts      experts that no token of the step chose, over all layers
+worst_load        the most tokens on one expert over the mean, in the worst layer; at most E/k
+dead_experts      number of experts that no token of the step chose, over all layers
 routing           entropy, worst_load and dead_experts by layer
-expert_load       by layer and expert, tokens over the mean (in rows of evaluations, of the step just done)
+expert_load       tokens over the mean, by layer and expert (in rows of evaluations, of the step before)
 """
 
 from collections.abc import Sequence
@@ -19,23 +19,22 @@ from sdd.models.moe import Routing
 from sdd.train.parallel import World
 
 
-class StepRouting:
-    """The routing of all tokens of a step, on the device until it is asked for.
+class RouterStats:
+    """Statistics of the routing of all tokens of a step, kept on the device until they are asked for.
 
     Args:
-        passes: of each forward pass: counts of all processes, the rest of this one.
+        passes: the routing of each forward pass: counts of all processes, the rest of this one.
         world: the processes; all must make one.
     """
 
     def __init__(self, passes: Sequence[Routing], world: World) -> None:
-        parts = [torch.stack([part.balance_loss, part.z_loss, part.entropy]) for part in passes]
-        means = world.mean(torch.stack(parts).mean(0))
-        self._values = torch.cat([means, torch.stack([part.counts for part in passes]).sum(0).T.to(means.dtype)])
-        self._host: Tensor | None = None
+        means = [torch.stack([each.balance_loss, each.z_loss, each.entropy]) for each in passes]
+        self._means: Tensor = world.mean(torch.stack(means).mean(0))
+        self._counts = torch.stack([each.counts for each in passes]).sum(0)
 
     def row(self) -> dict[str, Any]:
         """The columns of a step."""
-        balance, z_loss, entropy = self._read()[:3]
+        balance, z_loss, entropy = self._means.cpu()
         load = self._load()
         worst, dead = load.amax(1), (load == 0).sum(1)
         return {
@@ -52,13 +51,9 @@ class StepRouting:
         return {"expert_load": _short(self._load())}
 
     def _load(self) -> Tensor:
-        counts = self._read()[3:].T
+        """Tokens of each expert over the mean of its layer, [layers, experts]."""
+        counts = self._counts.cpu().to(self._means.dtype)
         return counts / counts.mean(1, keepdim=True)
-
-    def _read(self) -> Tensor:
-        if self._host is None:
-            self._host = self._values.cpu()
-        return self._host
 
 
 def _short(values: Tensor) -> Any:

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sdd.train.config import OptimConfig
-from sdd.train.schedule import learning_rate
+from sdd.train.optim import learning_rate
 
 CONFIG = OptimConfig(lr=2.0, warmup=10, final_lr=0.1)
 

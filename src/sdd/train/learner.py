@@ -1,0 +1,130 @@
+"""The computation of a run: model, optimiser and batches, the gradients of a step and the held-out loss."""
+
+import torch
+from torch import Tensor
+
+from sdd.data import DataSource, Loader, eval_windows
+from sdd.errors import UserError
+from sdd.models import LanguageModel
+from sdd.models.moe import Routing
+from sdd.models.transformer import HAS_CHUNKED_LOSS
+from sdd.train.config import RunConfig, resolve
+from sdd.train.evaluate import Evaluation, evaluate
+from sdd.train.optim import build_optimizer, learning_rate, set_learning_rate
+from sdd.train.parallel import World, pick_autocast, pick_device
+from sdd.train.router_stats import RouterStats
+from sdd.train.sharding import average_gradients, build_model, compile_model
+
+
+class Learner:
+    """The parts that `config` names and that learn: data, model and optimiser. It writes no files.
+
+    Args:
+        config: the run.
+        world: the processes that share the run.
+
+    Attributes:
+        device: where it computes.
+        autocast_dtype: bfloat16, or None for float32 throughout.
+        data, loader, model, optimizer: the parts.
+        router_stats: how the last step's tokens were routed; None without experts.
+        eval_windows: held-out tokens, int64 `[N, T + 1]`.
+    """
+
+    def __init__(self, config: RunConfig, world: World) -> None:
+        self.config, self.world = config, world
+        self.device = world.together(lambda: world.place(pick_device(config.device)))
+        self.autocast_dtype = world.together(lambda: pick_autocast(config.precision, self.device))
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        self.data = world.in_turn(lambda: resolve(config))
+        self.loader = world.together(lambda: _build_loader(config, self.data, world))
+        if len(set(world.gather(self.data.fingerprint()))) > 1:
+            raise UserError("the processes do not see the same training data: give every machine the same files")
+        torch.manual_seed(config.seed)
+        self.model = build_model(LanguageModel(config.model, "meta"), self.device, self.autocast_dtype, world)
+        self.model.checkpoint_blocks = config.activation_checkpointing
+        self.model.chunked_loss = config.chunked_loss and HAS_CHUNKED_LOSS
+        self.model.sum_counts = world.total if world.size > 1 else None
+        self.optimizer = build_optimizer(self.model, config.optim)
+        self.router_stats: RouterStats | None = None
+        self.eval_windows = eval_windows(self.data.validation, config.eval_sequences, config.model.context)
+        self._passes = world.passes(config.data.batch_size, config.accumulate)
+        self._token_bytes = None if self.data.tokenizer is None else self.data.tokenizer.token_bytes()
+        self._document_eos = self.data.eos if config.data.document_mask else None
+        if config.compile:
+            compile_model(self.model)
+
+    def draw_weights(self) -> None:
+        """Give the model the weights that the seed gives, and the optimiser no state."""
+        torch.manual_seed(self.config.seed)
+        self.model.init_weights()
+        self.optimizer.state.clear()
+
+    def backward(self, step: int) -> Tensor:
+        """Forward and backward passes of one step (from 0), at its learning rate. The gradients are not yet clipped.
+
+        Returns:
+            Loss in nats a token, of the whole batch, without the auxiliary losses of a mixture of experts; still on the
+            device, and the same on every process.
+        """
+        set_learning_rate(self.optimizer, learning_rate(self.config.optim, step + 1, self.config.steps))
+        parts = self._batch(step).chunk(self._passes)
+        total = torch.zeros((), device=self.device)
+        passes: list[Routing] = []
+        eos, z_loss = self._document_eos, self.config.optim.z_loss
+        for part in parts:
+            with torch.autocast(self.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
+                loss = self.model(part[:, :-1], part[:, 1:], document_eos=eos, z_loss=z_loss, detailed=True)
+            (loss.total / len(parts)).backward()
+            total += loss.cross_entropy / len(parts)
+            if loss.routing is not None:
+                passes.append(loss.routing)
+        average_gradients(self.model, self.world)
+        self.router_stats = RouterStats(passes, self.world) if passes else None
+        return self.world.mean(total)
+
+    def update(self) -> None:
+        """Let the optimiser use the gradients, and drop them."""
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def evaluate(self) -> Evaluation:
+        """Held-out loss on the run's fixed windows."""
+        return evaluate(
+            self.model,
+            self.eval_windows,
+            self.config.data.batch_size // (self.world.size * self._passes),
+            token_bytes=self._token_bytes,
+            document_eos=self._document_eos,
+            autocast_dtype=self.autocast_dtype,
+            world=self.world,
+        )
+
+    @property
+    def precision(self) -> str:
+        """The dtype of the matrix products."""
+        return str(self.autocast_dtype or torch.float32).removeprefix("torch.")
+
+    def _batch(self, step: int) -> Tensor:
+        """This process's rows of a batch, on the device."""
+        batch = self.world.alone(lambda: self.loader.batch(step))
+        if self.device.type == "cuda":
+            batch = batch.pin_memory()
+        return batch.to(self.device, non_blocking=True)
+
+
+def _build_loader(config: RunConfig, data: DataSource, world: World) -> Loader:
+    """The batches of a run.
+
+    Raises:
+        UserError: if the config does not fit the data.
+    """
+    if data.vocab_size > config.model.vocab_size:
+        raise UserError(
+            f"model.vocab_size={config.model.vocab_size} is too small: the data have {data.vocab_size} tokens"
+        )
+    if config.data.document_mask and data.eos is None:
+        raise UserError("data.document_mask=true needs to know the end-of-document token, and these data name none")
+    batch_size, context = config.data.batch_size, config.model.context
+    return Loader(data.parts, batch_size, context, config.seed, rank=world.rank, world_size=world.size)

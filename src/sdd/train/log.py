@@ -1,0 +1,191 @@
+"""The log of a run: rows in its files, alarms, lines and a progress bar on the terminal, curves in TensorBoard."""
+
+import importlib
+import importlib.util
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import MofNCompleteColumn, TextColumn
+
+from sdd.data import Loader
+from sdd.files import naming
+from sdd.models import count_parameters
+from sdd.models.transformer import HAS_CHUNKED_LOSS
+from sdd.probing.alarms import Alarms
+from sdd.terminal import SECONDS_BETWEEN_LINES, Interval, clock, progress_bar, stderr_console
+from sdd.train import config_io
+from sdd.train.config import RunConfig
+from sdd.train.run_dir import RunDir
+
+
+def opening(config: RunConfig, loader: Loader, data: str, place: str, step: int) -> Iterator[str]:
+    """The first lines of a run: what is trained on what, where and how long.
+
+    Args:
+        config: the run.
+        loader: its batches.
+        data: the name of its data.
+        place: precision, device and directory of the run.
+        step: steps done.
+    """
+    model, count = config.model, count_parameters(config.model)
+    yield (
+        f"{model.placement.name or 'own placement'}: {model.n_layers} layers, d_model {model.d_model}, "
+        f"{count.total:,} parameters ({count.scales:,} of them alphas and norms)"
+    )
+    if model.moe is not None:
+        yield f"{model.moe.n_experts} experts, {model.moe.top_k} a token: {count.active:,} parameters active"
+    epochs = config.steps * config.data.batch_size / loader.n_windows
+    yield (
+        f"{config.steps:,} steps of {config.data.batch_size} x {model.context} tokens of {data} ({epochs:.2g} epochs), "
+        f"{place}"
+    )
+    yield from loader.describe(config.steps)
+    if step:
+        yield f"going on from step {step}"
+    if config.chunked_loss and not HAS_CHUNKED_LOSS:
+        yield f"torch {torch.__version__} has no chunked loss: the plain one is used"
+
+
+class RunLog:
+    """Writes the rows of a run, and shows step, loss, tokens/s and the time left.
+
+    The numbers are a progress bar on a terminal and plain lines elsewhere, both on stderr, so that a command's answer
+    can be piped.
+
+    Args:
+        config: the run.
+        run_dir: its files; only the process that writes them shows anything.
+
+    Attributes:
+        alarms: judge the rows.
+    """
+
+    def __init__(self, config: RunConfig, run_dir: RunDir) -> None:
+        self._config, self._run_dir = config, run_dir
+        self._console = stderr_console(quiet=not run_dir.writes)
+        self._tensorboard = TensorBoard()
+        self._begin(0)
+        self.reset_alarms()
+
+    def _begin(self, step: int) -> None:
+        self._start, self._began, self._line = step, time.monotonic(), Interval(SECONDS_BETWEEN_LINES)
+        self._bar = progress_bar(
+            self._console, TextColumn("step"), MofNCompleteColumn(), quiet=not self._run_dir.writes
+        )
+        self._task = self._bar.add_task("train", total=self._config.steps, completed=step, numbers="")
+
+    @contextmanager
+    def open(self, step: int) -> Iterator[None]:
+        """Show progress from `step` on, and write into RUN/tensorboard."""
+        self._begin(step)
+        if self._run_dir.writes:
+            self._tensorboard = TensorBoard(self._run_dir.path / "tensorboard", step, self.say)
+        with self._bar, self._tensorboard:
+            yield
+
+    def reset_alarms(self) -> None:
+        """Forget the rows so far: what was an alarm before may be one again."""
+        self.alarms = Alarms(config_io.flatten(config_io.to_dict(self._config)))
+
+    def say(self, line: str) -> None:
+        """Print a line that stays."""
+        self._console.print(line, markup=False)
+
+    def record(self, name: str, row: dict[str, Any]) -> None:
+        """Append a row to metrics.jsonl or probe.jsonl, and print the alarms that it raises."""
+        self._run_dir.append(name, row)
+        if self._run_dir.writes:
+            for alarm in self.alarms.update(row):
+                self.say(str(alarm))
+
+    def record_numbers(self, row: dict[str, Any]) -> None:
+        """Append a row of a step or an evaluation to metrics.jsonl and TensorBoard, and show that of a step."""
+        self.record("metrics.jsonl", row)
+        self._tensorboard.log(row)
+        if "loss" in row:
+            self._show(row["step"], row["loss"], row["tokens_per_second"])
+
+    def _show(self, step: int, loss: float, tokens_per_second: float) -> None:
+        numbers = f"loss {loss:.4f}   {tokens_per_second:,.0f} tokens/s"
+        self._bar.update(self._task, completed=step, numbers=numbers)
+        last = self._config.steps
+        if not self._console.is_terminal and (self._line.due() or step == last):
+            left = (time.monotonic() - self._began) / max(step - self._start, 1) * (last - step)
+            self.say(f"step {step}/{last}   {numbers}   {clock(left)} left")
+
+
+class TensorBoard:
+    """Writes every number of a metrics row as a scalar, on the disk after each row.
+
+    Without a folder, or where the package is not installed (`pip install sdd[tensorboard]`), nothing is written. No
+    error ends the run: the first is reported, and nothing more is written. `torch.utils.tensorboard` is not used: it
+    writes from a thread, which reports a full disk late and by a traceback.
+
+    Args:
+        folder: a new file of events is made in it; made if missing.
+        step: steps done; later events of an earlier attempt are hidden.
+        say: receives one line if something cannot be written.
+    """
+
+    def __init__(self, folder: Path | None = None, step: int = 0, say: Callable[[str], None] = print) -> None:
+        self._say, self._file = say, None
+        if folder is None or importlib.util.find_spec("tensorboard") is None:
+            return
+        try:
+            self._open(folder, step)
+        except Exception as error:  # from the disk, or from a package that does not fit its own dependencies
+            self._give_up(error)
+
+    def _open(self, folder: Path, step: int) -> None:
+        event_pb2: Any = importlib.import_module("tensorboard.compat.proto.event_pb2")
+        summary_pb2: Any = importlib.import_module("tensorboard.compat.proto.summary_pb2")
+        writer: Any = importlib.import_module("tensorboard.summary.writer.record_writer")
+        self._event, self._summary = event_pb2.Event, summary_pb2.Summary
+        folder.mkdir(exist_ok=True)
+        name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
+        self._file = (folder / name).open("xb", buffering=0)
+        self._records = writer.RecordWriter(self._file)
+        self._write(file_version="brain.Event:2")
+        if step:
+            self._write(step=step + 1, session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START))
+
+    def log(self, row: dict[str, Any]) -> None:
+        """Write the numbers of a row at its step."""
+        if self._file is None:
+            return
+        numbers = {name: float(value) for name, value in row.items() if isinstance(value, int | float)}
+        step = int(numbers.pop("step"))
+        values = [self._summary.Value(tag=name, simple_value=value) for name, value in numbers.items()]
+        try:
+            self._write(step=step, summary=self._summary(value=values))
+        except OSError as error:
+            self._give_up(error)
+
+    def _write(self, **event: Any) -> None:
+        assert self._file is not None
+        with naming(Path(self._file.name)):
+            self._records.write(self._event(wall_time=time.time(), **event).SerializeToString())
+
+    def _give_up(self, error: Exception) -> None:
+        why = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else str(error)
+        self._say(f"TensorBoard gets nothing from here on ({why}); the run goes on")
+        self.close()
+
+    def close(self) -> None:
+        """Close the file; nothing more is written."""
+        if self._file is not None:
+            self._file.close()
+        self._file = None
+
+    def __enter__(self) -> "TensorBoard":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
