@@ -19,6 +19,7 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from sdd import functional as sdd_F
 from sdd.errors import UserError
@@ -250,7 +251,7 @@ def _check_triton(z: Tensor) -> None:
         raise UserError(f"the kernels are forced on a tensor of {z.dtype}: they take float32, bfloat16 and float16")
     from sdd.kernels.fused.common import INTERPRETED
 
-    if not (z.is_cuda or INTERPRETED or z.is_meta):
+    if not (z.is_cuda or INTERPRETED or z.is_meta or isinstance(z, FakeTensor)):
         raise UserError(
             f"the kernels are forced on a {z.device.type} tensor: they need a CUDA device, or Triton's interpreter "
             "(TRITON_INTERPRET=1 before the start)"
