@@ -2,7 +2,10 @@
 
 import math
 from bisect import bisect_left
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from itertools import product
 from typing import Any
 
 from sdd.errors import UserError
@@ -10,7 +13,7 @@ from sdd.models import ParameterCount, count_parameters
 from sdd.models.flops import TrainingFlops, training_flops
 from sdd.plan.gpus import Gpu
 from sdd.plan.measure import MemoryCase
-from sdd.plan.memory import Memory, alternatives, measure_memory, norm_activations
+from sdd.plan.memory import Memory, bare_activations, measure_memory
 from sdd.train import RunConfig
 
 #: Share of a GPU's memory that a plan may fill; CUDA, NCCL and the allocator's gaps take the rest.
@@ -22,17 +25,15 @@ class Plan:
     """A run on GPUs, before anything is run.
 
     Attributes:
-        run: the run.
+        case: the run, the number of GPUs and the micro-batch.
         gpu: the kind of GPU.
-        case: number of GPUs, sequences in memory at once, precision, and whether blocks are recomputed.
         memory: of one GPU.
         mfu: assumed model FLOPs utilisation: the model's FLOPs a second over the GPUs' dense peak.
         tokens: number of tokens to train on.
     """
 
-    run: RunConfig
-    gpu: Gpu
     case: MemoryCase
+    gpu: Gpu
     memory: Memory
     mfu: float
     tokens: int
@@ -40,14 +41,16 @@ class Plan:
     @property
     def parameters(self) -> ParameterCount:
         """The model's parameters by role."""
-        return count_parameters(self.run.model)
+        return count_parameters(self.case.model)
 
     @property
     def flops(self) -> TrainingFlops:
         """FLOPs of a token, forward and backward."""
         case = self.case
         return training_flops(
-            case.model, checkpoint_blocks=case.checkpoint_blocks, fused_attention=case.has_fused_attention
+            case.model,
+            checkpoint_blocks=case.run.activation_checkpointing,
+            fused_attention=case.has_fused_attention,
         )
 
     @property
@@ -58,7 +61,7 @@ class Plan:
     @property
     def accumulate(self) -> int:
         """Micro-batches of a step over all GPUs: the value of `--accumulate`."""
-        return self.run.data.batch_size // self.case.micro_batch
+        return self.case.run.data.batch_size // self.case.micro_batch
 
     @property
     def capacity(self) -> int:
@@ -83,12 +86,12 @@ class Plan:
     @property
     def steps(self) -> int:
         """Number of steps."""
-        return math.ceil(self.tokens / self.run.tokens_per_step)
+        return math.ceil(self.tokens / self.case.run.tokens_per_step)
 
     @property
     def seconds(self) -> float:
         """Duration of training, without evaluations and checkpoints."""
-        return self.steps * self.run.tokens_per_step / self.tokens_per_second
+        return self.steps * self.case.run.tokens_per_step / self.tokens_per_second
 
     @property
     def gpu_hours(self) -> float:
@@ -103,17 +106,21 @@ class Plan:
     @property
     def norms(self) -> int:
         """Bytes of the activations that a model without any norm would not keep."""
-        return norm_activations(self.case)
+        return self.memory.activations - bare_activations(self.case)
 
     def alternatives(self) -> list[tuple[MemoryCase, Memory]]:
         """The memory with and without activation checkpointing and the chunked loss, at the same micro-batch."""
-        return alternatives(self.case)
+        run = self.case.run
+        options = product((False, True), (False,) if run.optim.z_loss else (False, True))
+        runs = [replace(run, activation_checkpointing=blocks, chunked_loss=chunked) for blocks, chunked in options]
+        cases = [replace(self.case, run=run) for run in runs]
+        return [(case, self.memory if case == self.case else measure_memory(case)) for case in cases]
 
     def to_dict(self) -> dict[str, Any]:
         """All numbers, for JSON: bytes, seconds, FLOPs, tokens."""
-        count, flops, model = self.parameters, self.flops, self.run.model
+        count, flops, run = self.parameters, self.flops, self.case.run
         return {
-            "placement": model.placement.name,
+            "placement": run.model.placement.name,
             "gpus": self.case.gpus,
             "gpu": asdict(self.gpu),
             "precision": self.precision,
@@ -125,17 +132,17 @@ class Plan:
                 "hardware": flops.hardware,
             },
             "batch": {
-                "sequences": self.run.data.batch_size,
-                "context": model.context,
-                "tokens": self.run.tokens_per_step,
+                "sequences": run.data.batch_size,
+                "context": run.model.context,
+                "tokens": run.tokens_per_step,
                 "micro_batch": self.case.micro_batch,
                 "accumulate": self.accumulate,
             },
             "memory": {**self.memory.to_dict(), "norms": self.norms, "usable": self.capacity, "fits": self.fits},
             "alternatives": [
                 {
-                    "activation_checkpointing": case.checkpoint_blocks,
-                    "chunked_loss": case.chunked_loss,
+                    "activation_checkpointing": case.run.activation_checkpointing,
+                    "chunked_loss": case.run.chunked_loss,
                     "peak": memory.peak,
                     "fits": memory.peak <= self.capacity,
                 }
@@ -145,7 +152,7 @@ class Plan:
                 "mfu": self.mfu,
                 "hfu": self.hardware_utilisation,
                 "tokens_per_second": self.tokens_per_second,
-                "seconds_per_step": self.run.tokens_per_step / self.tokens_per_second,
+                "seconds_per_step": run.tokens_per_step / self.tokens_per_second,
                 "optimizer_seconds_per_step": self.optimizer_seconds,
                 "tokens": self.tokens,
                 "steps": self.steps,
@@ -188,8 +195,9 @@ def make_plan(
         raise UserError(f"micro-batches of {micro_batch} do not divide the {rows} sequences of one GPU")
     if not 0 < mfu <= 1:
         raise UserError(f"mfu={mfu:g} is not a share of the peak: give more than 0 and at most 1")
-    case = MemoryCase.of(run, gpus, micro_batch or _largest_fitting(run, gpu, gpus, rows))
-    plan = Plan(run, gpu, case, measure_memory(case), mfu, tokens or run.steps * run.tokens_per_step)
+    cases = [MemoryCase(run, gpus, n) for n in (_divisors(rows) if micro_batch is None else [micro_batch])]
+    case, memory = _largest_fitting(cases, gpu)
+    plan = Plan(case, gpu, memory, mfu, tokens or run.steps * run.tokens_per_step)
     if plan.hardware_utilisation > 1:
         raise UserError(
             f"mfu={mfu:g} is too high: with recomputed FLOPs it takes {plan.hardware_utilisation:.0%} of the peak"
@@ -197,19 +205,23 @@ def make_plan(
     return plan
 
 
-def _largest_fitting(run: RunConfig, gpu: Gpu, gpus: int, rows: int) -> int:
-    """The largest micro-batch that divides the rows of a GPU and fits; 1 if none does."""
+def _divisors(number: int) -> list[int]:
+    small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
+    return sorted({*small, *(number // n for n in small)})
 
-    def is_too_large(micro_batch: int) -> bool:
+
+def _largest_fitting(cases: Sequence[MemoryCase], gpu: Gpu) -> tuple[MemoryCase, Memory]:
+    """The last case that fits, or the first if none does, and its memory, which must grow from case to case."""
+    measured = cache(lambda index: measure_memory(cases[index]))
+
+    def is_too_large(index: int) -> bool:
         try:
-            return measure_memory(MemoryCase.of(run, gpus, micro_batch)).peak > _usable(gpu)
+            return measured(index).peak > _usable(gpu)
         except UserError:  # more bytes than can be counted
             return True
 
-    small = [n for n in range(1, math.isqrt(rows) + 1) if rows % n == 0]
-    divisors = sorted({*small, *(rows // n for n in small)})
-    # memory grows with the micro-batch, so the first that is too large is found by halving
-    return divisors[max(0, bisect_left(divisors, True, key=is_too_large) - 1)]
+    index = max(0, bisect_left(range(len(cases)), True, key=is_too_large) - 1)
+    return cases[index], measured(index)
 
 
 def _usable(gpu: Gpu) -> int:

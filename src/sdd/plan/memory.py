@@ -86,18 +86,7 @@ def _gathered(case: MemoryCase, matrices: int, ends: int) -> int:
     return 4 * ends + (2 if case.bfloat16 else 4) * blocks
 
 
-def norm_activations(case: MemoryCase) -> int:
-    """Bytes of the activations that a model without any norm would not keep."""
-    bare = replace(case.model, placement=replace(case.model.placement, norms={}, joint_gate_up=False, overrides={}))
-    return measure_pass(case).activations - measure_pass(replace(case, model=bare)).activations
-
-
-def alternatives(case: MemoryCase) -> list[tuple[MemoryCase, Memory]]:
-    """The case and its memory with and without activation checkpointing and the chunked loss."""
-    return [
-        (other, measure_memory(other))
-        for checkpoint in (False, True)
-        for chunked in (False, True)
-        if not (chunked and case.z_loss)
-        for other in [replace(case, checkpoint_blocks=checkpoint, chunked_loss=chunked)]
-    ]
+def bare_activations(case: MemoryCase) -> int:
+    """Bytes of activations that the model would keep without any norm."""
+    bare = replace(case.model.placement, norms={}, joint_gate_up=False, overrides={})
+    return measure_pass(case.with_model(placement=bare)).activations

@@ -12,7 +12,8 @@ def show_plan(name: str, plan: Plan) -> str:
         name: of the preset.
         plan: the plan.
     """
-    model, case = plan.run.model, plan.case
+    case = plan.case
+    model = case.model
     unit = "GiB" if plan.memory.peak >= 2**30 else "MiB"
     size = 2**30 if unit == "GiB" else 2**20
     sections = [
@@ -38,7 +39,7 @@ def _parameters(plan: Plan) -> list[str]:
 
 
 def _active(plan: Plan) -> str:
-    moe = plan.run.model.moe
+    moe = plan.case.model.moe
     of = "all of a dense model" if moe is None else f"{moe.top_k} of {moe.n_experts} experts a block"
     return f"{of}, the whole embedding included"
 
@@ -61,15 +62,15 @@ def _flops(plan: Plan) -> list[str]:
 
 
 def _recomputed(plan: Plan) -> str:
-    parts = ["forward pass of the blocks"] if plan.case.checkpoint_blocks else []
+    parts = ["forward pass of the blocks"] if plan.case.run.activation_checkpointing else []
     parts += ["q k^T in the backward pass of fused attention"] if plan.case.has_fused_attention else []
     return ", ".join(parts) or "nothing"
 
 
 def _batch(plan: Plan) -> list[str]:
-    batch, case = plan.run.data.batch_size, plan.case
+    batch, case = plan.case.run.data.batch_size, plan.case
     rows = [
-        ("a step", f"{batch:,} sequences of {case.model.context:,} tokens = {plan.run.tokens_per_step:,} tokens"),
+        ("a step", f"{batch:,} sequences of {case.model.context:,} tokens = {plan.case.run.tokens_per_step:,} tokens"),
         ("a GPU", f"{batch // case.gpus // case.micro_batch:,} micro-batches of {case.micro_batch:,} sequences"),
         ("to set", f"--accumulate {plan.accumulate}, the micro-batches of a step over all GPUs"),
     ]
@@ -86,7 +87,7 @@ def _memory(plan: Plan, size: int) -> list[str]:
         ("copies of weights", memory.copies, copies),
         ("activations", memory.activations, f"of {case.tokens:,} tokens: " + _kept(plan)),
         ("  of them norms", plan.norms, "kept only because of norms"),
-        ("loss", memory.loss, ("in chunks" if case.chunked_loss else "all logits") + _absent(memory, memory.loss)),
+        ("loss", memory.loss, ("in chunks" if case.run.chunked_loss else "all logits") + _absent(memory, memory.loss)),
         ("block", memory.block, "forward and backward pass of one block" + _absent(memory, memory.block)),
         ("peak", memory.peak, ""),
         ("usable", plan.capacity, f"{USABLE:.0%} of {plan.gpu.memory:g} GiB: " + _verdict(plan)),
@@ -100,7 +101,7 @@ def _memory(plan: Plan, size: int) -> list[str]:
 
 
 def _kept(plan: Plan) -> str:
-    return "each block's input" if plan.case.checkpoint_blocks else "all that the derivatives need"
+    return "each block's input" if plan.case.run.activation_checkpointing else "all that the derivatives need"
 
 
 def _absent(memory: Memory, part: int) -> str:
@@ -113,7 +114,8 @@ def _verdict(plan: Plan) -> str:
 
 def _alternatives(plan: Plan, size: int) -> list[str]:
     """The table of four peaks; `!` marks those that do not fit."""
-    found = {(case.checkpoint_blocks, case.chunked_loss): memory.peak for case, memory in plan.alternatives()}
+    runs = [(case.run, memory.peak) for case, memory in plan.alternatives()]
+    found = {(run.activation_checkpointing, run.chunked_loss): peak for run, peak in runs}
 
     def cell(checkpoint: bool, chunked: bool) -> str:
         peak = found.get((checkpoint, chunked))
@@ -126,7 +128,7 @@ def _alternatives(plan: Plan, size: int) -> list[str]:
 
 
 def _time(plan: Plan) -> list[str]:
-    step = plan.run.tokens_per_step / plan.tokens_per_second
+    step = plan.case.run.tokens_per_step / plan.tokens_per_second
     peak = plan.gpu.peak(plan.precision) / 1e12
     speed = plan.tokens_per_second
     rows = [
