@@ -60,7 +60,7 @@ def test_options_hold_what_real_tensors_hold(options: dict[str, Any], bfloat16: 
     model = LanguageModel(case.model)
     if case.gpus > 1 and bfloat16:  # as gathered
         model.blocks.to(torch.bfloat16)
-        for name, weight in model.named_parameters():
+        for weight in model.parameters():
             if weight.ndim == 1:
                 weight.data = weight.data.float()
     with kernels.use("composed"):
