@@ -23,7 +23,7 @@ def test_gpus_are_found_however_they_are_written(name: str) -> None:
         assert find_gpu(written) is gpus[name]
 
 
-def test_an_unknown_gpu_is_told_with_the_nearest() -> None:
+def test_an_unknown_gpu_is_refused_with_the_nearest_names() -> None:
     with pytest.raises(UserError, match="did you mean H100-SXM or"):
         find_gpu("H100 SMX")
     with pytest.raises(UserError, match="no GPU 'TPU'"):
@@ -48,7 +48,7 @@ def test_an_unknown_gpu_is_told_with_the_nearest() -> None:
         ("AMD Instinct MI300X", "MI300X"),
     ],
 )
-def test_a_device_is_found_by_what_its_driver_calls_it(name: str, expected: str | None) -> None:
+def test_a_device_is_found_by_the_name_that_its_driver_reports(name: str, expected: str | None) -> None:
     found = gpu_of_device(name)
     assert (found.name if found else None) == expected
 
@@ -78,7 +78,7 @@ def test_the_largest_micro_batch_that_fits_is_taken() -> None:
     assert measure_memory(larger).peak > plan.capacity
 
 
-def test_what_does_not_fit_is_said_and_planned_with_one_sequence() -> None:
+def test_a_run_that_does_not_fit_is_planned_with_one_sequence() -> None:
     run = replace(preset("2b"), activation_checkpointing=False)
     plan = make_plan(run, gpus["A10"])
     assert not plan.fits
