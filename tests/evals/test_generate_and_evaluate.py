@@ -1,3 +1,5 @@
+"""Loading a trained run, its loss on texts, and the loss of token frequencies."""
+
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -48,7 +50,7 @@ def test_own_held_out_text_is_used_whole(run: Path) -> None:
     assert 0 < found["loss"] < 10
 
 
-def test_damaged_checkpoint_is_passed_over_for_the_one_before(run: Path, tmp_path: Path) -> None:
+def test_the_checkpoint_before_a_damaged_one_is_loaded(run: Path, tmp_path: Path) -> None:
     copy = tmp_path / "run"
     for file in run.rglob("*"):
         if file.is_file() and file.name != "lock":
@@ -72,29 +74,42 @@ def test_a_checkpoint_is_named_by_step_or_path(run: Path) -> None:
         assert not torch.equal(one, other)
 
 
-def test_what_is_missing_is_said(run: Path, tmp_path: Path) -> None:
+def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is no run"):
         evals.load_trained(tmp_path)
-    config = config_io.load(run / "config.json")
-    config_io.save(config, tmp_path / "config.json")
+
+
+def test_a_run_without_a_checkpoint_is_refused(run: Path, tmp_path: Path) -> None:
+    config_io.save(config_io.load(run / "config.json"), tmp_path / "config.json")
     with pytest.raises(UserError, match="no whole checkpoint"):
         evals.load_trained(tmp_path)
-    for checkpoint, message in (("3", "no checkpoint of step 3: it has 2, 4"), ("x/y", "no checkpoint x/y")):
-        with pytest.raises(UserError, match=message):
-            evals.load_trained(run, checkpoint)
-    with pytest.raises(UserError, match="not a whole checkpoint"):
-        evals.load_trained(run, str(tmp_path))
-    short, bad = tmp_path / "short.txt", tmp_path / "bad.txt"
-    short.write_text("")
-    bad.write_bytes(b"caf\xe9 \xff")
-    for file, message in (
-        (short, "at least 2"),
-        (bad, "not UTF-8"),
-        (tmp_path / "none.txt", "cannot read"),
-        (tmp_path, "cannot read"),
-    ):
-        with pytest.raises(UserError, match=message):
-            evals.evaluate_run(run, file)
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "message"),
+    [("3", "no checkpoint of step 3: it has 2, 4"), ("x/y", "no checkpoint x/y"), (".", "not a whole checkpoint")],
+)
+def test_a_missing_checkpoint_is_refused(run: Path, checkpoint: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        evals.load_trained(run, checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("short.txt", b"", "at least 2"),
+        ("bad.txt", b"caf\xe9 \xff", "not UTF-8"),
+        ("none.txt", None, "cannot read"),
+        (".", None, "cannot read"),
+    ],
+)
+def test_a_text_that_cannot_be_evaluated_is_refused(
+    run: Path, tmp_path: Path, name: str, content: bytes | None, message: str
+) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        evals.evaluate_run(run, tmp_path / name)
 
 
 def test_tokens_without_a_tokenizer_give_a_loss_but_no_text(run: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""`sdd generate`: what it prints, when, and what it refuses."""
+"""`sdd generate`: its texts, its output on the terminal, and the mistakes that it refuses."""
 
 import io
 import itertools
@@ -89,7 +89,7 @@ def test_the_end_of_text_ends_a_text(run: Path, monkeypatch: pytest.MonkeyPatch)
     assert free.text.startswith(ended.text)
 
 
-def test_a_prompt_longer_than_the_context_is_said(run: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_prompt_longer_than_the_context_is_logged(run: Path, caplog: pytest.LogCaptureFixture) -> None:
     continued(run)
     assert [record.getMessage() for record in caplog.records] == [
         "the prompt has 22 tokens: the model reads the last 16, its context"

@@ -1,4 +1,4 @@
-"""Tokens as text: whole characters, and nothing of a stop string, however tokens cut the text."""
+"""Text of tokens that arrive one by one: whole characters, and nothing of a stop string, wherever tokens cut it."""
 
 from collections.abc import Iterable
 

@@ -1,20 +1,19 @@
-"""What torch really keeps and holds, to set beside the plan's arithmetic."""
+"""Cases to measure, and what torch's profiler sees of them."""
 
 from collections.abc import Callable
-from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
-import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 
-from sdd.models import LanguageModel, ModelConfig
+from sdd.models import ModelConfig, MoEConfig
 from sdd.placement import Placement, placements
-from sdd.plan.memory import Job
+from sdd.plan import MemoryCase
+from sdd.train import OptimConfig, preset
 
 
-class CpuJob(Job):
-    """A job on a CPU, where torch's flash kernel takes float32 and grouped heads."""
+class CpuCase(MemoryCase):
+    """A case on a CPU, where operations are composed and torch's flash kernel takes float32 and grouped heads."""
 
     @property
     def has_kernels(self) -> bool:
@@ -23,6 +22,44 @@ class CpuJob(Job):
     @property
     def has_fused_attention(self) -> bool:
         return True
+
+
+class KernelCase(CpuCase):
+    """A case with fused kernels, which Triton interprets on a CPU."""
+
+    @property
+    def has_kernels(self) -> bool:
+        return True
+
+
+class UnfusedCase(CpuCase):
+    """A case whose attention writes the context x context weights."""
+
+    @property
+    def has_fused_attention(self) -> bool:
+        return False
+
+
+def make_case(
+    model: ModelConfig,
+    gpus: int = 1,
+    micro_batch: int = 1,
+    *,
+    bfloat16: bool = False,
+    checkpoint: bool = False,
+    chunked: bool = False,
+    z_loss: float = 0.0,
+    kind: type[MemoryCase] = CpuCase,
+) -> Any:
+    run = replace(
+        preset("nano"),
+        model=model,
+        precision="bfloat16" if bfloat16 else "float32",
+        activation_checkpointing=checkpoint,
+        chunked_loss=chunked,
+        optim=OptimConfig(z_loss=z_loss),
+    )
+    return kind(run, gpus, micro_batch)
 
 
 def small_config(placement: str | Placement, **changes: Any) -> ModelConfig:
@@ -40,38 +77,14 @@ def small_config(placement: str | Placement, **changes: Any) -> ModelConfig:
     return ModelConfig(**shape | changes)
 
 
-def forward(
-    model: LanguageModel, batch: int, *, bfloat16: bool = False, z_loss: float = 0.0, fused: bool = True
-) -> torch.Tensor:
-    """The loss of a batch of drawn tokens."""
-    config = model.config
-    tokens = torch.randint(config.vocab_size, (batch, config.context + 1))
-    with ExitStack() as stack:
-        stack.enter_context(sdpa_kernel(SDPBackend.FLASH_ATTENTION if fused else SDPBackend.MATH))
-        stack.enter_context(torch.autocast("cpu", torch.bfloat16, enabled=bfloat16))
-        return model(tokens[:, :-1], tokens[:, 1:], z_loss=z_loss)
-
-
-def saved_bytes(model: LanguageModel, batch: int, **options: Any) -> int:
-    """Bytes that the graph of one forward pass keeps, without weights and copies of them (cast, or times a gain)."""
-    own = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
-    shapes = {tuple(weight.shape) for weight in model.parameters() if weight.ndim > 1}
-    kept: dict[int, torch.Tensor] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        is_copy = {tuple(tensor.shape), tuple(tensor.shape)[::-1]} & shapes
-        pointer = tensor.untyped_storage().data_ptr()
-        if pointer not in own and not is_copy:
-            kept[pointer] = tensor  # held, so that no other tensor gets its place
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        forward(model, batch, **options)
-    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+def mixture_config(placement: str, **changes: Any) -> ModelConfig:
+    """The same with experts, a shared one among them."""
+    moe = MoEConfig(4, 2, d_shared=24, renormalise=True)
+    return small_config(placement, **{"d_ff": 40, "moe": moe} | changes)
 
 
 def peak_bytes(function: Callable[[], object]) -> int:
-    """The most that a call holds at once of what it allocates."""
+    """The most that a call holds at once of what it allocates, by torch's profiler."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         function()
     assert profiler.profiler is not None

@@ -5,59 +5,126 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from helpers_plan import CpuJob, forward, peak_bytes, small_config
+from helpers_plan import CpuCase, KernelCase, make_case, mixture_config, peak_bytes, small_config
 
-from sdd.models import LanguageModel, model_presets
+from sdd.kernels.dispatch import HAS_TRITON
+from sdd.models import LanguageModel, ModelConfig, MoEConfig, model_presets
 from sdd.models.transformer import HAS_CHUNKED_LOSS
 from sdd.placement import placements
-from sdd.plan import Job, Memory, count_memory
-from sdd.train import OptimConfig
+from sdd.plan import Memory, MemoryCase, measure_memory
+from sdd.train import DataConfig, OptimConfig, preset
 from sdd.train.optim import build_optimizer
 
+precisions = pytest.mark.parametrize("bfloat16", [False, True], ids=["float32", "bfloat16"])
+checkpoints = pytest.mark.parametrize("checkpoint", [False, True], ids=["kept", "checkpointed"])
+NANO = replace(model_presets["nano"], n_layers=3)
 
-def trained(job: Job) -> tuple[LanguageModel, torch.optim.Optimizer]:
-    """The job's model and optimiser after a step, with gradients."""
-    model = LanguageModel(job.model)
-    model.checkpoint_blocks, model.chunked_loss = job.checkpoint_blocks, job.chunked_loss
+
+def trained(case: CpuCase) -> tuple[LanguageModel, torch.optim.Optimizer]:
+    """The model and optimiser of a case after a step, with gradients."""
+    model = LanguageModel(case.model)
+    model.checkpoint_blocks, model.chunked_loss = case.run.activation_checkpointing, case.run.chunked_loss
     optimizer = build_optimizer(model, OptimConfig())
-    forward(model, job.micro_batch, bfloat16=job.bfloat16).backward()
+    pass_of(model, case)
     optimizer.step()
     return model, optimizer
 
 
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize("name", placements)
-def test_weights_moments_and_gradients_are_exact(name: str, tied: bool) -> None:
-    job = Job(small_config(name, tie_embeddings=tied), bfloat16=False)
-    model, optimizer = trained(job)
-    memory = count_memory(job)
+def pass_of(model: LanguageModel, case: CpuCase) -> None:
+    tokens = torch.randint(case.model.vocab_size, (case.micro_batch, case.model.context + 1))
+    with torch.autocast("cpu", torch.bfloat16, enabled=case.bfloat16):
+        loss = model(tokens[:, :-1], tokens[:, 1:])
+    loss.backward()
+
+
+def check_peak(case: CpuCase, margin: float = 0.03) -> None:
+    model, _optimizer = trained(case)
+    measured = peak_bytes(lambda: pass_of(model, case))
+    memory = measure_memory(case)
+    assert memory.peak - memory.states == pytest.approx(measured, rel=margin)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [*(small_config(name) for name in placements), small_config("sdd", tie_embeddings=True), mixture_config("sdd")],
+)
+def test_weights_moments_and_gradients_are_exact(config: ModelConfig) -> None:
+    case = make_case(config)
+    model, optimizer = trained(case)
+    memory = measure_memory(case)
     assert memory.weights == sum(weight.nbytes for weight in model.parameters())
     assert memory.gradients == sum(weight.grad.nbytes for weight in model.parameters() if weight.grad is not None)
     assert memory.moments == sum(value.nbytes for state in optimizer.state.values() for value in state.values())
 
 
-@pytest.mark.parametrize("chunked", [False, True], ids=["logits", "chunked"])
-@pytest.mark.parametrize("checkpoint", [False, True], ids=["kept", "checkpointed"])
-@pytest.mark.parametrize("bfloat16", [False, True], ids=["float32", "bfloat16"])
+@precisions
+@checkpoints
 @pytest.mark.parametrize(("name", "vocab_size"), [("sdd", 2048), ("prenorm", 64), ("sdd-released", 64)])
-def test_the_peak_of_a_step(name: str, vocab_size: int, bfloat16: bool, checkpoint: bool, chunked: bool) -> None:
-    if chunked and not HAS_CHUNKED_LOSS:
-        pytest.skip(f"torch {torch.__version__} has no chunked loss")
-    config = replace(model_presets["nano"], n_layers=3, vocab_size=vocab_size, placement=placements[name])
-    job = CpuJob(config, 1, 8, bfloat16, checkpoint, chunked)
-    model, _optimizer = trained(job)
-    measured = peak_bytes(lambda: forward(model, job.micro_batch, bfloat16=bfloat16).backward())
-    memory = count_memory(job)
-    assert memory.peak - memory.states == pytest.approx(measured, rel=0.1)
-    assert memory.peak - memory.states >= 0.98 * measured, "a plan that is too small is worse than one too large"
+def test_the_peak_is_what_the_profiler_sees(name: str, vocab_size: int, bfloat16: bool, checkpoint: bool) -> None:
+    config = replace(NANO, vocab_size=vocab_size, placement=placements[name])
+    check_peak(make_case(config, 1, 8, bfloat16=bfloat16, checkpoint=checkpoint))
+
+
+@precisions
+@checkpoints
+@pytest.mark.parametrize("name", ["prenorm", "sdd-released"])
+def test_the_peak_of_experts_is_what_the_profiler_sees(name: str, bfloat16: bool, checkpoint: bool) -> None:
+    config = replace(NANO, d_ff=88, vocab_size=64, moe=MoEConfig(4, 2), placement=placements[name])
+    # on a CPU, grouped products in bfloat16 need room that no GPU needs
+    check_peak(make_case(config, 1, 8, bfloat16=bfloat16, checkpoint=checkpoint), margin=0.06)
+
+
+@pytest.mark.skipif(not HAS_CHUNKED_LOSS, reason="this torch has no chunked loss")
+@precisions
+@checkpoints
+def test_the_peak_of_the_chunked_loss_is_what_the_profiler_sees(bfloat16: bool, checkpoint: bool) -> None:
+    config = replace(NANO, vocab_size=2048, placement=placements["sdd"])
+    check_peak(make_case(config, 1, 8, bfloat16=bfloat16, checkpoint=checkpoint, chunked=True))
+
+
+def test_wide_weights_cast_once_are_in_the_peak() -> None:
+    """Autocast holds the casts of all blocks until the forward pass ends, of recomputed blocks too."""
+    config = small_config("sdd", n_layers=8, d_model=256, d_ff=1024, vocab_size=32, context=16)
+    check_peak(make_case(config, bfloat16=True, checkpoint=True))
+
+
+#: Kept activations and peak in bytes as counted by commit c782d72 from a second description of the model:
+#: one sequence on one GPU, in bfloat16 with fused kernels; by preset, placement, and whether blocks are recomputed.
+COUNTED_BEFORE = {
+    ("nano", "sdd", False): (3_429_888, 28_644_476),
+    ("nano", "sdd", True): (443_904, 24_552_572),
+    ("nano", "sdd-released", False): (3_835_392, 29_129_996),
+    ("nano", "sdd-released", True): (443_904, 24_632_588),
+    ("nano", "prenorm-qk", False): (3_417_600, 28_607_516),
+    ("nano", "prenorm-qk", True): (443_904, 24_527_900),
+    ("1b", "sdd", False): (5_270_192_128, 26_810_663_752),
+    ("1b", "sdd", True): (587_251_712, 21_303_935_816),
+    ("1b", "sdd-released", False): (5_807_587_328, 27_352_777_736),
+    ("1b", "sdd-released", True): (587_251_712, 21_308_654_600),
+    ("1b", "prenorm-qk", False): (5_269_667_840, 26_809_090_760),
+    ("1b", "prenorm-qk", True): (587_251_712, 21_302_887_112),
+}
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="no Triton")
+@pytest.mark.parametrize("key", COUNTED_BEFORE, ids=str)
+def test_what_was_counted_before_is_measured(key: tuple[str, str, bool]) -> None:
+    name, placement, checkpoint = key
+    config = replace(model_presets[name], placement=placements[placement])
+    memory = measure_memory(make_case(config, bfloat16=True, checkpoint=checkpoint, kind=KernelCase))
+    kept, peak = COUNTED_BEFORE[key]
+    head_input = 2 * config.context * config.d_model  # counted among the activations then, and with the loss now
+    assert memory.activations + head_input == pytest.approx(kept, rel=0.005)
+    assert memory.peak - memory.states == pytest.approx(peak - memory.states, rel=0.03)
 
 
 def test_sharding_divides_all_but_the_scales() -> None:
     config = model_presets["1b"]
-    one, eight = (count_memory(Job(config, gpus, 1, checkpoint_blocks=True)) for gpus in (1, 8))
+    one, eight = (measure_memory(make_case(config, gpus, bfloat16=True, checkpoint=True)) for gpus in (1, 8))
     assert eight.weights == pytest.approx(one.weights / 8, rel=1e-3)
     assert eight.states == pytest.approx(one.states / 8, rel=1e-3)
     assert eight.activations == one.activations
@@ -65,20 +132,23 @@ def test_sharding_divides_all_but_the_scales() -> None:
 
 
 def test_memory_grows_with_the_micro_batch() -> None:
-    peaks = [count_memory(Job(model_presets["581m"], 8, rows, checkpoint_blocks=True)).peak for rows in (1, 2, 4, 8)]
+    cases = [make_case(model_presets["581m"], 8, rows, bfloat16=True, checkpoint=True) for rows in (1, 2, 4, 8)]
+    peaks = [measure_memory(case).peak for case in cases]
     assert peaks == sorted(peaks)
 
 
 def test_float32_with_grouped_heads_and_masks_have_no_fused_attention() -> None:
-    grouped = model_presets["nano"]
-    assert Job(grouped).has_fused_attention
-    assert not Job(grouped, bfloat16=False).has_fused_attention
-    assert not Job(grouped, document_mask=True).has_fused_attention
-    assert Job(replace(grouped, n_kv_heads=4), bfloat16=False).has_fused_attention
+    run = preset("nano")
+    options: Any = {"precision": "bfloat16", "model": model_presets["nano"]}
+    assert MemoryCase(replace(run, **options)).has_fused_attention
+    assert not MemoryCase(replace(run, **options | {"precision": "float32"})).has_fused_attention
+    assert not MemoryCase(replace(run, **options, data=DataConfig(document_mask=True))).has_fused_attention
+    ungrouped = replace(model_presets["nano"], n_kv_heads=4)
+    assert MemoryCase(replace(run, model=ungrouped, precision="float32")).has_fused_attention
 
 
 def test_the_peak_counts_the_larger_phase() -> None:
-    assert Memory(1, 2, 3, 4, 5, loss=6, block=7, norms=5).peak == 1 + 2 + 3 + 4 + 5 + 7
+    assert Memory(1, 2, 3, 4, 5, loss=6, block=7).peak == 1 + 2 + 3 + 4 + 5 + 7
 
 
 @pytest.mark.slow

@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 
 from sdd.commands.main import main
 from sdd.errors import UserError
+from sdd.kernels.dispatch import HAS_TRITON
 from sdd.models.flops import training_flops
-from sdd.plan import Job, count_memory, find_gpu, gpus, make_plan, show_plan
+from sdd.plan import find_gpu, gpus, make_plan, measure, measure_memory, show_plan
 from sdd.plan.gpus import gpu_of_device
 from sdd.train import DataConfig, preset
 from sdd.train.parallel import World
@@ -22,7 +23,7 @@ def test_gpus_are_found_however_they_are_written(name: str) -> None:
         assert find_gpu(written) is gpus[name]
 
 
-def test_an_unknown_gpu_is_told_with_the_nearest() -> None:
+def test_an_unknown_gpu_is_refused_with_the_nearest_names() -> None:
     with pytest.raises(UserError, match="did you mean H100-SXM or"):
         find_gpu("H100 SMX")
     with pytest.raises(UserError, match="no GPU 'TPU'"):
@@ -47,7 +48,7 @@ def test_an_unknown_gpu_is_told_with_the_nearest() -> None:
         ("AMD Instinct MI300X", "MI300X"),
     ],
 )
-def test_a_device_is_found_by_what_its_driver_calls_it(name: str, expected: str | None) -> None:
+def test_a_device_is_found_by_the_name_that_its_driver_reports(name: str, expected: str | None) -> None:
     found = gpu_of_device(name)
     assert (found.name if found else None) == expected
 
@@ -59,13 +60,13 @@ def test_the_table_is_plausible(gpu) -> None:
     assert gpu.source.startswith(("NVIDIA", "AMD"))
 
 
-@settings(max_examples=12)
+@settings(max_examples=6)
 @given(st.integers(1, 4), st.integers(1, 48))
 def test_the_batch_is_split_as_training_splits_it(gpus_: int, rows: int) -> None:
     run = replace(preset("nano"), data=DataConfig(batch_size=rows * gpus_))
     plan = make_plan(run, gpus["A10"], gpus_)
     passes = World(size=gpus_).passes(run.data.batch_size, plan.accumulate)
-    assert plan.job.micro_batch * passes * gpus_ == run.data.batch_size
+    assert plan.case.micro_batch * passes * gpus_ == run.data.batch_size
     assert replace(run, accumulate=plan.accumulate), "a valid setting"
 
 
@@ -73,30 +74,30 @@ def test_the_largest_micro_batch_that_fits_is_taken() -> None:
     plan = make_plan(preset("1b"), H100, 8)
     assert plan.fits
     assert plan.memory.peak <= plan.capacity
-    larger = Job.of(plan.run, 8, 2 * plan.job.micro_batch)
-    assert count_memory(larger).peak > plan.capacity
+    larger = replace(plan.case, micro_batch=2 * plan.case.micro_batch)
+    assert measure_memory(larger).peak > plan.capacity
 
 
-def test_what_does_not_fit_is_said_and_planned_with_one_sequence() -> None:
+def test_a_run_that_does_not_fit_is_planned_with_one_sequence() -> None:
     run = replace(preset("2b"), activation_checkpointing=False)
     plan = make_plan(run, gpus["A10"])
     assert not plan.fits
-    assert plan.job.micro_batch == 1
+    assert plan.case.micro_batch == 1
     assert "it does NOT fit" in show_plan("2b", plan)
 
 
 def test_time_follows_from_flops_peak_and_mfu() -> None:
     run = preset("1b")
-    plan = make_plan(run, H100, 64, mfu=0.4, tokens=200_000_000_000)
+    plan = make_plan(run, H100, 64, mfu=0.4, tokens=200_000_000_000, micro_batch=1)
     flops = training_flops(run.model).model
     assert plan.tokens_per_second == pytest.approx(64 * 0.4 * 989e12 / flops)
     assert plan.seconds == pytest.approx(200e9 / plan.tokens_per_second, rel=1e-4)
     assert plan.gpu_hours == pytest.approx(64 * plan.seconds / 3600)
     assert plan.steps == run.steps
     assert plan.hardware_utilisation > plan.mfu
-    half = make_plan(run, H100, 32, mfu=0.4)
+    half = make_plan(run, H100, 32, mfu=0.4, micro_batch=1)
     assert half.gpu_hours == pytest.approx(plan.gpu_hours)
-    slow = make_plan(replace(run, precision="float32"), H100, 64)
+    slow = make_plan(replace(run, precision="float32"), H100, 64, micro_batch=1)
     assert slow.tokens_per_second == pytest.approx(plan.tokens_per_second * 67 / 989)
 
 
@@ -129,6 +130,30 @@ def test_the_table_is_aligned_and_complete(line: str, capsys) -> None:
     assert not any(row.endswith(" ") for row in text.splitlines())
 
 
+def test_flops_are_those_of_active_parameters() -> None:
+    plan = make_plan(preset("moe-1b-7b"), H100, 8, micro_batch=1)
+    # untied: the look-up of the embedding is no product
+    assert plan.flops.matmul == 6 * (1_281_785_856 - 50_280 * 2048)
+    assert plan.to_dict()["parameters"]["active"] == plan.parameters.active
+    assert f"{plan.parameters.active:,}  8 of 64 experts a block" in show_plan("moe-1b-7b", plan)
+
+
+def test_norms_are_what_a_model_without_norms_would_not_keep() -> None:
+    plan = make_plan(preset("nano"), gpus["A10"])
+    assert 0 < plan.norms < plan.memory.activations / 2
+    assert plan.to_dict()["memory"]["norms"] == plan.norms
+
+
+def test_without_triton_the_plan_says_what_was_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = make_plan(preset("nano"), gpus["A10"])
+    if HAS_TRITON:
+        assert "Triton" not in show_plan("nano", plan)
+    monkeypatch.setattr(measure, "HAS_TRITON", False)
+    composed = make_plan(preset("nano"), gpus["A10"])
+    assert "Triton is not installed" in show_plan("nano", composed)
+    assert composed.memory.activations >= plan.memory.activations
+
+
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
@@ -142,9 +167,13 @@ def test_the_table_is_aligned_and_complete(line: str, capsys) -> None:
         ("1b --gpu A10 --tokens 1e99", "'1e99' is not a number of tokens"),
         ("1b --gpu A10 --mfu 2", "mfu=2 is not a share"),
         ("1b --gpu A10 --mfu nan", "mfu=nan is not a share"),
-        ("1b --gpu A10 --mfu 0.9", "of the peak"),
+        ("1b --gpu A10 --mfu 0.9", "mfu=0.9 is too high"),
         ("1b --gpu A10 --context 0", "context=0 must be at least 1"),
         ("1b --gpu A10 --context 99999999999999999999", "too large to plan"),
+        (
+            "1b --gpu A10 --context 100000000 --batch-size 100000000 --micro-batch 100000000",
+            "100,000,000 sequences of 100,000,000 tokens are too large to plan",
+        ),
         ("1b --gpu A10 --precision fp8", "precision='fp8'"),
         ("1b --gpu A10 --activation-checkpointing maybe", "activation_checkpointing='maybe'"),
         ("1b --gpu A10 --placement sd", "no placement 'sd'"),

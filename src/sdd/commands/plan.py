@@ -1,4 +1,4 @@
-"""`sdd plan`: its options."""
+"""`sdd plan`: memory, time and GPU-hours of a run."""
 
 import argparse
 import json
@@ -22,13 +22,13 @@ FIELDS = {
     "chunked_loss": "chunked_loss",
     "precision": "precision",
 }
-#: Largest context and batch: beyond it the arithmetic of tensors overflows.
+#: Largest context and batch: sizes of tensors beyond it overflow.
 _LARGEST = 10**8
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
 
 
 def run(args: list[str]) -> int:
-    """The command; returns its exit code.
+    """Run the command and return its exit code.
 
     Raises:
         UserError: for a mistake in the arguments.
@@ -47,7 +47,7 @@ def run(args: list[str]) -> int:
 def _parser() -> Parser:
     parser = Parser(
         prog="sdd plan",
-        description="What a run needs of given GPUs, before anything is run: memory, time and GPU-hours.",
+        description="Memory, time and GPU-hours that a run needs on given GPUs, before it is started.",
         usage="sdd plan PRESET --gpu NAME [--gpus N] [OPTIONS]",
         allow_abbrev=False,
     )
@@ -68,7 +68,7 @@ def _parser() -> Parser:
 
 def _config(options: argparse.Namespace) -> RunConfig:
     values = vars(options)
-    # the split into micro-batches is what is planned
+    # the plan itself splits the batch into micro-batches
     overrides: dict[str, Any] = {"accumulate": 1}
     overrides |= {dotted: values[name] for name, dotted in FIELDS.items() if values[name] is not None}
     for name in ("context", "batch_size"):
@@ -78,7 +78,7 @@ def _config(options: argparse.Namespace) -> RunConfig:
 
 
 def _tokens(text: str) -> int:
-    """A number of tokens: 200B, 1.5T, 2e11, 200_000_000_000."""
+    """Parse a number of tokens: 200B, 1.5T, 2e11, 200_000_000_000."""
     found = re.fullmatch(r"([0-9][0-9_,]*(?:\.[0-9]+)?(?:e\+?[0-9]{1,2})?)([kmbt]?)", text.strip().lower())
     number = round(float(found[1].replace(",", "").replace("_", "")) * _UNITS[found[2]]) if found else 0
     if not 1 <= number <= 10**18:

@@ -1,1 +1,1 @@
-"""What a trained run is worth: held-out loss of any text, and text that it writes."""
+"""Trained runs at work: the loss on any held-out text, and continued texts."""

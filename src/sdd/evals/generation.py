@@ -1,4 +1,4 @@
-"""Texts continued by a trained run: behind `sdd generate`."""
+"""Texts continued by a trained run, for `sdd generate`."""
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -16,10 +16,10 @@ from sdd.train.parallel import pick_autocast
 
 _log = logging.getLogger(__name__)
 
-#: Why a text ended: "stop" at an end of text or a stop string, "length" at the number of tokens asked for.
+#: Why a text ended: "stop" at an end of text or a stop string, "length" after the requested number of tokens.
 FinishReason = Literal["stop", "length"]
-#: Called with the index of a continuation, new text of it, and with its last text why it ended.
-Listener = Callable[[int, str, FinishReason | None], None]
+#: Called with the index of a continuation and its new text; with the last piece, also why the text ended.
+TextListener = Callable[[int, str, FinishReason | None], None]
 
 
 @dataclass(frozen=True)
@@ -27,12 +27,12 @@ class Continuation:
     """One sample of one prompt.
 
     Attributes:
-        prompt: what was continued.
-        sample: number of the sample among the prompt's, from 0.
-        seed: of its draws.
-        text: what the model added, without the stop string.
-        tokens: how many tokens were drawn, those of the stop string and the end of text among them.
-        finish_reason: why it ended.
+        prompt: the text before it.
+        sample: number of the sample among those of its prompt, from 0.
+        seed: seed of its random draws.
+        text: the text that the model added, without the stop string.
+        tokens: number of tokens drawn, with those of the stop string and the end of text.
+        finish_reason: why the text ended.
     """
 
     prompt: str
@@ -45,7 +45,7 @@ class Continuation:
 
 @dataclass
 class _Row:
-    """A continuation in the making."""
+    """A continuation that is being generated."""
 
     prompt: str
     ids: list[int]
@@ -57,7 +57,7 @@ class _Row:
     finish_reason: FinishReason | None = None
 
     def push(self, token: int, eos: int | None, max_new_tokens: int) -> str:
-        """Take a token; returns new text, and sets the reason if it was the last."""
+        """Add a token and return its new text; after the last token, `finish_reason` is set."""
         self.tokens += 1
         piece = "" if token == eos else self.stream.push(token)
         if token == eos or self.stream.stopped:
@@ -81,27 +81,27 @@ def continue_texts(
     seed: int = 0,
     stop: Sequence[str] = (),
     batch_size: int = 8,
-    listener: Listener | None = None,
+    listener: TextListener | None = None,
     **sampling: Any,
 ) -> Iterator[Continuation]:
-    """Continue texts.
+    """Continue each prompt with text that the model draws.
 
-    Sample number j of a prompt is drawn with a generator of its own, seeded with `seed + j`: it is the same whatever
-    other prompts and samples stand beside it, up to rounding.
+    Sample j of a prompt has a random generator of its own, seeded with `seed + j`. So up to rounding it does not depend
+    on the other prompts and samples.
 
     Args:
         trained: the run.
-        prompts: what to continue.
-        max_new_tokens: how many tokens to add at most; a text may end earlier, at an end of text or a stop string.
-        samples: how many continuations of each prompt.
-        seed: of the first sample.
+        prompts: texts to continue.
+        max_new_tokens: the most tokens to add; a text may end earlier, at an end of text or a stop string.
+        samples: number of continuations of each prompt.
+        seed: seed of the first sample.
         stop: strings that end a text and are not part of it.
-        batch_size: how many continuations are computed at once.
-        listener: told of new text while it comes.
+        batch_size: number of continuations that are computed at once.
+        listener: called with each new piece of text as soon as it is known.
         **sampling: temperature, top_k and top_p, see `sdd.models.generate_stream`.
 
     Yields:
-        The continuations in the order of the prompts, each prompt's samples one after the other, a batch at a time.
+        The continuations in the order of the prompts, the samples of a prompt in their order. They come batch by batch.
 
     Raises:
         UserError: if the run has no tokenizer, or a prompt is empty.
@@ -145,7 +145,7 @@ def _run_batch(
     first: int,
     max_new_tokens: int,
     eos: int | None,
-    listener: Listener | None,
+    listener: TextListener | None,
     sampling: dict[str, Any],
 ) -> None:
     def ends(index: int, token: int) -> bool:

@@ -1,4 +1,4 @@
-"""A trained run at work: its model and tokenizer, and the loss on a text. Behind `sdd eval`."""
+"""Model and tokenizer of a trained run, and its loss on a text, for `sdd eval`."""
 
 import logging
 import math
@@ -34,17 +34,17 @@ class TrainedRun:
 
 
 def load_trained(run: Path, checkpoint: str | None = None) -> TrainedRun:
-    """The model of a run directory.
+    """Load the model of a run directory.
 
     Args:
         run: the run directory.
-        checkpoint: a step of which it has a checkpoint, or the path of one; None for the newest whole one.
+        checkpoint: the step or the path of a checkpoint; None for the newest that is whole.
 
     Raises:
-        UserError: if it holds no run, no whole checkpoint or not this one.
+        UserError: if the directory holds no run, or the checkpoint is missing or damaged.
     """
     if not (run / "config.json").is_file():
-        raise UserError(f"{run} is no run (no config.json): runs are made by sdd train PRESET --out RUN")
+        raise UserError(f"{run} is no run (it has no config.json): sdd train PRESET --out RUN makes one")
     config = config_io.load(run / "config.json")
     model = LanguageModel(config.model).to(pick_device(config.device)).eval()
     if checkpoint is not None:
@@ -53,8 +53,8 @@ def load_trained(run: Path, checkpoint: str | None = None) -> TrainedRun:
         try:
             return TrainedRun(config, model, load_checkpoint(path, model)["step"])
         except DamagedCheckpoint as error:
-            _log.warning("passed over: %s", error)
-    raise UserError(f"{run} has no whole checkpoint: one is written while it trains, sdd resume {run} goes on with it")
+            _log.warning("checkpoint skipped: %s", error)
+    raise UserError(f"{run} has no whole checkpoint: continue training with sdd resume {run} until one is written")
 
 
 def _find_checkpoint(run: Path, name: str) -> Path:
@@ -70,20 +70,21 @@ def _find_checkpoint(run: Path, name: str) -> Path:
 
 
 def evaluate_run(run: Path, text: Path | None = None) -> dict[str, Any]:
-    """Loss and bits per byte of a run's newest whole checkpoint on held-out text.
+    """Compute the loss and the bits per byte of a run's newest whole checkpoint on held-out text.
 
-    Every token but the first is predicted once, from at most `context` tokens before it: the text is cut into windows
-    of the model's context.
+    The text is cut into windows of the model's context. So every token but the first is predicted once, from at most
+    `context` tokens before it.
 
     Args:
         run: the run directory.
         text: a UTF-8 text file; None for all of the run's own held-out data.
 
     Returns:
-        step, loss (nats a token), bits_per_byte (None if unknown), tokens (predicted ones), text (its name).
+        step, loss (nats a token), bits_per_byte (None if unknown), tokens (number of predictions), text (its name).
 
     Raises:
-        UserError: if the run has no whole checkpoint or, for a text file, no tokenizer, or the file cannot be read.
+        UserError: if the run has no whole checkpoint, if the file cannot be read, or if it is a text and the run has no
+            tokenizer.
     """
     trained = load_trained(run)
     config = trained.config
@@ -97,7 +98,7 @@ def evaluate_run(run: Path, text: Path | None = None) -> dict[str, Any]:
         data_eos = tokenizer.eos
         ids, name = np.array(tokenizer.encode(_read(text)), np.int64), str(text)
     if len(ids) < 2:
-        raise UserError(f"{name} has {len(ids)} tokens: at least 2 are needed, one to predict the next from")
+        raise UserError(f"{name} has {len(ids)} tokens: at least 2 are needed, to predict one from the other")
     evaluation = _evaluate_ids(trained, ids, tokenizer, data_eos if config.data.document_mask else None)
     return {
         "step": trained.step,
@@ -123,7 +124,7 @@ def _evaluate_ids(
 
 
 def _windows(ids: np.ndarray, context: int) -> Iterator[torch.Tensor]:
-    """The ids as windows that overlap by one token, many at a time; the last, shorter one comes alone."""
+    """Cut the ids into windows that overlap by one token; yields many at a time, and a shorter last one alone."""
     whole = (len(ids) - 1) // context
     for first in range(0, whole, _WINDOWS):
         starts = np.arange(first, min(first + _WINDOWS, whole)) * context
@@ -135,10 +136,10 @@ def _windows(ids: np.ndarray, context: int) -> Iterator[torch.Tensor]:
 
 
 def tokenizer_of(config: RunConfig) -> Tokenizer:
-    """The tokenizer of a run, without its data where they are not needed.
+    """Load the tokenizer of a run; its data are opened only if nothing else names the tokenizer.
 
     Raises:
-        UserError: if the run's data are tokens of which nobody knows what they mean.
+        UserError: if the run was trained on tokens without a known tokenizer.
     """
     if config.data.tokenizer:
         return Tokenizer.load(config.data.tokenizer)
@@ -146,7 +147,7 @@ def tokenizer_of(config: RunConfig) -> Tokenizer:
         return builtin_tokenizer()
     tokenizer = resolve(config).tokenizer
     if tokenizer is None:
-        raise UserError(f"the tokenizer of {config.data.path} is not known: text needs data.tokenizer in config.json")
+        raise UserError(f"the tokenizer of {config.data.path} is not known: name it in config.json as data.tokenizer")
     return tokenizer
 
 

@@ -1,4 +1,4 @@
-"""Tokens as text while they come: whole characters only, and nothing of a stop string."""
+"""Text of tokens that arrive one by one: whole characters only, and nothing of a stop string."""
 
 from collections.abc import Callable, Iterable, Sequence
 
@@ -6,33 +6,33 @@ _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 
 
 class TextStream:
-    """The text of a row's new tokens, piece by piece.
+    """The text of new tokens after a prompt, piece by piece.
 
-    All pieces together are the text of prompt and new tokens without that of the prompt. A character whose bytes are
-    spread over tokens comes with the last of them, text that may turn out to be a stop string when it is known not to
-    be. The text ends before the stop string that is complete first, however tokens cut it (of several that end at
-    one character, the longest).
+    All pieces together are the text of prompt and new tokens without the text of the prompt. A character whose bytes
+    are spread over several tokens comes with the last of them. Text that may become a stop string is held back until
+    it is known not to. The text ends before the first complete stop string, wherever the tokens cut it; if several end
+    at the same character, before the longest.
 
     Args:
-        decode: the text of token ids; incomplete characters give U+FFFD.
-        prompt: token ids of the prompt, on which the text of the first new token may depend.
-        stop: stop strings, not empty.
+        decode: turns token ids into text, and incomplete characters into U+FFFD.
+        prompt: token ids of the prompt; the text of the first new token may depend on them.
+        stop: stop strings, none of them empty.
 
     Attributes:
-        stopped: whether a stop string has come.
+        stopped: whether a stop string was found.
     """
 
     def __init__(self, decode: Callable[[Iterable[int]], str], prompt: Sequence[int], stop: Sequence[str] = ()) -> None:
         self.stopped = False
         self._decode = decode
         self._stop = stop
-        self._given = list(prompt)  # tokens before the next piece's, from where characters are whole
+        self._given = list(prompt)  # tokens of the last piece: decoding may start here, since no character is cut
         self._given_text = decode(self._given)
         self._new: list[int] = []
-        self._held = ""  # the beginning of a stop string, perhaps
+        self._held = ""  # text that may be the beginning of a stop string
 
     def push(self, token: int) -> str:
-        """Take a token; returns the text that can be shown now."""
+        """Add a token and return the text that can be shown now."""
         self._new.append(token)
         text = self._decode(self._given + self._new)
         if len(text) <= len(self._given_text) or text.endswith(_INCOMPLETE):
@@ -43,7 +43,7 @@ class TextStream:
         return self._without_stop(piece)
 
     def finish(self) -> str:
-        """The rest of the text, when no more tokens come; a character that stayed incomplete gives U+FFFD."""
+        """Return the rest of the text after the last token; a character that is still incomplete gives U+FFFD."""
         if self.stopped:
             return ""
         text = self._without_stop(self._decode(self._given + self._new)[len(self._given_text) :])

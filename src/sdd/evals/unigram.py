@@ -1,4 +1,4 @@
-"""The loss that token frequencies alone reach: a model that ends there has learned nothing from the context."""
+"""The loss of predicting each token by its frequency: a model that is no better has learned nothing from context."""
 
 import math
 from dataclasses import dataclass
@@ -10,11 +10,11 @@ from sdd.data import DataSource, eval_windows
 
 @dataclass(frozen=True)
 class Reference:
-    """Losses on the same held-out windows without any context.
+    """Losses on held-out windows of a model that ignores the context.
 
     Attributes:
-        loss: cross-entropy in nats a token, each token having its frequency in the training tokens.
-        bits_per_byte: the same a byte of UTF-8; None if the tokens' lengths are unknown.
+        loss: cross-entropy in nats a token, with each token's frequency in the training tokens as its probability.
+        bits_per_byte: the same in bits a byte of UTF-8; None if the lengths of the tokens are unknown.
     """
 
     loss: float
@@ -22,7 +22,7 @@ class Reference:
 
 
 def token_frequencies(data: DataSource, eval_sequences: int, context: int) -> Reference:
-    """`-mean(log((count(token) + 1) / sum(count + 1)))` over the held-out windows that a run evaluates on.
+    """Compute `-mean(log((count(token) + 1) / sum(count + 1)))` over the held-out windows that a run evaluates on.
 
     Args:
         data: counts come from its training tokens.

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
 from sdd.functional import Eps, check_swiglu, statistics_dtype, swiglu
@@ -246,13 +247,13 @@ def _rows_product(x_MI: Tensor, matrices_EIO: Tensor, ends_E: Tensor) -> Tensor:
     """`x A_e` for each row."""
     if _takes_grouped_mm(x_MI, matrices_EIO.shape[2]):
         return F.grouped_mm(x_MI, matrices_EIO, offs=ends_E)
-    return (_rows_op if torch.compiler.is_compiling() else _rows)(x_MI, matrices_EIO, ends_E)
+    return (_rows_op if _has_no_numbers(x_MI) else _rows)(x_MI, matrices_EIO, ends_E)
 
 
 def _groups_product(y_MO: Tensor, x_MI: Tensor, ends_E: Tensor) -> Tensor:
     """`y_e^T x_e` for each expert's rows; zero for an expert without any."""
     if not _takes_grouped_mm(x_MI, y_MO.shape[1]):
-        return (_groups_op if torch.compiler.is_compiling() else _groups)(y_MO, x_MI, ends_E)
+        return (_groups_op if _has_no_numbers(x_MI) else _groups)(y_MO, x_MI, ends_E)
     product = F.grouped_mm(y_MO.t(), x_MI, offs=ends_E)
     if product.device.type == "cuda":  # some kernels do not write it (pytorch/pytorch#172439, #174314)
         empty_E = ends_E.diff(prepend=ends_E.new_zeros(1)) == 0
@@ -263,12 +264,17 @@ def _groups_product(y_MO: Tensor, x_MI: Tensor, ends_E: Tensor) -> Tensor:
 def _takes_grouped_mm(x: Tensor, width: int) -> bool:
     """Whether torch's kernel takes rows of x's and of that width: rows of whole 16 bytes, and no float64.
 
-    Its compiled form takes bfloat16 on a GPU only.
+    Its compiled form and its form for fake tensors take bfloat16 on a GPU only.
     """
-    if torch.compiler.is_compiling() and (x.device.type != "cuda" or x.dtype != torch.bfloat16):
+    if _has_no_numbers(x) and (x.device.type != "cuda" or x.dtype != torch.bfloat16):
         return False
     aligned = x.shape[1] * x.itemsize % 16 == 0 and width * x.itemsize % 16 == 0
     return aligned and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _has_no_numbers(x: Tensor) -> bool:
+    """Whether the numbers of x cannot be read: under torch.compile, or on fake tensors (`sdd plan`)."""
+    return torch.compiler.is_compiling() or isinstance(x, FakeTensor)
 
 
 def _rows(x: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:

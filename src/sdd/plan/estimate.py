@@ -1,15 +1,19 @@
-"""What a run needs of given GPUs: memory, time, GPU-hours."""
+"""A plan: memory, time and GPU-hours of a run on given GPUs."""
 
 import math
 from bisect import bisect_left
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from itertools import product
 from typing import Any
 
 from sdd.errors import UserError
 from sdd.models import ParameterCount, count_parameters
 from sdd.models.flops import TrainingFlops, training_flops
 from sdd.plan.gpus import Gpu
-from sdd.plan.memory import Job, Memory, alternatives, count_memory
+from sdd.plan.measure import MemoryCase
+from sdd.plan.memory import Memory, bare_activations, measure_memory
 from sdd.train import RunConfig
 
 #: Share of a GPU's memory that a plan may fill; CUDA, NCCL and the allocator's gaps take the rest.
@@ -21,43 +25,43 @@ class Plan:
     """A run on GPUs, before anything is run.
 
     Attributes:
-        run: the run.
+        case: the run, the number of GPUs and the micro-batch.
         gpu: the kind of GPU.
-        job: number of GPUs, sequences in memory at once, precision and what is recomputed.
         memory: of one GPU.
         mfu: assumed model FLOPs utilisation: the model's FLOPs a second over the GPUs' dense peak.
-        tokens: to be trained on.
+        tokens: number of tokens to train on.
     """
 
-    run: RunConfig
+    case: MemoryCase
     gpu: Gpu
-    job: Job
     memory: Memory
     mfu: float
     tokens: int
 
     @property
     def parameters(self) -> ParameterCount:
-        """By role."""
-        return count_parameters(self.run.model)
+        """The model's parameters by role."""
+        return count_parameters(self.case.model)
 
     @property
     def flops(self) -> TrainingFlops:
-        """Of a token, forward and backward."""
-        job = self.job
+        """FLOPs of a token, forward and backward."""
+        case = self.case
         return training_flops(
-            job.model, checkpoint_blocks=job.checkpoint_blocks, fused_attention=job.has_fused_attention
+            case.model,
+            checkpoint_blocks=case.run.activation_checkpointing,
+            fused_attention=case.has_fused_attention,
         )
 
     @property
     def precision(self) -> str:
-        """Of matrix products: "bfloat16" or "float32"."""
-        return "bfloat16" if self.job.bfloat16 else "float32"
+        """The precision of matrix products: "bfloat16" or "float32"."""
+        return "bfloat16" if self.case.bfloat16 else "float32"
 
     @property
     def accumulate(self) -> int:
-        """`--accumulate`: micro-batches of a step, over all GPUs."""
-        return self.run.data.batch_size // self.job.micro_batch
+        """Micro-batches of a step over all GPUs: the value of `--accumulate`."""
+        return self.case.run.data.batch_size // self.case.micro_batch
 
     @property
     def capacity(self) -> int:
@@ -66,49 +70,58 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether the peak is within that."""
+        """Whether the peak is within `capacity`."""
         return self.memory.peak <= self.capacity
 
     @property
     def hardware_utilisation(self) -> float:
-        """What the MFU asks of the machine, recomputation counted (HFU)."""
+        """The utilisation of the GPUs with recomputed FLOPs counted (HFU)."""
         return self.mfu * self.flops.hardware / self.flops.model
 
     @property
     def tokens_per_second(self) -> float:
-        """On all GPUs: `gpus * mfu * peak / model FLOPs a token`."""
-        return self.job.gpus * self.mfu * self.gpu.peak(self.precision) / self.flops.model
+        """Speed of all GPUs together: `gpus * mfu * peak / model FLOPs a token`."""
+        return self.case.gpus * self.mfu * self.gpu.peak(self.precision) / self.flops.model
 
     @property
     def steps(self) -> int:
-        """Steps that the tokens make."""
-        return math.ceil(self.tokens / self.run.tokens_per_step)
+        """Number of steps."""
+        return math.ceil(self.tokens / self.case.run.tokens_per_step)
 
     @property
     def seconds(self) -> float:
-        """Of training, evaluations and checkpoints not counted."""
-        return self.steps * self.run.tokens_per_step / self.tokens_per_second
+        """Duration of training, without evaluations and checkpoints."""
+        return self.steps * self.case.run.tokens_per_step / self.tokens_per_second
 
     @property
     def gpu_hours(self) -> float:
         """Hours times GPUs."""
-        return self.seconds / 3600 * self.job.gpus
+        return self.seconds / 3600 * self.case.gpus
 
     @property
     def optimizer_seconds(self) -> float:
         """Least time of AdamW in a step: it reads four float32 numbers a parameter and writes three."""
         return 28 * (self.memory.weights / 4) / (self.gpu.bandwidth * 1e9)
 
-    def alternatives(self) -> list[tuple[Job, Memory]]:
+    @property
+    def norms(self) -> int:
+        """Bytes of the activations that a model without any norm would not keep."""
+        return self.memory.activations - bare_activations(self.case)
+
+    def alternatives(self) -> list[tuple[MemoryCase, Memory]]:
         """The memory with and without activation checkpointing and the chunked loss, at the same micro-batch."""
-        return alternatives(self.job)
+        run = self.case.run
+        options = product((False, True), (False,) if run.optim.z_loss else (False, True))
+        runs = [replace(run, activation_checkpointing=blocks, chunked_loss=chunked) for blocks, chunked in options]
+        cases = [replace(self.case, run=run) for run in runs]
+        return [(case, self.memory if case == self.case else measure_memory(case)) for case in cases]
 
     def to_dict(self) -> dict[str, Any]:
         """All numbers, for JSON: bytes, seconds, FLOPs, tokens."""
-        count, flops, model = self.parameters, self.flops, self.run.model
+        count, flops, run = self.parameters, self.flops, self.case.run
         return {
-            "placement": model.placement.name,
-            "gpus": self.job.gpus,
+            "placement": run.model.placement.name,
+            "gpus": self.case.gpus,
             "gpu": asdict(self.gpu),
             "precision": self.precision,
             "parameters": {**asdict(count), "total": count.total, "active": count.active, "published": count.published},
@@ -119,27 +132,27 @@ class Plan:
                 "hardware": flops.hardware,
             },
             "batch": {
-                "sequences": self.run.data.batch_size,
-                "context": model.context,
-                "tokens": self.run.tokens_per_step,
-                "micro_batch": self.job.micro_batch,
+                "sequences": run.data.batch_size,
+                "context": run.model.context,
+                "tokens": run.tokens_per_step,
+                "micro_batch": self.case.micro_batch,
                 "accumulate": self.accumulate,
             },
-            "memory": {**self.memory.to_dict(), "usable": self.capacity, "fits": self.fits},
+            "memory": {**self.memory.to_dict(), "norms": self.norms, "usable": self.capacity, "fits": self.fits},
             "alternatives": [
                 {
-                    "activation_checkpointing": job.checkpoint_blocks,
-                    "chunked_loss": job.chunked_loss,
+                    "activation_checkpointing": case.run.activation_checkpointing,
+                    "chunked_loss": case.run.chunked_loss,
                     "peak": memory.peak,
                     "fits": memory.peak <= self.capacity,
                 }
-                for job, memory in self.alternatives()
+                for case, memory in self.alternatives()
             ],
             "time": {
                 "mfu": self.mfu,
                 "hfu": self.hardware_utilisation,
                 "tokens_per_second": self.tokens_per_second,
-                "seconds_per_step": self.run.tokens_per_step / self.tokens_per_second,
+                "seconds_per_step": run.tokens_per_step / self.tokens_per_second,
                 "optimizer_seconds_per_step": self.optimizer_seconds,
                 "tokens": self.tokens,
                 "steps": self.steps,
@@ -165,11 +178,12 @@ def make_plan(
         gpu: the kind of GPU.
         gpus: how many.
         mfu: assumed model FLOPs utilisation, in (0, 1].
-        tokens: to be trained on; None for the run's own steps.
-        micro_batch: sequences in a GPU's memory at once; None for as many as fit, and one if none does.
+        tokens: number of tokens to train on; None for the run's own steps.
+        micro_batch: sequences in a GPU's memory at once; None for as many as fit, or one if not even that fits.
 
     Raises:
-        UserError: if the batch cannot be split so, or the utilisation is out of range.
+        UserError: if the batch does not divide in this way, a tensor is too large to be counted, or the utilisation
+            is out of range.
     """
     rows, rest = divmod(run.data.batch_size, gpus)
     if rest:
@@ -181,24 +195,33 @@ def make_plan(
         raise UserError(f"micro-batches of {micro_batch} do not divide the {rows} sequences of one GPU")
     if not 0 < mfu <= 1:
         raise UserError(f"mfu={mfu:g} is not a share of the peak: give more than 0 and at most 1")
-    job = _largest_fitting(run, gpu, gpus, rows) if micro_batch is None else Job.of(run, gpus, micro_batch)
-    plan = Plan(run, gpu, job, count_memory(job), mfu, tokens or run.steps * run.tokens_per_step)
+    cases = [MemoryCase(run, gpus, n) for n in (_divisors(rows) if micro_batch is None else [micro_batch])]
+    case, memory = _largest_fitting(cases, gpu)
+    plan = Plan(case, gpu, memory, mfu, tokens or run.steps * run.tokens_per_step)
     if plan.hardware_utilisation > 1:
         raise UserError(
-            f"mfu={mfu:g} cannot be: with what is recomputed it is {plan.hardware_utilisation:.0%} of the peak"
+            f"mfu={mfu:g} is too high: with recomputed FLOPs it takes {plan.hardware_utilisation:.0%} of the peak"
         )
     return plan
 
 
-def _largest_fitting(run: RunConfig, gpu: Gpu, gpus: int, rows: int) -> Job:
-    """The job with the largest micro-batch that fits and divides the rows of a GPU; else with one sequence."""
+def _divisors(number: int) -> list[int]:
+    small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
+    return sorted({*small, *(number // n for n in small)})
 
-    def fits(micro_batch: int) -> bool:
-        return count_memory(Job.of(run, gpus, micro_batch)).peak <= _usable(gpu)
 
-    # memory grows with the micro-batch: the first that does not fit is found by halving
-    first_too_large = bisect_left(range(1, rows + 1), True, key=lambda micro_batch: not fits(micro_batch)) + 1
-    return Job.of(run, gpus, next((n for n in range(first_too_large - 1, 0, -1) if rows % n == 0), 1))
+def _largest_fitting(cases: Sequence[MemoryCase], gpu: Gpu) -> tuple[MemoryCase, Memory]:
+    """The last case that fits, or the first if none does, and its memory, which must grow from case to case."""
+    measured = cache(lambda index: measure_memory(cases[index]))
+
+    def is_too_large(index: int) -> bool:
+        try:
+            return measured(index).peak > _usable(gpu)
+        except UserError:  # more bytes than can be counted
+            return True
+
+    index = max(0, bisect_left(range(len(cases)), True, key=is_too_large) - 1)
+    return cases[index], measured(index)
 
 
 def _usable(gpu: Gpu) -> int:

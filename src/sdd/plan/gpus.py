@@ -11,10 +11,10 @@ from sdd.errors import UserError
 
 @dataclass(frozen=True)
 class Gpu:
-    """What a datasheet says of one GPU; peaks are dense, i.e. half of what is printed "with sparsity".
+    """Peaks and memory of one GPU by its datasheet; peaks are dense, i.e. half of those printed "with sparsity".
 
     Attributes:
-        name: what `--gpu` takes.
+        name: the value of `--gpu`.
         bfloat16: peak of bfloat16 matrix products with float32 accumulation, TFLOP/s.
         float32: peak of plain float32 (no TF32, which torch leaves off), TFLOP/s.
         memory: GB as printed, which for GPU memory are GiB.
@@ -30,7 +30,7 @@ class Gpu:
     source: str
 
     def peak(self, precision: str) -> float:
-        """FLOP/s of matrix products in "bfloat16" or "float32"."""
+        """Peak of matrix products in "bfloat16" or "float32", in FLOP/s."""
         return 1e12 * (self.bfloat16 if precision == "bfloat16" else self.float32)
 
 
@@ -54,29 +54,29 @@ _TABLE = (
 )
 #: Known GPUs by name.
 gpus: Mapping[str, Gpu] = MappingProxyType({gpu.name: gpu for gpu in _TABLE})
-# where drivers have another name than the table
+# for GPUs that drivers name differently
 _DRIVER_NAMES = {"A100-40": r"\bA100.*40GB", "A100-80": r"\bA100.*80GB", "H100-SXM": r"\bH100.*HBM3"}
 
 
 def find_gpu(name: str) -> Gpu:
-    """The GPU of that name, written in any case and with any separators.
+    """Find a GPU by name, in any case and with any separators.
 
     Raises:
-        UserError: if it is not in the table, with the nearest names.
+        UserError: if the table does not have it; the message has the nearest names.
     """
     by_key = {_key(known): gpu for known, gpu in gpus.items()}
     if _key(name) in by_key:
         return by_key[_key(name)]
     near = difflib.get_close_matches(_key(name), by_key, n=3, cutoff=0.4)
     hint = f" (did you mean {' or '.join(by_key[key].name for key in near)}?)" if near else ""
-    raise UserError(f"no GPU {name!r} in the table{hint}; choose one of {', '.join(gpus)}")
+    raise UserError(f"no GPU {name!r} in the table{hint}: choose one of {', '.join(gpus)}")
 
 
 def gpu_of_device(name: str) -> Gpu | None:
-    """The GPU that a driver calls by this name, e.g. "NVIDIA H100 80GB HBM3"; None if the table has none.
+    """Find a GPU by the name that its driver reports, e.g. "NVIDIA H100 80GB HBM3"; None if the table lacks it.
 
     Args:
-        name: as `torch.cuda.get_device_name` tells it.
+        name: the result of `torch.cuda.get_device_name`.
     """
     for gpu in gpus.values():
         pattern = _DRIVER_NAMES.get(gpu.name, rf"\b{gpu.name.replace('-', ' ')}\b(?! Ti| NVL| D\b| Laptop)")

@@ -1,4 +1,4 @@
-"""A plan in words and aligned numbers."""
+"""A plan as text: aligned numbers, each with its unit and meaning."""
 
 from sdd.plan.estimate import USABLE, Plan
 from sdd.plan.memory import Memory
@@ -6,22 +6,23 @@ from sdd.terminal import aligned, indented
 
 
 def show_plan(name: str, plan: Plan) -> str:
-    """Every number of a plan with its unit and convention.
+    """Show every number of a plan with its unit and convention.
 
     Args:
         name: of the preset.
         plan: the plan.
     """
-    model, job = plan.run.model, plan.job
+    case = plan.case
+    model = case.model
     unit = "GiB" if plan.memory.peak >= 2**30 else "MiB"
     size = 2**30 if unit == "GiB" else 2**20
     sections = [
-        [f"{name} with {model.placement.name or 'own placement'} on {job.gpus} x {plan.gpu.name}, {plan.precision}"],
+        [f"{name} with {model.placement.name or 'own placement'} on {case.gpus} x {plan.gpu.name}, {plan.precision}"],
         ["Parameters", *indented(_parameters(plan))],
         [f"FLOPs of training a token, at a context of {model.context:,}", *indented(_flops(plan))],
         ["Batch", *indented(_batch(plan))],
         [f"Memory of a GPU, {unit}", *indented(_memory(plan, size))],
-        [f"Peak with micro-batches of {job.micro_batch}, {unit}", *indented(_alternatives(plan, size))],
+        [f"Peak with micro-batches of {case.micro_batch}, {unit}", *indented(_alternatives(plan, size))],
         [f"Time at {plan.mfu:.3g} of the peak, an assumed MFU", *indented(_time(plan))],
     ]
     return "\n\n".join("\n".join(section) for section in sections)
@@ -38,7 +39,7 @@ def _parameters(plan: Plan) -> list[str]:
 
 
 def _active(plan: Plan) -> str:
-    moe = plan.run.model.moe
+    moe = plan.case.model.moe
     of = "all of a dense model" if moe is None else f"{moe.top_k} of {moe.n_experts} experts a block"
     return f"{of}, the whole embedding included"
 
@@ -61,44 +62,46 @@ def _flops(plan: Plan) -> list[str]:
 
 
 def _recomputed(plan: Plan) -> str:
-    what = ["forward pass of the blocks"] if plan.job.checkpoint_blocks else []
-    what += ["q k^T in the backward pass of fused attention"] if plan.job.has_fused_attention else []
-    return ", ".join(what) or "nothing"
+    parts = ["forward pass of the blocks"] if plan.case.run.activation_checkpointing else []
+    parts += ["q k^T in the backward pass of fused attention"] if plan.case.has_fused_attention else []
+    return ", ".join(parts) or "nothing"
 
 
 def _batch(plan: Plan) -> list[str]:
-    batch, job = plan.run.data.batch_size, plan.job
+    batch, case = plan.case.run.data.batch_size, plan.case
     rows = [
-        ("a step", f"{batch:,} sequences of {job.model.context:,} tokens = {plan.run.tokens_per_step:,} tokens"),
-        ("a GPU", f"{batch // job.gpus // job.micro_batch:,} micro-batches of {job.micro_batch:,} sequences"),
+        ("a step", f"{batch:,} sequences of {case.model.context:,} tokens = {plan.case.run.tokens_per_step:,} tokens"),
+        ("a GPU", f"{batch // case.gpus // case.micro_batch:,} micro-batches of {case.micro_batch:,} sequences"),
         ("to set", f"--accumulate {plan.accumulate}, the micro-batches of a step over all GPUs"),
     ]
     return aligned(rows)
 
 
 def _memory(plan: Plan, size: int) -> list[str]:
-    memory, job = plan.memory, plan.job
-    copies = "embedding, head and two blocks, gathered" if job.gpus > 1 else "cast by autocast"
+    memory, case = plan.memory, plan.case
+    copies = "embedding, head and two blocks, gathered" if case.gpus > 1 else "as matrix products read them"
     rows = [
-        ("weights", memory.weights, "float32" + (", sharded" if job.gpus > 1 else "")),
+        ("weights", memory.weights, "float32" + (", sharded" if case.gpus > 1 else "")),
         ("AdamW moments", memory.moments, "the same, twice"),
         ("gradients", memory.gradients, "the same"),
-        ("copies of weights", memory.copies, copies if memory.copies else ""),
-        ("activations", memory.activations, f"of {job.tokens:,} tokens: " + _kept(plan)),
-        ("  of them norms", memory.norms, "with fused kernels"),
-        ("loss", memory.loss, ("in chunks" if job.chunked_loss else "all logits") + _absent(memory, memory.loss)),
-        ("block", memory.block, "backward pass of one block" + _absent(memory, memory.block)),
+        ("copies of weights", memory.copies, copies),
+        ("activations", memory.activations, f"of {case.tokens:,} tokens: " + _kept(plan)),
+        ("  of them norms", plan.norms, "kept only because of norms"),
+        ("loss", memory.loss, ("in chunks" if case.run.chunked_loss else "all logits") + _absent(memory, memory.loss)),
+        ("block", memory.block, "forward and backward pass of one block" + _absent(memory, memory.block)),
         ("peak", memory.peak, ""),
         ("usable", plan.capacity, f"{USABLE:.0%} of {plan.gpu.memory:g} GiB: " + _verdict(plan)),
     ]
     lines = aligned([(name, f"{part / size:,.2f}", about) for name, part, about in rows], right=(1,))
-    if not job.has_fused_attention:
+    if not case.has_fused_attention:
         lines.append("torch has no fused attention for this on a GPU: the context x context weights are counted")
+    if not case.has_kernels:
+        lines.append("Triton is not installed here: counted without fused kernels, which keep less")
     return lines
 
 
 def _kept(plan: Plan) -> str:
-    return "each block's input" if plan.job.checkpoint_blocks else "all that the derivatives need"
+    return "each block's input" if plan.case.run.activation_checkpointing else "all that the derivatives need"
 
 
 def _absent(memory: Memory, part: int) -> str:
@@ -110,8 +113,9 @@ def _verdict(plan: Plan) -> str:
 
 
 def _alternatives(plan: Plan, size: int) -> list[str]:
-    """The four peaks; `!` marks those that do not fit."""
-    found = {(job.checkpoint_blocks, job.chunked_loss): memory.peak for job, memory in plan.alternatives()}
+    """The table of four peaks; `!` marks those that do not fit."""
+    runs = [(case.run, memory.peak) for case, memory in plan.alternatives()]
+    found = {(run.activation_checkpointing, run.chunked_loss): peak for run, peak in runs}
 
     def cell(checkpoint: bool, chunked: bool) -> str:
         peak = found.get((checkpoint, chunked))
@@ -124,13 +128,13 @@ def _alternatives(plan: Plan, size: int) -> list[str]:
 
 
 def _time(plan: Plan) -> list[str]:
-    step = plan.run.tokens_per_step / plan.tokens_per_second
+    step = plan.case.run.tokens_per_step / plan.tokens_per_second
     peak = plan.gpu.peak(plan.precision) / 1e12
     speed = plan.tokens_per_second
     rows = [
         ("peak", _number(peak), f"TFLOP/s a GPU, {plan.precision} without sparsity ({plan.gpu.source})"),
-        ("hardware utilisation", f"{plan.hardware_utilisation:.3g}", "with what is recomputed"),
-        ("tokens a second", _number(speed), f"{_number(speed / plan.job.gpus)} a GPU"),
+        ("hardware utilisation", f"{plan.hardware_utilisation:.3g}", "recomputed FLOPs counted"),
+        ("tokens a second", _number(speed), f"{_number(speed / plan.case.gpus)} a GPU"),
         ("seconds a step", _number(step), f"AdamW alone at least {plan.optimizer_seconds:.2g}, by memory bandwidth"),
         ("tokens", f"{plan.tokens:,}", f"{plan.steps:,} steps"),
         ("days", _number(plan.seconds / 86400), "without evaluations and checkpoints"),
@@ -144,6 +148,6 @@ def _number(value: float) -> str:
 
 
 def _scaled(flops: float) -> str:
-    """With three decimals and a unit: `7.966 G`."""
+    """The number with three decimals and a unit: `7.966 G`."""
     factor, unit = next((pair for pair in ((1e12, "T"), (1e9, "G"), (1e6, "M")) if flops >= pair[0]), (1, ""))
     return f"{flops / factor:,.3f} {unit}" if unit else f"{flops:,.0f}  "
