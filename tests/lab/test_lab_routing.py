@@ -10,6 +10,7 @@ import pytest
 from helpers_lab import config_of, write_run
 from hypothesis import given
 from hypothesis import strategies as st
+from sdd.report.routers import COLUMNS, earlier_loads, latest_loads, routing_history, routing_maps
 
 from sdd.draw import curves as figures
 from sdd.draw.maps import draw_maps
@@ -17,7 +18,6 @@ from sdd.draw.style import line_styles
 from sdd.models import MoEConfig
 from sdd.report.curves import router_panels
 from sdd.report.page import render, write_report
-from sdd.report.routers import COLUMNS, earlier_loads, latest_loads, routing_history, routing_maps
 from sdd.report.runs import Run, load_runs
 from sdd.train import RunConfig
 

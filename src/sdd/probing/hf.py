@@ -7,13 +7,12 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
+from sdd.errors import require_extra
 from sdd.probing.probe import Probe
 from sdd.probing.rows import Row
 
-try:
-    from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-except ModuleNotFoundError as error:
-    raise ImportError("sdd.probing.hf needs the extra hf: pip install 'sdd[hf]'") from error
+require_extra("hf", "transformers", needed_by="sdd.probing.hf")
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments  # noqa: E402
 
 
 class ProbeCallback(TrainerCallback):
