@@ -51,7 +51,8 @@ def require_extra(extra: str, *modules: str, needed_by: str) -> list[Any]:
     try:
         return [importlib.import_module(name) for name in modules]
     except ModuleNotFoundError as error:
-        raise MissingPackage(f"{needed_by} needs {error.name}: pip install 'sdd[{extra}]'") from None
+        package = str(error.name).partition(".")[0]
+        raise MissingPackage(f"{needed_by} needs {package}: pip install 'sdd[{extra}]'") from None
 
 
 def is_out_of_memory(error: BaseException) -> bool:
