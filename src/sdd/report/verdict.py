@@ -81,7 +81,7 @@ def _checked(run: RunHistory) -> str:
     steps = f"Checked: loss and gradient norm of {run.step:,} steps"
     if run.probe is None:
         return f"{steps}. Without a probe.jsonl the layers cannot be checked."
-    return f"{steps}, {len(run.probe.sites):,} sites at {len(run.probe.steps):,} of them."
+    return f"{steps}; {len(run.probe.sites):,} sites at {len(run.probe.steps):,} probed steps."
 
 
 def _ranges(numbers: Sequence[int]) -> str:
