@@ -26,7 +26,7 @@ class Steps:
         torch.manual_seed(0)
         self.model = LanguageModel(config)
         for block in self.model.blocks:
-            block.force_lean = lean  # pyright: ignore[reportAttributeAccessIssue]
+            setattr(block, "force_lean", lean)  # noqa: B010
         self.optimizer = build_optimizer(self.model, OptimConfig())
         self.tokens = torch.randint(config.vocab_size, (batch_size, config.context + 1))
 

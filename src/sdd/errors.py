@@ -1,5 +1,8 @@
 """The exceptions that `sdd` raises on purpose."""
 
+import importlib
+from typing import Any
+
 
 class SddError(Exception):
     """Any of them.
@@ -18,6 +21,10 @@ class UserError(SddError):
     """
 
 
+class MissingPackage(UserError, ImportError):
+    """An optional package that is not installed."""
+
+
 class RunFailed(SddError):
     """A run that cannot go on, told in one line; the command line exits with code 3."""
 
@@ -28,6 +35,24 @@ class Diverged(RunFailed):
 
 class Interrupted(SddError):
     """A run that Ctrl-C or SIGTERM ended after saving; the command line exits with code 130."""
+
+
+def require_extra(extra: str, *modules: str, needed_by: str) -> list[Any]:
+    """Import optional packages and return their modules, in order.
+
+    Args:
+        extra: the extra of `sdd` that installs them.
+        modules: their full names.
+        needed_by: the subject of the message, e.g. "x.parquet".
+
+    Raises:
+        MissingPackage: if one is not installed; the message names it and the command that installs the extra.
+    """
+    try:
+        return [importlib.import_module(name) for name in modules]
+    except ModuleNotFoundError as error:
+        package = str(error.name).partition(".")[0]
+        raise MissingPackage(f"{needed_by} needs {package}: pip install 'sdd[{extra}]'") from None
 
 
 def is_out_of_memory(error: BaseException) -> bool:

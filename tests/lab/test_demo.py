@@ -3,8 +3,8 @@ import re
 from pathlib import Path
 
 import pytest
-from helpers_lab import write_run
 
+from helpers_runs import write_run
 from sdd.commands.study import run_study, studies
 from sdd.errors import RunFailed, UserError
 from sdd.evals.unigram import Reference

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers_lab import config_of
 from hypothesis import given
 from hypothesis import strategies as st
 
+from helpers_runs import config_of
 from sdd.commands.main import main
 from sdd.data import TokenFile, eval_windows
 from sdd.errors import UserError

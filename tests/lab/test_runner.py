@@ -12,9 +12,9 @@ from typing import ClassVar
 
 import pytest
 import torch
-from helpers_lab import write_run
 from rich.console import Console
 
+from helpers_runs import write_run
 from sdd.errors import Interrupted, UserError
 from sdd.lab.grid import runner
 from sdd.lab.grid.display import Display, jobs_table

@@ -14,7 +14,7 @@ from sdd.lab.engine import Engine, read_request, write_request
 from sdd.lab.findings import Findings
 from sdd.lab.grid.claims import Claims
 from sdd.lab.studies import convergence, demo, lr_sensitivity, moe, robustness
-from sdd.report.extras import require_report_extra
+from sdd.report import require_report_extra
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ A record is a document, or a part of a long text. Its place in its input is a nu
 """
 
 import difflib
-import importlib
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sdd.data.text import JSONL_SUFFIXES, blocks, json_text, lines, piece_end
-from sdd.errors import UserError
+from sdd.errors import UserError, require_extra
 
 JSON_LINES = (*JSONL_SUFFIXES, ".ndjson", ".ndjson.gz", ".ndjson.zst")
 TEXT = (".txt", ".md", ".txt.gz", ".txt.zst", ".md.gz", ".md.zst")
@@ -170,10 +169,7 @@ def _text(source: Input, field: str, start: int) -> Iterator[Record]:
 
 
 def _pyarrow(name: str) -> Any:
-    try:
-        return importlib.import_module("pyarrow.parquet"), importlib.import_module("pyarrow")
-    except ImportError:
-        raise UserError(f"{name} is parquet, which needs pyarrow: pip install 'sdd[data]'") from None
+    return require_extra("data", "pyarrow.parquet", "pyarrow", needed_by=f"{name} is parquet, which")
 
 
 def _parquet(source: Input, field: str, start: int) -> Iterator[Record]:
@@ -233,10 +229,7 @@ def _dataset(source: Input, field: str, start: int) -> Iterator[Record]:
 @lru_cache(maxsize=4)
 def _load_dataset(name: str) -> Any:
     """The dataset of hf:NAME, hf:NAME:SPLIT or hf:NAME:CONFIG:SPLIT; NAME may be a folder that save_to_disk wrote."""
-    try:
-        datasets = importlib.import_module("datasets")
-    except ImportError:
-        raise UserError(f"{name} needs the package datasets: pip install 'sdd[datasets]'") from None
+    (datasets,) = require_extra("datasets", "datasets", needed_by=name)
     location, *others = re.split(r":(?![^[]*\])", name.removeprefix(HUB))  # not at the colon of train[:10%]
     split = others.pop() if others else "train"
     try:

@@ -1,4 +1,4 @@
-"""Panels drawn with matplotlib: as files, and as SVG that stands inside a page and takes its colours.
+"""Draw panels with matplotlib: into files, and as SVG inside a page, whose colours and font they take.
 
 Needs the extra `report`.
 """
@@ -20,10 +20,10 @@ from matplotlib.lines import Line2D
 from matplotlib.markers import MarkerStyle
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+from sdd.draw.panel import Line, Panel
 from sdd.draw.style import INK, PAPER, REFERENCE_STYLE, Style
-from sdd.report.curves import Line, Panel
 
-_WIDTH, _HEIGHT = 4.6, 3.0  # inches a panel
+_WIDTH, _HEIGHT = 4.6, 3.0  # of a panel, in inches
 _SETTINGS: dict[Any, Any] = {
     "axes.edgecolor": INK,
     "axes.grid": True,
@@ -41,25 +41,26 @@ _SETTINGS: dict[Any, Any] = {
     "legend.frameon": False,
     "lines.linewidth": 1.4,
     "lines.markeredgewidth": 1.1,
-    "lines.markerfacecolor": "none",  # hollow, so that curves that coincide are seen to
+    "lines.markerfacecolor": "none",  # hollow: curves that coincide can still be told apart
     "lines.markersize": 5,
     "savefig.dpi": 200,
     "svg.fonttype": "none",  # text stays text: small, selectable, in the page's font
     "svg.hashsalt": "sdd",  # the same figure gives the same file
     "text.color": INK,
-    "text.parse_math": False,  # a $ in a run's name is a dollar
+    "text.parse_math": False,  # a $ in a run's name is a dollar sign
     "xtick.color": INK,
     "ytick.color": INK,
 }
-
-
-_TRIANGLE = {
-    "arrowstyle": "-|>,head_width=0.35,head_length=0.7",
-    "color": INK,
-    "linewidth": 0,
-    "shrinkA": 0,
-    "shrinkB": 1,
-}
+_TRIANGLE = {"arrowstyle": "-|>,head_width=0.35,head_length=0.7", "color": INK, "lw": 0, "shrinkA": 0, "shrinkB": 1}
+#: Replacements that fit an SVG of matplotlib into a page: its size, fonts and text colour come from the page.
+_INTO_PAGE = (
+    (r"(?s)^.*?(?=<svg)|<metadata>.*?</metadata>", ""),
+    (r'(?s)^(<svg[^>]*?) width="[^"]*"', r"\1"),
+    (r'(?s)^(<svg[^>]*?) height="[^"]*"', r"\1"),
+    (r"font-family: [^;\"]*", "font-family: inherit"),
+    (r"font: ([\d.]+px) [^;\"]*", r"font-size: \1; font-family: inherit"),
+    (f"(?i){INK}", "currentColor"),
+)
 
 
 def draw(panels: Sequence[Panel], *, columns: int = 2, title: str = "", legend: bool = True) -> Figure:
@@ -68,8 +69,8 @@ def draw(panels: Sequence[Panel], *, columns: int = 2, title: str = "", legend: 
     Args:
         panels: at least one.
         columns: panels in a row.
-        title: above all; should say the number of seeds.
-        legend: name the lines below the panels.
+        title: above all panels; should state the number of seeds.
+        legend: whether to name the lines below the panels.
     """
     columns = min(columns, len(panels))
     rows = -(-len(panels) // columns)
@@ -88,9 +89,9 @@ def draw(panels: Sequence[Panel], *, columns: int = 2, title: str = "", legend: 
 
 
 def save_figure(fig: Figure, path_without_suffix: Path) -> list[Path]:
-    """Write a figure as PNG (200 dots an inch) and SVG; returns the two paths."""
+    """Write a figure as PNG (200 dots per inch) and SVG, and return the two paths."""
     path_without_suffix.parent.mkdir(parents=True, exist_ok=True)
-    # Not with_suffix: a name may hold a dot.
+    # with_suffix would cut off the end of a name that has a dot
     paths = [path_without_suffix.with_name(f"{path_without_suffix.name}.{kind}") for kind in ("png", "svg")]
     with look():
         for path in paths:
@@ -99,7 +100,7 @@ def save_figure(fig: Figure, path_without_suffix: Path) -> list[Path]:
 
 
 def inline_svg(fig: Figure, name: str, description: str) -> str:
-    """A figure as an `<svg>` element without background, in the text colour and font of the page it stands in.
+    """Return a figure as an `<svg>` element without background, in the text colour and font of the page around it.
 
     Args:
         fig: the figure.
@@ -110,41 +111,32 @@ def inline_svg(fig: Figure, name: str, description: str) -> str:
     with look():
         fig.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
-    svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
-    svg = re.sub(r"font-family: [^;\"]*", "font-family: inherit", svg)
-    svg = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1; font-family: inherit", svg)
-    svg = re.sub(r'\bid="', f'id="{name}-', svg)
-    svg = re.sub(r'(url\(#|href="#)', rf"\g<1>{name}-", svg)
-    svg = re.sub(re.escape(INK), "currentColor", svg, flags=re.IGNORECASE)
+    for pattern, replacement in _INTO_PAGE:
+        svg = re.sub(pattern, replacement, svg)
+    svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", svg)
     return svg.replace("<svg", f'<svg role="img" aria-label="{html.escape(description)}"', 1)
 
 
 def legend_styles(panels: Sequence[Panel]) -> dict[str, Style]:
-    """What a legend of these panels names: each run once, and the references."""
+    """Return the styles that a legend of these panels explains, by label: each run once, and the references."""
     styles = {line.label: line.style for panel in panels for line in panel.lines}
     return styles | {panel.reference[1]: REFERENCE_STYLE for panel in panels if panel.reference}
 
 
 def swatch_svg(style: Style) -> str:
-    """A short piece of a line with its marker, for a legend in HTML."""
+    """Return a short piece of a line with its marker as SVG, for a legend in HTML."""
     color = "currentColor" if style.color == INK else style.color
     dash = f' stroke-dasharray="{" ".join(f"{1.5 * part:g}" for part in style.dash)}"' if style.dash else ""
+    marker = ""
+    if style.marker:
+        shape = MarkerStyle(style.marker)
+        polygon = np.asarray(shape.get_path().transformed(shape.get_transform()).to_polygons()[0])
+        points = " ".join(f"{17 + 8 * x:.1f},{6 - 8 * y:.1f}" for x, y in polygon)
+        marker = f'<polygon points="{points}" fill="none" stroke="{style.color}" stroke-width="1.5"/>'
     return (
         '<svg class="swatch" viewBox="0 0 34 12" width="34" height="12" aria-hidden="true">'
-        f'<line x1="0" y1="6" x2="34" y2="6" stroke="{color}" stroke-width="2"{dash}/>{_marker_svg(style)}</svg>'
+        f'<line x1="0" y1="6" x2="34" y2="6" stroke="{color}" stroke-width="2"{dash}/>{marker}</svg>'
     )
-
-
-def _marker_svg(style: Style) -> str:
-    if not style.marker:
-        return ""
-    marker = MarkerStyle(style.marker)
-    path = marker.get_path().transformed(marker.get_transform())
-    points = " ".join(f"{17 + 8 * x:.1f},{6 - 8 * y:.1f}" for x, y in np.asarray(path.to_polygons()[0]))
-    return f'<polygon points="{points}" fill="none" stroke="{style.color}" stroke-width="1.5"/>'
 
 
 def _draw_panel(axes: Axes, panel: Panel) -> None:
@@ -152,7 +144,7 @@ def _draw_panel(axes: Axes, panel: Panel) -> None:
         _draw_line(axes, line)
     if panel.reference:
         axes.axhline(panel.reference[0], color=INK, linewidth=0.9, dashes=REFERENCE_STYLE.dash)
-    low, high = panel.limits or panel.extent()
+    low, high = panel.limits or panel.extent() or (1, 10)
     if panel.log:
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 100 else (1,)))
@@ -160,9 +152,7 @@ def _draw_panel(axes: Axes, panel: Panel) -> None:
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.set_ylim(low, high)
     axes.set_xlim(left=0)
-    axes.set_title(panel.title)
-    axes.set_ylabel(panel.unit)
-    axes.set_xlabel(panel.against)
+    axes.set(title=panel.title, ylabel=panel.unit, xlabel=panel.against)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short_count(value)))
 
 
@@ -179,13 +169,9 @@ def _draw_line(axes: Axes, line: Line) -> None:
         axes.plot(*line.at(line.x[-1]), "x", color=INK, markersize=7, markeredgewidth=1.4)
     for event in line.events:
         axes.plot(*line.at(event), "|", color=INK, markersize=9, markeredgewidth=1.2)
-    if line.alarm is not None:
-        _draw_alarm(axes, *line.at(line.alarm))
-
-
-def _draw_alarm(axes: Axes, x: float, y: float) -> None:
-    """A filled triangle that stands on the curve."""
-    axes.annotate("", (x, y), xytext=(0, 9), textcoords="offset points", annotation_clip=False, arrowprops=_TRIANGLE)
+    if line.alarm is not None:  # a filled triangle that points at the curve from above
+        at = line.at(line.alarm)
+        axes.annotate("", at, xytext=(0, 9), textcoords="offset points", annotation_clip=False, arrowprops=_TRIANGLE)
 
 
 def _legend(figure: Figure, styles: dict[str, Style], columns: int) -> None:
@@ -193,12 +179,12 @@ def _legend(figure: Figure, styles: dict[str, Style], columns: int) -> None:
         Line2D([], [], color=style.color, marker=style.marker, dashes=style.dash or (None, None))
         for style in styles.values()
     ]
-    labels = [f" {label}" for label in styles]  # matplotlib takes a label that begins with _ for none
+    labels = [f" {label}" for label in styles]  # matplotlib leaves out labels that begin with _
     figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 3 * columns))
 
 
 def short_count(value: float) -> str:
-    """A number of tokens as an axis shows it: 500, 20k, 1.5M, 200B."""
+    """Format a number of tokens for an axis: 500, 20k, 1.5M, 200B."""
     for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size:
             return f"{value / size:g}{letter}"
@@ -207,7 +193,7 @@ def short_count(value: float) -> str:
 
 @contextmanager
 def look() -> Iterator[None]:
-    """Our look, whatever the user's matplotlibrc says; a glyph that the font lacks is drawn as a box, silently."""
+    """Use our settings, whatever the user's matplotlibrc says; a glyph that the font lacks becomes a box, silently."""
     with mpl.rc_context(), warnings.catch_warnings():
         mpl.rcdefaults()
         mpl.rcParams.update(_SETTINGS)

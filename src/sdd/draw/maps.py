@@ -1,4 +1,4 @@
-"""Heat maps drawn with matplotlib. Needs the extra `report`."""
+"""Draw heat maps with matplotlib. Needs the extra `report`."""
 
 from collections.abc import Sequence
 
@@ -8,20 +8,21 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from sdd.draw.curves import look
+from sdd.draw.panel import HeatMap
 from sdd.probing.checks import layer_of
-from sdd.report.heat import HeatMap
 
-#: Made for readers who see few colours, and even in lightness (Nuñez, Anderton and Renslow, 2018).
+#: Fit for colour-blind readers, and of evenly rising lightness (Nuñez, Anderton and Renslow, 2018).
 COLOR_MAP = "cividis"
-#: Of what is not finite; not in the map, and told from it in grey.
+#: The colour of non-finite values. It is not in the map, and differs from it in grey too.
 BROKEN = "#d55e00"
-_MAP = (2.25, 1.75)  # inches of a map without what stands around it
-_LEFT, _RIGHT, _BELOW, _ABOVE = 0.52, 0.88, 0.44, 0.1  # inches around it: the colour bar is at the right
-_NAME, _TITLE = 0.2, 0.22  # inches for a run's name, and for the title of all
-_TALLER = 0.011  # inches for each row beyond 60
+# All sizes are in inches.
+_MAP = (2.25, 1.75)  # of a map without its labels
+_LEFT, _RIGHT, _BELOW, _ABOVE = 0.52, 0.88, 0.44, 0.1  # room around it; the colour bar is at the right
+_NAME, _TITLE = 0.2, 0.22  # height of a run's name, and of the title above all maps
+_TALLER = 0.011  # added height for each row beyond 60
 _STEP_LABELS, _ROW_LABELS = 5, 8
 
 
@@ -30,7 +31,7 @@ def draw_maps(maps: Sequence[HeatMap], title: str = "") -> Figure:
 
     Args:
         maps: at least one.
-        title: above all; without one, the runs' names are left out too.
+        title: above all maps; "" leaves out the runs' names as well.
     """
     wide, high = _MAP
     high += _TALLER * max(0, max(len(each.rows) for each in maps) - 60)
@@ -39,14 +40,9 @@ def draw_maps(maps: Sequence[HeatMap], title: str = "") -> Figure:
     with look(), mpl.rc_context({"axes.grid": False}):
         figure = Figure((width * len(maps), height))
         for index, each in enumerate(maps):
-            # a layout engine would take longer than all the rest
-            place = (
-                (index * width + _LEFT) / (width * len(maps)),
-                _BELOW / height,
-                wide / (width * len(maps)),
-                high / height,
-            )
-            axes = figure.add_axes(place)
+            # placed by hand: a layout engine would take longer than all the drawing
+            left, whole = index * width + _LEFT, width * len(maps)
+            axes = figure.add_axes((left / whole, _BELOW / height, wide / whole, high / height))
             bar = axes.inset_axes((1.03, 0.0, 0.05, 1.0))
             _draw_map(figure, axes, bar, each)
             if title:
@@ -57,7 +53,7 @@ def draw_maps(maps: Sequence[HeatMap], title: str = "") -> Figure:
 
 
 def _draw_map(figure: Figure, axes: Axes, bar: Axes, drawn: HeatMap) -> None:
-    low, high = drawn.limits or drawn.extent() or (1, 10)
+    low, high = drawn.scale
     norm = LogNorm(low, high, clip=True) if drawn.log else Normalize(low, high)
     colors = mpl.colormaps[COLOR_MAP].with_extremes(bad=BROKEN)
     values = np.where(drawn.values <= 0, low, drawn.values) if drawn.log else drawn.values
@@ -75,7 +71,7 @@ def _draw_map(figure: Figure, axes: Axes, bar: Axes, drawn: HeatMap) -> None:
 
 
 def _label_columns(axes: Axes, drawn: HeatMap) -> None:
-    """A few of them: of steps round ones if there are; each column is one step, whatever lies between."""
+    """Label a few columns, at round steps where possible. The axis counts columns, so steps are not evenly spaced."""
     axes.set_xlabel(drawn.across)
     steps = drawn.steps
     if not drawn.across.endswith("step"):
@@ -90,24 +86,19 @@ def _label_columns(axes: Axes, drawn: HeatMap) -> None:
 
 
 def _roundest(steps: np.ndarray, places: Sequence[int]) -> int:
-    """The place whose step ends in the most zeros; of several, the middle one."""
+    """Return the place whose step ends in the most zeros; the middle one among equals."""
     zeros = [len(text := str(steps[place])) - len(text.rstrip("0")) for place in places]
     best = [place for place, count in zip(places, zeros, strict=True) if count == max(zeros)]
     return best[len(best) // 2]
 
 
 def _label_rows(axes: Axes, rows: Sequence[str]) -> None:
-    """Blocks by their numbers; of sites the first in each block."""
-    names = {place: row if row.isdigit() or row == "in" else _number(row) for place, row in enumerate(rows)}
-    first = {name: place for place, name in reversed(names.items()) if name}
+    """Label each block with its number, at its first row if it has several sites."""
+    names = [row if row.isdigit() or row == "in" else layer_of(row) for row in rows]
+    first = {str(name): place for place, name in reversed(list(enumerate(names))) if name is not None}
     starts = sorted((place, name) for name, place in first.items())[:: max(1, -(-len(first) // _ROW_LABELS))]
     axes.set_yticks([place for place, _ in starts], [name for _, name in starts])
     axes.set_ylabel("block" if len(first) == len(rows) else f"block ({len(rows)} sites)")
-
-
-def _number(site: str) -> str:
-    layer = layer_of(site)
-    return "" if layer is None else str(layer)
 
 
 def _color_bar(figure: Figure, axes: Axes, image: AxesImage, drawn: HeatMap) -> None:
@@ -118,9 +109,9 @@ def _color_bar(figure: Figure, axes: Axes, image: AxesImage, drawn: HeatMap) -> 
     bar.set_label(drawn.unit)
     if drawn.log:
         low, high = image.get_clim()
-        bar.ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 30 else (1,), numticks=6))
-        bar.ax.yaxis.set_minor_formatter(NullFormatter())
-        bar.ax.yaxis.set_minor_locator(NullLocator())
-        bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis = bar.ax.yaxis
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 30 else (1,), numticks=6))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.set_minor_locator(NullLocator())
         if drawn.threshold is not None and low < drawn.threshold < high:
             bar.ax.axhline(drawn.threshold, color=BROKEN, linewidth=1.5)

@@ -9,7 +9,7 @@ import numpy as np
 
 from sdd.evals.unigram import Reference
 from sdd.lab.findings import listed
-from sdd.report.runs import Run
+from sdd.report.runs import RunHistory
 
 #: Bits per byte. Smaller differences are not counted: the largest spread of three seeds at this size was 0.03.
 NOISE = 0.03
@@ -29,7 +29,7 @@ class Cell:
 
     placement: str
     setting: str
-    runs: list[Run]
+    runs: list[RunHistory]
 
     @property
     def broken(self) -> int:
@@ -111,7 +111,7 @@ class Results:
     seeds: int
 
     @property
-    def runs(self) -> list[Run]:
+    def runs(self) -> list[RunHistory]:
         """Every run."""
         return [run for row in self.rows for cell in (row.recommended, row.hard) for run in cell.runs]
 
@@ -121,7 +121,7 @@ def learned(cell: Cell, reference: float) -> bool:
     return cell.bits_per_byte < reference - NOISE
 
 
-def collect(runs: Mapping[tuple[str, str], list[Run]], reference: Reference) -> Results:
+def collect(runs: Mapping[tuple[str, str], list[RunHistory]], reference: Reference) -> Results:
     """Order the runs, given by (placement, setting)."""
     bits = reference.bits_per_byte or math.nan
     names = dict.fromkeys(placement for placement, _ in runs)
@@ -250,7 +250,7 @@ def _row(row: Row) -> dict[str, Any]:
     return {"placement": row.placement, **cells, "change": _plain(row.change), "verdict": row.verdict}
 
 
-def _run(run: Run) -> dict[str, Any]:
+def _run(run: RunHistory) -> dict[str, Any]:
     curve = zip(run.evals["tokens"], run.evals["eval_loss"], run.evals["eval_bits_per_byte"], strict=True)
     return {
         "name": run.path.name,

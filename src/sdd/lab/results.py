@@ -25,7 +25,7 @@ from sdd.evals.text import load_trained
 from sdd.evals.unigram import token_frequencies
 from sdd.files import number
 from sdd.lab.grid.runner import diverged
-from sdd.report.runs import Run, load_run
+from sdd.report.runs import RunHistory, load_run
 from sdd.train import RunConfig, config_io
 from sdd.train.config import resolve
 from sdd.train.evaluate import evaluate
@@ -241,7 +241,7 @@ def answers(result: RunResult, asked: RunConfig) -> bool:
     return config_hash(there) == config_hash(replace(asked, model=replace(asked.model, vocab_size=vocabulary)))
 
 
-def _why_not(run: Run, lost: bool, frequencies: float) -> str:
+def _why_not(run: RunHistory, lost: bool, frequencies: float) -> str:
     if lost or run.status != "done":
         return run.reason
     if run.eval_loss > (1 - LEARNED_SHARE) * frequencies:
@@ -258,14 +258,14 @@ def _tuning_loss(run_dir: Path, windows: torch.Tensor) -> float:
     return evaluate(trained.model, windows, rows, document_eos=eos, autocast_dtype=dtype).loss
 
 
-def _curve(run: Run) -> dict[str, list[float]]:
+def _curve(run: RunHistory) -> dict[str, list[float]]:
     kept = _spread(len(run.evals["step"]))
     seconds = np.interp(run.evals["step"], run.steps["step"], run.steps["seconds"])
     columns = {"tokens": run.evals["tokens"], "seconds": seconds, "eval_loss": run.evals["eval_loss"]}
     return {name: [_short(float(value)) for value in column[kept]] for name, column in columns.items()}
 
 
-def _training(run: Run) -> dict[str, list[float]]:
+def _training(run: RunHistory) -> dict[str, list[float]]:
     stretches = np.array_split(np.arange(len(run.steps["loss"])), min(_CURVE_POINTS, len(run.steps["loss"])))
     return {
         "tokens": [_short(float(run.steps["tokens"][part[-1]])) for part in stretches],

@@ -4,13 +4,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from sdd.errors import require_extra
 from sdd.probing.probe import Probe
 from sdd.probing.probe_file import Row
 
-try:
-    from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-except ModuleNotFoundError as error:
-    raise ImportError("sdd.probing.hf needs the extra hf: pip install 'sdd[hf]'") from error
+require_extra("hf", "transformers", needed_by="sdd.probing.hf")
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments  # noqa: E402
 
 
 class ProbeCallback(TrainerCallback):

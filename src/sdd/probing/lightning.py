@@ -6,16 +6,15 @@ from typing import Any
 
 from torch.optim import Optimizer
 
+from sdd.errors import require_extra
 from sdd.probing.probe import Probe
 from sdd.probing.probe_file import Row
 
 try:
     from lightning.pytorch import Callback
 except ModuleNotFoundError:
-    try:  # the older package, whose classes are others
-        from pytorch_lightning import Callback
-    except ModuleNotFoundError as error:
-        raise ImportError("sdd.probing.lightning needs the extra lightning: pip install 'sdd[lightning]'") from error
+    require_extra("lightning", "pytorch_lightning", needed_by="sdd.probing.lightning")
+    from pytorch_lightning import Callback  # under its older name, which has classes of its own
 
 
 class ProbeCallback(Callback):  # pyright: ignore[reportGeneralTypeIssues] (one class or the other)

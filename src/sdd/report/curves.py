@@ -1,19 +1,20 @@
-"""Which curves of which runs stand in which panel; numbers only, `sdd.draw.curves` draws them."""
+"""Build the panels of curves of a page from runs. Numbers only; `sdd.draw.curves` draws them."""
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
+from sdd.draw.panel import Line, Panel
 from sdd.draw.style import Style
 from sdd.files import number
 from sdd.probing.alarms import broke_first
-from sdd.report.runs import Run
+from sdd.report.runs import RunHistory
 
 _SMOOTHED_OVER = 25  # a smoothed curve averages over 1/25 of the run
 _MOST_POINTS = 600
-#: Title and unit of each column of `sdd.report.routers`.
+#: Title and unit for each of `sdd.report.runs.ROUTER_COLUMNS`.
 _ROUTER_PANELS = {
     "router_entropy": ("Router entropy", "nats, mean over layers"),
     "worst_load": ("Busiest expert", "tokens / mean, worst layer"),
@@ -22,184 +23,77 @@ _ROUTER_PANELS = {
     "router_z_loss": ("Router z-loss", "before its weight"),
 }
 
-
-@dataclass(frozen=True)
-class Line:
-    """One curve.
-
-    Attributes:
-        label: the run, for legend and description.
-        x, y: its points; not finite ones are gaps.
-        style: how it is drawn.
-        raw: the points before smoothing, drawn faintly underneath.
-        marked: whether every point gets its marker.
-        broken: whether it ends because the run failed; it then ends in a cross.
-        alarm: where the first alarm begins, marked by a triangle; None for nowhere.
-        events: where the guard acted, marked by a stroke.
-    """
-
-    label: str
-    x: np.ndarray
-    y: np.ndarray
-    style: Style
-    raw: tuple[np.ndarray, np.ndarray] | None = None
-    marked: bool = False
-    broken: bool = False
-    alarm: float | None = None
-    events: tuple[float, ...] = ()
-
-    def at(self, x: float) -> tuple[float, float]:
-        """The point of the curve nearest to x, among those that are drawn."""
-        finite = np.flatnonzero(np.isfinite(self.y))
-        if not len(finite):
-            return x, math.nan
-        nearest = finite[np.abs(self.x[finite] - x).argmin()]
-        return float(self.x[nearest]), float(self.y[nearest])
+Runs = Sequence[RunHistory]
+Styles = Sequence[Style]
+_Points = Callable[[RunHistory], tuple[np.ndarray, np.ndarray]]
+_Smoother = Callable[[np.ndarray], np.ndarray]
 
 
-@dataclass(frozen=True)
-class Panel:
-    """One pair of axes.
-
-    Attributes:
-        title: what is shown.
-        unit: of the vertical axis.
-        lines: its curves.
-        log: whether the vertical axis is logarithmic.
-        ceiling: the greatest value shown; what lies above runs off the top. None shows all.
-        limits: of the vertical axis; None fits it to the curves.
-        reference: a horizontal line, its height and name.
-        against: the horizontal axis.
-    """
-
-    title: str
-    unit: str
-    lines: list[Line] = field(default_factory=list)
-    log: bool = False
-    ceiling: float | None = None
-    limits: tuple[float, float] | None = None
-    reference: tuple[float, str] | None = None
-    against: str = "tokens"
-
-    @property
-    def clipped(self) -> bool:
-        """Whether a curve runs off the top."""
-        return self.ceiling is not None and bool((self._values() > self.ceiling).any())
-
-    def describe(self) -> str:
-        """The figure in words, for those who cannot see it."""
-        parts = [f"{self.title}, {self.unit}, against {self.against}."]
-        if self.reference:
-            parts.append(f"{self.reference[1]}: {self.reference[0]:.3g}.")
-        for line in self.lines:
-            finite = line.y[np.isfinite(line.y)]
-            if len(finite):
-                end = ", where it broke off" if line.broken else ""
-                parts.append(f"{line.label}: from {finite[0]:.3g} to {finite[-1]:.3g}{end}.")
-        return " ".join(parts)
-
-    def extent(self) -> tuple[float, float]:
-        """The lowest and highest value shown, with a small margin; the reference counts."""
-        values = np.append(self._values(), self.reference[0] if self.reference else [])
-        low, high = float(values.min()), float(values.max())
-        high = high if self.ceiling is None else max(low, min(high, self.ceiling))
-        if self.log:
-            margin = max((high / low) ** 0.05, 1.01)
-            return low / margin, high * margin
-        margin = 0.05 * ((high - low) or abs(high) or 1)
-        return low - margin, high + margin
-
-    def _values(self) -> np.ndarray:
-        curves = [curve for line in self.lines for curve in (line.y, line.raw[1] if line.raw else line.y[:0])]
-        values = np.concatenate(curves) if curves else np.empty(0)
-        return values[values > 0] if self.log else values[np.isfinite(values)]
-
-
-def share_scale(panels: Sequence[Panel]) -> list[Panel]:
-    """The same panels, all with one vertical scale."""
-    extents = [panel.extent() for panel in panels if panel.lines]
-    limits = (min(low for low, _ in extents), max(high for _, high in extents)) if extents else None
-    return [replace(panel, limits=limits) for panel in panels]
-
-
-def heldout_panel(runs: Sequence[Run], styles: Sequence[Style], title: str = "Held-out text") -> Panel | None:
+def heldout_panel(runs: Runs, styles: Styles, title: str = "Held-out text") -> Panel | None:
     """Held-out bits per byte against tokens, or the loss if a run has no bits per byte; None without evaluations."""
     evaluated = [run for run in runs if len(run.evals["step"])]
-    if not evaluated:
-        return None
     in_bytes = all(np.isfinite(run.evals["eval_bits_per_byte"]).any() for run in evaluated)
-    column = "eval_bits_per_byte" if in_bytes else "eval_loss"
-    lines = [
-        Line(run.name, run.evals["tokens"], _finite(run.evals[column]), style, marked=True, broken=_broke(run))
-        for run, style in zip(runs, styles, strict=True)
-        if len(run.evals["step"])
-    ]
-    return Panel(title, _unit(in_bytes), lines, ceiling=_untrained(evaluated, in_bytes))
+    column, unit = ("eval_bits_per_byte", "bits per byte") if in_bytes else ("eval_loss", "nats a token")
+    lines = _lines(runs, styles, lambda run: (run.evals["tokens"], run.evals[column]), marked=True)
+    return Panel(title, unit, lines, ceiling=_ceiling(evaluated, in_bytes)) if lines else None
 
 
-def loss_panel(runs: Sequence[Run], styles: Sequence[Style], title: str = "Training loss") -> Panel | None:
-    """Training loss against tokens, smoothed, raw underneath."""
-    lines = _smooth_lines(runs, styles, "loss", smooth)
-    return Panel(title, "nats a token", lines, ceiling=_untrained(runs, False)) if lines else None
+def loss_panel(runs: Runs, styles: Styles, title: str = "Training loss") -> Panel | None:
+    """Training loss against tokens, smoothed, with the raw values underneath."""
+    lines = _lines(runs, styles, _column("loss"), smooth, raw=True, marks=True)
+    return Panel(title, "nats a token", lines, ceiling=_ceiling(runs)) if lines else None
 
 
-def time_panel(runs: Sequence[Run], styles: Sequence[Style], title: str = "Training loss in time") -> Panel | None:
+def time_panel(runs: Runs, styles: Styles, title: str = "Training loss in time") -> Panel | None:
     """Training loss against the time spent in training steps, smoothed."""
     ends = [run.seconds for run in runs if math.isfinite(run.seconds)]
     if not ends:
         return None
     size, unit = _time_unit(max(ends))
-    lines = []
-    for run, style in zip(runs, styles, strict=True):
-        y = _finite(run.steps["loss"])
-        if np.isfinite(y).any():
-            curve = thin(run.steps["seconds"] / size, smooth(y))
-            lines.append(Line(run.name, *curve, style, broken=_broke(run)))
-    ceiling = _untrained(runs, False)
-    return Panel(title, "nats a token", lines, ceiling=ceiling, against=f"{unit} of training") if lines else None
+    lines = _lines(runs, styles, lambda run: (run.steps["seconds"] / size, run.steps["loss"]), smooth)
+    return Panel(title, "nats a token", lines, ceiling=_ceiling(runs), against=f"{unit} of training") if lines else None
 
 
-def grad_norm_panel(runs: Sequence[Run], styles: Sequence[Style], title: str = "Gradient norm") -> Panel | None:
-    """Global gradient norm before clipping, smoothed in its logarithm."""
-    lines = _smooth_lines(runs, styles, "grad_norm", _smooth_log)
+def grad_norm_panel(runs: Runs, styles: Styles, title: str = "Gradient norm") -> Panel | None:
+    """Global gradient norm before clipping, its logarithm smoothed."""
+    lines = _lines(runs, styles, _column("grad_norm"), _smooth_log, raw=True, marks=True)
     return Panel(title, "global norm before clipping", lines, log=True) if lines else None
 
 
-def lr_panel(runs: Sequence[Run], styles: Sequence[Style], title: str = "Learning rate") -> Panel | None:
+def lr_panel(runs: Runs, styles: Styles, title: str = "Learning rate") -> Panel | None:
     """Learning rate against tokens."""
-    lines = [
-        Line(run.name, *thin(run.steps["tokens"], _finite(run.steps["lr"])), style)
-        for run, style in zip(runs, styles, strict=True)
-        if np.isfinite(run.steps["lr"]).any()
-    ]
+    lines = _lines(runs, styles, _column("lr"))
     return Panel(title, "learning rate", lines) if lines else None
 
 
-def router_panels(runs: Sequence[Run], styles: Sequence[Style]) -> dict[str, Panel]:
-    """What the routers of mixtures of experts do, against tokens, smoothed; empty if all models are dense."""
-    routed = [(run, style) for run, style in zip(runs, styles, strict=True) if run.routing]
-    found = {
-        name: Panel(title, unit, [_router_line(run, style, name) for run, style in routed])
+#: The panels of a page by the names of their files.
+_PANELS = {
+    "heldout": heldout_panel,
+    "loss": loss_panel,
+    "loss-time": time_panel,
+    "grad-norm": grad_norm_panel,
+    "lr": lr_panel,
+}
+
+
+def run_panels(runs: Runs, styles: Styles) -> dict[str, Panel]:
+    """Return all panels that the runs have data for, by the names of their files."""
+    return {name: panel for name, build in _PANELS.items() if (panel := build(runs, styles))}
+
+
+def router_panels(runs: Runs, styles: Styles) -> dict[str, Panel]:
+    """Return the panels about routers of mixtures of experts, by column; empty if all models are dense."""
+    experts = {run.config.get("model.moe.n_experts") for run in runs if run.routers}
+    references = {"router_entropy": _uniform(experts)}
+    return {
+        name: Panel(title, unit, lines, reference=references.get(name))
         for name, (title, unit) in _ROUTER_PANELS.items()
-        if routed
+        if (lines := _lines(runs, styles, _router_column(name), smooth, raw=True))
     }
-    experts = {run.config.get("model.moe.n_experts") for run, _ in routed}
-    if len(experts) == 1 and isinstance(count := experts.pop(), int) and count > 1:
-        found["router_entropy"] = replace(
-            found["router_entropy"], reference=(math.log(count), f"ln {count}: no preference")
-        )
-    return {name: panel for name, panel in found.items() if any(np.isfinite(line.y).any() for line in panel.lines)}
-
-
-def _router_line(run: Run, style: Style, column: str) -> Line:
-    assert run.routing is not None
-    x = np.interp(run.routing.steps, run.steps["step"], run.steps["tokens"])
-    y = _finite(run.routing.columns[column])
-    return Line(run.name, *thin(x, smooth(y)), style, raw=thin(x, y), broken=_broke(run))
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
-    """Centred mean over 1/25 of the run, of the finite values in the window; nan where a value is not finite."""
+    """Average over a centred window of 1/25 of the run, over its finite values; non-finite values become nan."""
     width = max(1, len(values) // _SMOOTHED_OVER)
     finite = np.isfinite(values)
     window = np.ones(width)
@@ -209,7 +103,7 @@ def smooth(values: np.ndarray) -> np.ndarray:
 
 
 def thin(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """At most about 600 points: the lowest and the highest of each stretch, so that no spike is lost."""
+    """Keep at most about 600 points: the lowest and the highest of each stretch, so that no spike is lost."""
     if len(x) <= _MOST_POINTS:
         return x, y
     kept: list[int] = []
@@ -220,37 +114,68 @@ def thin(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return x[kept], y[kept]
 
 
-def seeds_note(runs: Sequence[Run]) -> str:
-    """How many seeds the curves are of, as every figure says."""
+def seeds_note(runs: Runs) -> str:
+    """State the number of seeds, as every figure does."""
     seeds = {run.config.get("seed") for run in runs}
-    return f"One curve a run, {len(seeds)} seed{'s' if len(seeds) != 1 else ''}"
+    return f"One curve per run, {len(seeds)} seed{'s' if len(seeds) != 1 else ''}"
 
 
-def _smooth_lines(
-    runs: Sequence[Run], styles: Sequence[Style], column: str, smoother: Callable[[np.ndarray], np.ndarray]
+def _lines(
+    runs: Runs,
+    styles: Styles,
+    points: _Points,
+    smoother: _Smoother | None = None,
+    *,
+    raw: bool = False,
+    marks: bool = False,
+    marked: bool = False,
 ) -> list[Line]:
+    """Build the curves of the runs that have a finite point.
+
+    Args:
+        runs: the runs.
+        styles: one for each run.
+        points: from a run to its x and y.
+        smoother: applied to y.
+        raw: whether the points before smoothing are drawn underneath.
+        marks: whether the first alarm and the actions of the guard are marked.
+        marked: whether every point gets a marker.
+    """
     lines: list[Line] = []
     for run, style in zip(runs, styles, strict=True):
-        x, y = run.steps["tokens"], _finite(run.steps[column])
+        x, y = points(run)
+        y = np.where(np.isfinite(y), y, np.nan)
         if np.isfinite(y).any():
-            curve = thin(x, smoother(y))
-            marks = {"alarm": _alarm_at(run, x), "events": _events_at(run, x)}
-            lines.append(Line(run.name, *curve, style, raw=thin(x, y), broken=_broke(run), **marks))
+            curve, under = thin(x, smoother(y) if smoother else y), thin(x, y) if raw else None
+            alarm, events = _alarm_and_events(run) if marks else (None, ())
+            broken = run.result.get("status") == "failed"
+            lines.append(Line(run.name, *curve, style, under, marked, broken, alarm, events))
     return lines
 
 
-def _alarm_at(run: Run, x: np.ndarray) -> float | None:
+def _column(name: str) -> _Points:
+    return lambda run: (run.steps["tokens"], run.steps[name])
+
+
+def _router_column(name: str) -> _Points:
+    def points(run: RunHistory) -> tuple[np.ndarray, np.ndarray]:
+        if run.routers is None:
+            return np.empty(0), np.empty(0)
+        return np.interp(run.routers.steps, run.steps["step"], run.steps["tokens"]), run.routers.columns[name]
+
+    return points
+
+
+def _alarm_and_events(run: RunHistory) -> tuple[float | None, tuple[float, ...]]:
+    """Return the tokens at which the first alarm began, and those at which the guard acted."""
     first = broke_first(run.alarms)
-    return float(np.interp(first.since_step, run.steps["step"], x)) if first else None
-
-
-def _events_at(run: Run, x: np.ndarray) -> tuple[float, ...]:
-    steps = [number(row.get("step")) for row in run.events]
-    return tuple(float(np.interp(step, run.steps["step"], x)) for step in steps if math.isfinite(step))
+    steps = [first.since_step if first else 0, *(number(row.get("step")) for row in run.events)]
+    alarm, *events = np.interp(steps, run.steps["step"], run.steps["tokens"]).tolist()
+    return alarm if first else None, tuple(event for event in events if math.isfinite(event))
 
 
 def _time_unit(seconds: float) -> tuple[float, str]:
-    """What a run of that length is measured in."""
+    """Return a unit of time that suits a run of that length, and its seconds."""
     for size, unit in ((86_400.0, "days"), (3600.0, "hours"), (60.0, "minutes")):
         if seconds >= 2 * size:
             return size, unit
@@ -262,8 +187,8 @@ def _smooth_log(values: np.ndarray) -> np.ndarray:
     return np.exp(smooth(np.log(positive)))
 
 
-def _untrained(runs: Sequence[Run], in_bytes: bool) -> float | None:
-    """A little above the loss of the models before training: what is higher than that tells nothing more."""
+def _ceiling(runs: Runs, in_bytes: bool = False) -> float | None:
+    """Return a value a little above the loss before training: what is higher tells nothing more."""
     first = [run.steps["loss"][0] for run in runs if len(run.steps["loss"]) and math.isfinite(run.steps["loss"][0])]
     if not first:
         return None
@@ -274,13 +199,7 @@ def _untrained(runs: Sequence[Run], in_bytes: bool) -> float | None:
     return 1.1 * float(np.median(first)) * per_nat
 
 
-def _unit(in_bytes: bool) -> str:
-    return "bits per byte" if in_bytes else "nats a token"
-
-
-def _finite(values: np.ndarray) -> np.ndarray:
-    return np.where(np.isfinite(values), values, np.nan)
-
-
-def _broke(run: Run) -> bool:
-    return run.result.get("status") == "failed"
+def _uniform(experts: set[Any]) -> tuple[float, str] | None:
+    """Return the entropy of a router without preferences; None unless all mixtures have as many experts."""
+    count = next(iter(experts)) if len(experts) == 1 else None
+    return (math.log(count), f"ln {count}: no preference") if isinstance(count, int) and count > 1 else None

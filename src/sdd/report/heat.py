@@ -1,204 +1,161 @@
-"""Maps of blocks over steps, and what a probe saw as such; numbers only, `sdd.draw.maps` draws them."""
+"""Heat maps of runs: probed statistics by block or site over steps, and the routers of mixtures of experts.
+
+Numbers only; `sdd.draw.maps` draws them.
+"""
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
-from sdd.probing import ProbeHistory
-from sdd.probing.alarms import Alarm, Kind
+from sdd.draw.panel import HeatMap, share_scale
+from sdd.probing.alarms import Kind
 from sdd.probing.checks import EPS_SHARE, LOGIT_MAX, UPDATE_RATIO, layer_of
-
-if TYPE_CHECKING:
-    from sdd.report.runs import Run
+from sdd.report.runs import RunHistory
 
 _MOST_COLUMNS = 240
-#: A scale of more than this many decades shows nothing any more: what lies below takes the darkest colour.
-_DECADES = 9
+#: Evaluations before the last whose loads are shown.
+_EARLIER_LOADS = 5
+
+#: The steps `[S]`, the names of R rows, and their values `[R, S]`; no names where a run lacks the statistic.
+_Values = tuple[np.ndarray, Sequence[str], np.ndarray]
+_NONE: _Values = (np.empty(0), (), np.empty((0, 0)))
 
 
-@dataclass(frozen=True)
-class HeatMap:
-    """One statistic of one run, over blocks and steps.
+def _stream(run: RunHistory, stat: str) -> _Values:
+    """A statistic of the residual stream: at the input, and after each block."""
+    if run.probe is None or stat not in run.probe.layers:
+        return _NONE
+    values = run.probe.layers[stat].T
+    n_blocks = run.probe.layers.get("rms", values.T).shape[1] - 1
+    names = ["in", *map(str, range(n_blocks))]
+    return run.probe.steps, names[len(names) - len(values) :], values
 
-    Attributes:
-        name: of the statistic, fit for a file name.
-        title: what is shown.
-        unit: of the colour.
-        run: whose it is.
-        steps: int `[S]`, what each column is.
-        rows: what each row is, from the input on.
-        values: float64 `[R, S]`; what is not finite has a colour of its own.
-        log: whether the colour is logarithmic.
-        threshold: where an alarm is raised, None if it is not by the value itself.
-        marks: (row, column) of the cells in which an alarm of its kind began.
-        limits: of the colour; None fits it to the values.
-        across: what a column is.
-        missing: what a cell is that is not finite.
-    """
 
-    name: str
-    title: str
-    unit: str
-    run: str
-    steps: np.ndarray
-    rows: tuple[str, ...]
-    values: np.ndarray
-    log: bool = True
-    threshold: float | None = None
-    marks: tuple[tuple[int, int], ...] = ()
-    limits: tuple[float, float] | None = None
-    across: str = "probed step"
-    missing: str = "not finite"
+def _blocks(run: RunHistory, stat: str, reduce: Callable[..., np.ndarray] = np.max) -> _Values:
+    """A statistic reduced over the sites in each block; a nan of one site makes the block's value nan, to show it."""
+    if run.probe is None:
+        return _NONE
+    blocks: dict[int, list[np.ndarray]] = {}
+    for site in run.probe.has(stat):
+        if (layer := layer_of(site)) is not None:
+            blocks.setdefault(layer, []).append(run.probe.series(site, stat))
+    with np.errstate(invalid="ignore"):
+        values = [reduce(blocks[layer], axis=0) for layer in sorted(blocks)]
+    return run.probe.steps, [*map(str, sorted(blocks))], np.array(values)
 
-    def extent(self) -> tuple[float, float] | None:
-        """The lowest and highest value that the colours tell apart; None if there is none."""
-        shown = self.values[np.isfinite(self.values) & ((self.values > 0) | (not self.log))]
-        if not len(shown):
-            return None
-        low, high = float(shown.min()), float(shown.max())
-        if not self.log:
-            return low, high if high > low else low + 1
-        low = max(low, high * 10.0**-_DECADES)
-        return (low, high) if high > 1.05 * low else (low / 1.5, high * 1.5)
 
-    def describe(self) -> str:
-        """The map in words, for those who cannot see it."""
-        over = f"by block over {self.across}s {self.steps[0]} to {self.steps[-1]}"
-        begin = f"{self.title}, {self.unit}, of {self.run}, {over}."
-        found = self.extent()
-        if found is None:
-            return f"{begin} Nothing finite."
-        last, lacking = self.values[:, -1], int((~np.isfinite(self.values)).sum())
-        parts = [begin, f"Between {found[0]:.3g} and {found[1]:.3g}."]
-        if self.across.endswith("step") and np.isfinite(last).any():
-            parts.append(f"At the last one from {np.nanmin(last):.3g} to {np.nanmax(last):.3g}.")
-        if lacking:
-            parts.append(f"{lacking} of {self.values.size} are {self.missing}.")
-        return " ".join(parts)
+def _sites(run: RunHistory, stat: str) -> _Values:
+    if run.probe is None:
+        return _NONE
+    sites = run.probe.has(stat)
+    return run.probe.steps, sites, np.array([run.probe.series(site, stat) for site in sites])
 
-    def marks_of(self, alarms: Sequence[Alarm], kinds: Sequence[Kind]) -> tuple[tuple[int, int], ...]:
-        """The cells in which alarms of those kinds began."""
-        return tuple(
-            (self.rows.index(str(alarm.layer)), int(np.abs(self.steps - alarm.since_step).argmin()))
-            for alarm in alarms
-            if alarm.kind in kinds and str(alarm.layer) in self.rows
-        )
+
+def _routers(run: RunHistory, column: str) -> _Values:
+    if run.routers is None:
+        return _NONE
+    values = run.routers.layers[column].T
+    return run.routers.steps, [*map(str, range(len(values)))], values
 
 
 @dataclass(frozen=True)
 class _Map:
-    """How a map is made of the sites in a block; of the residual stream if there is no way to."""
+    """A kind of map: `read(run, stat)` gives its values, `alarms` are the kinds of alarms that it marks."""
 
     name: str
     title: str
     unit: str
+    read: Callable[[RunHistory, str], _Values]
     stat: str
-    over_sites: Callable[..., np.ndarray] | None
-    kinds: tuple[Kind, ...] = ()
+    alarms: tuple[Kind, ...] = ()
     log: bool = True
     threshold: float | None = None
+    across: str = "probed step"
+
+    def of(self, run: RunHistory) -> HeatMap | None:
+        """The map of a run; None if the run lacks the statistic."""
+        steps, names, values = self.read(run, self.stat)
+        if not len(names):
+            return None
+        steps, values = thinned(steps, values)
+        marks = tuple(
+            (names.index(str(alarm.layer)), int(np.abs(steps - alarm.since_step).argmin()))
+            for alarm in run.alarms
+            if alarm.kind in self.alarms and str(alarm.layer) in names
+        )
+        about = self.name, self.title, self.unit, run.name
+        return HeatMap(*about, steps, tuple(names), values, self.log, self.threshold, marks, across=self.across)
 
 
-_MAPS = (
-    _Map("stream", "Residual stream", "rms", "rms", None),
-    _Map(
-        "stream-grad",
-        "Gradient of the residual stream",
-        "rms",
-        "grad_rms",
-        None,
-        ("fading gradients", "exploding gradients"),
-    ),
-    _Map("outputs", "Outputs", "largest rms in the block", "rms", np.nanmax, ("non-finite",)),
-    _Map("weight-grads", "Gradients of the matrices", "median rms in the block", "weight_grad_rms", np.nanmedian),
-    _Map(
-        "updates",
-        "Updates",
-        "largest ||dW|| / ||W||",
-        "update_ratio",
-        np.nanmax,
-        ("large updates", "stuck weights"),
-        threshold=UPDATE_RATIO,
-    ),
-    _Map(
-        "logits",
-        "Attention logits",
-        "largest logit",
-        "logit_max",
-        np.nanmax,
-        ("attention logits",),
-        threshold=LOGIT_MAX,
-    ),
-    _Map("entropy", "Attention entropy", "mean, nats", "entropy", np.nanmin, ("attention logits",), log=False),
-    _Map("eps", "Share of eps", "largest eps / mean square", "eps_ratio", np.nanmax, ("eps",), threshold=EPS_SHARE),
+_FLOW: tuple[Kind, ...] = ("fading gradients", "exploding gradients")
+_TURN: tuple[Kind, ...] = ("large updates", "stuck weights")
+_ATTENTION: tuple[Kind, ...] = ("attention logits",)
+_MEDIAN, _SMALLEST = partial(_blocks, reduce=np.median), partial(_blocks, reduce=np.min)
+_BLOCK_MAPS = (
+    _Map("stream", "Residual stream", "rms", _stream, "rms"),
+    _Map("stream-grad", "Gradient of the residual stream", "rms", _stream, "grad_rms", _FLOW),
+    _Map("outputs", "Outputs", "largest rms in the block", _blocks, "rms", ("non-finite",)),
+    _Map("weight-grads", "Gradients of the matrices", "median rms in the block", _MEDIAN, "weight_grad_rms"),
+    _Map("updates", "Updates", "largest ||dW|| / ||W||", _blocks, "update_ratio", _TURN, threshold=UPDATE_RATIO),
+    _Map("logits", "Attention logits", "largest logit", _blocks, "logit_max", _ATTENTION, threshold=LOGIT_MAX),
+    _Map("entropy", "Attention entropy", "mean, nats", _SMALLEST, "entropy", _ATTENTION, log=False),
+    _Map("eps", "Share of eps", "largest eps / mean square", _blocks, "eps_ratio", ("eps",), threshold=EPS_SHARE),
 )
 _SITE_MAPS = (
-    _Map("site-outputs", "Outputs, site by site", "rms", "rms", None),
-    _Map("site-grads", "Gradients of outputs, site by site", "rms", "grad_rms", None),
-    _Map("site-updates", "Updates, site by site", "||dW|| / ||W||", "update_ratio", None),
+    _Map("site-outputs", "Outputs, site by site", "rms", _sites, "rms"),
+    _Map("site-grads", "Gradients of outputs, site by site", "rms", _sites, "grad_rms"),
+    _Map("site-updates", "Updates, site by site", "||dW|| / ||W||", _sites, "update_ratio"),
+)
+_of_routers = partial(_Map, read=_routers, log=False, across="step")
+_ROUTER_MAPS = (
+    _of_routers("router-entropy", "Router entropy", "nats", stat="entropy", alarms=("saturated router",)),
+    _of_routers("worst-load", "Busiest expert", "tokens / mean", stat="worst_load"),
+    _of_routers("dead-experts", "Experts without tokens", "experts", stat="dead_experts", alarms=("dead experts",)),
 )
 
 
-def block_maps(runs: Sequence["Run"]) -> list[list[HeatMap]]:
-    """For each statistic that a run has, the maps of those runs that have it, with one scale of colour."""
-    return [share_limits(found) for kind in _MAPS if (found := [m for run in runs if (m := _block_map(run, kind))])]
+def block_maps(runs: Sequence[RunHistory]) -> list[list[HeatMap]]:
+    """For each statistic by block, return the maps of the runs that have it, with one scale of colour."""
+    return _maps(_BLOCK_MAPS, runs)
 
 
-def site_maps(runs: Sequence["Run"]) -> list[list[HeatMap]]:
-    """The same with a row for each site, in the model's order."""
-    return [share_limits(found) for kind in _SITE_MAPS if (found := [m for run in runs if (m := _site_map(run, kind))])]
+def site_maps(runs: Sequence[RunHistory]) -> list[list[HeatMap]]:
+    """Return the same with a row for each site, in the model's order."""
+    return _maps(_SITE_MAPS, runs)
 
 
-def _block_map(run: "Run", kind: _Map) -> HeatMap | None:
-    probe = run.probe
-    if probe is None:
-        return None
-    if kind.over_sites is None:
-        values = probe.layers.get(kind.stat, np.empty((len(probe.steps), 0))).T
-        n_blocks = probe.layers.get("rms", values.T).shape[1] - 1
-        rows = ["in", *map(str, range(n_blocks))][-len(values) :] if len(values) else []
-    else:
-        rows, values = _by_block(probe, kind)
-    if not len(values):
-        return None
-    return _finished(run, kind, tuple(rows), values)
+def router_maps(runs: Sequence[RunHistory]) -> list[list[HeatMap]]:
+    """Return entropy, worst load and dead experts by block and step, of the runs that have experts."""
+    return _maps(_ROUTER_MAPS, runs)
 
 
-def _by_block(probe: ProbeHistory, kind: _Map) -> tuple[list[str], np.ndarray]:
-    blocks: dict[int, list[np.ndarray]] = {}
-    for site in probe.has(kind.stat):
-        layer = layer_of(site)
-        if layer is not None:
-            blocks.setdefault(layer, []).append(probe.series(site, kind.stat))
-    assert kind.over_sites is not None
-    values = [_reduced(kind.over_sites, np.array(blocks[layer])) for layer in sorted(blocks)]
-    return [str(layer) for layer in sorted(blocks)], np.array(values)
+def latest_loads(runs: Sequence[RunHistory]) -> list[HeatMap]:
+    """Return the load by expert and block at the last evaluation of each run that has experts, with one scale."""
+    last = [(run, max(run.routers.loads)) for run in runs if run.routers and run.routers.loads]
+    steps = {step for _, step in last}
+    title = f"Load at step {steps.pop():,}" if len(steps) == 1 else "Load at the last evaluation"
+    return share_scale([_load_map(run, step, "expert-load", title) for run, step in last])
 
 
-def _reduced(how: Callable[..., np.ndarray], values: np.ndarray) -> np.ndarray:
-    """Over the first axis; nan where any is not a number, so that it is seen."""
-    return np.where(np.isnan(values).any(0), math.nan, how(np.nan_to_num(values, nan=0.0, posinf=math.inf), axis=0))
-
-
-def _site_map(run: "Run", kind: _Map) -> HeatMap | None:
-    if run.probe is None or not run.probe.has(kind.stat):
-        return None
-    sites = run.probe.has(kind.stat)
-    return _finished(run, kind, sites, np.array([run.probe.series(site, kind.stat) for site in sites]))
-
-
-def _finished(run: "Run", kind: _Map, rows: tuple[str, ...], values: np.ndarray) -> HeatMap:
-    assert run.probe is not None
-    steps, values = thinned(run.probe.steps, values)
-    whole = HeatMap(kind.name, kind.title, kind.unit, run.name, steps, rows, values, kind.log, kind.threshold)
-    return replace(whole, marks=whole.marks_of(run.alarms, kind.kinds))
+def earlier_loads(runs: Sequence[RunHistory]) -> list[list[HeatMap]]:
+    """Return the loads at up to five earlier evaluations, in order and evenly spread over all of them."""
+    loads = [(run, run.routers.loads) for run in runs if run.routers]
+    steps = sorted({step for _, by_step in loads for step in sorted(by_step)[:-1]})
+    chosen = np.unique(np.linspace(0, len(steps) - 1, min(len(steps), _EARLIER_LOADS)).round().astype(int))
+    found: list[list[HeatMap]] = []
+    for step in (steps[place] for place in chosen):
+        there = [run for run, by_step in loads if step in by_step]
+        found.append(
+            share_scale([_load_map(run, step, f"expert-load-{step}", f"Load at step {step:,}") for run in there])
+        )
+    return found
 
 
 def thinned(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """At most 240 columns: the first, the last, and of each stretch the one that is farthest from the usual values."""
+    """Keep at most 240 columns: the first, the last, and of each stretch between the one farthest from the median."""
     if len(steps) <= _MOST_COLUMNS:
         return steps, values
     with np.errstate(all="ignore"):
@@ -209,12 +166,16 @@ def thinned(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarr
     return steps[kept], values[:, kept]
 
 
-def share_limits(maps: list[HeatMap]) -> list[HeatMap]:
-    """The same maps, all with one scale of colour."""
-    extents = [found for each in maps if (found := each.extent())]
-    if not extents:
-        return maps
-    low, high = min(low for low, _ in extents), max(high for _, high in extents)
-    if maps[0].log:
-        low = max(low, high * 10.0**-_DECADES)
-    return [replace(each, limits=(low, high)) for each in maps]
+def _maps(kinds: Sequence[_Map], runs: Sequence[RunHistory]) -> list[list[HeatMap]]:
+    groups = [[drawn for run in runs if (drawn := kind.of(run))] for kind in kinds]
+    return [share_scale(group) for group in groups if group]
+
+
+def _load_map(run: RunHistory, step: int, name: str, title: str) -> HeatMap:
+    """The load by expert and block; experts without a token get the colour of missing values."""
+    assert run.routers is not None
+    load = run.routers.loads[step]
+    values, rows = np.where(load > 0, load, math.nan), tuple(map(str, range(len(load))))
+    about = name, title, "tokens / mean", run.name
+    experts = np.arange(load.shape[1])
+    return HeatMap(*about, experts, rows, values, log=False, across="expert", missing="without tokens")

@@ -1,8 +1,7 @@
 """Self-contained HTML pages: one file, style and figures inline, nothing fetched. Needs the extra `report`."""
 
 import math
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,12 +11,14 @@ from markupsafe import Markup
 
 from sdd.draw.curves import draw, inline_svg, legend_styles, swatch_svg
 from sdd.draw.maps import draw_maps
+from sdd.draw.panel import HeatMap, Panel
 from sdd.draw.style import Style
 from sdd.errors import UserError
-from sdd.report.curves import Panel, seeds_note
-from sdd.report.heat import HeatMap
-from sdd.report.runs import CONVERGENCE_SHARE, Run
-from sdd.report.verdict import brief, place, places, span
+from sdd.files import write_aside
+from sdd.report.curves import seeds_note
+from sdd.report.runs import CONVERGENCE_SHARE, RunHistory
+from sdd.report.verdict import place, places, span
+from sdd.terminal import clock
 
 _NOTHING = "–"
 
@@ -29,7 +30,7 @@ class FigureGroup:
     Attributes:
         svgs: one picture a panel.
         legend: (swatch, run) for each line.
-        note: what to know about the curves.
+        note: how to read the curves.
     """
 
     svgs: list[Markup]
@@ -37,13 +38,13 @@ class FigureGroup:
     note: str
 
 
-def figure_group(name: str, panels: Sequence[Panel], runs: Sequence[Run]) -> FigureGroup:
-    """Draw panels for a page, each as a picture of its own, so that they stand below each other on a phone.
+def figure_group(name: str, panels: Sequence[Panel], runs: Sequence[RunHistory]) -> FigureGroup:
+    """Draw panels for a page, each as a picture of its own, so that a phone can stack them.
 
     Args:
         name: unique in the page.
-        panels: what to draw.
-        runs: whose curves these are.
+        panels: the panels.
+        runs: the runs that the curves belong to.
     """
     svgs = [
         Markup(inline_svg(draw([panel], legend=False), f"{name}-{index}", panel.describe()))
@@ -55,38 +56,30 @@ def figure_group(name: str, panels: Sequence[Panel], runs: Sequence[Run]) -> Fig
 
 @dataclass(frozen=True)
 class MapGroup:
-    """Maps of one statistic.
+    """The maps of one statistic.
 
     Attributes:
         title: of the statistic.
-        maps: (swatch, run, picture) for each run.
+        maps: (run, picture) for each run.
     """
 
     title: str
-    maps: list[tuple[Markup, str, Markup]]
+    maps: list[tuple[str, Markup]]
 
 
-def map_group(maps: Sequence[HeatMap], swatches: Mapping[str, Markup]) -> MapGroup:
-    """Draw the maps of one statistic, each as a picture of its own.
-
-    Args:
-        maps: of one statistic; the first in the page of their name.
-        swatches: by run.
-    """
-    svgs = [
-        inline_svg(draw_maps([each]), f"map-{each.name}-{index}", each.describe()) for index, each in enumerate(maps)
-    ]
-    drawn = [(swatches[each.run], each.run, Markup(svg)) for each, svg in zip(maps, svgs, strict=True)]
-    return MapGroup(maps[0].title, drawn)
+def map_group(maps: Sequence[HeatMap]) -> MapGroup:
+    """Draw the maps of one statistic, at least one, each as a picture of its own; their name is unique in the page."""
+    svgs = [inline_svg(draw_maps([each]), f"map-{each.name}-{i}", each.describe()) for i, each in enumerate(maps)]
+    return MapGroup(maps[0].title, [(each.run, Markup(svg)) for each, svg in zip(maps, svgs, strict=True)])
 
 
 def swatch(style: Style) -> Markup:
-    """The piece of line that stands for a run in tables and legends."""
+    """Return the piece of line that stands for a run in tables and legends."""
     return Markup(swatch_svg(style))
 
 
 def render(template: str, **values: Any) -> str:
-    """Fill one of the package's templates; every value is escaped, but for those that are Markup."""
+    """Fill one of the package's templates; every value is escaped unless it is Markup."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("sdd.report", "templates"),
         autoescape=True,
@@ -94,18 +87,8 @@ def render(template: str, **values: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {
-        "decimals": decimals,
-        "signed": signed,
-        "count": count,
-        "duration": duration,
-        "setting": setting,
-        "significant": significant,
-        "brief": brief,
-        "place": place,
-        "places": places,
-        "span": span,
-    }
+    filters = (decimals, signed, count, duration, setting, significant, place, places, span)
+    environment.filters |= {function.__name__: function for function in filters}
     environment.globals["convergence_percent"] = round(100 * CONVERGENCE_SHARE)
     return environment.get_template(template).render(**values)
 
@@ -114,77 +97,64 @@ def write_page(path: Path, text: str) -> None:
     """Write a page aside and rename it.
 
     Raises:
-        UserError: if that is refused.
+        UserError: if it cannot be written.
     """
     if path.exists() and not path.is_file():
-        raise UserError(f"cannot write {path}: it is no ordinary file")
-    aside = path.with_name(f".tmp-{path.name}")
+        raise UserError(f"cannot write {path}: it is not an ordinary file")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside.write_text(text, encoding="utf-8", errors="replace")
-        aside.replace(path)
+        write_aside(path, text, durable=False)
     except OSError as error:
-        with suppress(OSError):
-            aside.unlink()
         raise UserError(f"cannot write {path}: {error.strerror}") from None
 
 
 def decimals(value: Any, places: int = 3) -> str:
-    """A number with fixed decimals; a dash for none."""
+    """Format a number with fixed decimals; a dash stands for anything else."""
     if not isinstance(value, int | float) or math.isnan(value):
         return _NOTHING
     return f"{value:.{places}f}" if math.isfinite(value) else "infinite"
 
 
 def signed(value: Any, places: int = 3) -> str:
-    """The same with its sign, a true minus."""
+    """Format a number with fixed decimals and its sign, a true minus."""
     text = decimals(value, places)
     return text.replace("-", "−") if text[0] in f"-{_NOTHING}i" else f"+{text}"
 
 
-def significant(value: Any) -> str:
-    """A number with three significant digits; a dash for none."""
-    if value is None:
-        return ""
-    return f"{value:.3g}" if math.isfinite(value) else {math.inf: "infinite", -math.inf: "−infinite"}.get(value, "nan")
+def significant(value: float | None) -> str:
+    """Format a number with three significant digits; None becomes empty."""
+    return "" if value is None else f"{value:.3g}".replace("-inf", "−inf").replace("inf", "infinite")
 
 
 def count(value: Any) -> str:
-    """A whole number with separators; a dash for none."""
-    return f"{value:,.0f}" if isinstance(value, int | float) and math.isfinite(value) else _NOTHING
+    """Format a whole number with separators; a dash stands for anything else."""
+    return f"{value:,.0f}" if _is_finite(value) else _NOTHING
 
 
 def duration(seconds: Any) -> str:
-    """Seconds as h:mm:ss or m:ss; a dash for none."""
-    if not isinstance(seconds, int | float) or not math.isfinite(seconds):
-        return _NOTHING
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+    """Format seconds as h:mm:ss or m:ss; a dash stands for anything else."""
+    return clock(seconds) if _is_finite(seconds) else _NOTHING
 
 
 def setting(value: Any) -> str:
-    """A value of a config as people write it."""
-    if value is None:
-        return "none"
-    if isinstance(value, bool):
+    """Format a value of a config: 4,096, 0.004, true, none."""
+    if value is None or isinstance(value, bool):
         return str(value).lower()
-    if isinstance(value, int):
-        return f"{value:,}"
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return format(value, {int: ",", float: "g"}.get(type(value), ""))
 
 
-def _note(panels: Sequence[Panel], runs: Sequence[Run]) -> str:
-    parts = [f"{seeds_note(runs)}."]
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _note(panels: Sequence[Panel], runs: Sequence[RunHistory]) -> str:
     lines = [line for panel in panels for line in panel.lines]
-    if any(line.raw for line in lines):
-        parts.append("Smoothed over 1/25 of the run, the raw values faint underneath.")
-    if any(panel.clipped for panel in panels):
-        parts.append("What lies far above the loss of an untrained model runs off the top.")
-    if any(line.broken for line in lines):
-        parts.append("A cross marks where a run became non-finite.")
-    if any(line.alarm is not None for line in lines):
-        parts.append("A triangle marks where what broke first began to.")
-    if any(line.events for line in lines):
-        parts.append("A stroke marks where the guard acted.")
-    return " ".join(parts)
+    notes = {
+        f"{seeds_note(runs)}.": True,
+        "Curves are smoothed over 1/25 of the run; the raw values lie faint underneath.": any(x.raw for x in lines),
+        "Losses far above that of an untrained model are cut off at the top.": any(x.clipped for x in panels),
+        "A cross marks where a run failed.": any(x.broken for x in lines),
+        "A triangle marks where the first thing to break began to.": any(x.alarm is not None for x in lines),
+        "A vertical stroke marks an action of the guard.": any(x.events for x in lines),
+    }
+    return " ".join(note for note, applies in notes.items() if applies)

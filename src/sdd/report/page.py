@@ -2,17 +2,16 @@
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sdd.draw.style import Style, line_styles
+from sdd.draw.style import line_styles
 from sdd.errors import UserError
 from sdd.probing import STATISTICS
-from sdd.report import curves, heat
-from sdd.report import routers as routing
-from sdd.report.extras import require_report_extra
-from sdd.report.runs import Run, load_runs
+from sdd.report import curves, heat, require_report_extra
+from sdd.report.runs import RunHistory, load_runs
 from sdd.report.verdict import verdict
 
 _ENVIRONMENT = ("sdd", "torch", "python", "platform", "device", "cuda", "precision", "threads", "cpus", "command")
@@ -28,16 +27,16 @@ def write_report(runs: Sequence[Path], out: Path) -> list[str]:
         out: the page; its folder is made if missing.
 
     Returns:
-        A line a run: how it fares.
+        For each run a line with its verdict.
 
     Raises:
         UserError: if a directory is no run, a file cannot be written, or the extra `report` is not installed.
     """
     require_report_extra()
-    from sdd.report import html as page
+    from sdd.report import html
 
     loaded = load_runs(runs)
-    page.write_page(out, render(loaded))
+    html.write_page(out, render(loaded))
     try:
         _write_figures(loaded, out.with_name(f"{out.stem}-figures"))
     except OSError as error:
@@ -45,28 +44,25 @@ def write_report(runs: Sequence[Path], out: Path) -> list[str]:
     return [f"{run.name}: {verdict(run).headline}" for run in loaded]
 
 
-def render(runs: Sequence[Run]) -> str:
-    """The page about some runs."""
-    from sdd.report import html as page
+def render(runs: Sequence[RunHistory]) -> str:
+    """Return the page about some runs."""
+    from sdd.report import html
 
     styles = line_styles([run.placement for run in runs])
-    panels = list(_panels(runs, styles).values())
+    panels = list(curves.run_panels(runs, styles).values())
     routers = list(curves.router_panels(runs, styles).values())
-    swatches = [page.swatch(style) for style in styles]
-    by_name = {run.name: swatch for run, swatch in zip(runs, swatches, strict=True)}
-    return page.render(
+    return html.render(
         "report.html",
         title=runs[0].name if len(runs) == 1 else f"{len(runs)} runs",
         runs=runs,
         verdicts=[verdict(run) for run in runs],
-        swatches=swatches,
-        figures=page.figure_group("curves", panels, runs) if panels else None,
-        maps=[page.map_group(maps, by_name) for maps in heat.block_maps(runs)],
-        site_maps=[page.map_group(maps, by_name) for maps in heat.site_maps(runs)],
-        router_figures=page.figure_group("routers", routers, runs) if routers else None,
-        router_maps=[page.map_group(maps, by_name) for maps in routing.routing_maps(runs)],
-        loads=[page.map_group(maps, by_name) for maps in [routing.latest_loads(runs)] if maps],
-        earlier_loads=[page.map_group(maps, by_name) for maps in routing.earlier_loads(runs)],
+        swatches={run.name: html.swatch(style) for run, style in zip(runs, styles, strict=True)},
+        figures=html.figure_group("curves", panels, runs) if panels else None,
+        maps=[html.map_group(maps) for maps in heat.block_maps(runs)],
+        site_maps=[html.map_group(maps) for maps in heat.site_maps(runs)],
+        router_figures=html.figure_group("routers", routers, runs) if routers else None,
+        router_maps=[html.map_group(maps) for maps in [heat.latest_loads(runs), *heat.router_maps(runs)] if maps],
+        earlier_loads=[html.map_group(maps) for maps in heat.earlier_loads(runs)],
         last_rows=[(run, _last_row(run)) for run in runs if run.probe],
         statistics=STATISTICS,
         settings=settings_tables(runs),
@@ -74,82 +70,61 @@ def render(runs: Sequence[Run]) -> str:
     )
 
 
-def _panels(runs: Sequence[Run], styles: Sequence[Style]) -> dict[str, curves.Panel]:
-    """The curves that there are, by the names of their files."""
-    built = {
-        "heldout": curves.heldout_panel,
-        "loss": curves.loss_panel,
-        "loss-time": curves.time_panel,
-        "grad-norm": curves.grad_norm_panel,
-        "lr": curves.lr_panel,
-    }
-    return {name: panel for name, build in built.items() if (panel := build(runs, styles)) is not None}
-
-
-def _write_figures(runs: Sequence[Run], folder: Path) -> None:
+def _write_figures(runs: Sequence[RunHistory], folder: Path) -> None:
     from sdd.draw import curves as figures
     from sdd.draw.maps import draw_maps
 
     note, styles = curves.seeds_note(runs), line_styles([run.placement for run in runs])
-    panels = _panels(runs, styles) | curves.router_panels(runs, styles)
+    panels = curves.run_panels(runs, styles) | curves.router_panels(runs, styles)
     for name, panel in panels.items():
         figures.save_figure(figures.draw([panel], title=note), folder / name.replace("_", "-"))
-    groups = [*heat.block_maps(runs), *routing.routing_maps(runs), routing.latest_loads(runs)]
-    for maps in filter(None, groups):
-        figures.save_figure(draw_maps(maps, maps[0].title), folder / f"map-{maps[0].name}")
+    for maps in [*heat.block_maps(runs), *heat.router_maps(runs), heat.latest_loads(runs)]:
+        if maps:
+            figures.save_figure(draw_maps(maps, maps[0].title), folder / f"map-{maps[0].name}")
 
 
-def _last_row(run: Run) -> tuple[int, list[str], list[tuple[str, list[float | None]]]]:
-    """The last probed step as a table: its number, the statistics, and the sites with their numbers."""
+def _last_row(run: RunHistory) -> tuple[int, list[str], list[tuple[str, list[float | None]]]]:
+    """Return the last probed step as a table: its number, the statistics, and each site with its values."""
     assert run.probe is not None
-    stats = [stat for stat in STATISTICS if run.probe.has(stat)]
-    columns = {stat: (run.probe.present[stat], run.probe.stats[stat][-1]) for stat in stats}
+    probe, stats = run.probe, [stat for stat in STATISTICS if run.probe.has(stat)]
     rows = [
-        (site, [float(values[index]) if has[index] else None for has, values in columns.values()])
-        for index, site in enumerate(run.probe.sites)
+        (site, [float(probe.stats[stat][-1, index]) if probe.present[stat][index] else None for stat in stats])
+        for index, site in enumerate(probe.sites)
     ]
-    return int(run.probe.steps[-1]), stats, rows
+    return int(probe.steps[-1]), stats, rows
 
 
-def settings_tables(runs: Sequence[Run]) -> dict[str, Any]:
-    """The config fields: those that differ as `{field: one value a run}`, the others as `{field: value}`."""
-    names = list(dict.fromkeys(name for run in runs for name in run.config))
-    labels = placement_labels(runs)
-    rows: dict[str, list[Any]] = {
-        name: labels if name == "model.placement" else [run.config.get(name) for run in runs] for name in names
-    }
+def settings_tables(runs: Sequence[RunHistory]) -> dict[str, Any]:
+    """Return the config fields: as "differing" `{field: one value a run}`, as "common" `{field: value}`."""
+    rows = {name: [run.config.get(name) for run in runs] for each in runs for name in each.config}
+    if "model.placement" in rows:
+        rows["model.placement"] = placement_labels(runs)
     differing = {name: row for name, row in rows.items() if any(value != row[0] for value in row)}
     common = {name: row[0] for name, row in rows.items() if name not in differing}
     return {"differing": differing, "common": common}
 
 
-def placement_labels(runs: Sequence[Run]) -> list[str]:
-    """The placements' names; where one name stands for several definitions, a hash tells them apart."""
+def placement_labels(runs: Sequence[RunHistory]) -> list[str]:
+    """Return the placements' names; a hash is added where one name stands for several definitions."""
     digests = [
         hashlib.sha256(json.dumps(run.config.get("model.placement"), sort_keys=True).encode()).hexdigest()[:6]
         for run in runs
     ]
-    definitions: dict[str, set[str]] = {}
-    for run, digest in zip(runs, digests, strict=True):
-        definitions.setdefault(run.placement, set()).add(digest)
-    return [
-        f"{run.placement} ({digest})" if len(definitions[run.placement]) > 1 else run.placement
-        for run, digest in zip(runs, digests, strict=True)
-    ]
+    pairs = [(run.placement, digest) for run, digest in zip(runs, digests, strict=True)]
+    definitions = Counter(name for name, _ in set(pairs))
+    return [f"{name} ({digest})" if definitions[name] > 1 else name for name, digest in pairs]
 
 
-def environment_rows(runs: Sequence[Run]) -> dict[str, list[tuple[str, Any]]]:
-    """Each field of the environments as (names of runs, value) pairs; where all agree, one pair without names."""
-    known = sum(bool(run.environment) for run in runs)
+def environment_rows(runs: Sequence[RunHistory]) -> dict[str, list[tuple[str, Any]]]:
+    """Return each field of the environments as (names of runs, value) pairs; one pair without names if all agree."""
+    known = [run for run in runs if run.environment]
     rows: dict[str, list[tuple[str, Any]]] = {}
-    for name in _ENVIRONMENT:
+    for field in _ENVIRONMENT:
+        told = {run.name: value for run in known if (value := run.environment.get(field)) is not None}
         values: dict[str, list[str]] = {}
-        for run in runs:
-            value = run.environment.get(name)
-            if value is not None:
-                text = " ".join(map(str, value)) if isinstance(value, list) else str(value)
-                values.setdefault(text, []).append(run.name)
+        for name, value in told.items():
+            values.setdefault(" ".join(map(str, value)) if isinstance(value, list) else str(value), []).append(name)
         if values:
-            everywhere = [len(names) for names in values.values()] == [known]
-            rows[name] = [("" if everywhere else ", ".join(names), text) for text, names in values.items()]
+            alike = len(values) == 1 and len(told) == len(known)
+            rows[field] = [("" if alike else ", ".join(names), text) for text, names in values.items()]
     return rows

@@ -1,4 +1,4 @@
-"""What a report says first: how each run fares, which layer broke first, and when."""
+"""The first lines of a report: how each run fares, which layer broke first, and when."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from typing import Literal
 
 from sdd.probing.alarms import Alarm, broke_first
 from sdd.probing.checks import layer_of
-from sdd.report.runs import Run
+from sdd.report.runs import RunHistory
 
 
 @dataclass(frozen=True)
@@ -14,11 +14,11 @@ class Verdict:
     """The summary of one run.
 
     Attributes:
-        tone: "bad" if something is at least likely to be wrong, or the run failed; "good" if all was looked at and
-            nothing was seen.
+        tone: "bad" if the run failed or an alarm is at least likely; "good" if everything was checked without an alarm;
+            else "unknown".
         headline: one sentence.
-        details: what stands behind it, and what else there is, in sentences.
-        advice: what to try, "" for nothing.
+        details: further sentences: the numbers behind the headline, and other alarms.
+        advice: what to try; "" if there is none.
     """
 
     tone: Literal["bad", "good", "unknown"]
@@ -27,40 +27,31 @@ class Verdict:
     advice: str = ""
 
 
-def verdict(run: Run) -> Verdict:
-    """The summary of a run from its end and its alarms."""
+def verdict(run: RunHistory) -> Verdict:
+    """Sum up a run from how it ended and from its alarms."""
     first = broke_first(run.alarms)
     ended = f"The run {run.status}: {run.reason}." if run.status in ("did not converge", "failed") else ""
     if first is None:
-        watched = _watched(run)
+        checked = _checked(run)
         if ended:
-            return Verdict("bad", ended, [f"No alarm says where. {watched}"])
+            return Verdict("bad", ended, [f"No alarm tells where it began. {checked}"])
         if run.probe is None:
-            return Verdict("unknown", "No alarm, but nothing was probed.", [watched])
-        return Verdict("good", "No alarm.", [watched])
+            return Verdict("unknown", "No alarm, but the layers were not probed.", [checked])
+        return Verdict("good", "No alarm.", [checked])
     where = f", first in {place(first)}" if first.where else ""
-    headline = f"{first.title} since step {first.since_step:,}{where} ({first.certainty})."
     others = [alarm for alarm in run.alarms if alarm is not first]
-    earlier = [alarm for alarm in others if alarm.since_step < first.since_step]
-    later = [alarm for alarm in others if alarm.since_step >= first.since_step]
-    details = [
-        f"{first.what[:1].upper()}{first.what[1:]}.",
-        *(f"Before: {brief(alarm)}." for alarm in earlier[:3]),
-        *(f"Then: {brief(alarm)}." for alarm in later[:3]),
-        *([ended] if ended else []),
-    ]
-    tone = "unknown" if first.certainty == "possible" and not ended else "bad"
-    return Verdict(tone, headline, details, first.advice)
-
-
-def brief(alarm: Alarm) -> str:
-    """An alarm in half a sentence."""
-    where = f" in {place(alarm)}" if alarm.where else ""
-    return f"{alarm.title[:1].lower()}{alarm.title[1:]}{where}, step {alarm.since_step:,} ({alarm.certainty})"
+    earlier = [f"Before: {_brief(alarm)}." for alarm in others if alarm.since_step < first.since_step]
+    later = [f"Then: {_brief(alarm)}." for alarm in others if alarm.since_step >= first.since_step]
+    return Verdict(
+        tone="unknown" if first.certainty == "possible" and not ended else "bad",
+        headline=f"{first.title} since step {first.since_step:,}{where} ({first.certainty}).",
+        details=[f"{first.what[:1].upper()}{first.what[1:]}.", *earlier[:3], *later[:3], *filter(None, [ended])],
+        advice=first.advice,
+    )
 
 
 def place(alarm: Alarm) -> str:
-    """Where an alarm began, the block in words."""
+    """Say where an alarm began, as block and site."""
     if alarm.layer is None:
         return alarm.where
     name, _, rest = alarm.where.partition(f".{alarm.layer}.")
@@ -68,28 +59,33 @@ def place(alarm: Alarm) -> str:
 
 
 def span(alarm: Alarm) -> str:
-    """From when to when it was seen."""
+    """Say in which steps an alarm was seen."""
     since = f"since step {alarm.since_step:,}"
     return f"steps {alarm.since_step:,} to {alarm.last_step:,}" if alarm.ended else since
 
 
 def places(alarm: Alarm) -> str:
-    """At how many sites, and which blocks."""
+    """Say at how many sites of which blocks an alarm was seen; "" for a single one."""
     layers = sorted({layer for site in alarm.places if (layer := layer_of(site)) is not None})
     if len(alarm.places) < 2 or not layers:
         return ""
     return f"{len(alarm.places)} places, blocks {_ranges(layers)}"
 
 
-def _watched(run: Run) -> str:
-    steps = f"{run.step:,} steps of loss and gradient norm"
+def _brief(alarm: Alarm) -> str:
+    where = f" in {place(alarm)}" if alarm.where else ""
+    return f"{alarm.title[:1].lower()}{alarm.title[1:]}{where}, step {alarm.since_step:,} ({alarm.certainty})"
+
+
+def _checked(run: RunHistory) -> str:
+    steps = f"Checked: loss and gradient norm of {run.step:,} steps"
     if run.probe is None:
-        return f"Looked at: {steps}; there is no probe.jsonl to look into the layers."
-    return f"Looked at: {steps}, {len(run.probe.steps):,} of them at {len(run.probe.sites):,} sites."
+        return f"{steps}. Without a probe.jsonl the layers cannot be checked."
+    return f"{steps}; {len(run.probe.sites):,} sites at {len(run.probe.steps):,} probed steps."
 
 
 def _ranges(numbers: Sequence[int]) -> str:
-    """0, 1, 2, 5 as 0–2, 5."""
+    """Write ascending numbers as ranges: 0, 1, 2, 5 become 0–2, 5."""
     parts: list[list[int]] = []
     for value in numbers:
         if parts and value == parts[-1][-1] + 1:

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
+from sdd.draw.panel import Panel, share_scale
 from sdd.draw.style import PLACEMENT_STYLES
 from sdd.errors import RunFailed
 from sdd.evals.unigram import Reference, token_frequencies
 from sdd.lab.demo_results import NOISE, Results, as_dict, collect, conclusions
 from sdd.lab.grid.runner import Grid
 from sdd.placement import placements
-from sdd.report import curves
-from sdd.report.extras import require_report_extra
+from sdd.report import curves, require_report_extra
 from sdd.report.page import environment_rows, settings_tables
 from sdd.report.runs import load_run
 from sdd.train import RunConfig, preset
@@ -121,15 +121,15 @@ def table(results: Results) -> Table:
     return found
 
 
-def panels(results: Results) -> dict[str, list[curves.Panel]]:
+def panels(results: Results) -> dict[str, list[Panel]]:
     """The figures by name, each a pair of panels of one scale: the recommended setting and the hard one."""
-    found: dict[str, list[curves.Panel]] = {}
+    found: dict[str, list[Panel]] = {}
     for name, what, build in (
         ("heldout", "held-out text", curves.heldout_panel),
         ("loss", "training loss", curves.loss_panel),
         ("grad-norm", "gradient norm", curves.grad_norm_panel),
     ):
-        pair: list[curves.Panel] = []
+        pair: list[Panel] = []
         for setting in SETTINGS:
             cells = [row.hard if setting.name == "hard" else row.recommended for row in results.rows]
             runs = [replace(run, name=cell.placement) for cell in cells for run in cell.runs]
@@ -138,7 +138,7 @@ def panels(results: Results) -> dict[str, list[curves.Panel]]:
             if panel and name == "heldout":
                 panel = replace(panel, reference=(results.reference.bits_per_byte or math.nan, "token frequencies"))
             pair += [panel] if panel else []
-        found[name] = curves.share_scale(pair)
+        found[name] = share_scale(pair)
     return found
 
 

@@ -23,11 +23,11 @@
       if (answer.status === 200) {
         tag = answer.headers.get("ETag");
         show(new DOMParser().parseFromString(await answer.text(), "text/html"));
-        banner.textContent = `Live; this page is of ${new Date().toLocaleTimeString()}.`;
+        banner.textContent = `Live. Last update: ${new Date().toLocaleTimeString()}.`;
         banner.dataset.pages = 1 + Number(banner.dataset.pages ?? 0);
       }
     } catch {
-      banner.textContent = "No answer: the run has ended, or the connection is lost. What is shown is its last state.";
+      banner.textContent = "No answer: the run has ended, or the connection is lost. This is the last state received.";
     }
     setTimeout(look, EVERY);
   };

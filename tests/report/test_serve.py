@@ -7,7 +7,7 @@ import pytest
 
 from sdd.commands.main import _train_request
 from sdd.errors import UserError
-from sdd.report import serve as live_page
+from sdd.report import serve
 from sdd.report.serve import HOST, LivePage
 
 MakeRun = Callable[..., Path]
@@ -16,7 +16,7 @@ Answer = tuple[int, dict[str, str], str]
 
 @pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """In place of the process that draws: one that copies the metrics; the runs it was started for."""
+    """Replace the drawing process by one that writes the size of the metrics; returns the runs it was started for."""
     started: list[Path] = []
 
     class Copy:
@@ -35,9 +35,9 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
 
         def kill(self) -> None: ...
 
-    monkeypatch.setattr(live_page.subprocess, "Popen", Copy)
-    monkeypatch.setattr(live_page, "SECONDS_BETWEEN", 0.0)
-    monkeypatch.setattr(live_page, "TIMES_THE_LAST", 0.0)  # however long a busy machine took to notice the last
+    monkeypatch.setattr(serve.subprocess, "Popen", Copy)
+    monkeypatch.setattr(serve, "SECONDS_BETWEEN", 0.0)
+    monkeypatch.setattr(serve, "TIMES_THE_LAST", 0.0)  # a busy machine may take long to notice the last page
     return started
 
 
@@ -57,7 +57,7 @@ def ask(live: LivePage, path: str = "/", method: str = "GET", **headers: str) ->
     return answer.status, {name.lower(): value for name, value in answer.getheaders()}, text
 
 
-def test_no_browser_no_work(made: list[Path], live: LivePage, make_run: MakeRun) -> None:
+def test_without_a_browser_nothing_is_drawn(made: list[Path], live: LivePage, make_run: MakeRun) -> None:
     began = time.monotonic()
     with live.serving(make_run("a")):
         pass
@@ -71,7 +71,7 @@ def test_page_follows_the_run_and_is_made_only_when_it_has_gone_on(
     run = make_run("a")
     size = (run / "metrics.jsonl").stat().st_size
     with live.serving(run):
-        assert "being made" in ask(live)[2]
+        assert "Making the page" in ask(live)[2]
         status, headers, text = ask(live)
         assert (status, str(size) in text) == (200, True)
         assert ask(live, If_None_Match=headers["etag"])[0] == 304
@@ -83,11 +83,11 @@ def test_page_follows_the_run_and_is_made_only_when_it_has_gone_on(
         assert len(made) == 2
 
 
-def test_the_end_of_the_run_reaches_a_browser_that_looks_on(
+def test_open_browser_gets_the_last_state(
     made: list[Path], live: LivePage, make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = make_run("a")
-    monkeypatch.setattr(live_page, "LINGER", 0.5)
+    monkeypatch.setattr(serve, "LINGER", 0.5)
     with live.serving(run):
         ask(live)
         (run / "result.json").write_text("{}")
@@ -96,33 +96,42 @@ def test_the_end_of_the_run_reaches_a_browser_that_looks_on(
         ask(live)
 
 
-def test_only_this_machine_is_answered_and_only_one_page(made: list[Path], live: LivePage, make_run: MakeRun) -> None:
+def test_only_this_machine_is_answered(made: list[Path], live: LivePage, make_run: MakeRun) -> None:
     port = live.url.rsplit(":", 1)[1]
     with live.serving(make_run("a")):
         assert live._server.server_address[0] == "127.0.0.1"
         for host in ("evil.example", f"evil.example:{port}", "127.0.0.1", f"127.0.0.1.evil.example:{port}", ""):
             assert ask(live, Host=host)[0] == 403
-        assert ask(live, Origin="http://evil.example")[0] == 403
-        assert ask(live, Origin="null")[0] == 403
+        for origin in ("http://evil.example", "null"):
+            assert ask(live, Origin=origin)[0] == 403
         assert made == []
+        for name in ("localhost", "127.0.0.1"):
+            assert ask(live, Host=f"{name}:{port}", Origin=f"http://{name}:{port}")[0] == 200
+
+
+def test_only_the_page_is_served(made: list[Path], live: LivePage, make_run: MakeRun) -> None:
+    with live.serving(make_run("a")):
         for path in ("/config.json", "/../config.json", "/?x", "/%2e%2e/config.json"):
             assert ask(live, path)[0] == 404
         for method in ("POST", "PUT", "DELETE", "OPTIONS"):
             assert ask(live, method=method)[0] == 501
-        for host in (f"localhost:{port}", f"127.0.0.1:{port}"):
-            status, headers, _ = ask(live, Host=host)
-            assert status == 200
-            assert "default-src 'none'" in headers["content-security-policy"]
-            assert "access-control-allow-origin" not in headers
+    assert made == []
 
 
-def test_page_that_cannot_be_made_is_said_and_stops_nothing(
+def test_page_may_load_nothing_and_be_read_by_no_other(made: list[Path], live: LivePage, make_run: MakeRun) -> None:
+    with live.serving(make_run("a")):
+        headers = ask(live)[1]
+    assert "default-src 'none'" in headers["content-security-policy"]
+    assert "access-control-allow-origin" not in headers
+
+
+def test_error_of_the_drawing_process_is_shown(
     made: list[Path], live: LivePage, make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise OSError("no <memory> for a process")
 
-    monkeypatch.setattr(live_page.subprocess, "Popen", refuse)
+    monkeypatch.setattr(serve.subprocess, "Popen", refuse)
     with live.serving(make_run("a")):
         ask(live)
         assert "no &lt;memory&gt; for a process" in ask(live)[2]
@@ -135,9 +144,9 @@ def test_failing_run_leaves_nothing_behind(made: list[Path], live: LivePage, mak
         ask(live)
 
 
-def test_port_that_is_taken_is_said_and_the_usual_one_is_replaced(live: LivePage) -> None:
+def test_port_given_must_be_free_and_the_usual_one_is_replaced(live: LivePage) -> None:
     port = int(live.url.rsplit(":", 1)[1])
-    with pytest.raises(UserError, match=f"port {port} cannot be had"):
+    with pytest.raises(UserError, match=f"port {port} is not free"):
         LivePage(port)
     other = LivePage(0)
     assert other.url != live.url

@@ -1,4 +1,4 @@
-"""Run directories for the lab's tests."""
+"""Run directories as the trainer would leave them, made without training."""
 
 import json
 from dataclasses import replace
@@ -36,10 +36,18 @@ def write_run(
     experts: int = 0,
     dead_from: int | None = None,
 ) -> Path:
-    """A run directory as the trainer would leave it, without training: `until` leaves it unfinished there.
+    """Write the run directory of a run of three blocks.
 
-    From step `fades_at` on the gradient fades in block 1. With `experts` the model has three blocks of so many; from
-    step `dead_from` on those of block 2 but the first get no tokens.
+    Args:
+        path: the directory.
+        config: steps, seed and learning rate count.
+        end: the loss that the run approaches.
+        until: leave the run unfinished at this step.
+        breaks_at: make the loss of this step nan, and end there.
+        probed: write probe.jsonl, a row every ten steps.
+        fades_at: let the gradient fade in block 1 from this step on.
+        experts: so many in each block.
+        dead_from: from this step on, give all tokens of block 2 to its first expert.
     """
     path.mkdir(parents=True)
     config_io.save(config, path / "config.json")
@@ -74,7 +82,7 @@ def write_run(
 
 
 def probe_row(step: int, noise: float = 0.0, blocks: int = 3) -> dict[str, Any]:
-    """A row of a healthy probe.jsonl."""
+    """Make a row of a healthy probe.jsonl."""
     rough = float(np.exp(0.1 * noise))
     matrix = {"rms": rough, "grad_rms": 1e-4, "weight_norm": 5.0, "weight_grad_rms": 1e-3, "update_ratio": 0.01}
     sites: dict[str, dict[str, float]] = {"embed": {**matrix, "angle": 0.01}}
@@ -98,7 +106,7 @@ def probe_row(step: int, noise: float = 0.0, blocks: int = 3) -> dict[str, Any]:
 
 
 def routing_row(experts: int, dead: bool) -> dict[str, Any]:
-    """The columns of a mixture of three blocks, balanced but for the last if it is dead."""
+    """Make the columns of a mixture of three blocks, balanced but for the last block if `dead`."""
     even = [1.0] * experts
     loads = [even, even, [float(experts)] + [0.0] * (experts - 1) if dead else even]
     worst, without = [max(load) for load in loads], [load.count(0.0) for load in loads]

@@ -2,7 +2,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from helpers_lab import config_of, write_run
+
+from helpers_runs import config_of, write_run
 
 
 @pytest.fixture

@@ -1,5 +1,17 @@
-from sdd.draw.style import DARK_PAPER, OWN_STYLE, PAPER, PLACEMENT_STYLES, contrast, line_styles
+from sdd.draw.style import DARK_PAPER, OWN_STYLE, PAPER, PLACEMENT_STYLES, line_styles
 from sdd.placement import placements
+
+
+def contrast(first: str, second: str) -> float:
+    """Contrast ratio of two colours `#rrggbb` by WCAG 2, from 1 to 21."""
+    high, low = sorted((luminance(first), luminance(second)), reverse=True)
+    return (high + 0.05) / (low + 0.05)
+
+
+def luminance(color: str) -> float:
+    channels = (int(color[place : place + 2], 16) / 255 for place in (1, 3, 5))
+    linear = [value / 12.92 if value <= 0.04045 else ((value + 0.055) / 1.055) ** 2.4 for value in channels]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
 def test_every_placement_has_a_look_of_its_own() -> None:
@@ -9,7 +21,7 @@ def test_every_placement_has_a_look_of_its_own() -> None:
     assert len({style.marker for style in styles}) == len(styles)
 
 
-def test_colours_are_seen_on_light_and_on_dark() -> None:
+def test_colours_stand_out_from_the_light_and_the_dark_page() -> None:
     for style in (*PLACEMENT_STYLES.values(), OWN_STYLE):
         assert contrast(style.color, PAPER) >= 3
         assert contrast(style.color, DARK_PAPER) >= 3

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers_lab import edit_json
 
+from helpers_runs import edit_json
 from sdd.errors import UserError
 from sdd.report.runs import load_run, load_runs
 
@@ -48,7 +48,7 @@ def test_non_finite_run_did_not_converge(make_run: MakeRun) -> None:
     assert math.isnan(run.steps["loss"][-1])
 
 
-def test_run_that_failed_for_another_reason_is_told_from_one_that_diverged(make_run: MakeRun) -> None:
+def test_run_that_failed_for_another_reason_is_not_called_diverged(make_run: MakeRun) -> None:
     path = make_run("a")
     edit_json(path / "result.json", status="failed", cause="stopped", reason="out of memory")
     run = load_run(path)
@@ -80,7 +80,7 @@ def test_damaged_small_files_count_as_missing(make_run: MakeRun) -> None:
     assert (run.result, run.environment, run.samples) == ({}, {}, [])
 
 
-def test_other_directories_are_no_runs(tmp_path: Path) -> None:
+def test_other_directories_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"holds no config\.json"):
         load_run(tmp_path)
     with pytest.raises(UserError, match="is no directory"):

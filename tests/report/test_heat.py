@@ -1,42 +1,54 @@
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers_lab import config_of, write_run
 from hypothesis import given
 from hypothesis import strategies as st
 
+from helpers_runs import config_of, write_run
 from sdd.draw.maps import draw_maps
+from sdd.draw.panel import HeatMap
 from sdd.probing import append_row
-from sdd.report.heat import HeatMap, block_maps, site_maps, thinned
-from sdd.report.runs import Run, load_runs
+from sdd.report.heat import block_maps, site_maps, thinned
+from sdd.report.runs import RunHistory, load_runs
 
 
 @pytest.fixture
-def runs(tmp_path: Path) -> list[Run]:
+def runs(tmp_path: Path) -> list[RunHistory]:
     broken = write_run(tmp_path / "broken", config_of("postnorm"), probed=True, fades_at=30)
     sound = write_run(tmp_path / "sound", config_of(), probed=True)
     return load_runs([broken, sound, write_run(tmp_path / "unprobed", config_of())])
 
 
-def test_maps_hold_the_numbers_of_the_probe_by_block_and_step(runs: list[Run]) -> None:
-    probe = runs[0].probe
-    assert probe is not None
-    maps = {found[0].name: found for found in block_maps(runs)}
-    stream = maps["stream-grad"][0]
+def test_stream_is_that_of_the_probe(runs: list[RunHistory]) -> None:
+    stream = maps_by_name(runs)["stream-grad"][0]
+    assert runs[0].probe is not None
     assert stream.rows == ("in", "0", "1", "2")
-    np.testing.assert_array_equal(stream.values, probe.layers["grad_rms"].T)
-    outputs = maps["outputs"][0]
-    for block, values in zip(outputs.rows, outputs.values, strict=True):
-        sites = [name for name in probe.has("rms") if name.startswith(f"blocks.{block}.")]
-        np.testing.assert_array_equal(values, np.max([probe.series(name, "rms") for name in sites], axis=0))
-    for found in [*maps.values(), *site_maps(runs)]:
+    np.testing.assert_array_equal(stream.values, runs[0].probe.layers["grad_rms"].T)
+
+
+@pytest.mark.parametrize(
+    ("name", "stat", "reduce"), [("outputs", "rms", np.max), ("weight-grads", "weight_grad_rms", np.median)]
+)
+def test_block_holds_its_sites_reduced(
+    runs: list[RunHistory], name: str, stat: str, reduce: Callable[..., np.ndarray]
+) -> None:
+    probe, found = runs[0].probe, maps_by_name(runs)[name][0]
+    assert probe is not None
+    for block, values in zip(found.rows, found.values, strict=True):
+        sites = [site for site in probe.has(stat) if site.startswith(f"blocks.{block}.")]
+        np.testing.assert_array_equal(values, reduce([probe.series(site, stat) for site in sites], axis=0))
+
+
+def test_probed_runs_share_one_scale(runs: list[RunHistory]) -> None:
+    for found in [*block_maps(runs), *site_maps(runs)]:
         assert [each.run for each in found] == ["broken", "sound"]
         assert len({each.limits for each in found}) == 1
 
 
-def test_cell_where_an_alarm_began_is_marked(runs: list[Run]) -> None:
+def test_cell_where_an_alarm_began_is_marked(runs: list[RunHistory]) -> None:
     broken, sound = next(found for found in block_maps(runs) if found[0].name == "stream-grad")
     ((row, column),) = broken.marks
     assert (broken.rows[row], broken.steps[column]) == ("1", 30)
@@ -67,10 +79,5 @@ def test_a_step_that_stands_out_is_not_lost_in_a_long_run(n: int, at: int) -> No
     assert (np.diff(steps) > 0).all()
 
 
-def test_scale_spans_at_most_nine_decades() -> None:
-    whole = HeatMap("x", "X", "rms", "run", np.arange(3), ("0",), np.array([[1e-20, 0.0, 1.0]]))
-    assert whole.extent() == (pytest.approx(1e-9), 1.0)
-    nothing = HeatMap("x", "X", "rms", "run", np.arange(2), ("0",), np.full((1, 2), math.nan))
-    assert nothing.extent() is None
-    assert "Nothing finite" in nothing.describe()
-    draw_maps([nothing])
+def maps_by_name(runs: list[RunHistory]) -> dict[str, list[HeatMap]]:
+    return {found[0].name: found for found in block_maps(runs)}

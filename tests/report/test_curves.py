@@ -2,11 +2,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from sdd.draw.panel import Panel, share_scale
 from sdd.draw.style import line_styles
 from sdd.report import curves
 from sdd.report.runs import load_runs
@@ -55,13 +55,15 @@ def test_held_out_panel_falls_back_to_the_loss(make_run: MakeRun) -> None:
     assert _heldout([first, second]).unit == "nats a token"
 
 
-def test_what_lies_above_an_untrained_model_runs_off_the_top(make_run: MakeRun) -> None:
+def test_losses_above_an_untrained_model_are_cut_off(make_run: MakeRun) -> None:
     assert not _heldout([make_run("a")]).clipped
     runs = load_runs([make_run("b"), make_run("c", end=60.0)])
     panel = curves.loss_panel(runs, line_styles(["sdd", "sdd"]))
     assert panel is not None
     assert panel.clipped
-    assert panel.extent()[1] < 12
+    extent = panel.extent()
+    assert extent is not None
+    assert extent[1] < 12
 
 
 def test_description_tells_the_ends_and_the_break(make_run: MakeRun) -> None:
@@ -72,21 +74,30 @@ def test_description_tells_the_ends_and_the_break(make_run: MakeRun) -> None:
 
 
 def test_shared_scale_covers_all_panels(make_run: MakeRun) -> None:
-    low, high = curves.share_scale([_heldout([make_run("a", end=4.0)]), _heldout([make_run("b", end=6.0)])])
+    low, high = share_scale([_heldout([make_run("a", end=4.0)]), _heldout([make_run("b", end=6.0)])])
     assert low.limits == high.limits
     assert low.limits is not None
     assert low.limits[0] < 0.3657 * 4.1
     assert low.limits[1] > 0.3657 * 6.9
 
 
-@pytest.mark.parametrize("build", [curves.heldout_panel, curves.loss_panel, curves.grad_norm_panel, curves.lr_panel])
-def test_run_without_steps_gives_no_panel(make_run: MakeRun, build: Callable[..., curves.Panel | None]) -> None:
+def test_run_without_steps_gives_no_panel(make_run: MakeRun) -> None:
     path = make_run("a", until=1)
     (path / "metrics.jsonl").unlink()
-    assert build(load_runs([path]), line_styles(["sdd"])) is None
+    assert curves.run_panels(load_runs([path]), line_styles(["sdd"])) == {}
 
 
-def _heldout(paths: list[Path]) -> curves.Panel:
+def test_alarm_and_guard_are_marked_where_they_happened(make_run: MakeRun) -> None:
+    path = make_run("a", probed=True, fades_at=30)
+    with (path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 41, "event": "skip"}\n{"step": null, "event": "skip"}\n')
+    panel = curves.loss_panel(load_runs([path]), line_styles(["sdd"]))
+    assert panel is not None
+    (line,) = panel.lines
+    assert (line.alarm, line.events) == (30 * 512, (41 * 512,))
+
+
+def _heldout(paths: list[Path]) -> Panel:
     runs = load_runs(paths)
     panel = curves.heldout_panel(runs, line_styles([run.placement for run in runs]))
     assert panel is not None
