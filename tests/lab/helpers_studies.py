@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from sdd.errors import Interrupted
-from sdd.lab import engine, results, timing
-from sdd.lab.grid.runner import Job
+from sdd.lab import engine, results
+from sdd.lab.grid import timing
+from sdd.lab.grid.job import Job
 from sdd.lab.results import RunResult, config_hash, portable
 from sdd.train import RunConfig, config_io
 

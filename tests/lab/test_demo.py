@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 from helpers_lab import write_run
+from sdd.lab.demo_results import NOISE, Results, as_dict, collect, conclusions
 
 from sdd.commands.study import run_study, studies
 from sdd.errors import RunFailed, UserError
 from sdd.evals.unigram import Reference
-from sdd.lab.demo_results import NOISE, Results, as_dict, collect, conclusions
 from sdd.lab.grid import runner
 from sdd.lab.studies import demo
 from sdd.report.runs import load_run

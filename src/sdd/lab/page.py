@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sdd.lab.definition import Outcome, Plan
+from sdd.lab.definition import Outcome, PlannedStudy
 from sdd.lab.findings import Findings, write_tables
 from sdd.lab.results import RunResult
 from sdd.train import config_io
@@ -49,7 +49,7 @@ def write_study(outcome: Outcome, findings: Findings) -> Path:
     return out / "report.html"
 
 
-def command(plan: Plan) -> str:
+def command(plan: PlannedStudy) -> str:
     """The one command that regenerates the page."""
     request = plan.request
     words = ["sdd", "study", plan.definition.name, "--preset", request.preset, "--seeds", str(request.seeds)]
@@ -108,7 +108,7 @@ def _table_parts(table: Any) -> list[str]:
     return [table.title, table.markdown().strip(), table.note]
 
 
-def _settings(plan: Plan) -> dict[str, Any]:
+def _settings(plan: PlannedStudy) -> dict[str, Any]:
     """The fields common to all runs; those that arms, conditions and seeds change are not among them."""
     changed = {"model.placement", "optim.lr", "seed", "threads"}
     changed |= {name for condition in plan.conditions for name in condition.changes}

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from sdd.lab.definition import DEFAULT, Arm, Cell, Definition, Outcome, Rates
+from sdd.lab.definition import DEFAULT, Arm, Cell, Definition, Outcome, Rates, at_edge
 from sdd.lab.findings import Findings, Interval, Measured, Picture, Range, Table, listed, seeds_text
 from sdd.lab.results import RunResult
 from sdd.lab.statistics import Estimate, bootstrap_factor, first_reach, mean_factor, paired_difference
@@ -18,7 +18,6 @@ from sdd.lab.studies.shared import (
     not_converged_text,
     rates_table,
 )
-from sdd.lab.tuning import at_edge
 
 PUBLISHED_FACTOR = 1.5
 _SHARES = (0.1, 0.25, 0.5, 0.75, 1.0)

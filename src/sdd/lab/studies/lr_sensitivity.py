@@ -3,11 +3,10 @@
 import math
 from collections.abc import Mapping
 
-from sdd.lab.definition import DEFAULT, Arm, Cell, Definition, Outcome, Rates
+from sdd.lab.definition import DEFAULT, Arm, Cell, Definition, Outcome, Rates, at_edge, best_rate
 from sdd.lab.findings import Findings, Interval, Measured, Picture, Table, listed, seeds_text
 from sdd.lab.statistics import lr_sensitivity, paired_difference
-from sdd.lab.studies.shared import cost_table, general_limits, loss_axis, not_converged_text
-from sdd.lab.tuning import at_edge, best_rate
+from sdd.lab.studies.shared import HELD_OUT, cost_table, general_limits, not_converged_text
 
 #: Two decades around the base rate, seven rates.
 FACTORS = tuple(10 ** (step / 3) for step in range(-3, 4))
@@ -185,7 +184,7 @@ def _picture(outcome: Outcome, grids: Mapping[str, Mapping[float, Cell]]) -> Pic
             cells = [grids[arm.name][rate] for rate in rates]
             losses = [[_drawn(cell, seed) for cell in cells] for seed in outcome.plan.seeds]
             curves.append(Curve(arm.name, style_of(arm.name, arm.placement), [rates], losses))
-        axes = (Axis("peak learning rate", log=True), loss_axis())
+        axes = (Axis("peak learning rate", log=True), HELD_OUT.axis())
         initial = [result.initial_loss for grid in grids.values() for cell in grid.values() for result in cell.results]
         start = sum(initial) / len(initial)
         return draw_curves([CurvePanel("", *axes, curves, levels={"before training": start})], columns=1)
