@@ -12,6 +12,7 @@ of results, so an interrupted study that goes on, and several machines on one fo
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -245,17 +246,10 @@ def read_request(out: Path) -> dict[str, Any]:
 
 def write_request(plan: PlannedStudy) -> None:
     """Keep the study's options in OUT/study.json."""
-    request = plan.request
-    values = {
-        "study": plan.definition.name,
-        "preset": request.preset,
-        "seeds": request.seeds,
-        "placements": list(request.placements),
-        "tuned": request.tuned,
-        "overrides": dict(request.overrides),
-    }
-    request.out.mkdir(parents=True, exist_ok=True)
-    write_aside(request.out / "study.json", json.dumps(values, indent=2) + "\n")
+    kept = {name: value for name, value in asdict(plan.request).items() if name not in ("out", "workers")}
+    out = plan.request.out
+    out.mkdir(parents=True, exist_ok=True)
+    write_aside(out / "study.json", json.dumps({"study": plan.definition.name, **kept}, indent=2) + "\n")
 
 
 def _shape(plan: PlannedStudy) -> str:

@@ -259,7 +259,7 @@ def _training(run: Run) -> dict[str, list[float]]:
     steps = run.steps
     stretches = np.array_split(np.arange(len(steps["loss"])), min(_CURVE_POINTS, len(steps["loss"])))
     return {
-        "tokens": [_short(steps["tokens"][stretch[-1]]) for stretch in stretches],
+        "tokens": [float(steps["tokens"][stretch[-1]]) for stretch in stretches],
         "loss": [_short(steps["loss"][stretch].mean()) for stretch in stretches],
         # significant digits: gradients that fade are far below one
         "grad_norm": [float(f"{steps['grad_norm'][stretch].mean():.4g}") for stretch in stretches],

@@ -25,13 +25,12 @@ import torch
 
 from sdd.data.workers import available_cpus
 from sdd.errors import Interrupted, UserError
-from sdd.files import parse_json_lines, read_json_object
+from sdd.files import lock, parse_json_lines, read_json_object
 from sdd.lab.grid.claims import Claims
 from sdd.lab.grid.display import Display
 from sdd.lab.grid.job import FINISHED, Job, diverged, time_left
 from sdd.terminal import Interval
 from sdd.train import RunConfig, config_io
-from sdd.train.run_dir import RunDir
 
 _POLL_SECONDS = 0.3
 _LOOK_SECONDS = 2.0  # between looks at runs that other machines have
@@ -294,14 +293,11 @@ def same_settings(there: RunConfig, asked: RunConfig) -> bool:
 
 def _is_written(run: Path) -> bool:
     """Whether a process is writing into a run directory."""
-    if not run.is_dir():
-        return False
-    files = RunDir(run)
     try:
-        files.lock()
-    except UserError:
+        if run.is_dir():
+            lock(run / "lock").close()
+    except (OSError, UserError):
         return True
-    files.unlock()
     return False
 
 

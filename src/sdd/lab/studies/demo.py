@@ -26,7 +26,7 @@ _NOISE = 0.08
 def read(outcome: Outcome) -> Findings:
     """Losses under both settings, what the hard one changes, and the curves."""
     panels = {condition.title: outcome.under(condition) for condition in outcome.plan.conditions}
-    frequencies = {"token frequencies": outcome.results[0].token_frequencies}
+    frequencies = "token frequencies", outcome.results[0].token_frequencies
     return Findings(
         answer=_answer(outcome.under(HARD)),
         conclusions=[*_changes(outcome), *_reasons(outcome)],
@@ -39,7 +39,7 @@ def read(outcome: Outcome) -> Findings:
         published=None,
         tables=[_table(outcome), cost_table(outcome.under(RECOMMENDED), outcome)],
         pictures=[
-            curves_picture("heldout", panels, quantity=HELD_OUT, levels=frequencies),
+            curves_picture("heldout", panels, quantity=HELD_OUT, reference=frequencies),
             curves_picture("training", panels, quantity=TRAINING),
             curves_picture("grad-norm", panels, quantity=GRAD_NORM),
         ],
@@ -61,8 +61,18 @@ def _table(outcome: Outcome) -> Table:
         losses.title,
         [*losses.columns, "change", *(f"{column}, bits per byte" for column in losses.columns[1:])],
         rows,
-        f"Token frequencies alone reach {frequencies:.3f}, in bits per byte {per_nat * frequencies:.3f}: a model that "
-        f"ends there has learned nothing from the context. {losses.note}",
+        f"{_settings(outcome)} Token frequencies alone reach {frequencies:.3f} nats a token, in bits per byte "
+        f"{Measured({0: per_nat * frequencies})}: a model that ends there has learned nothing from the context. "
+        f"{losses.note}",
+    )
+
+
+def _settings(outcome: Outcome) -> str:
+    """The learning rates and warm-up steps of the settings."""
+    base = outcome.plan.base.optim
+    return (
+        f"Recommended is a peak learning rate of {base.lr:g} with {base.warmup} warm-up steps, hard one of "
+        f"{HARD.rate_factor * base.lr:g} without."
     )
 
 

@@ -174,6 +174,7 @@ def curves_picture(
     *,
     ceiling: float | None = None,
     levels: Mapping[str, float] | None = None,
+    reference: tuple[str, float] | None = None,
 ) -> Picture:
     """Draw a quantity over training, a panel for each setting and a line for each method.
 
@@ -184,7 +185,8 @@ def curves_picture(
         quantity: the vertical axis.
         ceiling: the greatest value shown; by default a little above the loss before training, or none on a
             logarithmic axis.
-        levels: horizontal lines, by name.
+        levels: horizontal lines that are labelled in the panels, by name.
+        reference: a horizontal line that is named in the legend.
     """
     seeds = max(len(cell.results) for cells in panels.values() for cell in cells)
     words = [
@@ -195,7 +197,8 @@ def curves_picture(
     ]
 
     def draw():
-        from sdd.lab.figures import Axis, CurvePanel, draw_curves
+        from sdd.draw.style import REFERENCE_STYLE
+        from sdd.lab.figures import Axis, Curve, CurvePanel, draw_curves
 
         everything = [result for cells in panels.values() for cell in cells for result in cell.results]
         untrained = math.inf if quantity.log else 1.05 * float(np.median([run.initial_loss for run in everything]))
@@ -203,9 +206,13 @@ def curves_picture(
             Axis("tokens", counts=True) if x == "tokens" else Axis("seconds in training steps"),
             quantity.axis(),
         )
+        lines = []
+        if reference:
+            end = max((at for run in everything for at in quantity.columns(run, x)[0]), default=0.0)
+            lines = [Curve(reference[0], REFERENCE_STYLE, [[0.0, end]], [[reference[1]] * 2])]
         return draw_curves(
             [
-                CurvePanel(title, *axes, _curves(cells, x, quantity), ceiling or untrained, levels)
+                CurvePanel(title, *axes, [*_curves(cells, x, quantity), *lines], ceiling or untrained, levels)
                 for title, cells in panels.items()
             ]
         )
@@ -234,10 +241,10 @@ def factor_words(factor: Estimate) -> str:
 
 
 def _end(cell: Cell, quantity: Quantity) -> Measured:
+    """The last value of a quantity by seed; of held-out losses only those of runs that converged."""
     if quantity is HELD_OUT:
         return Measured(cell.losses)
-    ends = {result.seed: quantity.columns(result, "tokens")[1][-1] for result in cell.results}
-    return Measured(ends)
+    return Measured({result.seed: [math.nan, *quantity.columns(result, "tokens")[1]][-1] for result in cell.results})
 
 
 def _curves(cells: Sequence[Cell], x: str, quantity: Quantity):
