@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from sdd.errors import Interrupted
-from sdd.lab import engine, results, timing
-from sdd.lab.grid.runner import Job
+from sdd.lab import engine, results
+from sdd.lab.grid import timing
+from sdd.lab.grid.job import Job
 from sdd.lab.results import RunResult, config_hash, portable
 from sdd.train import RunConfig, config_io
 
@@ -46,7 +47,7 @@ def made_result(name: str, config: RunConfig, loss: float, data: str = "text") -
             "seconds": [at / 1e3 for at in tokens[: len(losses)]],
             "eval_loss": losses,
         },
-        training={"tokens": tokens, "loss": losses},
+        training={"tokens": tokens, "loss": losses, "grad_norm": [1.0] * len(losses)},
         environment={"sdd": "0", "torch": "2", "device": "cpu"},
     )
 

@@ -1,191 +1,160 @@
-import json
+import io
+import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from helpers_studies import FREQUENCIES, FakeLab
+from rich.console import Console
 
-from helpers_runs import write_run
-from sdd.commands.study import run_study, studies
-from sdd.errors import RunFailed, UserError
-from sdd.evals.unigram import Reference
-from sdd.lab.demo_results import NOISE, Results, as_dict, collect, conclusions
-from sdd.lab.grid import runner
-from sdd.lab.studies import demo
-from sdd.report.runs import load_run
-from sdd.train import config_io
+from sdd.commands.study import Options, run_study
+from sdd.errors import UserError
+from sdd.lab.definition import PlannedStudy, Request
+from sdd.lab.engine import Engine
+from sdd.lab.findings import Findings
+from sdd.lab.studies.demo import DEFINITION, HARD, RECOMMENDED
+from sdd.train import RunConfig
 
-REFERENCE = Reference(loss=6.677, bits_per_byte=2.442)
-PER_NAT = 0.3657
-#: Where the synthetic runs end, in nats a token; None breaks off.
+#: Where the runs end, in nats a token; nan diverges.
 ENDS = {
     ("sdd", "recommended"): 5.5,
-    ("sdd", "hard"): 5.55,
+    ("sdd", "hard"): 5.3,
     ("prenorm-qk", "recommended"): 5.52,
     ("prenorm-qk", "hard"): 6.0,
     ("postnorm", "recommended"): 5.6,
-    ("postnorm", "hard"): 6.75,
+    ("postnorm", "hard"): math.nan,
     ("deepnorm", "recommended"): 5.7,
-    ("deepnorm", "hard"): None,
+    ("deepnorm", "hard"): math.nan,
 }
-Ends = dict[tuple[str, str], float | None]
+Ends = dict[tuple[str, str], float]
 
 
-def write_demo(out: Path, ends: Ends = ENDS, seeds: int = 1) -> None:
-    """The folder of a finished demo, without training."""
-    for seed in range(seeds):
-        for setting in demo.SETTINGS:
-            for placement in demo.PLACEMENTS:
-                config = demo.run_config(placement, setting, seed)
-                end = ends[placement, setting.name]
-                name = demo.run_name(placement, setting, seed)
-                how = {"breaks_at": 101} if end is None else {"end": end}
-                write_run(out / "runs" / name, config, **how)  # type: ignore[arg-type]
-    (out / "reference.json").write_text(json.dumps(vars(REFERENCE)))
+def setting_of(config: RunConfig) -> str:
+    return "recommended" if config.optim.warmup else "hard"
 
 
-def results_of(tmp_path: Path, changes: Ends | None = None, seeds: int = 1) -> Results:
-    write_demo(tmp_path, {**ENDS, **(changes or {})}, seeds)
-    runs = {
-        (placement, setting.name): [
-            load_run(tmp_path / "runs" / demo.run_name(placement, setting, seed)) for seed in range(seeds)
-        ]
-        for placement in demo.PLACEMENTS
-        for setting in demo.SETTINGS
-    }
-    return collect(runs, REFERENCE)
+def findings(monkeypatch: pytest.MonkeyPatch, out: Path, changes: Ends | None = None, seeds: int = 1) -> Findings:
+    ends = ENDS | (changes or {})
+    lab = FakeLab(lambda config: ends[config.model.placement.name, setting_of(config)])
+    lab.install(monkeypatch)
+    plan = PlannedStudy(DEFINITION, Request(out, "nano", seeds))
+    return DEFINITION.read(Engine(plan, Console(file=io.StringIO())).outcome())
 
 
-def test_grid_changes_nothing_but_placement_seed_and_setting() -> None:
-    configs = dict(demo.grid(seeds=2))
-    assert len(configs) == 16
-    base = config_io.to_dict(demo.run_config("sdd", demo.SETTINGS[0], 0))
-    for config in configs.values():
-        values = config_io.to_dict(config)
-        values["model"]["placement"] = base["model"]["placement"]
-        values["optim"] |= {"lr": base["optim"]["lr"], "warmup": base["optim"]["warmup"]}
-        assert {**values, "seed": 0} == base
-    recommended, hard = (configs[f"{setting.name}-sdd-seed0"].optim for setting in demo.SETTINGS)
+def sentences(found: Findings) -> str:
+    return " ".join([found.answer, *found.conclusions, *found.limits])
+
+
+def test_runs_differ_in_placement_seed_and_setting_only(tmp_path: Path) -> None:
+    plan = PlannedStudy(DEFINITION, Request(tmp_path, "nano", 2))
+    runs = [
+        plan.run(arm, condition, plan.base.optim.lr, seed)[1]
+        for arm in plan.arms
+        for condition in plan.conditions
+        for seed in plan.seeds
+    ]
+    base = plan.base
+    for config in runs:
+        model = replace(config.model, placement=base.model.placement)
+        optim = replace(config.optim, lr=base.optim.lr, warmup=base.optim.warmup)
+        assert replace(config, model=model, optim=optim, seed=base.seed) == base
+
+
+def test_the_hard_setting_has_a_higher_rate_and_no_warm_up(tmp_path: Path) -> None:
+    plan = PlannedStudy(DEFINITION, Request(tmp_path, "nano", 1))
+    recommended, hard = (plan.run(plan.arms[0], each, plan.base.optim.lr, 0)[1].optim for each in (RECOMMENDED, HARD))
     assert 5 <= hard.lr / recommended.lr <= 10
     assert recommended.warmup > 0
     assert hard.warmup == 0
 
 
-def test_verdicts_follow_the_stated_criteria(tmp_path: Path) -> None:
-    rows = {row.placement: row for row in results_of(tmp_path).rows}
-    assert {name: row.verdict for name, row in rows.items()} == {
-        "sdd": "held",
-        "prenorm-qk": "worse",
-        "postnorm": "did not learn",
-        "deepnorm": "did not learn",
-    }
-    assert rows["prenorm-qk"].change == pytest.approx((6.0 - 5.52) * PER_NAT, abs=0.01)
-    assert rows["deepnorm"].hard.status == "became non-finite"
+def test_the_table_has_the_loss_the_change_and_bits_per_byte(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    rows = {row["method"]: row for row in findings(monkeypatch, tmp_path).tables[0].json()["rows"]}
+    assert rows["sdd"]["recommended"]["value"] == 5.5
+    assert rows["sdd"]["hard"]["value"] == 5.3
+    assert rows["sdd"]["change"]["value"] == pytest.approx(-0.2)
+    assert rows["sdd"]["hard, bits per byte"]["value"] == pytest.approx(5.3 * 0.3657)
+    assert rows["postnorm"]["hard"]["not_converged"] == 1
+    assert rows["postnorm"]["change"]["value"] is None
 
 
-@pytest.mark.parametrize(("end", "verdict"), [(5.3, "better"), (5.45, "held"), (5.55, "held"), (5.7, "worse")])
-def test_a_run_is_compared_with_its_own_recommended_one(tmp_path: Path, end: float, verdict: str) -> None:
-    assert results_of(tmp_path, {("sdd", "hard"): end}).rows[0].verdict == verdict
+def test_the_note_has_the_settings_and_token_frequencies(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    note = findings(monkeypatch, tmp_path).tables[0].note
+    for number in ("0.001", "40", "0.01", f"{FREQUENCIES:.3f}", f"{FREQUENCIES * 0.3657:.3f}"):
+        assert number in note
 
 
 @pytest.mark.parametrize(
-    ("changes", "expected"),
+    ("changes", "trained", "broken"),
     [
-        ({}, "Post-Norm breaks, and the same wiring with SDD does not"),
-        ({("sdd", "hard"): None}, "Post-Norm breaks, and with SDD it breaks as well"),
-        ({("sdd", "hard"): None, ("postnorm", "hard"): 5.6}, "does not break, and the same wiring with SDD does"),
-        ({("postnorm", "hard"): 5.55}, "does not break; with SDD it is neither better nor worse by more than 0.03"),
-        ({("postnorm", "hard"): 5.0}, "does not break; with SDD it is 0.20 bits per byte worse"),
-        ({("postnorm", "hard"): 6.0}, "does not break; with SDD it is 0.16 bits per byte better"),
-        ({("postnorm", "recommended"): 6.7}, "postnorm did not learn; sdd reaches"),
-        ({("sdd", "recommended"): 6.7}, "sdd learns where that did not"),
-        ({("prenorm-qk", "hard"): 5.4}, "prenorm-qk is 0.04 bits per byte better"),
+        ({}, {"sdd", "prenorm-qk"}, {"postnorm", "deepnorm"}),
+        ({("sdd", "hard"): math.nan, ("postnorm", "hard"): 5.6}, {"prenorm-qk", "postnorm"}, {"sdd", "deepnorm"}),
+        ({("postnorm", "hard"): 5.6, ("deepnorm", "hard"): 5.6}, set(), set()),
+        (dict.fromkeys(ENDS, math.nan), set(), set()),
     ],
 )
-def test_conclusions_go_either_way(tmp_path: Path, changes: Ends, expected: str) -> None:
-    text = " ".join(conclusions(results_of(tmp_path, changes)))
-    assert expected in text
-    assert "one seed" in text
-    assert "nan" not in text
+def test_the_answer_goes_either_way(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, changes: Ends, trained: set[str], broken: set[str]
+) -> None:
+    answer = findings(monkeypatch, tmp_path, changes).answer
+    before, _, after = answer.partition(" train")
+    assert {name for name in trained if name in before} == trained
+    assert {name for name in broken if name in after} == broken
 
 
-def test_every_run_failing_is_concluded_too(tmp_path: Path) -> None:
-    text = " ".join(conclusions(results_of(tmp_path, dict.fromkeys(ENDS))))
-    assert "sdd, prenorm-qk, postnorm and deepnorm did not learn; none is left to compare" in text
-    assert "nan" not in text
+def test_every_run_failing_is_concluded_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    found = findings(monkeypatch, tmp_path, dict.fromkeys(ENDS, math.nan))
+    text = sentences(found) + found.tables[0].note + found.tables[0].markdown()
+    assert not re.search(r"\bnan\b", text.replace("loss nan", ""))  # the reason of a run says what its loss was
 
 
-def test_seeds_are_averaged_and_their_spread_is_shown(tmp_path: Path) -> None:
-    results = results_of(tmp_path, seeds=2)
-    assert results.seeds == 2
-    assert results.rows[3].hard.status == "2 of 2 became non-finite"
-    assert results.rows[0].hard.spread == 0
-    assert "2 seeds" in conclusions(results)[-1]
+def test_each_failure_is_told_with_its_reason(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    text = sentences(findings(monkeypatch, tmp_path, seeds=2))
+    for name in ("postnorm", "deepnorm"):
+        assert len(re.findall(rf"{name} does not converge under the hard setting: step 9", text)) == 1
 
 
-def test_results_are_plain_json(tmp_path: Path) -> None:
-    found = json.loads(json.dumps(as_dict(results_of(tmp_path)), allow_nan=False))
-    assert found["noise"] == NOISE
-    assert found["placements"][3]["hard"]["bits_per_byte"] is None
-    assert len(found["runs"]) == 8
-    assert found["runs"][0]["curve"][-1]["bits_per_byte"] == found["runs"][0]["bits_per_byte"]
+def test_every_method_is_drawn_under_both_settings_and_named_once(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    found = findings(monkeypatch, tmp_path, {("postnorm", "hard"): 6.6, ("deepnorm", "hard"): 6.65}, seeds=2)
+    assert [picture.name for picture in found.pictures] == ["heldout", "training", "grad-norm"]
+    names = [arm.name for arm in DEFINITION.arms]
+    for picture, reference in zip(found.pictures, (["token frequencies"], [], []), strict=True):
+        figure = picture.draw()
+        assert [axes.get_title("left") for axes in figure.axes] == ["recommended", "hard"]
+        for axes in figure.axes:
+            assert len(axes.get_lines()) == len(names) + len(reference)
+        (legend,) = figure.legends
+        assert [text.get_text().strip() for text in legend.get_texts()] == names + reference
 
 
-def test_finished_demo_only_writes_its_page(
+@pytest.mark.slow
+def test_a_finished_demo_only_writes_its_page(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    write_demo(tmp_path)
-    monkeypatch.setattr(runner.subprocess, "Popen", lambda *_, **__: pytest.fail("a run was started"))
+    findings(monkeypatch, tmp_path)
+    again = FakeLab(lambda _: pytest.fail("a run was started")).install(monkeypatch)
     assert run_study("demo", tmp_path) == 0
+    assert again.started == []
     printed = capsys.readouterr()
     for row in ("sdd", "prenorm-qk", "postnorm", "deepnorm"):
-        assert re.search(rf"^{row} ", printed.out, re.MULTILINE)
-    assert "report.html" in printed.err
+        assert re.search(rf"^\| {row} ", printed.out, re.MULTILINE)
     page = (tmp_path / "report.html").read_text()
-    for sentence in conclusions(results_of_folder(tmp_path)):
-        assert sentence in page.replace("&#39;", "'")
-    assert page.count('role="img"') == 6
+    assert page.count('role="img"') == 3
     files = sorted(path.name for path in (tmp_path / "figures").iterdir())
-    assert files == sorted(f"{name}.{kind}" for name in ("heldout", "loss", "grad-norm") for kind in ("png", "svg"))
-    assert json.loads((tmp_path / "results.json").read_text())["placements"][0]["verdict"] == "held"
+    assert files == sorted(f"{name}.{kind}" for name in ("heldout", "training", "grad-norm") for kind in ("png", "svg"))
 
 
-def test_several_seeds_are_drawn_and_named_once(tmp_path: Path) -> None:
-    for pair in demo.panels(results_of(tmp_path, seeds=2)).values():
-        for panel in pair:
-            assert len(panel.lines) == 2 * len(demo.PLACEMENTS)
-            assert {line.label for line in panel.lines} == set(demo.PLACEMENTS)
+def test_a_demo_of_an_earlier_version_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    (tmp_path / "runs" / "recommended-sdd-seed0").mkdir(parents=True)
+    (tmp_path / "reference.json").write_text("{}")
+    with pytest.raises(UserError, match="a demo of an earlier version: delete it, or choose another --out"):
+        run_study("demo", tmp_path, Options(seeds=1))
 
 
-def test_crash_is_told_and_gives_no_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_demo(tmp_path)
-    run = tmp_path / "runs" / demo.run_name("sdd", demo.SETTINGS[0], 0)
-    (run / "result.json").unlink()
-    (run / "metrics.jsonl").unlink()
-
-    def crash(grid: runner.Grid, *_: object) -> None:
-        grid.jobs[0].state, grid.jobs[0].detail = "crashed", "no space left"
-
-    monkeypatch.setattr(runner.Grid, "run", crash)
-    with pytest.raises(RunFailed, match="recommended-sdd-seed0: no space left"):
-        run_study("demo", tmp_path)
-    assert not (tmp_path / "report.html").exists()
-
-
-def test_folder_that_cannot_be_made_is_said(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_made_is_said(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write"):
         run_study("demo", tmp_path / "file" / "demo")
-
-
-def test_demo_is_a_study() -> None:
-    assert "demo" in studies
-    assert studies["demo"].about.endswith("?")
-
-
-def results_of_folder(out: Path) -> Results:
-    runs = {
-        (placement, setting.name): [load_run(out / "runs" / demo.run_name(placement, setting, 0))]
-        for placement in demo.PLACEMENTS
-        for setting in demo.SETTINGS
-    }
-    return collect(runs, REFERENCE)

@@ -17,7 +17,7 @@ from sdd.commands.main import main
 from sdd.data import TokenFile, eval_windows
 from sdd.errors import UserError
 from sdd.lab import results
-from sdd.lab.definition import Plan, Request
+from sdd.lab.definition import PlannedStudy, Request
 from sdd.lab.results import HeldOut, answers, config_hash, portable, tuning_windows
 from sdd.lab.studies.robustness import DEFINITION
 from sdd.models import ModelConfig
@@ -144,7 +144,7 @@ def test_a_damaged_result_file_is_named(tmp_path: Path) -> None:
 
 
 def test_results_of_before_a_field_existed_still_answer() -> None:
-    plan = Plan(DEFINITION, Request(Path(), "nano", 1))
+    plan = PlannedStudy(DEFINITION, Request(Path(), "nano", 1))
     _, config = plan.run(plan.arms[0], plan.conditions[0], 1e-3, 0)
     from helpers_studies import made_result
 
@@ -165,9 +165,8 @@ def test_from_a_command_to_a_page_and_on_from_a_clone(tmp_path: Path, capsys: py
         from sdd.lab.studies import lr_sensitivity
 
         few = replace(lr_sensitivity.DEFINITION, rates=Rates("sweep", (0.5, 1.0)))
-        few_study = study._study_of(few)
-        patched.setattr(study, "studies", {"lr": few_study})
-        patched.setattr("sdd.lab.tuning.MOST_EXTENSIONS", 0)
+        patched.setattr(study, "studies", {"lr": few})
+        patched.setattr("sdd.lab.engine.MOST_EXTENSIONS", 0)
         assert main(one.split()) == 0
         clone = tmp_path / "clone"
         shutil.copytree(tmp_path / "study", clone, ignore=shutil.ignore_patterns("runs", "claims", "configs", "logs"))
@@ -176,7 +175,7 @@ def test_from_a_command_to_a_page_and_on_from_a_clone(tmp_path: Path, capsys: py
         assert (clone / "report.html").read_text() == page.replace(str(tmp_path / "study"), str(clone))
         assert not (clone / "runs").exists()
     assert len(list((clone / "results").glob("*.json"))) == 2
-    assert "| sdd |" in capsys.readouterr().out
+    assert "| sdd " in capsys.readouterr().out
     assert page.count("<svg") == 1
     for part in ("What cannot be concluded", "one seed", "sdd study lr", "arXiv 2309.14322"):
         assert part in page

@@ -18,7 +18,8 @@ from helpers_runs import write_run
 from sdd.errors import Interrupted, UserError
 from sdd.lab.grid import runner
 from sdd.lab.grid.display import Display, jobs_table
-from sdd.lab.grid.runner import Grid, Job, same_settings, time_left
+from sdd.lab.grid.job import Job, time_left
+from sdd.lab.grid.runner import Grid, same_settings
 from sdd.models import ModelConfig
 from sdd.train import DataConfig, OptimConfig, RunConfig, config_io
 from sdd.train.run_dir import RunDir

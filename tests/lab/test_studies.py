@@ -13,14 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from sdd.commands.study import studies
 from sdd.errors import UserError
-from sdd.lab.definition import DEFAULT, Definition, Plan, Request
+from sdd.lab.definition import DEFAULT, Definition, PlannedStudy, Request
 from sdd.lab.engine import Engine
 from sdd.lab.figures import Axis, draw_dots
 from sdd.lab.findings import Findings, Measured, Table
 from sdd.lab.statistics import Estimate
-from sdd.lab.studies import convergence, lr_sensitivity, moe, robustness
+from sdd.lab.studies import convergence, lr_sensitivity, moe, robustness, studies
 from sdd.lab.studies.convergence import factor
 from sdd.models import model_presets
 from sdd.placement import placements
@@ -56,7 +55,7 @@ def findings(
     monkeypatch: pytest.MonkeyPatch, definition: Definition, loss_of: LossOf, out: Path, **asked: object
 ) -> Findings:
     FakeLab(loss_of).install(monkeypatch)
-    plan = Plan(definition, Request(out, **{"preset": "nano", "seeds": 3, **asked}))  # type: ignore[arg-type]
+    plan = PlannedStudy(definition, Request(out, **{"preset": "nano", "seeds": 3, **asked}))  # type: ignore[arg-type]
     return definition.read(Engine(plan, Console(file=io.StringIO())).outcome())
 
 
@@ -94,7 +93,7 @@ def test_narrow_models_do_not_start_from_an_init_for_wide_ones(monkeypatch: pyte
     found = findings(monkeypatch, robustness.DEFINITION, breaking({}), tmp_path)
     assert any("olmo2 and peri start from std 1/sqrt(2.5 d)" in limit for limit in found.limits)
     for preset, init in (("nano", "base"), ("581m", "normal-0.02")):
-        plan = Plan(robustness.DEFINITION, Request(tmp_path, preset, 1))
+        plan = PlannedStudy(robustness.DEFINITION, Request(tmp_path, preset, 1))
         inits = {arm.name: plan.run(arm, plan.conditions[0], 1e-3, 0)[1].model.placement.init for arm in plan.arms}
         assert inits["olmo2"] == inits["peri"] == init
         assert inits["prenorm-qk"] == "megatron"
@@ -126,7 +125,7 @@ def test_every_seed_that_did_not_converge_is_a_cross() -> None:
 
 
 def test_sensitivity_is_that_of_the_measure(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    rates = Plan(lr_sensitivity.DEFINITION, Request(tmp_path, "nano", 1)).first_rates
+    rates = PlannedStudy(lr_sensitivity.DEFINITION, Request(tmp_path, "nano", 1)).first_rates
 
     def loss(config: RunConfig) -> float:
         if config.model.placement.name == "sdd":
@@ -147,7 +146,7 @@ def test_sensitivity_is_that_of_the_measure(monkeypatch: pytest.MonkeyPatch, tmp
 def test_a_loss_is_not_reported_on_the_seed_that_chose_its_rate(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    rates = Plan(lr_sensitivity.DEFINITION, Request(tmp_path, "nano", 1)).first_rates
+    rates = PlannedStudy(lr_sensitivity.DEFINITION, Request(tmp_path, "nano", 1)).first_rates
 
     def loss(config: RunConfig) -> float:  # seed 0 alone is better at another rate, by luck
         lucky = config.seed == 0 and config.optim.lr == rates[2]
@@ -163,7 +162,7 @@ def test_a_loss_is_not_reported_on_the_seed_that_chose_its_rate(
 def test_factor_is_the_inverse_the_other_way_round_and_above_one_for_the_better(ours: float, theirs: float) -> None:
     from helpers_studies import made_result
 
-    plan = Plan(convergence.DEFINITION, Request(Path(), "nano", 1))
+    plan = PlannedStudy(convergence.DEFINITION, Request(Path(), "nano", 1))
     name, config = plan.run(plan.arms[0], plan.conditions[0], 1e-3, 0)
     method, base = (made_result(name, config, loss) for loss in (ours, theirs))
     for column in ("tokens", "seconds"):
@@ -230,21 +229,21 @@ def test_mixtures_are_set_beside_dense_models_of_their_placement(
 
 def test_a_study_of_mixtures_takes_mixtures(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"nano is none: choose one of moe-nano"):
-        Plan(moe.DEFINITION, Request(tmp_path, "nano", 1))
-    plan = Plan(moe.DEFINITION, Request(tmp_path, "moe-588m-3b", 1))
+        PlannedStudy(moe.DEFINITION, Request(tmp_path, "nano", 1))
+    plan = PlannedStudy(moe.DEFINITION, Request(tmp_path, "moe-588m-3b", 1))
     dense = next(arm for arm in plan.arms if arm.dense)
     shape = plan.run(dense, DEFAULT, 1e-3, 0)[1].model
     assert (shape.moe, shape.d_ff) == (None, 8 * 512)
 
 
 def test_definitions_hold_together() -> None:
-    for definition in (robustness.DEFINITION, lr_sensitivity.DEFINITION, convergence.DEFINITION, moe.DEFINITION):
+    for name, definition in studies.items():
+        assert definition.name == name
         assert definition.question.endswith("?")
         assert len(definition.method) == 3
         assert all(sentence.endswith(".") for sentence in definition.method)
         assert {arm.placement for arm in definition.arms} <= placements.keys()
         assert definition.preset in model_presets
-        assert definition.name in studies
         names = [name for name, _, _ in config_io.fields()]
         for condition in definition.conditions:
             assert condition.changes.keys() <= set(names)

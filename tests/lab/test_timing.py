@@ -6,14 +6,14 @@ from pathlib import Path
 import pytest
 
 from sdd.errors import UserError
-from sdd.lab import timing
-from sdd.lab.definition import Plan, Request
+from sdd.lab.definition import PlannedStudy, Request
+from sdd.lab.grid import timing
 from sdd.lab.studies.convergence import DEFINITION
 from sdd.train import RunConfig
 
 
 def runs(out: Path) -> dict[str, RunConfig]:
-    plan = Plan(DEFINITION, Request(out, "nano", 1))
+    plan = PlannedStudy(DEFINITION, Request(out, "nano", 1))
     return {arm.name: plan.run(arm, plan.conditions[0], 1e-3, 0)[1] for arm in plan.arms}
 
 

@@ -288,7 +288,7 @@ def _study(args: list[str]) -> int:
         allow_abbrev=False,
     )
     parser.add_argument(
-        "name", metavar="NAME", help="; ".join(f"{name}: {study.about}" for name, study in studies.items())
+        "name", metavar="NAME", help="; ".join(f"{name}: {study.question}" for name, study in studies.items())
     )
     parser.add_argument("--out", type=Path, help="folder of its runs, results and page (default: studies/NAME)")
     parser.add_argument("--preset", help="model and length of the runs (default nano)")

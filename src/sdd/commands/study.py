@@ -1,41 +1,28 @@
-"""Studies by name, and the command that runs one."""
+"""The command `sdd study`: runs a study, or finishes one, and writes its page."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from rich.console import Console
 
 from sdd.errors import UserError
-from sdd.lab.definition import Definition, Plan, Request
+from sdd.lab.definition import Definition, PlannedStudy, Request
 from sdd.lab.engine import Engine, read_request, write_request
 from sdd.lab.findings import Findings
 from sdd.lab.grid.claims import Claims
-from sdd.lab.studies import convergence, demo, lr_sensitivity, moe, robustness
+from sdd.lab.studies import studies
 from sdd.report import require_report_extra
-
-
-@dataclass(frozen=True)
-class Study:
-    """A question, and what answers it: a grid of runs, tables, figures and a page.
-
-    Attributes:
-        about: the question in one line.
-        run: (out, options) to the command's exit code; options that are None were not given.
-    """
-
-    about: str
-    run: Callable[[Path, "Options"], int]
+from sdd.terminal import stderr_console
 
 
 @dataclass(frozen=True)
 class Options:
-    """How a study is asked for; None and empty where nothing was given.
+    """The options that were given; None and empty where they were not.
 
     Attributes:
-        seeds: reported seeds.
+        seeds: number of reported seeds.
         workers: runs at once on this machine.
         preset: of the model and its run.
         placements: the methods to compare.
@@ -57,7 +44,7 @@ def run_study(name: str, out: Path, options: Options | None = None) -> int:
     Args:
         name: one of `studies`.
         out: folder of its runs, results, figures and page.
-        options: what is not given is as the folder's study.json has it, or else the study's default.
+        options: the others come from the folder's study.json, or else from the study's defaults.
 
     Returns:
         The exit code, 0.
@@ -69,31 +56,21 @@ def run_study(name: str, out: Path, options: Options | None = None) -> int:
         UserError: if `out` cannot be written or holds runs with other settings, or an option does not fit the study.
     """
     try:
-        return studies[name].run(out, options or Options())
+        return _run(studies[name], out, options or Options())
     except OSError as error:
         raise UserError(f"cannot write {error.filename or out}: {error.strerror}") from None
-
-
-def _run_demo(out: Path, options: Options) -> int:
-    if options.preset or options.placements or options.tuned or options.overrides:
-        raise UserError("the demo is what it is: it takes --out, --seeds and --workers; other studies take more")
-    return demo.run(out, options.seeds or 1, options.workers)
-
-
-def _study_of(definition: Definition) -> Study:
-    return Study(definition.question, lambda out, options: _run(definition, out, options))
 
 
 def _run(definition: Definition, out: Path, options: Options) -> int:
     require_report_extra()  # before hours of work, not after
     from sdd.lab.page import write_study
 
-    plan = Plan(definition, _request(definition, out, options))
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    plan = PlannedStudy(definition, _request(definition, out, options))
+    console = stderr_console()
     write_request(plan)
     outcome = Engine(plan, console).outcome()
     findings = definition.read(outcome)
-    _tell(findings, console)
+    _print_answer(findings, console)
     claims = Claims(out / "claims")
     if claims.take("report"):
         page = write_study(outcome, findings)
@@ -105,12 +82,14 @@ def _run(definition: Definition, out: Path, options: Options) -> int:
 
 
 def _request(definition: Definition, out: Path, options: Options) -> Request:
-    """What was given, over what the folder was made with, over the study's defaults."""
+    """Combine the given options with those of the folder and with the study's defaults, in this order."""
     stored = read_request(out)
     if stored and stored.get("study") != definition.name:
         raise UserError(f"{out} holds the study {stored.get('study')}: choose another --out")
     if stored:
         _check_same(out, stored, options)
+    elif (out / "reference.json").exists():  # the demo wrote it before it was a study like the others
+        raise UserError(f"{out} holds a demo of an earlier version: delete it, or choose another --out")
     return Request(
         out=out,
         preset=options.preset or stored.get("preset", definition.preset),
@@ -123,7 +102,11 @@ def _request(definition: Definition, out: Path, options: Options) -> Request:
 
 
 def _check_same(out: Path, stored: Mapping[str, Any], options: Options) -> None:
-    """Seeds, methods and workers may change between commands on one folder; what a run is may not."""
+    """Refuse options that change the runs of a folder; seeds, methods and workers may differ between commands.
+
+    Raises:
+        UserError: naming the option, what the folder has and what was given.
+    """
     given = {**options.overrides, **({"preset": options.preset} if options.preset else {})}
     there = {**stored["overrides"], "preset": stored["preset"]}
     for name, value in given.items():
@@ -134,21 +117,9 @@ def _check_same(out: Path, stored: Mapping[str, Any], options: Options) -> None:
         raise UserError(f"{out} holds this study without --tuned: choose another --out")
 
 
-def _tell(findings: Findings, console: Console) -> None:
-    """The first table as the command's answer, the sentences beside it."""
+def _print_answer(findings: Findings, console: Console) -> None:
+    """Print the first table on stdout, in aligned Markdown, and the sentences on the console."""
     answer = Console(highlight=False, soft_wrap=True)
-    answer.print(findings.tables[0].markdown(), markup=False)
+    answer.print(findings.tables[0].markdown(padded=True), markup=False)
     for sentence in (findings.answer, *findings.conclusions):
         console.print(sentence, markup=False)
-
-
-#: The studies by name.
-studies: Mapping[str, Study] = MappingProxyType(
-    {
-        "demo": Study(demo.QUESTION, _run_demo),
-        **{
-            definition.name: _study_of(definition)
-            for definition in (robustness.DEFINITION, lr_sensitivity.DEFINITION, convergence.DEFINITION, moe.DEFINITION)
-        },
-    }
-)

@@ -1,26 +1,26 @@
-"""What a study is, as data: arms, conditions, how learning rates are decided, and what was published.
+"""Studies as data: arms, conditions, and how learning rates are decided.
 
-`sdd.lab.engine` runs a definition, and its `read` says what came out.
+`sdd.lab.engine` runs a definition; the definition's `read` turns the outcome into tables and sentences.
 """
 
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
+
+import numpy as np
 
 from sdd.errors import UserError
+from sdd.lab.findings import Findings
 from sdd.lab.results import RunResult
 from sdd.models import ModelConfig, model_presets
 from sdd.placement import Placement, placements
 from sdd.train import RunConfig, config_io, preset
 
-if TYPE_CHECKING:
-    from sdd.lab.findings import Findings
-
-#: What a study sets itself in every run.
+#: Fields that a study sets itself in every run.
 OWN_FIELDS = ("seed", "model.placement", "guard.nonfinite", "guard.spikes", "sample_tokens", "keep_checkpoints")
-#: Seeds that learning rates are chosen on start here, those that are reported at 0.
+#: The first of the seeds on which learning rates are chosen; reported seeds start at 0.
 TUNING_SEED = 1000
 _EVALUATIONS = 20
 #: Methods whose authors draw every matrix at std 0.02 do so at widths of 2048 and more. Below this width 0.02 is less
@@ -35,8 +35,8 @@ class Arm:
     Attributes:
         name: in tables, figures and run names.
         placement: the placement's name.
-        changes: what is its own in the recipe, by dotted name.
-        dense: the feed-forward networks of a preset with experts are made one, as wide as what a token uses of them.
+        changes: fields of the run that this method sets, by dotted name.
+        dense: replace the experts of a preset by one feed-forward network, as wide as the experts that a token uses.
     """
 
     name: str
@@ -47,12 +47,12 @@ class Arm:
 
 @dataclass(frozen=True)
 class Condition:
-    """How training is made harder, or not.
+    """A training setting: the default one, or one that makes training harder.
 
     Attributes:
         name: in run names.
         title: in tables.
-        changes: fields that it sets, by dotted name.
+        changes: fields of the run that it sets, by dotted name.
         rate_factor: multiplies the learning rate.
     """
 
@@ -72,9 +72,9 @@ class Rates:
     Attributes:
         kind: "common" gives all arms the base rate; "tuned" takes for each arm and condition the rate that is best on
             seeds and held-out windows of their own; "sweep" reports every rate.
-        factors: of the base rate, evenly spaced in their logarithm, ascending; where a best one lies at an end, the
+        factors: of the base rate, evenly spaced in their logarithm, ascending; while a best rate lies at an end, the
             grid is extended by its own spacing.
-        tuning_seeds: how many.
+        tuning_seeds: number of seeds that rates are tuned on.
     """
 
     kind: Literal["common", "tuned", "sweep"]
@@ -96,15 +96,15 @@ class Definition:
         title: of its page.
         question: in one line, ends with a question mark.
         method: three sentences.
-        arms: what is compared.
-        conditions: under what; the first is the default.
+        arms: the methods to compare.
+        conditions: the settings under which they are compared; the first is the default.
         rates: how learning rates are decided.
-        sizes: what a preset's run is set to for this study, by dotted name; a preset that is not here runs as it
-            stands.
-        read: what a finished study says.
-        tuned_rates: how rates are decided with `--tuned`; None if there is no such option.
-        preset: where none is named.
-        seeds: where their number is not given.
+        sizes: by preset, the fields that this study sets in the preset's run, by dotted name; other presets run as
+            they stand.
+        read: turns a finished study into findings.
+        tuned_rates: how rates are decided with `--tuned`; None if the study has no such option.
+        preset: the default one.
+        seeds: the default number.
     """
 
     name: str
@@ -115,7 +115,7 @@ class Definition:
     conditions: tuple[Condition, ...]
     rates: Rates
     sizes: Mapping[str, Mapping[str, Any]]
-    read: Callable[["Outcome"], "Findings"]
+    read: Callable[["Outcome"], Findings]
     tuned_rates: Rates | None = None
     preset: str = "nano"
     seeds: int = 3
@@ -123,12 +123,12 @@ class Definition:
 
 @dataclass(frozen=True)
 class Request:
-    """A study as it is asked for.
+    """The options of a study.
 
     Attributes:
         out: folder of its runs, results and page.
         preset: of the model and its run.
-        seeds: reported ones, from 0.
+        seeds: number of reported seeds, which start at 0.
         placements: arms to keep; empty for all.
         tuned: tune the rate under every condition anew.
         overrides: fields of the run, by dotted name; `optim.lr` is the base rate.
@@ -144,8 +144,8 @@ class Request:
     workers: int | None = None
 
 
-class Plan:
-    """A definition and a request together: which run stands for an arm, a condition, a rate and a seed.
+class PlannedStudy:
+    """A definition with its request: names the run of an arm, a condition, a rate and a seed.
 
     Raises:
         UserError: for an arm that the study does not have, or a field that it sets itself.
@@ -154,10 +154,15 @@ class Plan:
     def __init__(self, definition: Definition, request: Request) -> None:
         self.definition, self.request = definition, request
         self.arms = _chosen_arms(definition, request.placements)
-        tuned = definition.tuned_rates if request.tuned else definition.rates
-        if tuned is None:
-            raise UserError(f"the study {definition.name} has no --tuned: {_how_rates(definition.rates)}")
-        self.rates = tuned
+        rates = definition.tuned_rates if request.tuned else definition.rates
+        if rates is None:
+            why = {
+                "tuned": "it tunes every rate anyway",
+                "sweep": "it reports every rate",
+                "common": "its methods share one rate",
+            }
+            raise UserError(f"the study {definition.name} has no --tuned: {why[definition.rates.kind]}")
+        self.rates = rates
         self.conditions = _without_rates(definition.conditions) if request.tuned else definition.conditions
         _check_overrides(definition, request)
         #: The run without arm, condition and seed; its learning rate is the base rate.
@@ -171,13 +176,14 @@ class Plan:
 
     @property
     def seeds(self) -> range:
-        """The reported ones."""
+        """The reported seeds."""
         return range(self.request.seeds)
 
     @property
-    def tuning_seeds(self) -> range:
-        """Those that rates are chosen on."""
-        return range(TUNING_SEED, TUNING_SEED + self.rates.tuning_seeds)
+    def grid_seeds(self) -> range:
+        """The seeds of the runs at every rate of the grid; none if all arms share the base rate."""
+        tuning = range(TUNING_SEED, TUNING_SEED + self.rates.tuning_seeds)
+        return {"tuned": tuning, "sweep": self.seeds, "common": range(0)}[self.rates.kind]
 
     @property
     def first_rates(self) -> tuple[float, ...]:
@@ -194,15 +200,14 @@ class Plan:
         return f"{arm.name}-{condition.name}-lr{rate:g}-seed{seed}", config
 
     def placement(self, arm: Arm) -> Placement:
-        """The arm's placement; of a narrow model, with std 1/sqrt(2.5 d) in place of 0.02."""
+        """The arm's placement; in a narrow model, with init std 1/sqrt(2.5 d) in place of 0.02."""
         found = placements[arm.placement]
         narrow = self.base.model.d_model < _WIDE
         return replace(found, init="base") if narrow and found.init == "normal-0.02" else found
 
     def _base(self) -> RunConfig:
-        run = preset(self.request.preset)
         sized = {**self.definition.sizes.get(self.request.preset, {}), **self.request.overrides}
-        run = config_io.with_overrides(run, sized)
+        run = config_io.with_overrides(preset(self.request.preset), sized)
         if "eval_every" not in sized:
             run = replace(run, eval_every=max(1, run.steps // _EVALUATIONS))
         guard = replace(run.guard, nonfinite="stop", spikes="observe")  # a study observes
@@ -215,7 +220,7 @@ class Cell:
 
     Attributes:
         rate: the learning rate, the condition's factor included.
-        results: one a seed.
+        results: one for each seed.
     """
 
     arm: Arm
@@ -230,8 +235,20 @@ class Cell:
 
     @property
     def failed(self) -> int:
-        """How many runs did not converge."""
+        """The number of runs that did not converge."""
         return sum(not result.converged for result in self.results)
+
+    @property
+    def broken(self) -> bool:
+        """Whether most of the runs did not converge: the arm then counts as broken under the condition."""
+        return 2 * self.failed > len(self.results)
+
+    @property
+    def tuning_loss(self) -> float:
+        """Mean loss on the tuning segment over the seeds; infinite if one did not converge."""
+        if not self.results or self.failed:
+            return math.inf
+        return float(np.mean([result.tuning_loss for result in self.results]))
 
 
 @dataclass(frozen=True)
@@ -239,13 +256,13 @@ class Outcome:
     """A finished study.
 
     Attributes:
-        plan: what was asked for.
-        cells: what is reported, by names of arm and condition; empty for a sweep.
+        plan: the study as it was asked for.
+        cells: the reported runs, by names of arm and condition; empty for a sweep.
         grids: where rates were tuned or swept, the cells of every rate (before the condition's factor), ascending.
-        seconds_per_token: of each arm, from steps of all of them timed in turn, see `sdd.lab.timing`.
+        seconds_per_token: of each arm, from steps of all of them timed in turn, see `sdd.lab.grid.timing`.
     """
 
-    plan: Plan
+    plan: PlannedStudy
     cells: Mapping[tuple[str, str], Cell]
     grids: Mapping[tuple[str, str], Mapping[float, Cell]]
     seconds_per_token: Mapping[str, float] = field(default_factory=dict)
@@ -256,27 +273,41 @@ class Outcome:
         cells = [*self.cells.values(), *(cell for grid in self.grids.values() for cell in grid.values())]
         return list({result.name: result for cell in cells for result in cell.results}.values())
 
+    def under(self, condition: Condition) -> list[Cell]:
+        """The reported cells of all arms under a condition."""
+        return [self.cells[arm.name, condition.name] for arm in self.plan.arms]
+
+
+def best_rate(grid: Mapping[float, Cell]) -> float:
+    """The rate with the lowest tuning loss; the lowest rate if nothing converged at any."""
+    return min(sorted(grid), key=lambda rate: grid[rate].tuning_loss)
+
+
+def at_edge(grid: Mapping[float, Cell]) -> bool:
+    """Whether the best rate lies at an end of the grid."""
+    return best_rate(grid) in (min(grid), max(grid))
+
+
+def round_rate(rate: float) -> float:
+    """Round a rate to three digits, so that names and tables show the very rate that is used."""
+    return float(f"{rate:.3g}")
+
 
 def _dense(model: ModelConfig) -> ModelConfig:
-    """A dense model with as many active parameters, but for routers."""
+    """A dense model with as many active parameters, apart from the routers."""
     assert model.moe is not None
     return replace(model, moe=None, d_ff=model.moe.top_k * model.d_ff + model.moe.d_shared)
 
 
 def _replaced(config: Any, name: str, value: Any) -> Any:
-    """The config with the field of that dotted name replaced."""
+    """Replace the field of that dotted name."""
     first, _, rest = name.partition(".")
     return replace(config, **{first: _replaced(getattr(config, first), rest, value) if rest else value})
 
 
-def round_rate(rate: float) -> float:
-    """A rate to three digits, so that it is written as it is computed."""
-    return float(f"{rate:.3g}")
-
-
 def _chosen_arms(definition: Definition, names: tuple[str, ...]) -> tuple[Arm, ...]:
     known = {arm.name: arm for arm in definition.arms}
-    if definition.arms and all(arm.name == arm.placement for arm in definition.arms):
+    if all(arm.name == arm.placement for arm in definition.arms):
         known |= {name: Arm(name, name) for name in placements if name not in known}
     for name in names:
         if name not in known:
@@ -292,11 +323,11 @@ def _check_overrides(definition: Definition, request: Request) -> None:
     for name in request.overrides:
         if name in OWN_FIELDS:
             instead = "name methods with --placements" if name == "model.placement" else "leave it out"
-            raise UserError(f"{name} is what the study {definition.name} sets itself: {instead}")
+            raise UserError(f"the study {definition.name} sets {name} itself: {instead}")
 
 
 def _without_rates(conditions: tuple[Condition, ...]) -> tuple[Condition, ...]:
-    """The same conditions where rates are tuned under each: a factor of the rate says nothing any more."""
+    """Drop factors of the rate, and conditions that then repeat others: with tuned rates they mean nothing."""
     plain: list[Condition] = []
     for condition in conditions:
         if condition.rate_factor != 1:
@@ -305,7 +336,3 @@ def _without_rates(conditions: tuple[Condition, ...]) -> tuple[Condition, ...]:
         if all(condition.changes != other.changes for other in plain):
             plain.append(condition)
     return tuple(plain)
-
-
-def _how_rates(rates: Rates) -> str:
-    return {"tuned": "it tunes every rate anyway", "sweep": "it reports every rate", "common": ""}[rates.kind]

@@ -1,9 +1,9 @@
-"""Runs a study's definition: rounds of runs, each decided by the results of those before.
+"""Runs a study's definition in rounds; the results of one round decide the runs of the next.
 
-    OUT/study.json          what was asked for, so that the folder alone regenerates its page
+    OUT/study.json          the study's options, so that the folder alone regenerates its page
     OUT/results/NAME.json   the result of each run, see sdd.lab.results
     OUT/runs/ ...           the runs, see sdd.lab.grid.runner
-    OUT/timing.json         what a token costs each method, see sdd.lab.timing
+    OUT/timing.json         the cost of a token for each method, see sdd.lab.grid.timing
 
 A run that has a result file is not run again, whether or not its directory is still there. Rounds are a pure function
 of results, so an interrupted study that goes on, and several machines on one folder, come to the same tables.
@@ -11,65 +11,69 @@ of results, so an interrupted study that goes on, and several machines on one fo
 
 import json
 import math
-import uuid
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from sdd.errors import RunFailed, UserError
+from sdd.files import write_aside
 from sdd.lab import results
-from sdd.lab.definition import Arm, Cell, Condition, Outcome, Plan, round_rate
+from sdd.lab.definition import Cell, Outcome, PlannedStudy, best_rate, round_rate
+from sdd.lab.grid.job import FINISHED
 from sdd.lab.grid.runner import Grid
-from sdd.lab.grid.timing import grid_seconds
+from sdd.lab.grid.timing import grid_seconds, seconds_per_token
 from sdd.lab.results import HeldOut, RunResult
-from sdd.lab.timing import seconds_per_token
-from sdd.lab.tuning import best_rate, extension
 from sdd.models import count_parameters
 from sdd.train import RunConfig
 
-Run = tuple[str, RunConfig]
+#: A grid is extended beyond each of its first ends by at most so many rates.
+MOST_EXTENSIONS = 4
+
+NamedRun = tuple[str, RunConfig]
+#: The names of an arm and of a condition.
+Names = tuple[str, str]
 
 
 class Engine:
-    """Answers what a run came to, by its result file, or its run directory, or by running it.
+    """Finds the result of each run in its result file, or in its run directory, or by running it.
 
     Args:
         plan: the study.
-        console: where it says what it is about to do.
+        console: where it announces its work.
     """
 
-    def __init__(self, plan: Plan, console: Console) -> None:
+    def __init__(self, plan: PlannedStudy, console: Console) -> None:
         self.plan, self.console = plan, console
         self.out = plan.request.out
         self._held_out = HeldOut(plan.base)
         self._known: dict[str, RunResult] = {}
-        self._pairs = [_Pair(arm, condition) for condition in plan.conditions for arm in plan.arms]
+        self._pairs = {
+            (arm.name, condition.name): (arm, condition) for condition in plan.conditions for arm in plan.arms
+        }
 
     def outcome(self) -> Outcome:
-        """Run what is missing and return everything.
+        """Run the missing runs and return everything.
 
         Raises:
             Interrupted: after Ctrl-C or SIGTERM, with every run saved.
             RunFailed: if a run ended for another reason than divergence.
-            UserError: if the folder holds other runs or results than are asked for.
+            UserError: if the folder holds other runs or results than those asked for.
         """
         self._announce()
-        return replace(self._outcome(), seconds_per_token=self._clock())
+        plan = self.plan
+        grids = {} if plan.rates.kind == "common" else self._grids()
+        cells = {}
+        if plan.rates.kind != "sweep":
+            rates = {names: best_rate(grids[names]) if names in grids else plan.base.optim.lr for names in self._pairs}
+            # Seeds outermost: a study that is interrupted has whole tables of fewer seeds.
+            self.results([self._run(names, rate, seed) for seed in plan.seeds for names, rate in rates.items()])
+            cells = {names: self._cell(names, rate, plan.seeds) for names, rate in rates.items()}
+        return Outcome(plan, cells, grids, self._clock())
 
-    def _outcome(self) -> Outcome:
-        match self.plan.rates.kind:
-            case "common":
-                return Outcome(self.plan, self._common(), {})
-            case "tuned":
-                grids = self._grids(self.plan.tuning_seeds, together=False)
-                return Outcome(self.plan, self._at_best(grids), grids)
-            case "sweep":
-                return Outcome(self.plan, {}, self._grids(self.plan.seeds, together=True))
-
-    def results(self, runs: Sequence[Run]) -> dict[str, RunResult]:
+    def results(self, runs: Sequence[NamedRun]) -> dict[str, RunResult]:
         """The result of each run, by name."""
         missing = [run for run in runs if not self._is_known(*run)]
         if missing:
@@ -87,53 +91,36 @@ class Engine:
         threads = Grid(list(runs.items()), self.out, plan.request.workers).threads
         return seconds_per_token(runs, threads, self.out)
 
-    def _common(self) -> dict[tuple[str, str], Cell]:
-        rates = dict.fromkeys(self._pairs, self.plan.base.optim.lr)
-        return self._cells(rates, self.plan.seeds)
-
-    def _at_best(self, grids: Mapping[tuple[str, str], Mapping[float, Cell]]) -> dict[tuple[str, str], Cell]:
-        rates = {pair: best_rate(grids[pair.names]) for pair in self._pairs}
-        return self._cells(rates, self.plan.seeds)
-
-    def _grids(self, seeds: Sequence[int], *, together: bool) -> dict[tuple[str, str], dict[float, Cell]]:
+    def _grids(self) -> dict[Names, dict[float, Cell]]:
         """Every rate of every arm and condition, extended until no best rate lies at an end.
 
-        Args:
-            seeds: of each rate.
-            together: all arms share one grid, which is extended if any needs it.
+        A sweep has one grid for all arms, which is extended if any of them needs it.
         """
-        first = self.plan.first_rates
-        rates = {pair: list(first) for pair in self._pairs}
+        first, seeds = self.plan.first_rates, self.plan.grid_seeds
+        rates = {names: list(first) for names in self._pairs}
         while True:
-            runs = [self._run(pair, rate, seed) for pair in rates for rate in rates[pair] for seed in seeds]
-            self.results(runs)
-            grids = {pair.names: {rate: self._cell(pair, rate, seeds) for rate in rates[pair]} for pair in self._pairs}
+            self.results([self._run(names, rate, seed) for names in rates for rate in rates[names] for seed in seeds])
+            grids = {names: {rate: self._cell(names, rate, seeds) for rate in rates[names]} for names in rates}
             wanted = {
-                pair: extension(rates[pair], best_rate(grids[pair.names]), first, self.plan.rates.spacing)
-                for pair in rates
+                names: extension(rates[names], best_rate(grids[names]), first, self.plan.rates.spacing)
+                for names in rates
             }
-            added = {pair: {rate} for pair, rate in wanted.items() if rate is not None}
+            added = {names: {rate} for names, rate in wanted.items() if rate is not None}
             if not added:
                 return grids
-            if together:
-                union = set[float]().union(*added.values())
-                added = dict.fromkeys(rates, union)
-            for pair, more in added.items():
-                rates[pair] = sorted({*rates[pair], *more})
+            if self.plan.rates.kind == "sweep":
+                added = dict.fromkeys(rates, set[float]().union(*added.values()))
+            for names, more in added.items():
+                rates[names] = sorted({*rates[names], *more})
             self._say_extension(added)
 
-    def _cells(self, rates: Mapping["_Pair", float], seeds: Sequence[int]) -> dict[tuple[str, str], Cell]:
-        # Seeds outermost: if it is interrupted, whole tables of fewer seeds are there.
-        self.results([self._run(pair, rate, seed) for seed in seeds for pair, rate in rates.items()])
-        return {pair.names: self._cell(pair, rate, seeds) for pair, rate in rates.items()}
+    def _cell(self, names: Names, rate: float, seeds: Iterable[int]) -> Cell:
+        arm, condition = self._pairs[names]
+        found = tuple(self._known[self._run(names, rate, seed)[0]] for seed in seeds)
+        return Cell(arm, condition, round_rate(rate * condition.rate_factor), found)
 
-    def _cell(self, pair: "_Pair", rate: float, seeds: Sequence[int]) -> Cell:
-        names = [self._run(pair, rate, seed)[0] for seed in seeds]
-        factor = pair.condition.rate_factor
-        return Cell(pair.arm, pair.condition, round_rate(rate * factor), tuple(self._known[name] for name in names))
-
-    def _run(self, pair: "_Pair", rate: float, seed: int) -> Run:
-        return self.plan.run(pair.arm, pair.condition, rate, seed)
+    def _run(self, names: Names, rate: float, seed: int) -> NamedRun:
+        return self.plan.run(*self._pairs[names], rate, seed)
 
     def _is_known(self, name: str, config: RunConfig) -> bool:
         if name in self._known:
@@ -151,15 +138,15 @@ class Engine:
         other = next((known for known in self._known.values() if known.data != found.data), None)
         if other is not None:
             raise UserError(
-                f"the runs {other.name} and {found.name} in {self.out} saw different data: bring back those of the "
+                f"the runs {other.name} and {found.name} in {self.out} saw different data: give the data of the "
                 "results that are there, or choose another --out"
             )
         self._known[found.name] = found
 
     def _harvest(self, grid: Grid) -> None:
-        """Write the result files of a grid; other ends than results are told once everything else is safe."""
+        """Write the result files of a grid; report crashed runs once everything else is safe."""
         crashed = [job for job in grid.jobs if job.state == "crashed"]
-        ended = [job for job in grid.jobs if job.state in ("done", "failed")]
+        ended = [job for job in grid.jobs if job.state in FINISHED]
         if ended:
             self._say(f"Measuring {len(ended)} finished runs on the held-out text that rates are chosen on.")
         for job in ended:
@@ -173,40 +160,40 @@ class Engine:
             )
 
     def _announce(self) -> None:
-        """What will be run, and about how long that takes."""
+        """Say which runs there are, and about how long the missing ones take."""
         plan = self.plan
         rounds = self._first_rounds()
         missing = [run for runs in rounds.values() for run in runs if not self._has_result(*run)]
         self._say(f"{plan.definition.name}: {plan.definition.question}")
         self._say(_shape(plan))
         for what, runs in rounds.items():
-            self._say(f"  {what}: {len(runs)} runs, {sum(map(_tokens, runs)):,} tokens")
+            tokens = sum(config.steps * config.tokens_per_step for _, config in runs)
+            self._say(f"  {what}: {len(runs)} runs, {tokens:,} tokens")
         if not missing:
             self._say("All of these runs have a result already.")
             return
         grid = Grid(missing, self.out, plan.request.workers)
         waiting = [job.config for job in grid.waiting]
         minutes = math.ceil(grid_seconds(waiting, grid.threads, grid.workers) / 60)
+        open_end = "" if plan.rates.kind == "common" else "; more if a best rate lies at the end of its grid"
         self._say(
             f"{len(waiting)} of them still to do, {grid.workers} at once with {grid.threads} CPU "
             f"thread{'s' if grid.threads > 1 else ''} each: about {minutes} minute{'s' if minutes != 1 else ''}, from "
-            f"steps timed just now{_open_end(plan)}. Ctrl-C saves; the same command goes on."
+            f"steps timed just now{open_end}. Ctrl-C saves; the same command goes on."
         )
 
-    def _first_rounds(self) -> dict[str, list[Run]]:
-        """The runs that are known beforehand; which rates the last round takes is not, how many runs it has is."""
-        plan, pairs = self.plan, self._pairs
-        middle = plan.first_rates[len(plan.first_rates) // 2]
-        swept = {"tuned": plan.tuning_seeds, "sweep": plan.seeds, "common": ()}[plan.rates.kind]
-        grid = [self._run(pair, rate, seed) for pair in pairs for rate in plan.first_rates for seed in swept]
-        last = [self._run(pair, middle, seed) for pair in pairs for seed in plan.seeds]
-        match plan.rates.kind:
-            case "common":
-                return {"arm x condition x seed": last}
-            case "tuned":
-                return {"arm x condition x learning rate, tuning seeds": grid, "at the best rates, fresh seeds": last}
-            case "sweep":
-                return {"arm x learning rate x seed": grid}
+    def _first_rounds(self) -> dict[str, list[NamedRun]]:
+        """The runs that are known beforehand. Of the last round after tuning only their number is: any rate will do."""
+        plan, rates = self.plan, self.plan.first_rates
+        grid = [self._run(names, rate, seed) for names in self._pairs for rate in rates for seed in plan.grid_seeds]
+        last = [self._run(names, rates[len(rates) // 2], seed) for names in self._pairs for seed in plan.seeds]
+        tuned = {"arm x condition x learning rate, tuning seeds": grid, "at the best rates, fresh seeds": last}
+        rounds = {
+            "common": {"arm x condition x seed": last},
+            "tuned": tuned,
+            "sweep": {"arm x learning rate x seed": grid},
+        }
+        return rounds[plan.rates.kind]
 
     def _has_result(self, name: str, config: RunConfig) -> bool:
         if self.plan.rates.kind == "tuned" and config.seed in self.plan.seeds:  # its rate is not known yet
@@ -214,31 +201,36 @@ class Engine:
             return any((self.out / "results").glob(f"{rateless}-lr*-seed{config.seed}.json"))
         return self._is_known(name, config)
 
-    def _say_extension(self, added: Mapping["_Pair", set[float]]) -> None:
-        rates = sorted(set[float]().union(*added.values()))
-        arms = ", ".join(dict.fromkeys(pair.arm.name for pair in added))
-        self._say(
-            f"A best rate lies at the end of its grid: {', '.join(f'{rate:g}' for rate in rates)} added ({arms})."
-        )
+    def _say_extension(self, added: Mapping[Names, set[float]]) -> None:
+        rates = ", ".join(f"{rate:g}" for rate in sorted(set[float]().union(*added.values())))
+        arms = ", ".join(dict.fromkeys(arm for arm, _ in added))
+        self._say(f"A best rate lies at the end of its grid: {rates} added ({arms}).")
 
     def _say(self, line: str) -> None:
         self.console.print(line, markup=False)
 
 
-@dataclass(frozen=True, eq=False)
-class _Pair:
-    """An arm under a condition."""
+def extension(rates: Sequence[float], best: float, first: Sequence[float], spacing: float) -> float | None:
+    """The rate to add if the best one lies at an end of the grid.
 
-    arm: Arm
-    condition: Condition
+    Args:
+        rates: the grid so far, ascending.
+        best: one of them.
+        first: the grid at the start, ascending; beyond its ends at most `MOST_EXTENSIONS` rates are added.
+        spacing: the ratio of neighbouring rates.
 
-    @property
-    def names(self) -> tuple[str, str]:
-        return self.arm.name, self.condition.name
+    Returns:
+        None if the best rate does not lie at an end, or the grid has been extended enough on that side.
+    """
+    if best == rates[0] and sum(rate < first[0] for rate in rates) < MOST_EXTENSIONS:
+        return round_rate(best / spacing)
+    if best == rates[-1] and sum(rate > first[-1] for rate in rates) < MOST_EXTENSIONS:
+        return round_rate(best * spacing)
+    return None
 
 
 def read_request(out: Path) -> dict[str, Any]:
-    """What OUT/study.json says was asked for; empty if there is none.
+    """The options in OUT/study.json; empty if there is no such file.
 
     Raises:
         UserError: if it is damaged.
@@ -247,33 +239,23 @@ def read_request(out: Path) -> dict[str, Any]:
     if not file.exists():
         return {}
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-        return dict(values)
+        return dict(json.loads(file.read_text(encoding="utf-8")))
     except (ValueError, TypeError):
         raise UserError(f"{file} is damaged: delete it and give the study's options again") from None
 
 
-def write_request(plan: Plan) -> None:
-    """Keep what was asked for in OUT/study.json."""
-    request = plan.request
-    values = {
-        "study": plan.definition.name,
-        "preset": request.preset,
-        "seeds": request.seeds,
-        "placements": list(request.placements),
-        "tuned": request.tuned,
-        "overrides": dict(request.overrides),
-    }
-    request.out.mkdir(parents=True, exist_ok=True)
-    aside = request.out / f".study.json.{uuid.uuid4().hex}"  # other machines write theirs
-    aside.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    aside.replace(request.out / "study.json")
+def write_request(plan: PlannedStudy) -> None:
+    """Keep the study's options in OUT/study.json."""
+    kept = {name: value for name, value in asdict(plan.request).items() if name not in ("out", "workers")}
+    out = plan.request.out
+    out.mkdir(parents=True, exist_ok=True)
+    write_aside(out / "study.json", json.dumps({"study": plan.definition.name, **kept}, indent=2) + "\n")
 
 
-def _shape(plan: Plan) -> str:
-    base = plan.base
-    model = base.model
+def _shape(plan: PlannedStudy) -> str:
+    base, model = plan.base, plan.base.model
     parameters = count_parameters(model).total
+    tuned = f"; tuned on {', '.join(map(str, plan.grid_seeds))}" if plan.rates.kind == "tuned" else ""
     return (
         f"{plan.request.preset}: {model.n_layers} layers, d_model {model.d_model}, {parameters / 1e6:.2f}M parameters; "
         f"{base.steps:,} steps of {base.data.batch_size} x {model.context} tokens, base rate {base.optim.lr:g}, "
@@ -281,14 +263,5 @@ def _shape(plan: Plan) -> str:
         f"Arms: {', '.join(arm.name for arm in plan.arms)}.\n"
         f"Conditions: {'; '.join(condition.title for condition in plan.conditions)}.\n"
         f"Rates: {', '.join(f'{rate:g}' for rate in plan.first_rates)}. "
-        f"Seeds: {', '.join(map(str, plan.seeds))}"
-        + (f"; tuned on {', '.join(map(str, plan.tuning_seeds))}." if plan.rates.kind == "tuned" else ".")
+        f"Seeds: {', '.join(map(str, plan.seeds))}{tuned}."
     )
-
-
-def _tokens(run: Run) -> int:
-    return run[1].steps * run[1].tokens_per_step
-
-
-def _open_end(plan: Plan) -> str:
-    return "" if plan.rates.kind == "common" else "; more if a best rate lies at the end of its grid"

@@ -19,13 +19,13 @@ _WIDTH, _HEIGHT = 4.6, 3.0  # inches a panel
 
 @dataclass(frozen=True)
 class Curve:
-    """A line with one curve a seed; its mean is drawn, and the range of the seeds as a band.
+    """A line with one curve for each seed; their mean is drawn, and their range as a band.
 
     Attributes:
         label: in the legend.
         style: colour, marker and dash.
-        x: common to all seeds, or one a seed.
-        y: one a seed; nan is a gap.
+        x: one for all seeds, or one for each.
+        y: one for each seed; nan is a gap.
     """
 
     label: str
@@ -70,13 +70,13 @@ class CurvePanel:
 
 
 def style_of(name: str, placement: str, place: int = 0) -> Style:
-    """A placement's look; a further arm of one placement is dashed."""
+    """The style of a placement; further arms of one placement are dashed."""
     base = PLACEMENT_STYLES.get(name) or PLACEMENT_STYLES.get(placement, OWN_STYLE)
     return Style(base.color, base.marker, (5, 2) if place else ())
 
 
 def draw_curves(panels: Sequence[CurvePanel], columns: int = 2) -> Figure:
-    """Panels of curves side by side, of one vertical scale, with one legend below."""
+    """Draw panels of curves side by side, with one vertical scale and one legend below."""
     limits = _common_limits(panels)
     columns = min(columns, len(panels))
     rows = -(-len(panels) // columns)
@@ -98,13 +98,15 @@ def draw_dots(
     axis: Axis,
     broken: str,
 ) -> Figure:
-    """One line a row and one marker a series, with its range; each seed that did not converge is a cross at the right.
+    """Draw a line for each row with a marker and a range for each series.
+
+    Each seed that did not converge is a cross at the right.
 
     Args:
         rows: names, from top to bottom.
-        series: for each name one measurement a row, by seed, nan where the run did not converge.
+        series: by name, a measurement for each row: values by seed, nan where the run did not converge.
         axis: of the numbers.
-        broken: what the crosses are called.
+        broken: names the crosses in the legend.
     """
     styles = dict(zip(series, _series_styles(), strict=False))
     finite = [value for cells in series.values() for cell in cells for value in cell.values() if math.isfinite(value)]
@@ -128,7 +130,7 @@ def draw_dots(
 
 
 def _series_styles() -> list[Style]:
-    """Looks of series that are no placements: the palette of Okabe and Ito in its darker shades, with markers."""
+    """Styles of series that are not placements: darker shades of the palette of Okabe and Ito, with markers."""
     return [
         Style("#0072b2", "o"),
         Style("#d55e00", "s"),
@@ -141,7 +143,7 @@ def _series_styles() -> list[Style]:
 
 
 def _dot(axes: Axes, cell: Mapping[int, float], height: float, style: Style, edges: tuple[float, float]) -> None:
-    """Mean and range of the seeds; crosses from the first of `edges` on, the second apart."""
+    """Draw mean and range of the seeds; crosses stand from `edges[0]` on, `edges[1]` apart."""
     values = [value for value in cell.values() if math.isfinite(value)]
     for place in range(len(cell) - len(values)):
         axes.plot(edges[0] + place * edges[1], height, "x", color=style.color, markersize=6)
@@ -180,34 +182,34 @@ def _common_limits(panels: Sequence[CurvePanel]) -> tuple[float, float]:
         levels = np.array(list((panel.levels or {}).values()), float)
         parts.append(np.append(values[np.isfinite(values) & (values <= (panel.ceiling or math.inf))], levels))
     shown = np.concatenate(parts)
+    log = panels[0].y.log
+    shown = np.log(shown[shown > 0]) if log else shown
     low, high = (shown.min(), shown.max()) if len(shown) else (0.0, 1.0)
     margin = 0.05 * ((high - low) or 1)
-    return float(low - margin), float(high + margin)
+    low, high = (np.exp([low - margin, high + margin])) if log else (low - margin, high + margin)
+    return float(low), float(high)
 
 
 def _mean(rows: Sequence[Sequence[float]]) -> np.ndarray:
-    """Mean over the seeds, nan where one is."""
+    """Mean over the seeds; nan where any of them is."""
     return np.array(rows, float).mean(axis=0)
 
 
 def _set_axis(axes: Axes, which: str, axis: Axis) -> None:
     target = axes.xaxis if which == "x" else axes.yaxis
-    (axes.set_xlabel if which == "x" else axes.set_ylabel)(axis.label)
+    target.set_label_text(axis.label)
     if axis.log:
-        (axes.set_xscale if which == "x" else axes.set_yscale)("log")
+        axes.set(**{f"{which}scale": "log"})
         target.set_major_locator(LogLocator(subs=(1, 2, 5)))
         target.set_minor_formatter(NullFormatter())
     text = short_count if axis.counts else lambda value: f"{value:g}"
     target.set_major_formatter(FuncFormatter(lambda value, _: text(value)))
 
 
-def _handle(style: Style) -> Line2D:
-    dash = style.dash or (None, None)
-    return Line2D([], [], color=style.color, marker=style.marker or None, dashes=dash)
-
-
 def _legend(figure: Figure, styles: Mapping[str, Style], columns: int) -> None:
-    handles = [_handle(style) for style in styles.values()]
-    figure.legend(
-        handles, [f" {name}" for name in styles], loc="outside lower center", ncols=min(len(styles), 3 * columns)
-    )
+    handles = [
+        Line2D([], [], color=style.color, marker=style.marker or None, dashes=style.dash or (None, None))
+        for style in styles.values()
+    ]
+    labels = [f" {name}" for name in styles]
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(styles), 3 * columns))

@@ -1,4 +1,4 @@
-"""What a finished study says, before it is drawn: tables of measured numbers, figures, and sentences that follow."""
+"""Findings of a study: tables of measured numbers, figures, and the sentences that follow from them."""
 
 import csv
 import io
@@ -14,16 +14,17 @@ from sdd.lab.statistics import Estimate, mean_interval
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+#: Stands in tables for a number that there is not.
 NOTHING = "-"
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A number measured once a seed; nan where the run did not converge.
+    """A number measured once for each seed; nan where the run did not converge.
 
     Attributes:
         values: by seed.
-        digits: after the point, when it is written out.
+        digits: after the point, in tables.
     """
 
     values: Mapping[int, float]
@@ -36,7 +37,7 @@ class Measured:
 
     @property
     def failed(self) -> int:
-        """Seeds that did not converge."""
+        """The number of seeds that did not converge."""
         return sum(not math.isfinite(value) for value in self.values.values())
 
     def __str__(self) -> str:
@@ -48,12 +49,12 @@ class Measured:
 
 @dataclass(frozen=True)
 class Interval:
-    """An estimate in a table.
+    """An estimate in a table, written as `5.123 ± 0.012`.
 
     Attributes:
-        estimate: the number.
-        digits: after the point, when it is written out.
-        signed: write a plus.
+        estimate: the number and its interval.
+        digits: after the point, in tables.
+        signed: write a plus before positive numbers.
     """
 
     estimate: Estimate
@@ -65,25 +66,19 @@ class Interval:
 
 
 @dataclass(frozen=True)
-class Range:
-    """An estimate whose interval is written by its ends, as a factor's is."""
+class Range(Interval):
+    """An estimate in a table, written with the ends of its interval as `1.50 (1.42 to 1.59)`: for factors."""
 
-    estimate: Estimate
     digits: int = 2
 
     def __str__(self) -> str:
-        estimate = self.estimate
-        if math.isnan(estimate.value):
+        value, low, high = (f"{number:.{self.digits}f}" for number in _numbers(self.estimate))
+        if math.isnan(self.estimate.value):
             return NOTHING
-        text = f"{estimate.value:.{self.digits}f}"
-        return (
-            text
-            if math.isnan(estimate.low)
-            else f"{text} ({estimate.low:.{self.digits}f} to {estimate.high:.{self.digits}f})"
-        )
+        return value if math.isnan(self.estimate.low) else f"{value} ({low} to {high})"
 
 
-Value = str | int | float | Measured | Interval | Range
+Value = str | int | float | Measured | Interval
 
 
 @dataclass(frozen=True)
@@ -92,10 +87,10 @@ class Table:
 
     Attributes:
         name: of its files.
-        title: what it shows, with units.
+        title: says what it shows, with units.
         columns: headings; the first column names the row.
-        rows: as many values each.
-        note: what to know when reading it.
+        rows: one value for each column.
+        note: explains how to read it.
     """
 
     name: str
@@ -105,7 +100,7 @@ class Table:
     note: str = ""
 
     def texts(self) -> list[list[str]]:
-        """The rows as people read them."""
+        """The rows as text."""
         return [[_text(value) for value in row] for row in self.rows]
 
     @property
@@ -113,33 +108,32 @@ class Table:
         """Which columns hold numbers."""
         return [any(not isinstance(row[place], str) for row in self.rows) for place in range(len(self.columns))]
 
-    def markdown(self) -> str:
-        """A Markdown table, without title and note."""
+    def markdown(self, *, padded: bool = False) -> str:
+        """A Markdown table, without title and note; `padded` aligns the columns for a terminal."""
         rule = ["---:" if numeric else "---" for numeric in self.numeric]
-        lines = [list(self.columns), rule, *self.texts()]
-        return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines) + "\n"
+        lines = [[cell.replace("|", "\\|") for cell in line] for line in (self.columns, rule, *self.texts())]
+        if padded:
+            widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+            lines = [[cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines]
+        return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
     def csv(self) -> str:
-        """One line a row; a measured number is five columns: value, low, high, seeds, seeds that did not converge."""
+        """One line for each row. A measured number fills five columns: value, low, high, seeds, not converged."""
+        columns = list(zip(*self.rows, strict=True)) or [() for _ in self.columns]
+        wide = [any(isinstance(value, Measured | Interval) for value in column) for column in columns]
         stream = io.StringIO()
         writer = csv.writer(stream, lineterminator="\n")
-        wide = [
-            any(isinstance(row[place], Measured | Interval | Range) for row in self.rows)
-            for place in range(len(self.columns))
-        ]
         writer.writerow(
-            [
-                f"{column}{suffix}"
-                for column, parts in zip(self.columns, wide, strict=True)
-                for suffix in (("", " low", " high", " seeds", " not converged") if parts else ("",))
-            ]
+            f"{column}{suffix}"
+            for column, parts in zip(self.columns, wide, strict=True)
+            for suffix in (("", " low", " high", " seeds", " not converged") if parts else ("",))
         )
         for row in self.rows:
-            writer.writerow([part for value, parts in zip(row, wide, strict=True) for part in _parts(value, parts)])
+            writer.writerow(part for value, parts in zip(row, wide, strict=True) for part in _parts(value, parts))
         return stream.getvalue()
 
     def json(self) -> dict[str, Any]:
-        """Ready for JSON: every number with its interval and the values of its seeds."""
+        """The table for a JSON file: every number with its interval and the values of its seeds."""
         rows = [{column: _json(value) for column, value in zip(self.columns, row, strict=True)} for row in self.rows]
         return {"title": self.title, "note": self.note, "rows": rows}
 
@@ -150,9 +144,9 @@ class Picture:
 
     Attributes:
         name: of its files.
-        caption: what it shows, the number of seeds included.
-        description: the same in words with the numbers, for those who cannot see it.
-        draw: makes it; needs matplotlib.
+        caption: says what it shows, with the number of seeds.
+        description: the figure in words and numbers, for those who cannot see it.
+        draw: draws it; needs matplotlib.
     """
 
     name: str
@@ -163,14 +157,14 @@ class Picture:
 
 @dataclass(frozen=True)
 class Findings:
-    """What a study says.
+    """The content of a study's page.
 
     Attributes:
-        answer: to its question, in one sentence.
+        answer: to the study's question, in one sentence.
         conclusions: further sentences that follow from the numbers.
-        limits: what cannot be concluded.
-        published: what was published, beside ours.
-        tables: ours.
+        limits: sentences that say what cannot be concluded.
+        published: a table of published numbers beside ours; None if there are none.
+        tables: our numbers; the first one is printed by the command.
         pictures: figures.
     """
 
@@ -183,12 +177,12 @@ class Findings:
 
     @property
     def all_tables(self) -> list[Table]:
-        """Those of ours, and the published one."""
+        """Our tables and the published one."""
         return [*self.tables, *([self.published] if self.published else [])]
 
 
 def write_tables(tables: Sequence[Table], folder: Path) -> None:
-    """Each table as NAME.md, NAME.csv and NAME.json."""
+    """Write each table as NAME.md, NAME.csv and NAME.json."""
     folder.mkdir(parents=True, exist_ok=True)
     for table in tables:
         title = f"{table.title}\n\n" if table.title else ""
@@ -200,7 +194,7 @@ def write_tables(tables: Sequence[Table], folder: Path) -> None:
 
 
 def with_interval(estimate: Estimate, digits: int, *, signed: bool = False) -> str:
-    """`5.123 ± 0.012`; without the interval where there is none."""
+    """Write an estimate as `5.123 ± 0.012`, or without an interval as `5.123`."""
     if math.isnan(estimate.value):
         return NOTHING
     text = f"{estimate.value:{'+' if signed else ''}.{digits}f}"
@@ -208,12 +202,12 @@ def with_interval(estimate: Estimate, digits: int, *, signed: bool = False) -> s
 
 
 def listed(names: Sequence[str]) -> str:
-    """`a`, `a and b`, `a, b and c`."""
+    """Join names as `a`, `a and b`, `a, b and c`."""
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
 def seeds_text(n: int) -> str:
-    """`one seed`, `3 seeds`."""
+    """Write a number of seeds as `one seed` or `3 seeds`."""
     return "one seed" if n == 1 else f"{n} seeds"
 
 
@@ -224,35 +218,25 @@ def _text(value: Value) -> str:
 
 
 def _parts(value: Value, wide: bool) -> list[Any]:
-    if isinstance(value, Measured):
-        estimate, failed = value.estimate, value.failed
-        return [*_numbers(estimate), len(value.values), failed]
-    if isinstance(value, Interval | Range):
-        return [*_numbers(value.estimate), value.estimate.n, 0]
-    return [value, "", "", "", ""] if wide else [value]
+    """The fields of a value in a CSV file."""
+    if not isinstance(value, Measured | Interval):
+        return [value, "", "", "", ""] if wide else [value]
+    seeds, failed = (len(value.values), value.failed) if isinstance(value, Measured) else (value.estimate.n, 0)
+    return [*("" if math.isnan(number) else number for number in _numbers(value.estimate)), seeds, failed]
 
 
-def _numbers(estimate: Estimate) -> list[Any]:
-    return ["" if math.isnan(number) else number for number in (estimate.value, estimate.low, estimate.high)]
+def _numbers(estimate: Estimate) -> tuple[float, float, float]:
+    return estimate.value, estimate.low, estimate.high
 
 
 def _json(value: Value) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if not isinstance(value, Measured | Interval):
+        return value
+    numbers = zip(("value", "low", "high"), map(_json, _numbers(value.estimate)), strict=True)
+    found = {**dict(numbers), "n": value.estimate.n}
     if isinstance(value, Measured):
-        by_seed = {str(seed): _finite(number) for seed, number in value.values.items()}
-        return {**_estimate(value.estimate), "not_converged": value.failed, "seeds": by_seed}
-    if isinstance(value, Interval | Range):
-        return _estimate(value.estimate)
-    return _finite(value) if isinstance(value, float) else value
-
-
-def _estimate(estimate: Estimate) -> dict[str, Any]:
-    return {
-        "value": _finite(estimate.value),
-        "low": _finite(estimate.low),
-        "high": _finite(estimate.high),
-        "n": estimate.n,
-    }
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+        by_seed = {str(seed): _json(number) for seed, number in value.values.items()}
+        found |= {"not_converged": value.failed, "seeds": by_seed}
+    return found

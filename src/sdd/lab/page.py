@@ -1,22 +1,24 @@
-"""What a study leaves beside its results: tables, figures, one self-contained page, and the same as Markdown.
+"""The page of a study, self-contained and as Markdown, with its tables and figures.
 
 OUT/report.html   question, method, published numbers, ours, conclusion; opens from a file
-OUT/README.md     the same for those who read the repository
+OUT/README.md     the same for readers of the repository
 OUT/tables/       each table as Markdown, CSV and JSON
 OUT/figures/      each figure as PNG and SVG
 """
 
 import shlex
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sdd.lab.definition import Outcome, Plan
-from sdd.lab.findings import Findings, write_tables
+from sdd.lab.definition import Outcome, PlannedStudy
+from sdd.lab.findings import Findings, Table, write_tables
 from sdd.lab.results import RunResult
 from sdd.train import config_io
 
-_UNTOLD = ("cpus", "processes", "machine")
+#: Parts of the environment that the page leaves out.
+_LEFT_OUT = ("cpus", "processes", "machine")
 
 
 def write_study(outcome: Outcome, findings: Findings) -> Path:
@@ -49,7 +51,7 @@ def write_study(outcome: Outcome, findings: Findings) -> Path:
     return out / "report.html"
 
 
-def command(plan: Plan) -> str:
+def command(plan: PlannedStudy) -> str:
     """The one command that regenerates the page."""
     request = plan.request
     words = ["sdd", "study", plan.definition.name, "--preset", request.preset, "--seeds", str(request.seeds)]
@@ -93,23 +95,20 @@ def markdown(outcome: Outcome, findings: Findings) -> str:
 
 
 def environments(results: list[RunResult]) -> Mapping[str, list[tuple[str, str]]]:
-    """Versions and machines as (how many runs, value), as the page's template takes them."""
+    """Versions and machines as pairs (number of runs, value), for the template; no number where all runs agree."""
     rows: dict[str, list[tuple[str, str]]] = {}
-    for name in dict.fromkeys(key for result in results for key in result.environment if key not in _UNTOLD):
-        values: dict[str, int] = {}
-        for result in results:
-            text = str(result.environment.get(name, "-"))
-            values[text] = values.get(text, 0) + 1
+    for name in dict.fromkeys(key for result in results for key in result.environment if key not in _LEFT_OUT):
+        values = Counter(str(result.environment.get(name, "-")) for result in results)
         rows[name] = [("" if len(values) == 1 else f"{count} runs", text) for text, count in values.items()]
     return rows
 
 
-def _table_parts(table: Any) -> list[str]:
+def _table_parts(table: Table) -> list[str]:
     return [table.title, table.markdown().strip(), table.note]
 
 
-def _settings(plan: Plan) -> dict[str, Any]:
-    """The fields common to all runs; those that arms, conditions and seeds change are not among them."""
+def _settings(plan: PlannedStudy) -> dict[str, Any]:
+    """The fields common to all runs, without those that arms, conditions and seeds change."""
     changed = {"model.placement", "optim.lr", "seed", "threads"}
     changed |= {name for condition in plan.conditions for name in condition.changes}
     changed |= {name for arm in plan.arms for name in arm.changes}
@@ -119,5 +118,5 @@ def _settings(plan: Plan) -> dict[str, Any]:
 
 def _environment_text(results: list[RunResult]) -> str:
     rows = environments(results)
-    told = [f"{name} {', '.join(value for _, value in values)}" for name, values in rows.items()]
-    return f"Made with {'; '.join(told)}." if told else ""
+    parts = [f"{name} {', '.join(value for _, value in values)}" for name, values in rows.items()]
+    return f"Made with {'; '.join(parts)}." if parts else ""

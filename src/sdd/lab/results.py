@@ -1,14 +1,13 @@
-"""The result of one run as a small file, which is what a study commits: a later study adds runs and repeats none.
+"""The result of a run as a small file. Studies commit these files; a later study adds runs and repeats none.
 
     OUT/results/NAME.json
 
-It holds the config and its hash, the losses on both held-out segments, a thinned curve, wall clock and versions.
+It holds the config and its hash, the losses on both held-out segments, thinned curves, wall clock and versions.
 """
 
 import hashlib
 import json
 import math
-import uuid
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -23,55 +22,45 @@ from sdd.data.token_file import TokenFile
 from sdd.errors import UserError
 from sdd.evals.text import load_trained
 from sdd.evals.unigram import token_frequencies
-from sdd.files import number
-from sdd.lab.grid.runner import diverged
+from sdd.files import finite, number, write_aside
+from sdd.lab.grid.job import diverged
 from sdd.report.runs import RunHistory, load_run
 from sdd.train import RunConfig, config_io
 from sdd.train.config import resolve
 from sdd.train.evaluate import evaluate
 from sdd.train.parallel import pick_autocast
 
-#: A run that ends less than this share below what token frequencies reach has learned nothing from the context.
+#: A run has learned nothing from the context if it ends less than this share below what token frequencies reach.
 LEARNED_SHARE = 0.01
 _CURVE_POINTS = 60
-_VERSIONS = (
-    "sdd",
-    "torch",
-    "python",
-    "platform",
-    "machine",
-    "device",
-    "cuda",
-    "precision",
-    "processes",
-    "threads",
-    "cpus",
-)
+#: The part of a run's environment that its result keeps.
+_KEPT = ("sdd", "torch", "python", "platform", "machine", "device", "cuda", "precision", "processes", "threads", "cpus")
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a run came to.
+    """The outcome of a run. All losses are in nats a token.
 
     Attributes:
         name: of its run directory.
         config_hash: of the config, see `config_hash`.
         config: complete, as in config.json, paths without their folders.
         data: fingerprint of the data.
-        status: "did not converge" by the criterion of `sdd.report.runs`, or if it ended less than `LEARNED_SHARE` below
-            what token frequencies reach.
-        reason: why it did not.
+        status: "did not converge" by the criterion of `sdd.report.runs`, or if the run ended less than `LEARNED_SHARE`
+            below the loss that token frequencies reach.
+        reason: why the run did not converge; empty if it did.
         step: steps done.
-        tokens: trained on.
-        seconds: in training steps.
+        tokens: tokens trained on.
+        seconds: time spent in training steps.
         parameters: of the model.
-        initial_loss: of the first training step, in nats a token, as all losses.
-        eval_loss: at the end, on the reporting segment, which is what runs evaluate on.
-        bits_per_byte: the same a byte; nan if unknown.
+        initial_loss: of the first training step.
+        eval_loss: at the end, on the reporting segment, which is the one that runs evaluate on.
+        bits_per_byte: the same loss in bits a byte of text; nan if unknown.
         tuning_loss: at the end, on the tuning segment; nan if the run diverged.
-        token_frequencies: what token frequencies alone reach on the reporting segment.
+        token_frequencies: the loss that token frequencies alone reach on the reporting segment.
         curve: evaluations as columns `tokens`, `seconds`, `eval_loss`.
-        training: the training loss as columns `tokens`, `loss`, each point the mean of a stretch.
+        training: training steps as columns `tokens`, `loss`, `grad_norm`, each point the mean of a stretch; results
+            of earlier versions lack `grad_norm`.
         environment: versions and machine.
     """
 
@@ -96,12 +85,12 @@ class RunResult:
 
     @property
     def converged(self) -> bool:
-        """Whether the run is a loss rather than a dash."""
+        """Whether tables show the loss of this run; those that did not converge are a dash."""
         return self.status == "done"
 
     @property
     def seed(self) -> int:
-        """The run's seed."""
+        """Of the run."""
         return self.config["seed"]
 
     @cached_property
@@ -111,13 +100,13 @@ class RunResult:
 
 
 class HeldOut:
-    """What a study needs of its data beside the runs: the tuning segment, what token frequencies reach, a fingerprint.
+    """The held-out data of a study: the tuning segment, the loss of token frequencies, and a fingerprint.
 
-    The reporting segment is the windows that a run evaluates on itself, spread evenly over the held-out data; the
-    tuning segment is as many, midway between them.
+    The reporting segment is the windows that a run evaluates on itself, spread evenly over the held-out data. The
+    tuning segment has as many windows, midway between those.
 
     Args:
-        config: a run; data, context and number of windows count.
+        config: a run of the study; its data, context and number of windows count.
     """
 
     def __init__(self, config: RunConfig) -> None:
@@ -125,27 +114,27 @@ class HeldOut:
 
     @cached_property
     def source(self) -> DataSource:
-        """The data."""
+        """The training and held-out data."""
         return resolve(self._config)
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of the data."""
+        """Identifies the data: results with different fingerprints cannot be compared."""
         return self.source.fingerprint()
 
     @cached_property
     def token_frequencies(self) -> float:
-        """Loss in nats a token on the reporting segment."""
+        """The loss in nats a token that token frequencies alone reach on the reporting segment."""
         return token_frequencies(self.source, self._config.eval_sequences, self._config.model.context).loss
 
     @cached_property
     def tuning_windows(self) -> torch.Tensor:
-        """int64 [n, context + 1]."""
+        """The tuning segment, int64 [n, context + 1]."""
         return tuning_windows(self.source.validation, self._config.eval_sequences, self._config.model.context)
 
 
 def tuning_windows(file: TokenFile, n: int, context: int) -> torch.Tensor:
-    """As many held-out windows as `sdd.data.eval_windows` gives, midway between those: no token is a target in both.
+    """Take n held-out windows midway between those of `sdd.data.eval_windows`, so that no token is a target in both.
 
     Raises:
         UserError: if the held-out data have fewer than 2 n windows.
@@ -153,15 +142,18 @@ def tuning_windows(file: TokenFile, n: int, context: int) -> torch.Tensor:
     count = file.n_windows(context)
     if count < 2 * n:
         raise UserError(
-            f"{file.path}: the held-out data have {count} windows of {context} tokens, a study needs {2 * n} (tuning "
-            "and reporting read different ones): lower --eval_sequences, or bring more text"
+            f"{file.path}: the held-out data have {count} windows of {context} tokens, a study needs {2 * n}, half of "
+            "them to tune on and half to report: lower --eval_sequences, or bring more text"
         )
     starts = np.arange(n + 1) * count // n
     return torch.from_numpy(file.read((starts[:-1] + starts[1:]) // 2 * context, context + 1))
 
 
 def harvest(run_dir: Path, held_out: HeldOut) -> RunResult:
-    """The result of a run that has ended: its files, and an evaluation of its last checkpoint on the tuning segment."""
+    """Build the result of a run that has ended, from its files and an evaluation of its last checkpoint.
+
+    The checkpoint is evaluated on the tuning segment.
+    """
     run = load_run(run_dir)
     config = config_io.load(run_dir / "config.json")
     lost = diverged(run_dir)
@@ -184,18 +176,15 @@ def harvest(run_dir: Path, held_out: HeldOut) -> RunResult:
         token_frequencies=_short(held_out.token_frequencies),
         curve=_curve(run),
         training=_training(run),
-        environment={key: run.environment[key] for key in _VERSIONS if run.environment.get(key) is not None},
+        environment={key: run.environment[key] for key in _KEPT if run.environment.get(key) is not None},
     )
 
 
 def save(result: RunResult, folder: Path) -> Path:
-    """Write FOLDER/NAME.json aside and rename it."""
+    """Write FOLDER/NAME.json."""
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{result.name}.json"
-    aside = folder / f".{result.name}.{uuid.uuid4().hex}"  # another machine may write the same
-    text = json.dumps({key: _plain(value) for key, value in asdict(result).items()}, separators=(", ", ": "))
-    aside.write_text(text + "\n", encoding="utf-8")
-    aside.replace(file)
+    write_aside(file, json.dumps(finite(asdict(result))) + "\n")
     return file
 
 
@@ -213,17 +202,17 @@ def load(file: Path) -> RunResult:
             columns |= {key: [number(value) for value in column] for key, column in columns.items()}
         return RunResult(**values)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file} is no result of a run ({error!r}): delete it, and the run is made again") from None
+        raise UserError(f"{file} is no result of a run ({error!r}): delete it, and the run is repeated") from None
 
 
 def config_hash(config: RunConfig) -> str:
-    """Twelve hex digits that two runs share if they ask for the same computation, see `portable`."""
+    """Twelve hex digits that are equal for two runs that ask for the same computation, see `portable`."""
     text = json.dumps(config_io.to_dict(portable(config)), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def portable(config: RunConfig) -> RunConfig:
-    """The config without what depends on the machine (threads, folders) or changes nothing (a source's words)."""
+    """The config without fields that depend on the machine (threads, folders) or do not change a run (`source`)."""
     data = config.data
     path = data.path and ",".join(PurePath(part).name for part in data.path.split(","))
     return replace(
@@ -235,13 +224,14 @@ def portable(config: RunConfig) -> RunConfig:
 
 
 def answers(result: RunResult, asked: RunConfig) -> bool:
-    """Whether a result is that of the run which is asked for; its vocabulary may have grown to that of the data."""
+    """Whether a result is that of the run asked for; the vocabulary of the result may have grown to fit the data."""
     there = result.run_config
     vocabulary = max(there.model.vocab_size, asked.model.vocab_size)
     return config_hash(there) == config_hash(replace(asked, model=replace(asked.model, vocab_size=vocabulary)))
 
 
 def _why_not(run: RunHistory, lost: bool, frequencies: float) -> str:
+    """Why a run did not converge; empty if it did."""
     if lost or run.status != "done":
         return run.reason
     if run.eval_loss > (1 - LEARNED_SHARE) * frequencies:
@@ -266,27 +256,21 @@ def _curve(run: RunHistory) -> dict[str, list[float]]:
 
 
 def _training(run: RunHistory) -> dict[str, list[float]]:
-    stretches = np.array_split(np.arange(len(run.steps["loss"])), min(_CURVE_POINTS, len(run.steps["loss"])))
+    steps = run.steps
+    stretches = np.array_split(np.arange(len(steps["loss"])), min(_CURVE_POINTS, len(steps["loss"])))
     return {
-        "tokens": [_short(float(run.steps["tokens"][part[-1]])) for part in stretches],
-        "loss": [_short(run.steps["loss"][part].mean()) for part in stretches],
+        "tokens": [float(steps["tokens"][stretch[-1]]) for stretch in stretches],
+        "loss": [_short(steps["loss"][stretch].mean()) for stretch in stretches],
+        # significant digits: gradients that fade are far below one
+        "grad_norm": [float(f"{steps['grad_norm'][stretch].mean():.4g}") for stretch in stretches],
     }
 
 
 def _spread(count: int) -> Sequence[int]:
-    """At most `_CURVE_POINTS` places, the first and the last among them."""
+    """At most `_CURVE_POINTS` of the places 0 to count - 1, evenly spread, the first and the last among them."""
     return sorted(set(np.linspace(0, count - 1, min(count, _CURVE_POINTS)).round().astype(int).tolist()))
 
 
 def _short(value: float) -> float:
-    """Six digits after the point are more than a loss has."""
-    return round(float(value), 6) if math.isfinite(value) else float(value)
-
-
-def _plain(value: Any) -> Any:
-    """JSON has neither nan nor infinity: None and a text."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None if math.isnan(value) else str(value)
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, list) else value
+    """Round to six digits after the point, which is more than a loss is good for."""
+    return round(float(value), 6)

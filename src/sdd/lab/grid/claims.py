@@ -1,11 +1,12 @@
-"""Which of several machines that share a folder has which run.
+"""Claims: which of several machines that share a folder has which run.
 
     CLAIMS/NAME/0/owner.json    the first claim on the run NAME
-    CLAIMS/NAME/1/owner.json    the next, once the first was given up or its owner was lost; the highest number counts
+    CLAIMS/NAME/1/owner.json    the next, after the first was given up or its owner was lost; the highest number counts
 
-A claim is a folder, made aside and renamed to its place. Renaming a folder fails where one that is not empty stands, so
-of several machines one gets it, on shared file systems as well. Claims are never deleted, so that nobody takes one for
-another. An owner renews its claims; one that nobody has renewed for a while, by the observer's own clock, is lost.
+A claim is a folder, made aside and renamed to its place. Renaming a folder onto one that is not empty fails, so only
+one of several machines gets the claim, on shared file systems as well. Claims are never deleted, so that none can be
+mistaken for another. An owner renews its claims; a claim that was not renewed for a while, by the observer's own clock,
+is lost.
 """
 
 import errno
@@ -17,6 +18,9 @@ import time
 import uuid
 from pathlib import Path
 from typing import Any
+
+from sdd.files import read_json_object, write_aside
+from sdd.terminal import Interval
 
 _RENEW_SECONDS = 10.0
 _LOST_SECONDS = 120.0
@@ -34,11 +38,11 @@ class Claims:
         self._me = {"owner": uuid.uuid4().hex, "host": platform.node(), "pid": os.getpid(), "processes": _processes()}
         self._held: dict[str, Path] = {}
         self._beat = 0
-        self._renewed = time.monotonic()
+        self._renewal = Interval(_RENEW_SECONDS)
         self._seen: dict[str, tuple[Path, Any, float]] = {}
 
     def take(self, name: str) -> bool:
-        """Claim a run; whether it is now this process's, as it also is if it was before."""
+        """Claim a run; returns whether this process now has it, from now on or from before."""
         if name in self._held:
             return True
         newest = self._newest(name)
@@ -60,7 +64,7 @@ class Claims:
         return True
 
     def release(self, name: str) -> None:
-        """Give a claim up, so that others need not wait."""
+        """Give a claim up, so that other machines need not wait."""
         place = self._held.pop(name, None)
         if place is not None and place == self._newest(name):
             self._write(place, released=True)
@@ -69,11 +73,10 @@ class Claims:
         """Renew all claims if that is due.
 
         Returns:
-            Those that another machine has taken meanwhile, which are no longer this process's.
+            Runs that another machine has taken meanwhile; this process no longer has them.
         """
-        if time.monotonic() - self._renewed < _RENEW_SECONDS:
+        if not self._renewal.due():
             return []
-        self._renewed = time.monotonic()
         self._beat += 1
         lost = [name for name, place in self._held.items() if self._newest(name) != place]
         for name in lost:
@@ -87,11 +90,8 @@ class Claims:
         return max(found, key=lambda path: int(path.name), default=None)
 
     def _is_free(self, name: str, claim: Path) -> bool:
-        """Whether its owner has given it up, has ended, or has not been heard of for long."""
-        try:
-            owner = json.loads((claim / "owner.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):  # between two states, or on a disk that has lost it: time will tell
-            owner = {}
+        """Whether the owner of a claim has given it up, has ended, or has not renewed it for long."""
+        owner = read_json_object(claim / "owner.json")  # empty while it is written, or if it is damaged: wait
         if owner.get("released") or self._has_ended(owner):
             return True
         last = self._seen.get(name)
@@ -101,18 +101,17 @@ class Claims:
         return time.monotonic() - last[2] > _LOST_SECONDS
 
     def _has_ended(self, owner: dict[str, Any]) -> bool:
-        """Whether a process of this machine has ended; of other machines nothing is known."""
+        """Whether the owner was a process of this machine and has ended; of other machines nothing is known."""
         here = all(owner.get(key) == self._me[key] for key in ("host", "processes"))
         return here and not _is_alive(int(owner["pid"]))
 
     def _write(self, place: Path, released: bool = False) -> None:
-        aside = place / ".owner.json"
-        aside.write_text(json.dumps({**self._me, "beat": self._beat, "released": released}), encoding="utf-8")
-        aside.replace(place / "owner.json")
+        owner = {**self._me, "beat": self._beat, "released": released}
+        write_aside(place / "owner.json", json.dumps(owner), durable=False)
 
 
 def _processes() -> str:
-    """What process numbers mean: containers may share a host's name and not its processes."""
+    """Identify the space of process numbers: containers may share a host's name but not its processes."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         return f"{boot} {Path('/proc/self/ns/pid').readlink()}"

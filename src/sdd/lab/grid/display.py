@@ -1,20 +1,15 @@
-"""What a grid of runs shows while it goes: a live table on a terminal, a line now and then elsewhere."""
+"""The progress of a grid of runs: a live table on a terminal, a line now and then elsewhere."""
 
 import math
-import time
 from collections.abc import Sequence
-from types import TracebackType
-from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from sdd.terminal import clock
-
-if TYPE_CHECKING:
-    from sdd.lab.grid.runner import Job
+from sdd.lab.grid.job import FINISHED, Job
+from sdd.terminal import Interval, clock, stderr_console
 
 _SECONDS_BETWEEN_LINES = 20.0
 _COLORS = {
@@ -28,30 +23,28 @@ _COLORS = {
 
 
 class Display:
-    """Shows where every run of a grid stands.
+    """Shows the progress of every run of a grid.
 
     Args:
-        console: where to; stderr by default, so that a command's answer can be piped.
+        console: where it is shown; stderr by default, so that a command's answer can be piped.
     """
 
     def __init__(self, console: Console | None = None) -> None:
-        self.console = console or Console(stderr=True, highlight=False)
+        self.console = console or stderr_console()
         self._live = Live(console=self.console, refresh_per_second=2) if self.console.is_terminal else None
         self._states: dict[str, str] = {}
-        self._shown = time.monotonic()
+        self._lines = Interval(_SECONDS_BETWEEN_LINES)
 
     def __enter__(self) -> "Display":
         if self._live:
             self._live.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._live:
             self._live.stop()
 
-    def update(self, jobs: Sequence["Job"], seconds_left: float | None) -> None:
+    def update(self, jobs: Sequence[Job], seconds_left: float | None) -> None:
         """Show the jobs as they are now."""
         if self._live:
             self._live.update(jobs_table(jobs, seconds_left))
@@ -60,18 +53,14 @@ class Display:
             before = self._states.setdefault(job.name, "waiting" if job.state == "running" else job.state)
             if job.state not in (before, "waiting"):
                 self._states[job.name] = job.state
-                self._say(_line(job))
-        if time.monotonic() - self._shown > _SECONDS_BETWEEN_LINES:
-            self._shown = time.monotonic()
+                self.console.print(_line(job), markup=False, soft_wrap=True)
+        if self._lines.due():
             shown = [_progress(job) for job in jobs if job.state in ("running", "elsewhere")]
-            self._say(f"{', '.join(shown)}; {_left(jobs, seconds_left)}")
-
-    def _say(self, line: str) -> None:
-        self.console.print(line, markup=False, soft_wrap=True)
+            self.console.print(f"{', '.join(shown)}; {_left(jobs, seconds_left)}", markup=False, soft_wrap=True)
 
 
-def jobs_table(jobs: Sequence["Job"], seconds_left: float | None) -> Table:
-    """One row a run, and the time left below."""
+def jobs_table(jobs: Sequence[Job], seconds_left: float | None) -> Table:
+    """Lay out one row for each run, and the time left below."""
     table = Table(box=None, pad_edge=False, caption=_left(jobs, seconds_left), caption_justify="left")
     for name in ("run", "state"):
         table.add_column(name, no_wrap=True)
@@ -92,18 +81,18 @@ def jobs_table(jobs: Sequence["Job"], seconds_left: float | None) -> Table:
     return table
 
 
-def _left(jobs: Sequence["Job"], seconds_left: float | None) -> str:
-    ended = sum(job.state in ("done", "failed", "crashed") for job in jobs)
+def _left(jobs: Sequence[Job], seconds_left: float | None) -> str:
+    ended = sum(job.state in (*FINISHED, "crashed") for job in jobs)
     left = "" if seconds_left is None or ended == len(jobs) else f", about {clock(seconds_left)} left"
     return f"{ended} of {len(jobs)} runs{left}"
 
 
-def _progress(job: "Job") -> str:
+def _progress(job: Job) -> str:
     where = " elsewhere" if job.state == "elsewhere" else ""
     return f"{job.name} {job.step}/{job.config.steps}{where}"
 
 
-def _line(job: "Job") -> str:
+def _line(job: Job) -> str:
     text = f"{job.name}: {job.state}"
     if job.state == "done":
         text += f", held-out loss {_number(job.eval_loss)}, {_number(job.bits_per_byte)} bits per byte"
@@ -113,4 +102,4 @@ def _line(job: "Job") -> str:
 def _number(value: float | str | None) -> str:
     if isinstance(value, int | float):
         return f"{value:.3f}" if math.isfinite(value) else "-"
-    return value or ""
+    return value or ""  # "nan" and its like stand as text in a metrics.jsonl

@@ -1,16 +1,15 @@
 """Runs a list of configs as ordinary runs, each in a process of its own, several at once.
 
     OUT/runs/NAME/          the run directory, as `sdd train` makes it
-    OUT/configs/NAME.json   what was asked for, which `sdd train` reads
-    OUT/logs/NAME.log       what the process said
-    OUT/claims/NAME/        which machine has it, see sdd.lab.grid.claims
+    OUT/configs/NAME.json   the config that was asked for, which `sdd train` reads
+    OUT/logs/NAME.log       the output of the process
+    OUT/claims/NAME/        which machine has the run, see sdd.lab.grid.claims
 
-Finished runs are not repeated, interrupted ones go on from their last checkpoint, and a run that diverged is a result
-like another. A run that ended for another reason (a full disk, lost data) is not: the next command tries it again. Any
-number of machines may work on one folder: each takes runs that no other has.
+Finished runs are not repeated, and interrupted ones go on from their last checkpoint. A run that diverged is a result
+like any other. A run that ended for another reason (a full disk, lost data) is not: the next command tries it again.
+Any number of machines may work on one folder: each takes runs that no other has.
 """
 
-import json
 import os
 import signal
 import subprocess
@@ -18,61 +17,24 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal
 
 import torch
 
 from sdd.data.workers import available_cpus
 from sdd.errors import Interrupted, UserError
+from sdd.files import lock, parse_json_lines, read_json_object
 from sdd.lab.grid.claims import Claims
 from sdd.lab.grid.display import Display
+from sdd.lab.grid.job import FINISHED, Job, diverged, time_left
+from sdd.terminal import Interval
 from sdd.train import RunConfig, config_io
-from sdd.train.run_dir import RunDir
 
-State = Literal["waiting", "running", "elsewhere", "done", "failed", "crashed", "interrupted"]
-#: States in which a run has said all it will say.
-FINISHED: tuple[State, ...] = ("done", "failed")
 _POLL_SECONDS = 0.3
 _LOOK_SECONDS = 2.0  # between looks at runs that other machines have
 _MOST_WORKERS = 4
-
-
-@dataclass
-class Job:
-    """One run of a grid, and where it stands.
-
-    Attributes:
-        name: the run directory's name, unique in the grid.
-        config: the run.
-        state: "done" and "failed" (diverged) are results; "crashed" is any other end, to be tried again; "elsewhere"
-            is with another machine.
-        detail: why it failed or crashed.
-        step: steps done.
-        loss: the last training loss.
-        eval_loss: the last held-out loss.
-        bits_per_byte: the last held-out bits per byte.
-        seconds: for a running job, since its process started; for others, what that came to.
-    """
-
-    name: str
-    config: RunConfig
-    state: State = "waiting"
-    detail: str = ""
-    step: int = 0
-    loss: float | str | None = None
-    eval_loss: float | str | None = None
-    bits_per_byte: float | str | None = None
-    seconds: float = 0.0
-    _first_step: int = field(default=0, repr=False)
-
-    @property
-    def steps_per_second(self) -> float | None:
-        """Steps of this session over its wall-clock time; None while that is mostly start-up."""
-        done = self.step - self._first_step
-        return done / self.seconds if 20 * done > self.config.steps and self.seconds > 0 else None
 
 
 class Grid:
@@ -81,8 +43,8 @@ class Grid:
     Args:
         runs: (name, config) of each; names are directory names.
         out: the folder.
-        workers: runs at once on this machine; by default one a GPU, or without GPUs one a core, at most four. Each run
-            sees one GPU.
+        workers: runs at once on this machine; by default one for each GPU, or without GPUs one for each core, at most
+            four. Each run sees one GPU.
 
     Raises:
         UserError: if a run directory of that name holds a run with other settings.
@@ -101,7 +63,7 @@ class Grid:
         self._active: list[_Process] = []
         self._claims = Claims(out / "claims")
         self._lost: set[str] = set()  # runs that another machine has taken over
-        self._looked = 0.0
+        self._looks = Interval(_LOOK_SECONDS)
         self._stops = 0
         for job in self.jobs:
             self._check_settings(job)
@@ -117,7 +79,7 @@ class Grid:
         return self.out / "runs" / name
 
     def run(self, display: Display | None = None) -> None:
-        """Run what is not finished, with the other machines that do; afterwards `jobs` say how each ended.
+        """Run what is not finished, together with other machines on this folder; then `jobs` say how each run ended.
 
         Raises:
             Interrupted: after Ctrl-C or SIGTERM, when every run of this machine has saved.
@@ -134,7 +96,7 @@ class Grid:
                     self._poll()
                     shown.update(self.jobs, time_left(self.jobs, self.workers))
                     time.sleep(_POLL_SECONDS)
-            finally:  # on the way out of an error no child is left behind
+            finally:  # after an error no child is left behind
                 for process in self._active:
                     process.child.terminate()
                     process.child.wait()
@@ -147,9 +109,7 @@ class Grid:
 
     def _fill(self) -> None:
         """Start runs that nobody has, until every worker is busy."""
-        looks = time.monotonic() - self._looked > _LOOK_SECONDS
-        if looks:
-            self._looked = time.monotonic()
+        looks = self._looks.due()
         for job in self._open():
             if job.state == "elsewhere" and not looks:
                 continue
@@ -165,7 +125,7 @@ class Grid:
         self._find_out(job)  # after the claim: nobody else finishes it any more
         if job.state in FINISHED:
             self._claims.release(job.name)
-        elif not mine or _is_written(run):  # of a study that was killed, a run may go on
+        elif not mine or _is_written(run):  # a run may outlive its study that was killed
             job.state = "elsewhere"
         else:
             taken = {process.slot for process in self._active}
@@ -177,13 +137,13 @@ class Grid:
         run = self.path(job.name)
         if (run / "config.json").exists() and not same_settings(config_io.load(run / "config.json"), job.config):
             raise UserError(
-                f"{run} holds a run with other settings than are asked for: choose another --out, or delete it"
+                f"{run} holds a run with other settings than those asked for: choose another --out, or delete it"
             )
 
     def _find_out(self, job: Job) -> None:
-        """What the run directory says about a job."""
+        """Bring a job up to date from its run directory."""
         run = self.path(job.name)
-        result = _read_result(run)
+        result = read_json_object(run / "result.json")
         self._tails[job.name].read()
         if result.get("status") == "done" or diverged(run):
             job.state, job.detail = result["status"], result.get("reason", "")
@@ -203,7 +163,7 @@ class Grid:
     def _farewell(self) -> str:
         finished = sum(job.state in FINISHED for job in self.jobs)
         return (
-            f"interrupted: {finished} of {len(self.jobs)} runs are finished, those under way are saved in {self.out}; "
+            f"interrupted: {finished} of {len(self.jobs)} runs are finished, the others are saved in {self.out}; "
             "the same command goes on"
         )
 
@@ -257,16 +217,16 @@ class _Process:
         job.state, job.detail, job._first_step = "running", "", job.step
 
     def tell(self, stops: int) -> None:
-        """Pass on so many signals in all: at the first a run saves and ends, at the second it ends at once.
+        """Send signals until the run has had `stops`: at the first it saves and ends, at the second it ends at once.
 
-        As SIGTERM, which unlike SIGINT also ends a child that has not yet come to its training loop.
+        They are SIGTERM, which unlike SIGINT also ends a child that has not yet reached its training loop.
         """
         while self._told < stops:
             self._told += 1
             self.child.terminate()
 
     def ended(self) -> bool:
-        """Bring the job up to date; whether the process has ended."""
+        """Bring the job up to date; returns whether the process has ended."""
         code = self.child.poll()
         self.tail.read()
         self.job.seconds = time.monotonic() - self.began
@@ -275,7 +235,7 @@ class _Process:
         return code is not None
 
     def _conclude(self, code: int) -> None:
-        result = _read_result(self.run)
+        result = read_json_object(self.run / "result.json")
         if code == 0:
             self.job.state = "done"
         elif code == 3 and diverged(self.run):
@@ -295,7 +255,7 @@ class _Tail:
         self._offset = 0
 
     def read(self) -> None:
-        """Take in the lines that were added; a file that became shorter was cut back by a resumed run."""
+        """Read the lines that were added. A file that became shorter was cut back by a resumed run: read it anew."""
         try:
             if self._file.stat().st_size < self._offset:
                 self._offset = 0
@@ -305,15 +265,12 @@ class _Tail:
         except FileNotFoundError:
             return
         self._offset += len(added) + bool(added)
-        for line in added.splitlines():
-            self._take(json.loads(line))
-
-    def _take(self, row: dict[str, Any]) -> None:
         job = self._job
-        job.step = row["step"]
-        job.loss = row.get("loss", job.loss)
-        job.eval_loss = row.get("eval_loss", job.eval_loss)
-        job.bits_per_byte = row.get("eval_bits_per_byte", job.bits_per_byte)
+        for row in parse_json_lines(added.splitlines()):
+            job.step = row["step"]
+            job.loss = row.get("loss", job.loss)
+            job.eval_loss = row.get("eval_loss", job.eval_loss)
+            job.bits_per_byte = row.get("eval_bits_per_byte", job.bits_per_byte)
 
 
 def visible_gpus() -> list[str]:
@@ -324,55 +281,23 @@ def visible_gpus() -> list[str]:
     return [str(number) for number in range(torch.cuda.device_count())]
 
 
-def diverged(run: Path) -> bool:
-    """Whether a run was ended by a loss, gradient or weight that is not finite or absurdly large: that is a result."""
-    result = _read_result(run)
-    return result.get("status") == "failed" and result.get("cause") == "diverged"
-
-
 def same_settings(there: RunConfig, asked: RunConfig) -> bool:
-    """Whether a run's config is what is asked for, given what `sdd train` does to it.
+    """Whether a run's config is the one asked for, apart from what `sdd train` changes in it.
 
-    Threads do not count, the vocabulary may have grown to fit the data, and paths have become absolute.
+    The number of threads does not count, the vocabulary may have grown to fit the data, and paths became absolute.
     """
     vocabulary = max(there.model.vocab_size, asked.model.vocab_size)
     model = replace(asked.model, vocab_size=vocabulary)
     return there == replace(asked, threads=there.threads, model=model, data=asked.data.absolute())
 
 
-def time_left(jobs: Sequence[Job], workers: int) -> float | None:
-    """Seconds until all jobs are done, as the rate of those so far has it; None before there is a rate."""
-    rates = [rate for job in jobs if (rate := job.steps_per_second)]
-    if not rates:
-        return None
-    usual = sorted(rates)[len(rates) // 2]
-    lanes = [0.0] * workers
-    # Those under way first, then each in turn where a worker is free first.
-    for job in sorted(jobs, key=lambda job: job.state != "running"):
-        if job.state in ("running", "waiting"):
-            rate = job.steps_per_second or usual
-            lanes[lanes.index(min(lanes))] += (job.config.steps - job.step) / rate
-    elsewhere = [(job.config.steps - job.step) / usual for job in jobs if job.state == "elsewhere"]
-    return max([*lanes, *elsewhere])
-
-
-def _read_result(run: Path) -> dict[str, Any]:
-    try:
-        return json.loads((run / "result.json").read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
-        return {}
-
-
 def _is_written(run: Path) -> bool:
     """Whether a process is writing into a run directory."""
-    if not run.is_dir():
-        return False
-    files = RunDir(run)
     try:
-        files.lock()
-    except UserError:
+        if run.is_dir():
+            lock(run / "lock").close()
+    except (OSError, UserError):
         return True
-    files.unlock()
     return False
 
 

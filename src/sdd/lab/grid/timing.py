@@ -1,19 +1,60 @@
-"""What a grid will take, before it starts: a few steps of each method are timed on this machine."""
+"""The time of training steps: how long a grid will take, and the cost of a token for each method.
 
+    OUT/timing.json     seconds a token of each arm; delete it to time them anew
+
+The wall clocks of runs do not compare methods: whatever else the machine did meanwhile is in them. So steps of all
+methods are timed in turn, when no run of the study stands beside them.
+"""
+
+import json
+import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
+from sdd.errors import UserError
+from sdd.files import write_aside
 from sdd.models import LanguageModel
 from sdd.train import RunConfig
 from sdd.train.optim import build_optimizer, clip_gradients
 from sdd.train.parallel import pick_autocast, pick_device
+from sdd.train.run_dir import environment
 
+ROUNDS = 7
 _START_SECONDS = 6.0  # of a process: importing torch, opening the data
 _TIMED_STEPS = 2
-_MOST_SECONDS = 10.0  # spent on timing; what is not timed by then is taken to be like the rest
+_MOST_SECONDS = 10.0  # spent on timing; methods not timed by then count as the mean of the others
+
+
+def seconds_per_token(configs: Mapping[str, RunConfig], threads: int, out: Path) -> dict[str, float]:
+    """Seconds of training a token by name, read from OUT/timing.json or else measured and written there.
+
+    Args:
+        configs: a run of each method.
+        threads: of a run.
+        out: the study's folder.
+
+    Raises:
+        UserError: if the file is damaged.
+    """
+    file = out / "timing.json"
+    known = _read(file)
+    if known.keys() >= configs.keys():
+        return {name: known[name] for name in configs}
+    rounds: dict[str, list[float]] = {name: [] for name in configs}
+    for _ in range(ROUNDS):
+        for name, config in configs.items():
+            rounds[name].append(step_seconds(config, threads) / config.tokens_per_step)
+    found = {name: statistics.median(seconds) for name, seconds in rounds.items()}
+    config = next(iter(configs.values()))
+    machine = environment(pick_device(config.device), config.precision) | {"threads": threads}
+    del machine["command"]
+    values = {"seconds_per_token": found, "rounds": rounds, "environment": machine}
+    write_aside(file, json.dumps(values, indent=2) + "\n")
+    return found
 
 
 def step_seconds(config: RunConfig, threads: int) -> float:
@@ -27,14 +68,14 @@ def step_seconds(config: RunConfig, threads: int) -> float:
 
 
 def run_seconds(config: RunConfig, seconds_a_step: float) -> float:
-    """Seconds of a run: its start, its steps, and its evaluations at a third of a step's cost a token."""
+    """Seconds of a run: its start, its steps, and its evaluations, which cost a third of a step for each token."""
     evaluations = 1 if not config.eval_every else -(-config.steps // config.eval_every)
     eval_tokens = config.eval_sequences * config.model.context * evaluations
     return _START_SECONDS + seconds_a_step * (config.steps + eval_tokens / (3 * config.tokens_per_step))
 
 
 def grid_seconds(configs: Sequence[RunConfig], threads: int, workers: int) -> float:
-    """About how many seconds runs take, so many at once; what runs beside each other costs each other is not known."""
+    """Estimate the seconds that runs take on `workers` workers, as if runs side by side did not slow each other."""
     timed: dict[str, float] = {}
     began = time.monotonic()
     total = 0.0
@@ -45,6 +86,16 @@ def grid_seconds(configs: Sequence[RunConfig], threads: int, workers: int) -> fl
             timed[kind] = sum(timed.values()) / len(timed) if late else step_seconds(config, threads)
         total += run_seconds(config, timed[kind])
     return total / workers
+
+
+def _read(file: Path) -> dict[str, float]:
+    if not file.exists():
+        return {}
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+        return {name: float(seconds) for name, seconds in values["seconds_per_token"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{file} is damaged: delete it, and the methods are timed anew") from None
 
 
 def _time_steps(config: RunConfig) -> list[float]:

@@ -1,8 +1,8 @@
 """The study `convergence`: figures 1 and 3 of arXiv 2502.15499, tokens and seconds to the baseline's final loss."""
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -13,12 +13,12 @@ from sdd.lab.statistics import Estimate, bootstrap_factor, first_reach, mean_fac
 from sdd.lab.studies.shared import (
     cost_table,
     curves_picture,
+    edge_limits,
     factor_words,
     general_limits,
     not_converged_text,
     rates_table,
 )
-from sdd.lab.tuning import at_edge
 
 PUBLISHED_FACTOR = 1.5
 _SHARES = (0.1, 0.25, 0.5, 0.75, 1.0)
@@ -26,42 +26,77 @@ _SHOWN_FROM = 0.25  # of a run: earlier losses would press the rest together
 _FACTORS = tuple(2.0**step for step in range(-2, 4))
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """A method beside a baseline, paired by seed."""
+
+    method: Cell
+    baseline: Cell
+
+    @property
+    def name(self) -> str:
+        """Of the comparison, in tables."""
+        return f"{self.method.arm.name} against {self.baseline.arm.name}"
+
+    @property
+    def difference(self) -> Estimate:
+        """Final loss of the method minus that of the baseline."""
+        return paired_difference(self.method.losses, self.baseline.losses)
+
+    def factors(self, column: str) -> list[float]:
+        """`factor` for "tokens" or "seconds", one for each seed that converged in both."""
+        base = {result.seed: result for result in self.baseline.results if result.converged}
+        ours = [result for result in self.method.results if result.converged and result.seed in base]
+        return [factor(result, base[result.seed], column) for result in ours]
+
+    def mean_factor(self, column: str) -> Estimate:
+        """Geometric mean of `factors`."""
+        return mean_factor(self.factors(column))
+
+
 def read(outcome: Outcome) -> Findings:
     """Factors of tokens and seconds, the losses they rest on, and the rates that were tuned."""
-    cells = {arm.name: clocked(outcome.cells[arm.name, DEFAULT.name], outcome) for arm in outcome.plan.arms}
+    cells = clocked_cells(outcome)
     pairs = [
-        (ours, base)
-        for ours in cells.values()
-        for base in cells.values()
+        Comparison(ours, base)
+        for ours in cells
+        for base in cells
         if is_sdd(ours) and not is_sdd(base) and ours.arm.dense == base.arm.dense
     ]
-    factors = {(method.arm.name, base.arm.name): factors_of(method, base) for method, base in pairs}
     return Findings(
-        answer=_answer(factors),
-        conclusions=_conclusions(pairs, factors),
-        limits=_limits(outcome),
-        published=_published(outcome, factors),
+        answer=_answer(pairs),
+        conclusions=[_conclusion(pair) for pair in pairs],
+        limits=[
+            *edge_limits(outcome),
+            "The method's curve is read before the end of its schedule, where its rate has not yet fallen, and the "
+            "baseline's at its end: that favours the baseline, as in the paper's figure. A run as long as the crossing "
+            "would reach the loss sooner.",
+            "Seconds are tokens times what a token costs, by training steps of all methods timed in turn on one "
+            "machine: no statement about other hardware.",
+            *general_limits(outcome),
+        ],
+        published=_published(outcome, pairs),
         tables=[
-            _factor_table(pairs, factors),
+            _factor_table(pairs),
             _loss_table(outcome, cells),
             _lead_table(pairs),
             *rates_table(outcome),
-            cost_table(list(cells.values()), outcome),
+            cost_table(cells, outcome),
         ],
-        pictures=[*_pictures(cells)],
+        pictures=_pictures(cells),
     )
 
 
 def factor(method: RunResult, baseline: RunResult, column: str) -> float:
     """How many times less the method needs than the baseline to reach the worse of the two final losses.
 
-    That is the baseline's whole run over what the method needs to reach the baseline's final loss; or, if it never
-    does, what the baseline needs to reach the method's final loss over the method's whole run, which is below one.
-    Where the final losses are equal both are one.
+    Usually that is the baseline's whole run over the part that the method needs to reach the baseline's final loss. If
+    the method never does, it is the part that the baseline needs to reach the method's final loss over the method's
+    whole run, which is below one. Where the final losses are equal both are one.
 
     Args:
         method: a run that converged.
-        baseline: likewise.
+        baseline: another one.
         column: "tokens" or "seconds".
     """
     reached = first_reach(method.curve[column], method.curve["eval_loss"], baseline.eval_loss)
@@ -71,41 +106,35 @@ def factor(method: RunResult, baseline: RunResult, column: str) -> float:
     return reached / method.curve[column][-1]
 
 
-def factors_of(method: Cell, baseline: Cell) -> Mapping[str, list[float]]:
-    """`factor` for tokens and seconds, one a seed that converged in both."""
-    theirs = {result.seed: result for result in baseline.results if result.converged}
-    both = [(result, theirs[result.seed]) for result in method.results if result.converged and result.seed in theirs]
-    return {column: [factor(ours, base, column) for ours, base in both] for column in ("tokens", "seconds")}
+def clocked_cells(outcome: Outcome) -> list[Cell]:
+    """The cells of all arms, the seconds of their curves by the study's clock instead of that of each run."""
+    return [_clocked(cell, outcome.seconds_per_token[cell.arm.name]) for cell in outcome.under(DEFAULT)]
 
 
-def clocked(cell: Cell, outcome: Outcome) -> Cell:
-    """The cell with the seconds of its curves by the study's clock, not by that of each run."""
-    cost = outcome.seconds_per_token[cell.arm.name]
-    curves = [{**result.curve, "seconds": [cost * at for at in result.curve["tokens"]]} for result in cell.results]
-    results = (replace(result, curve=curve) for result, curve in zip(cell.results, curves, strict=True))
+def _clocked(cell: Cell, seconds_per_token: float) -> Cell:
+    results = []
+    for result in cell.results:
+        seconds = [seconds_per_token * tokens for tokens in result.curve["tokens"]]
+        results.append(replace(result, curve={**result.curve, "seconds": seconds}))
     return replace(cell, results=tuple(results))
 
 
 def is_sdd(cell: Cell) -> bool:
-    """Whether the arm is SDD, which the others are baselines to."""
+    """Whether the arm is SDD; the others are its baselines."""
     return cell.arm.placement.startswith("sdd")
 
 
-def _factor_table(
-    pairs: Sequence[tuple[Cell, Cell]], factors: Mapping[tuple[str, str], Mapping[str, list[float]]]
-) -> Table:
-    rows = []
-    for method, base in pairs:
-        found = factors[method.arm.name, base.arm.name]
-        rows.append(
-            [
-                f"{method.arm.name} against {base.arm.name}",
-                Range(mean_factor(found["tokens"])),
-                Range(bootstrap_factor(found["tokens"])),
-                Range(mean_factor(found["seconds"])),
-                Interval(paired_difference(method.losses, base.losses), signed=True),
-            ]
-        )
+def _factor_table(pairs: Sequence[Comparison]) -> Table:
+    rows = [
+        [
+            pair.name,
+            Range(pair.mean_factor("tokens")),
+            Range(bootstrap_factor(pair.factors("tokens"))),
+            Range(pair.mean_factor("seconds")),
+            Interval(pair.difference, signed=True),
+        ]
+        for pair in pairs
+    ]
     return Table(
         "factor",
         "How many times fewer tokens and seconds to the baseline's final loss",
@@ -124,13 +153,12 @@ def _factor_table(
     )
 
 
-def _lead_table(pairs: Sequence[tuple[Cell, Cell]]) -> Table:
+def _lead_table(pairs: Sequence[Comparison]) -> Table:
     """Whether a lead grows or shrinks: the difference of the curves along the runs."""
     rows = []
-    for method, base in pairs:
-        apart = (paired_difference(losses_at(method, share), losses_at(base, share)) for share in _SHARES)
-        leads = (Interval(change, signed=True) for change in apart)
-        rows.append([f"{method.arm.name} against {base.arm.name}", *leads])
+    for pair in pairs:
+        apart = (paired_difference(losses_at(pair.method, share), losses_at(pair.baseline, share)) for share in _SHARES)
+        rows.append([pair.name, *(Interval(difference, signed=True) for difference in apart)])
     return Table(
         "lead",
         "Held-out loss minus the baseline's along the runs, nats a token",
@@ -142,31 +170,28 @@ def _lead_table(pairs: Sequence[tuple[Cell, Cell]]) -> Table:
 
 
 def losses_at(cell: Cell, share: float) -> dict[int, float]:
-    """Held-out loss by seed at a share of a run's tokens, of the runs that converged; nan of the others."""
-    found: dict[int, float] = {}
+    """Held-out loss by seed at a share of a run's tokens; nan for runs that did not converge."""
+    found = dict.fromkeys(cell.losses, math.nan)
     for result in cell.results:
-        curve = result.curve
-        found[result.seed] = (
-            float(np.interp(share * result.tokens, curve["tokens"], curve["eval_loss"]))
-            if result.converged
-            else math.nan
-        )
+        if result.converged:
+            found[result.seed] = float(
+                np.interp(share * result.tokens, result.curve["tokens"], result.curve["eval_loss"])
+            )
     return found
 
 
-def _loss_table(outcome: Outcome, cells: Mapping[str, Cell]) -> Table:
-    rows = [[name, f"{cell.rate:g}", Measured(cell.losses)] for name, cell in cells.items()]
+def _loss_table(outcome: Outcome, cells: Sequence[Cell]) -> Table:
     return Table(
         "loss",
         f"Held-out loss at the end, nats a token, {seeds_text(outcome.plan.request.seeds)}",
         ["method", "learning rate", "loss"],
-        rows,
+        [[cell.arm.name, f"{cell.rate:g}", Measured(cell.losses)] for cell in cells],
         not_converged_text(),
     )
 
 
-def _published(outcome: Outcome, factors: Mapping[tuple[str, str], Mapping[str, list[float]]]) -> Table:
-    ours = factors.get(("sdd-released", "prenorm-qk"), {}).get("tokens", [])
+def _published(outcome: Outcome, pairs: Sequence[Comparison]) -> Table:
+    ours = {pair.name: pair.factors("tokens") for pair in pairs}.get("sdd-released against prenorm-qk", [])
     return Table(
         "published",
         "Figure 1 of arXiv 2502.15499 beside ours",
@@ -176,15 +201,15 @@ def _published(outcome: Outcome, factors: Mapping[tuple[str, str], Mapping[str, 
     )
 
 
-def _answer(factors: Mapping[tuple[str, str], Mapping[str, list[float]]]) -> str:
-    if not factors:
+def _answer(pairs: Sequence[Comparison]) -> str:
+    if not pairs:
         return "Nothing to compare: that needs a placement of SDD and a baseline."
-    method = next(iter(factors))[0]
-    parts = [_verdict(mean_factor(found["tokens"]), base) for (name, base), found in factors.items() if name == method]
-    return f"Each at its best rate, {method} is {listed(parts)}."
+    method = pairs[0].method
+    parts = [_speed(pair.mean_factor("tokens"), pair.baseline.arm.name) for pair in pairs if pair.method is method]
+    return f"Each at its best rate, {method.arm.name} is {listed(parts)}."
 
 
-def _verdict(factor: Estimate, baseline: str) -> str:
+def _speed(factor: Estimate, baseline: str) -> str:
     if math.isnan(factor.value):
         return f"in no seed to be compared with {baseline}"
     if math.isnan(factor.low):
@@ -194,60 +219,24 @@ def _verdict(factor: Estimate, baseline: str) -> str:
     return f"{factor_words(factor)} as fast as {baseline} in tokens"
 
 
-def _conclusions(
-    pairs: Sequence[tuple[Cell, Cell]], factors: Mapping[tuple[str, str], Mapping[str, list[float]]]
-) -> list[str]:
-    texts: list[str] = []
-    for method, base in pairs:
-        names = method.arm.name, base.arm.name
-        change = paired_difference(method.losses, base.losses)
-        if math.isnan(change.value):
-            texts.append(f"{names[0]} and {names[1]} have no seed in which both converged.")
-            continue
-        side = (
-            ""
-            if math.isnan(change.low)
-            else ", more than seeds explain"
-            if change.excludes(0)
-            else ", no more than seeds explain"
-        )
-        seconds = mean_factor(factors[names]["seconds"])
-        texts.append(
-            f"{names[0]} ends {abs(change.value):.3f} nats {'below' if change.value < 0 else 'above'} "
-            f"{names[1]}{side}; by the clock of that machine it is {factor_words(seconds)} as fast."
-        )
-    return texts
+def _conclusion(pair: Comparison) -> str:
+    method, baseline, difference = pair.method.arm.name, pair.baseline.arm.name, pair.difference
+    if math.isnan(difference.value):
+        return f"{method} and {baseline} have no seed in which both converged."
+    seeds = f", {'more' if difference.excludes(0) else 'no more'} than seeds explain" if difference.n > 1 else ""
+    return (
+        f"{method} ends {abs(difference.value):.3f} nats {'below' if difference.value < 0 else 'above'} {baseline}"
+        f"{seeds}; by the clock of that machine it is {factor_words(pair.mean_factor('seconds'))} as fast."
+    )
 
 
-def _limits(outcome: Outcome) -> list[str]:
-    edges = [arm for (arm, _), grid in outcome.grids.items() if at_edge(grid)]
-    warning = [f"The best rate of {listed(edges)} still lies at an end of the extended grid."] if edges else []
-    return [
-        *warning,
-        "The method's curve is read before the end of its schedule, where its rate has not yet fallen, and the "
-        "baseline's at its end: that favours the baseline, as in the paper's figure. A run as long as the crossing "
-        "would reach the loss sooner.",
-        "Seconds are tokens times what a token costs, by training steps of all methods timed in turn on one machine: "
-        "no statement about other hardware.",
-        *general_limits(outcome),
-    ]
-
-
-def _pictures(cells: Mapping[str, Cell]) -> list[Picture]:
-    """Over the stretch in which the baselines' final losses are reached."""
-    everything = {"": list(cells.values())}
-    ends = {
-        f"{name} at its end": Measured(cell.losses).estimate.value for name, cell in cells.items() if not is_sdd(cell)
-    }
+def _pictures(cells: Sequence[Cell]) -> list[Picture]:
+    """Curves over the stretch in which the baselines' final losses are reached."""
+    ends = {f"{cell.arm.name} at its end": Measured(cell.losses).estimate.value for cell in cells if not is_sdd(cell)}
     ends = {name: loss for name, loss in ends.items() if math.isfinite(loss)}
-    started = [
-        np.interp(_SHOWN_FROM * result.tokens, result.curve["tokens"], result.curve["eval_loss"])
-        for cell in cells.values()
-        for result in cell.results
-        if result.converged
-    ]
-    top = float(np.max(started)) if started else None
-    return [curves_picture(x, everything, x, ceiling=top, levels=ends) for x in ("tokens", "seconds")]
+    started = [loss for cell in cells for loss in losses_at(cell, _SHOWN_FROM).values() if math.isfinite(loss)]
+    top = max(started, default=None)
+    return [curves_picture(x, {"": cells}, x, ceiling=top, levels=ends) for x in ("tokens", "seconds")]
 
 
 DEFINITION = Definition(

@@ -1,17 +1,22 @@
 """The study `lr`: how much the final loss depends on the learning rate, by the measure of arXiv 2309.14322."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
-from sdd.lab.definition import DEFAULT, Arm, Cell, Definition, Outcome, Rates
+from sdd.lab.definition import DEFAULT, Arm, Cell, Definition, Outcome, Rates, best_rate
 from sdd.lab.findings import Findings, Interval, Measured, Picture, Table, listed, seeds_text
+from sdd.lab.results import RunResult
 from sdd.lab.statistics import lr_sensitivity, paired_difference
-from sdd.lab.studies.shared import cost_table, general_limits, loss_axis, not_converged_text
-from sdd.lab.tuning import at_edge, best_rate
+from sdd.lab.studies.shared import HELD_OUT, cost_table, edge_limits, general_limits, not_converged_text
 
 #: Two decades around the base rate, seven rates.
 FACTORS = tuple(10 ** (step / 3) for step in range(-3, 4))
 REFERENCE = "sdd"
+
+#: The cells of one method by learning rate, ascending.
+Grid = Mapping[float, Cell]
+#: Numbers of each method by seed.
+Numbers = Mapping[str, Mapping[int, float]]
 
 
 def read(outcome: Outcome) -> Findings:
@@ -21,40 +26,50 @@ def read(outcome: Outcome) -> Findings:
     best = {name: best_losses(grid) for name, grid in grids.items()}
     return Findings(
         answer=_answer(sensitivity),
-        conclusions=[*_beside_reference(sensitivity, best), *_breaking(grids)],
-        limits=_limits(outcome, grids),
+        conclusions=[
+            *_beside_reference("sensitivity", sensitivity),
+            *_beside_reference("loss at its best rate", best),
+            *_breaking(grids),
+        ],
+        limits=[
+            *edge_limits(outcome),
+            "The measure depends on the range: all methods share one, which the best rate of none may end.",
+            "The measure is relative to a method's own best: one that learns little at any rate, or fails at most of "
+            "them, comes out insensitive. It says something only beside the losses, and of a run so short that low "
+            "rates learn nothing, mostly how far a method gets at all.",
+            *general_limits(outcome),
+        ],
         published=None,
         tables=[
             _summary(outcome, grids, sensitivity, best),
-            _loss_table(outcome, grids),
+            _loss_table(grids),
             cost_table([grid[best_rate(grid)] for grid in grids.values()], outcome),
         ],
         pictures=[_picture(outcome, grids)],
     )
 
 
-def sensitivities(grid: Mapping[float, Cell]) -> dict[int, float]:
+def by_seed(grid: Grid) -> Iterator[tuple[int, list[RunResult]]]:
+    """Each seed with its runs, one for each rate."""
+    for runs in zip(*(cell.results for cell in grid.values()), strict=True):
+        yield runs[0].seed, list(runs)
+
+
+def sensitivities(grid: Grid) -> dict[int, float]:
     """Learning-rate sensitivity by seed: the mean over the rates of min(final, initial loss) - best final loss."""
-    seeds = [result.seed for result in next(iter(grid.values())).results]
-    found: dict[int, float] = {}
-    for seed in seeds:
-        runs = [next(result for result in cell.results if result.seed == seed) for cell in grid.values()]
-        # Of a run that stayed finite the loss counts, whether or not it counts as converged.
-        found[seed] = lr_sensitivity([run.eval_loss for run in runs], runs[0].initial_loss)
-    return found
+    # The loss of every run that stayed finite counts, whether or not the run converged.
+    return {seed: lr_sensitivity([run.eval_loss for run in runs], runs[0].initial_loss) for seed, runs in by_seed(grid)}
 
 
-def best_losses(grid: Mapping[float, Cell]) -> dict[int, float]:
+def best_losses(grid: Grid) -> dict[int, float]:
     """Reported loss by seed, each at the rate that is best on the tuning segment for the other seeds.
 
-    So no loss is reported on the text and the seed that its rate was chosen on; with one seed it is the seed's own
-    rate.
+    So no loss is reported on the text and the seed that its rate was chosen on. With one seed it is the rate of that
+    seed.
     """
-    cells = list(grid.items())
-    seeds = [result.seed for result in cells[0][1].results]
     found: dict[int, float] = {}
-    for seed in seeds:
-        others = {rate: _without(cell, seed) if len(seeds) > 1 else cell for rate, cell in cells}
+    for seed, _ in by_seed(grid):
+        others = {rate: _without(cell, seed) if len(cell.results) > 1 else cell for rate, cell in grid.items()}
         found[seed] = grid[best_rate(others)].losses[seed]
     return found
 
@@ -63,25 +78,12 @@ def _without(cell: Cell, seed: int) -> Cell:
     return Cell(cell.arm, cell.condition, cell.rate, tuple(result for result in cell.results if result.seed != seed))
 
 
-def _summary(
-    outcome: Outcome,
-    grids: Mapping[str, Mapping[float, Cell]],
-    sensitivity: Mapping[str, Mapping[int, float]],
-    best: Mapping[str, Mapping[int, float]],
-) -> Table:
-    rates = sorted(next(iter(grids.values())))
+def _summary(outcome: Outcome, grids: Mapping[str, Grid], sensitivity: Numbers, best: Numbers) -> Table:
+    rates = list(next(iter(grids.values())))
     reference = sensitivity.get(REFERENCE)
-    columns = [
-        "method",
-        "LR sensitivity",
-        f"minus that of {REFERENCE}",
-        "best rate",
-        "loss at the best rate",
-        "highest rate",
-    ]
     rows = []
     for name, grid in grids.items():
-        trained = [rate for rate in rates if not grid[rate].failed]
+        trained = [rate for rate, cell in grid.items() if not cell.failed]
         other = Interval(paired_difference(sensitivity[name], reference), signed=True) if reference else "-"
         rows.append(
             [
@@ -97,7 +99,14 @@ def _summary(
         "sensitivity",
         f"Learning-rate sensitivity over {rates[0]:g} to {rates[-1]:g}, nats a token, "
         f"{seeds_text(outcome.plan.request.seeds)}",
-        columns,
+        [
+            "method",
+            "LR sensitivity",
+            f"minus that of {REFERENCE}",
+            "best rate",
+            "loss at the best rate",
+            "highest rate",
+        ],
         rows,
         "Sensitivity: mean over the rates of min(final, initial loss) minus the best final loss (arXiv 2309.14322); "
         "lower is less sensitive. Loss at the best rate: each seed at the rate that was best for the others on the "
@@ -106,74 +115,44 @@ def _summary(
     )
 
 
-def _loss_table(outcome: Outcome, grids: Mapping[str, Mapping[float, Cell]]) -> Table:
-    rates = sorted(next(iter(grids.values())))
-    rows = [[name, *(Measured(grid[rate].losses) for rate in rates)] for name, grid in grids.items()]
+def _loss_table(grids: Mapping[str, Grid]) -> Table:
     return Table(
         "loss",
         "Held-out loss at the end by learning rate, nats a token",
-        ["method", *(f"{rate:g}" for rate in rates)],
-        rows,
+        ["method", *(f"{rate:g}" for rate in next(iter(grids.values())))],
+        [[name, *(Measured(cell.losses) for cell in grid.values())] for name, grid in grids.items()],
         not_converged_text(),
     )
 
 
-def _answer(sensitivity: Mapping[str, Mapping[int, float]]) -> str:
+def _answer(sensitivity: Numbers) -> str:
     ranked = sorted(sensitivity, key=lambda name: Measured(sensitivity[name]).estimate.value)
     numbers = ", ".join(f"{name} {Measured(sensitivity[name])}" for name in ranked)
     return f"From the least sensitive to the most: {numbers} (nats a token)."
 
 
-def _beside_reference(
-    sensitivity: Mapping[str, Mapping[int, float]], best: Mapping[str, Mapping[int, float]]
-) -> list[str]:
-    if REFERENCE not in sensitivity or len(sensitivity) == 1:
+def _beside_reference(what: str, numbers: Numbers) -> list[str]:
+    """One sentence on which methods lie above and below the reference; none if there is nothing to compare."""
+    if REFERENCE not in numbers or len(numbers) == 1:
         return []
-    texts: list[str] = []
-    for what, numbers in (("sensitivity", sensitivity), ("loss at its best rate", best)):
-        apart: dict[str, list[str]] = {"higher": [], "lower": [], "open": []}
-        for name in numbers:
-            if name != REFERENCE:
-                change = paired_difference(numbers[name], numbers[REFERENCE])
-                side = "open" if not change.excludes(0) else "higher" if change.value > 0 else "lower"
-                apart[side].append(name)
-        parts = [
-            f"{side} than {REFERENCE}'s for {listed(names)}"
-            for side, names in apart.items()
-            if names and side != "open"
-        ]
-        if apart["open"]:
-            parts.append(f"not told apart from {REFERENCE}'s for {listed(apart['open'])}")
-        texts.append(f"The {what} is {', '.join(parts)} (95% intervals of paired differences).")
-    return texts
+    sides: dict[str, list[str]] = {"higher than": [], "lower than": [], "not told apart from": []}
+    for name in numbers:
+        if name != REFERENCE:
+            change = paired_difference(numbers[name], numbers[REFERENCE])
+            side = "higher than" if change.value > 0 else "lower than"
+            sides[side if change.excludes(0) else "not told apart from"].append(name)
+    parts = [f"{side} {REFERENCE}'s for {listed(names)}" for side, names in sides.items() if names]
+    return [f"The {what} is {', '.join(parts)} (95% intervals of paired differences)."]
 
 
-def _breaking(grids: Mapping[str, Mapping[float, Cell]]) -> list[str]:
-    texts: list[str] = []
-    for name, grid in grids.items():
-        failed = [rate for rate in sorted(grid) if 2 * grid[rate].failed > len(grid[rate].results)]
-        if failed:
-            texts.append(f"{name}: most seeds do not converge at {', '.join(f'{rate:g}' for rate in failed)}.")
-    return texts
+def _breaking(grids: Mapping[str, Grid]) -> list[str]:
+    broken = {name: [f"{rate:g}" for rate, cell in grid.items() if cell.broken] for name, grid in grids.items()}
+    return [f"{name}: most seeds do not converge at {', '.join(rates)}." for name, rates in broken.items() if rates]
 
 
-def _limits(outcome: Outcome, grids: Mapping[str, Mapping[float, Cell]]) -> list[str]:
-    edges = [name for name, grid in grids.items() if at_edge(grid)]
-    warning = [f"The best rate of {listed(edges)} still lies at an end of the extended grid."] if edges else []
-    return [
-        *warning,
-        "The measure depends on the range: all methods share one, which the best rate of none may end.",
-        "The measure is relative to a method's own best: one that learns little at any rate, or fails at most of them, "
-        "comes out insensitive. It says something only beside the losses, and of a run so short that low rates learn "
-        "nothing, mostly how far a method gets at all.",
-        *general_limits(outcome),
-    ]
-
-
-def _picture(outcome: Outcome, grids: Mapping[str, Mapping[float, Cell]]) -> Picture:
-    rates = sorted(next(iter(grids.values())))
+def _picture(outcome: Outcome, grids: Mapping[str, Grid]) -> Picture:
     words = [
-        f"{name}: " + ", ".join(f"{Measured(grid[rate].losses)} at {rate:g}" for rate in rates) + "."
+        f"{name}: " + ", ".join(f"{Measured(cell.losses)} at {rate:g}" for rate, cell in grid.items()) + "."
         for name, grid in grids.items()
     ]
 
@@ -182,13 +161,12 @@ def _picture(outcome: Outcome, grids: Mapping[str, Mapping[float, Cell]]) -> Pic
 
         curves: list[Curve] = []
         for arm in outcome.plan.arms:
-            cells = [grids[arm.name][rate] for rate in rates]
-            losses = [[_drawn(cell, seed) for cell in cells] for seed in outcome.plan.seeds]
-            curves.append(Curve(arm.name, style_of(arm.name, arm.placement), [rates], losses))
-        axes = (Axis("peak learning rate", log=True), loss_axis())
-        initial = [result.initial_loss for grid in grids.values() for cell in grid.values() for result in cell.results]
-        start = sum(initial) / len(initial)
-        return draw_curves([CurvePanel("", *axes, curves, levels={"before training": start})], columns=1)
+            losses = [[_drawn(run) for run in runs] for _, runs in by_seed(grids[arm.name])]
+            curves.append(Curve(arm.name, style_of(arm.name, arm.placement), [list(grids[arm.name])], losses))
+        axes = (Axis("peak learning rate", log=True), HELD_OUT.axis())
+        initial = [run.initial_loss for run in outcome.results]
+        start = {"before training": sum(initial) / len(initial)}
+        return draw_curves([CurvePanel("", *axes, curves, levels=start)], columns=1)
 
     caption = (
         f"Held-out loss at the end against the peak learning rate, mean of {seeds_text(outcome.plan.request.seeds)}, "
@@ -197,8 +175,7 @@ def _picture(outcome: Outcome, grids: Mapping[str, Mapping[float, Cell]]) -> Pic
     return Picture("lr", caption, f"Held-out loss in nats a token by learning rate. {' '.join(words)}", draw)
 
 
-def _drawn(cell: Cell, seed: int) -> float:
-    run = next(result for result in cell.results if result.seed == seed)
+def _drawn(run: RunResult) -> float:
     return min(run.eval_loss, run.initial_loss) if math.isfinite(run.eval_loss) else run.initial_loss
 
 

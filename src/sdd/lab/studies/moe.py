@@ -1,56 +1,57 @@
 """The study `moe`: figures 5 and 6 of arXiv 2502.15499 at small size, mixtures of experts against dense models.
 
-The dense models have as many active parameters as the mixtures, but for the routers (0.6% of `moe-nano`).
+The dense models have as many active parameters as the mixtures, apart from the routers (0.6% of `moe-nano`).
 """
 
 import math
-from collections.abc import Mapping
 from dataclasses import replace
 
-from sdd.lab.definition import DEFAULT, Arm, Cell, Definition, Outcome, Rates
-from sdd.lab.findings import Findings, Interval, Measured, Range, Table, Value
-from sdd.lab.statistics import mean_factor, paired_difference
+from sdd.lab.definition import DEFAULT, Arm, Definition, Outcome, Rates
+from sdd.lab.findings import Findings, Interval, Measured, Range, Table
 from sdd.lab.studies import convergence
-from sdd.lab.studies.convergence import clocked, factors_of
+from sdd.lab.studies.convergence import Comparison, clocked_cells
 from sdd.lab.studies.shared import factor_words
 
 
 def read(outcome: Outcome) -> Findings:
-    """As `convergence`, and each mixture beside the dense model of its placement; the paper prints no numbers."""
-    found = convergence.read(outcome)
+    """The findings of `convergence`, and each mixture beside the dense model of its placement.
+
+    The paper prints no numbers to compare with.
+    """
+    found = replace(convergence.read(outcome), published=None)
     pairs = _with_dense(outcome)
     if not pairs:
-        return replace(found, published=None)
+        return found
     return replace(
         found,
-        conclusions=[*found.conclusions, *(_conclusion(*pair) for pair in pairs)],
-        published=None,
+        conclusions=[*found.conclusions, *map(_conclusion, pairs)],
         tables=[found.tables[0], _table(pairs), *found.tables[1:]],
     )
 
 
-def _with_dense(outcome: Outcome) -> list[tuple[Cell, Cell]]:
+def _with_dense(outcome: Outcome) -> list[Comparison]:
     """Each mixture with the dense model of its placement."""
-    cells = {arm.name: clocked(outcome.cells[arm.name, DEFAULT.name], outcome) for arm in outcome.plan.arms}
-    dense = {cell.arm.placement: cell for cell in cells.values() if cell.arm.dense}
-    mixtures = [cell for cell in cells.values() if not cell.arm.dense]
-    return [(cell, dense[cell.arm.placement]) for cell in mixtures if cell.arm.placement in dense]
+    cells = clocked_cells(outcome)
+    dense = {cell.arm.placement: cell for cell in cells if cell.arm.dense}
+    return [
+        Comparison(cell, dense[cell.arm.placement])
+        for cell in cells
+        if not cell.arm.dense and cell.arm.placement in dense
+    ]
 
 
-def _table(pairs: list[tuple[Cell, Cell]]) -> Table:
-    rows: list[list[Value]] = []
-    for mixture, dense in pairs:
-        factors = factors_of(mixture, dense)
-        rows.append(
-            [
-                mixture.arm.placement,
-                Measured(mixture.losses),
-                Measured(dense.losses),
-                Interval(paired_difference(mixture.losses, dense.losses), signed=True),
-                Range(mean_factor(factors["tokens"])),
-                Range(mean_factor(factors["seconds"])),
-            ]
-        )
+def _table(pairs: list[Comparison]) -> Table:
+    rows = [
+        [
+            pair.method.arm.placement,
+            Measured(pair.method.losses),
+            Measured(pair.baseline.losses),
+            Interval(pair.difference, signed=True),
+            Range(pair.mean_factor("tokens")),
+            Range(pair.mean_factor("seconds")),
+        ]
+        for pair in pairs
+    ]
     return Table(
         "experts",
         "A mixture of experts and a dense model of as many active parameters, nats a token",
@@ -61,17 +62,14 @@ def _table(pairs: list[tuple[Cell, Cell]]) -> Table:
     )
 
 
-def _conclusion(mixture: Cell, dense: Cell) -> str:
-    change = paired_difference(mixture.losses, dense.losses)
-    name = mixture.arm.placement
-    if math.isnan(change.value):
+def _conclusion(pair: Comparison) -> str:
+    name, difference = pair.method.arm.placement, pair.difference.value
+    if math.isnan(difference):
         return f"With {name}, the mixture and the dense model have no seed in which both converged."
-    factors: Mapping[str, list[float]] = factors_of(mixture, dense)
-    tokens, seconds = (factor_words(mean_factor(factors[column])) for column in ("tokens", "seconds"))
-    side = "below" if change.value < 0 else "above"
+    tokens, seconds = (factor_words(pair.mean_factor(column)) for column in ("tokens", "seconds"))
     return (
-        f"With {name}, the mixture ends {abs(change.value):.3f} nats {side} the dense model of as "
-        f"many active parameters: {tokens} as fast in tokens, {seconds} by the clock."
+        f"With {name}, the mixture ends {abs(difference):.3f} nats {'below' if difference < 0 else 'above'} the dense "
+        f"model of as many active parameters: {tokens} as fast in tokens, {seconds} by the clock."
     )
 
 

@@ -1,20 +1,18 @@
 """The study `robustness`: table 2 of arXiv 2502.15499, default training and three ways to make it harder."""
 
-import math
 from collections.abc import Mapping, Sequence
 
-from sdd.lab.definition import DEFAULT, Arm, Cell, Condition, Definition, Outcome, Rates
-from sdd.lab.findings import Findings, Interval, Measured, Picture, Table, Value, listed, seeds_text
-from sdd.lab.statistics import paired_difference
+from sdd.lab.definition import DEFAULT, Arm, Cell, Condition, Definition, Outcome, Rates, at_edge
+from sdd.lab.findings import Findings, Measured, Picture, Table, listed, seeds_text
 from sdd.lab.studies.shared import (
+    HELD_OUT,
+    change,
     cost_table,
     curves_picture,
     general_limits,
-    loss_axis,
-    not_converged_text,
+    loss_table,
     rates_table,
 )
-from sdd.lab.tuning import at_edge
 
 CONDITIONS = (
     DEFAULT,
@@ -37,63 +35,31 @@ PUBLISHED: Mapping[str, Mapping[str, float | None]] = {
 
 
 def read(outcome: Outcome) -> Findings:
-    """What the grid says, beside table 2."""
-    cells = outcome.cells
-    agree, differ = _compare(outcome)
+    """Losses under each condition, beside table 2."""
+    plan = outcome.plan
+    common = _common_cells(outcome)
+    differ = [(cell, theirs) for cell, theirs in common if not _agrees(cell, theirs)]
     return Findings(
-        answer=_answer(outcome, agree, differ),
-        conclusions=[*_where_it_differs(outcome, differ), *_others(outcome), *_tuned_text(outcome)],
+        answer=_answer(outcome, len(common), len(differ)),
+        conclusions=[*_where_it_differs(outcome, differ), *_breaking(outcome), *_tuned_text(outcome)],
         limits=_limits(outcome),
-        published=_published_table(outcome),
+        published=_published_table(outcome, common),
         tables=[
-            _loss_table(outcome),
+            loss_table(outcome),
             _change_table(outcome),
             *rates_table(outcome),
-            cost_table(_defaults(outcome), outcome),
+            cost_table(outcome.under(plan.conditions[0]), outcome),
         ],
         pictures=[
             _dots(outcome),
-            curves_picture(
-                "curves",
-                {
-                    condition.title: [cells[arm.name, condition.name] for arm in outcome.plan.arms]
-                    for condition in outcome.plan.conditions
-                },
-            ),
+            curves_picture("curves", {condition.title: outcome.under(condition) for condition in plan.conditions}),
         ],
-    )
-
-
-def broken(cell: Cell) -> bool:
-    """Whether an arm counts as broken under a condition: most of its seeds did not converge."""
-    return 2 * cell.failed > len(cell.results)
-
-
-def _loss_table(outcome: Outcome) -> Table:
-    plan = outcome.plan
-    rows = [
-        [arm.name, *(Measured(outcome.cells[arm.name, condition.name].losses) for condition in plan.conditions)]
-        for arm in plan.arms
-    ]
-    return Table(
-        "loss",
-        f"Held-out loss at the end, nats a token, {seeds_text(plan.request.seeds)}",
-        ["method", *(condition.title for condition in plan.conditions)],
-        rows,
-        not_converged_text(),
     )
 
 
 def _change_table(outcome: Outcome) -> Table:
     plan = outcome.plan
-    rows = []
-    for arm in plan.arms:
-        default = outcome.cells[arm.name, plan.conditions[0].name].losses
-        changes = [
-            paired_difference(outcome.cells[arm.name, condition.name].losses, default)
-            for condition in plan.conditions[1:]
-        ]
-        rows.append([arm.name, *(Interval(change, signed=True) for change in changes)])
+    rows = [[arm.name, *(change(outcome, arm.name, each) for each in plan.conditions[1:])] for arm in plan.arms]
     return Table(
         "change",
         "Change from the method's own default run, nats a token",
@@ -104,27 +70,33 @@ def _change_table(outcome: Outcome) -> Table:
     )
 
 
-def _published_table(outcome: Outcome) -> Table:
-    plan = outcome.plan
-    columns = ["method", "setting", "published (581M, 200B tokens)", "ours", "pattern"]
-    rows: list[list[Value]] = []
-    for arm, condition, cell, theirs in _common_cells(outcome):
-        same = "agrees" if (theirs is None) == broken(cell) else "differs"
-        rows.append([arm.name, condition.title, _loss(theirs), Measured(cell.losses), same])
+def _published_table(outcome: Outcome, common: Sequence[tuple[Cell, float | None]]) -> Table:
+    preset = outcome.plan.request.preset
+    rows = [
+        [
+            cell.arm.name,
+            cell.condition.title,
+            "-" if theirs is None else f"{theirs:.2f}",
+            Measured(cell.losses),
+            "agrees" if _agrees(cell, theirs) else "differs",
+        ]
+        for cell, theirs in common
+    ]
     return Table(
         "published",
-        f"Table 2 of arXiv 2502.15499 beside ours ({plan.request.preset}, nats a token)",
-        columns,
+        f"Table 2 of arXiv 2502.15499 beside ours ({preset}, nats a token)",
+        ["method", "setting", "published (581M, 200B tokens)", "ours", "pattern"],
         rows,
         "Losses of different models on different text cannot be compared, whether training converges can: the pattern "
         "agrees where both converge or neither does (of ours, most seeds).",
     )
 
 
-def _common_cells(outcome: Outcome) -> list[tuple[Arm, Condition, Cell, float | None]]:
+def _common_cells(outcome: Outcome) -> list[tuple[Cell, float | None]]:
+    """The cells that table 2 has too, with the published loss."""
     plan = outcome.plan
     return [
-        (arm, condition, outcome.cells[arm.name, condition.name], PUBLISHED[arm.name][condition.name])
+        (outcome.cells[arm.name, condition.name], PUBLISHED[arm.name][condition.name])
         for arm in plan.arms
         if arm.name in PUBLISHED
         for condition in plan.conditions
@@ -132,39 +104,31 @@ def _common_cells(outcome: Outcome) -> list[tuple[Arm, Condition, Cell, float | 
     ]
 
 
-def _compare(outcome: Outcome) -> tuple[list[tuple[Arm, Condition]], list[tuple[Arm, Condition]]]:
-    """The cells that table 2 has too: where the pattern agrees, where it differs."""
-    agree: list[tuple[Arm, Condition]] = []
-    differ: list[tuple[Arm, Condition]] = []
-    for arm, condition, cell, theirs in _common_cells(outcome):
-        (agree if (theirs is None) == broken(cell) else differ).append((arm, condition))
-    return agree, differ
+def _agrees(cell: Cell, theirs: float | None) -> bool:
+    """Whether both converge or neither does."""
+    return (theirs is None) == cell.broken
 
 
-def _answer(outcome: Outcome, agree: Sequence[tuple[Arm, Condition]], differ: Sequence[tuple[Arm, Condition]]) -> str:
-    total = len(agree) + len(differ)
+def _answer(outcome: Outcome, total: int, differ: int) -> str:
     if not total:
         return "None of the methods of table 2 is among those that were run."
     size = f"{outcome.plan.request.preset} with {seeds_text(outcome.plan.request.seeds)}"
     if not differ:
         return f"Yes: all {total} cells of table 2 come out as published, at the size of {size}."
-    start = "Not at this size" if len(differ) > len(agree) else "In part"
-    return (
-        f"{start}: {len(agree)} of the {total} cells of table 2 come out as published ({size}), {len(differ)} do not."
-    )
+    agree = total - differ
+    start = "Not at this size" if differ > agree else "In part"
+    return f"{start}: {agree} of the {total} cells of table 2 come out as published ({size}), {differ} do not."
 
 
-def _where_it_differs(outcome: Outcome, differ: Sequence[tuple[Arm, Condition]]) -> list[str]:
-    """For each method that holds where it was published to break: at what it begins to break here, if at anything."""
+def _where_it_differs(outcome: Outcome, differ: Sequence[tuple[Cell, float | None]]) -> list[str]:
+    """For each method that holds where it was published to break: where it begins to break here, if anywhere."""
     texts: list[str] = []
-    by_arm: dict[str, list[Condition]] = {}
-    for arm, condition in differ:
-        by_arm.setdefault(arm.name, []).append(condition)
-    for name, conditions in by_arm.items():
-        holds = [c.title for c in conditions if not broken(outcome.cells[name, c.name])]
-        breaks = [c.title for c in conditions if broken(outcome.cells[name, c.name])]
+    for name in dict.fromkeys(cell.arm.name for cell, _ in differ):
+        conditions = {cell.condition.title: cell.broken for cell, _ in differ if cell.arm.name == name}
+        holds = [title for title, broken in conditions.items() if not broken]
+        breaks = [title for title, broken in conditions.items() if broken]
         if holds:
-            begins = [c.title for c in outcome.plan.conditions if broken(outcome.cells[name, c.name])]
+            begins = _broken_under(outcome, name)
             where = (
                 f"here it begins to break at: {'; '.join(begins)}" if begins else "here nothing of the grid breaks it"
             )
@@ -174,27 +138,29 @@ def _where_it_differs(outcome: Outcome, differ: Sequence[tuple[Arm, Condition]])
     return texts
 
 
-def _others(outcome: Outcome) -> list[str]:
-    """Which methods hold everywhere, which break where, and what each pays under everything joined."""
+def _broken_under(outcome: Outcome, name: str) -> list[str]:
+    """The titles of the conditions that break a method."""
+    return [each.title for each in outcome.plan.conditions if outcome.cells[name, each.name].broken]
+
+
+def _breaking(outcome: Outcome) -> list[str]:
+    """Which methods hold everywhere, what breaks the others, and how the former end under the last condition."""
     plan = outcome.plan
-    breaks = {
-        arm.name: [c.title for c in plan.conditions if broken(outcome.cells[arm.name, c.name])] for arm in plan.arms
-    }
-    first = plan.conditions[0]
+    breaks = {arm.name: _broken_under(outcome, arm.name) for arm in plan.arms}
     texts = [
-        f"{arm.name} does not converge even by default, so its other cells say nothing: its base rate is too high."
-        for arm in plan.arms
-        if broken(outcome.cells[arm.name, first.name])
+        f"{cell.arm.name} does not converge even by default, so its other cells say nothing: its base rate is too high."
+        for cell in outcome.under(plan.conditions[0])
+        if cell.broken
     ]
-    firm = [name for name, where in breaks.items() if not where]
+    firm = [name for name, titles in breaks.items() if not titles]
     if firm:
         texts.append(f"No condition breaks {listed(firm)}.")
-    texts += [f"{name} breaks under: {'; '.join(where)}." for name, where in breaks.items() if where]
-    hardest = plan.conditions[-1]
-    losses = {name: outcome.cells[name, hardest.name] for name in firm}
+    texts += [f"{name} breaks under: {'; '.join(titles)}." for name, titles in breaks.items() if titles]
     if len(firm) > 1:
-        ranked = sorted(firm, key=lambda name: Measured(losses[name].losses).estimate.value)
-        numbers = ", ".join(f"{name} {Measured(losses[name].losses)}" for name in ranked)
+        hardest = plan.conditions[-1]
+        losses = {name: Measured(outcome.cells[name, hardest.name].losses) for name in firm}
+        ranked = sorted(firm, key=lambda name: losses[name].estimate.value)
+        numbers = ", ".join(f"{name} {losses[name]}" for name in ranked)
         texts.append(f"Under “{hardest.title}” those end at {numbers}.")
     return texts
 
@@ -222,10 +188,7 @@ def _limits(outcome: Outcome) -> list[str]:
 
 def _dots(outcome: Outcome) -> Picture:
     plan = outcome.plan
-    series = {
-        condition.title: [outcome.cells[arm.name, condition.name].losses for arm in plan.arms]
-        for condition in plan.conditions
-    }
+    series = {each.title: [cell.losses for cell in outcome.under(each)] for each in plan.conditions}
     names = [arm.name for arm in plan.arms]
     words = [
         f"{name}: " + ", ".join(f"{title} {Measured(cells[place])}" for title, cells in series.items()) + "."
@@ -235,21 +198,13 @@ def _dots(outcome: Outcome) -> Picture:
     def draw():
         from sdd.lab.figures import draw_dots
 
-        return draw_dots(names, series, loss_axis(), "a seed did not converge")
+        return draw_dots(names, series, HELD_OUT.axis(), "a seed did not converge")
 
     caption = (
         f"Held-out loss at the end under each condition, mean of {seeds_text(plan.request.seeds)}; bars are the "
         "range of the seeds, crosses at the right seeds that did not converge."
     )
     return Picture("table2", caption, f"Held-out loss in nats a token. {' '.join(words)}", draw)
-
-
-def _defaults(outcome: Outcome) -> list[Cell]:
-    return [outcome.cells[arm.name, outcome.plan.conditions[0].name] for arm in outcome.plan.arms]
-
-
-def _loss(value: float | None) -> str:
-    return "-" if value is None or math.isnan(value) else f"{value:.2f}"
 
 
 DEFINITION = Definition(

@@ -2,29 +2,61 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
-from sdd.lab.definition import Cell, Outcome
-from sdd.lab.findings import Measured, Picture, Table, Value, listed, seeds_text
+from sdd.lab.definition import Cell, Condition, Outcome, at_edge, best_rate
+from sdd.lab.findings import Interval, Measured, Picture, Table, listed, seeds_text
 from sdd.lab.results import LEARNED_SHARE, RunResult
-from sdd.lab.statistics import Estimate
-from sdd.lab.tuning import at_edge, best_rate
+from sdd.lab.statistics import Estimate, paired_difference
 from sdd.placement import placements
 from sdd.report.runs import CONVERGENCE_SHARE
 
-LOSS_UNIT = "held-out loss, nats a token"
+
+@dataclass(frozen=True)
+class Quantity:
+    """A column of run results that figures show over training.
+
+    Attributes:
+        name: in captions.
+        unit: in captions.
+        source: the field of the result that has it.
+        column: its column there.
+        log: whether its axis is logarithmic.
+    """
+
+    name: str
+    unit: str
+    source: Literal["curve", "training"]
+    column: str
+    log: bool = False
+
+    @property
+    def label(self) -> str:
+        """Of an axis."""
+        return f"{self.name[0].lower()}{self.name[1:]}, {self.unit}"
+
+    def columns(self, result: RunResult, x: str) -> tuple[list[float], list[float]]:
+        """The column x of a result, and this quantity."""
+        found = result.curve if self.source == "curve" else result.training
+        return found[x], found[self.column]
+
+    def axis(self):
+        """The vertical axis of this quantity."""
+        from sdd.lab.figures import Axis
+
+        return Axis(self.label, log=self.log)
 
 
-def loss_axis():
-    """The axis of held-out losses."""
-    from sdd.lab.figures import Axis
-
-    return Axis(LOSS_UNIT)
+HELD_OUT = Quantity("Held-out loss", "nats a token", "curve", "eval_loss")
+TRAINING = Quantity("Training loss", "nats a token", "training", "loss")
+GRAD_NORM = Quantity("Gradient norm", "before clipping", "training", "grad_norm", log=True)
 
 
 def not_converged_text() -> str:
-    """What a dash is."""
+    """Table footnote: a dash marks runs that did not converge."""
     return (
         "A dash: did not converge, with how many of the seeds. That is a run whose loss, gradient or weights became "
         f"non-finite, or which ended more than {CONVERGENCE_SHARE:.0%} above its own lowest held-out loss, or less "
@@ -33,14 +65,38 @@ def not_converged_text() -> str:
     )
 
 
+def loss_table(outcome: Outcome) -> Table:
+    """Held-out loss of each method under each condition."""
+    plan = outcome.plan
+    columns = [outcome.under(condition) for condition in plan.conditions]
+    return Table(
+        "loss",
+        f"Held-out loss at the end, nats a token, {seeds_text(plan.request.seeds)}",
+        ["method", *(condition.title for condition in plan.conditions)],
+        [[cells[0].arm.name, *(Measured(cell.losses) for cell in cells)] for cells in zip(*columns, strict=True)],
+        not_converged_text(),
+    )
+
+
+def change(outcome: Outcome, arm: str, condition: Condition) -> Interval:
+    """The change of a method's loss from the first condition to another, paired by seed."""
+    losses = [outcome.cells[arm, each.name].losses for each in (condition, outcome.plan.conditions[0])]
+    return Interval(paired_difference(*losses), signed=True)
+
+
 def cost_table(cells: Sequence[Cell], outcome: Outcome) -> Table:
-    """Parameters, tokens, speed and time of a run of each method; a cell each."""
-    rows: list[list[Value]] = []
+    """Parameters, tokens, speed and time of a run of each method.
+
+    Args:
+        cells: one for each method.
+        outcome: has the seconds of a token.
+    """
+    rows = []
     for cell in cells:
         tokens = max((result.tokens for result in cell.results), default=0)
         parameters = max((result.parameters for result in cell.results), default=0)
-        cost = outcome.seconds_per_token[cell.arm.name]
-        rows.append([cell.arm.name, parameters, tokens, round(1 / cost), round(cost * tokens)])
+        seconds = outcome.seconds_per_token[cell.arm.name]
+        rows.append([cell.arm.name, parameters, tokens, round(1 / seconds), round(seconds * tokens)])
     return Table(
         "cost",
         "Cost of a default run",
@@ -52,15 +108,14 @@ def cost_table(cells: Sequence[Cell], outcome: Outcome) -> Table:
 
 
 def rates_table(outcome: Outcome) -> list[Table]:
-    """Which rates were tried, and which was taken; empty where rates are not tuned."""
+    """The rates that were tried and the one that was taken; empty where rates are not tuned."""
     if outcome.plan.rates.kind != "tuned":
         return []
     rows = []
     for (arm, condition), grid in outcome.grids.items():
         tried = ", ".join(f"{rate:g}" for rate in sorted(grid))
-        end = "yes" if at_edge(grid) else "no"
-        rows.append([arm, condition, f"{best_rate(grid):g}", tried, end])
-    seeds = listed([str(seed) for seed in outcome.plan.tuning_seeds])
+        rows.append([arm, condition, f"{best_rate(grid):g}", tried, "yes" if at_edge(grid) else "no"])
+    seeds = listed([str(seed) for seed in outcome.plan.grid_seeds])
     return [
         Table(
             "rates",
@@ -73,8 +128,14 @@ def rates_table(outcome: Outcome) -> list[Table]:
     ]
 
 
+def edge_limits(outcome: Outcome) -> list[str]:
+    """A warning that names methods whose best rate still lies at an end of the grid; empty if there are none."""
+    edges = [arm for (arm, _), grid in outcome.grids.items() if at_edge(grid)]
+    return [f"The best rate of {listed(edges)} still lies at an end of the extended grid."] if edges else []
+
+
 def general_limits(outcome: Outcome) -> list[str]:
-    """What no study of this size can say."""
+    """Sentences on what no study of this size can show."""
     results = outcome.results
     parameters = max((result.parameters for result in results), default=0)
     tokens = max((result.tokens for result in results), default=0)
@@ -82,10 +143,8 @@ def general_limits(outcome: Outcome) -> list[str]:
     spread = (
         "an interval over seeds needs two or more, so here there is none"
         if n == 1
-        else (
-            f"an interval from {n} seeds is wide (Student's t with {n - 1} degrees of freedom) and covers initial "
-            "draws and order of the data only"
-        )
+        else f"an interval from {n} seeds is wide (Student's t with {n - 1} degrees of freedom) and covers initial "
+        "draws and order of the data only"
     )
     return [
         *_redrawn(outcome),
@@ -96,7 +155,7 @@ def general_limits(outcome: Outcome) -> list[str]:
 
 
 def _redrawn(outcome: Outcome) -> list[str]:
-    """Which methods do not start from the init of their authors."""
+    """Name the methods that do not start from the init of their authors."""
     names = [arm.name for arm in outcome.plan.arms if outcome.plan.placement(arm) != placements[arm.placement]]
     if not names:
         return []
@@ -111,69 +170,93 @@ def curves_picture(
     name: str,
     panels: Mapping[str, Sequence[Cell]],
     x: str = "tokens",
+    quantity: Quantity = HELD_OUT,
     *,
     ceiling: float | None = None,
     levels: Mapping[str, float] | None = None,
+    reference: tuple[str, float] | None = None,
 ) -> Picture:
-    """Held-out loss over training, a panel a setting and a line a method.
+    """Draw a quantity over training, a panel for each setting and a line for each method.
 
     Args:
         name: of the figure's files.
         panels: the cells of each panel, by title.
         x: "tokens" or "seconds".
-        ceiling: the greatest loss shown; by default a little above that before training.
-        levels: horizontal lines, by name.
+        quantity: the vertical axis.
+        ceiling: the greatest value shown; by default a little above the loss before training, or none on a
+            logarithmic axis.
+        levels: horizontal lines that are labelled in the panels, by name.
+        reference: a horizontal line that is named in the legend.
     """
     seeds = max(len(cell.results) for cells in panels.values() for cell in cells)
     words = [
         (f"{title}: " if title else "")
-        + ", ".join(f"{cell.arm.name} ends at {Measured(cell.losses)}" for cell in cells)
+        + ", ".join(f"{cell.arm.name} ends at {_end(cell, quantity)}" for cell in cells)
         + "."
         for title, cells in panels.items()
     ]
 
     def draw():
-        from sdd.lab.figures import Axis, CurvePanel, draw_curves
+        from sdd.draw.style import REFERENCE_STYLE
+        from sdd.lab.figures import Axis, Curve, CurvePanel, draw_curves
 
         everything = [result for cells in panels.values() for cell in cells for result in cell.results]
-        top = ceiling or 1.05 * float(np.median([result.initial_loss for result in everything]))
-        axis = Axis("tokens", counts=True) if x == "tokens" else Axis("seconds in training steps")
+        untrained = math.inf if quantity.log else 1.05 * float(np.median([run.initial_loss for run in everything]))
+        axes = (
+            Axis("tokens", counts=True) if x == "tokens" else Axis("seconds in training steps"),
+            quantity.axis(),
+        )
+        lines = []
+        if reference:
+            end = max((at for run in everything for at in quantity.columns(run, x)[0]), default=0.0)
+            lines = [Curve(reference[0], REFERENCE_STYLE, [[0.0, end]], [[reference[1]] * 2])]
         return draw_curves(
-            [CurvePanel(title, axis, loss_axis(), _curves(cells, x), top, levels) for title, cells in panels.items()]
+            [
+                CurvePanel(title, *axes, [*_curves(cells, x, quantity), *lines], ceiling or untrained, levels)
+                for title, cells in panels.items()
+            ]
         )
 
     caption = (
-        f"Held-out loss over training, mean of {seeds_text(seeds)}, the band their range; a line ends where a run does."
+        f"{quantity.name} over training, mean of {seeds_text(seeds)}, the band their range; a line ends where a run "
+        "does."
     )
-    return Picture(name, caption, f"Held-out loss in nats a token against {x}. {' '.join(words)}", draw)
+    return Picture(name, caption, f"{quantity.name} in {quantity.unit} against {x}. {' '.join(words)}", draw)
 
 
-def mean_curve(results: Sequence[RunResult], x: str) -> tuple[np.ndarray, np.ndarray]:
-    """Columns x and held-out loss, one row a seed, as long as the longest; where a run ended early, nan."""
-    points = max((len(result.curve["tokens"]) for result in results), default=0)
-    columns = [[_padded(result.curve[key], points) for result in results] for key in (x, "eval_loss")]
-    across = np.array(columns[0], float)
-    longest = np.array(max((result.curve[x] for result in results), key=len, default=[]), float)
-    return np.where(np.isnan(across), longest, across), np.array(columns[1], float)
+def mean_curve(results: Sequence[RunResult], x: str, quantity: Quantity) -> tuple[np.ndarray, np.ndarray]:
+    """Columns x and the quantity, one row for each seed, as long as the longest; nan where a run ended early."""
+    columns = [quantity.columns(result, x) for result in results]
+    points = max((len(across) for across, _ in columns), default=0)
+    across, values = (np.array([_padded(pair[place], points) for pair in columns], float) for place in (0, 1))
+    longest = np.array(max((across for across, _ in columns), key=len, default=[]), float)
+    return np.where(np.isnan(across), longest, across), values
 
 
 def factor_words(factor: Estimate) -> str:
-    """A factor with its interval, in a sentence."""
+    """Write a factor with its interval, for a sentence."""
     if math.isnan(factor.low):
         return f"{factor.value:.2f} times"
     return f"{factor.value:.2f} times (95% interval {factor.low:.2f} to {factor.high:.2f})"
 
 
-def _curves(cells: Sequence[Cell], x: str):
+def _end(cell: Cell, quantity: Quantity) -> Measured:
+    """The last value of a quantity by seed; of held-out losses only those of runs that converged."""
+    if quantity is HELD_OUT:
+        return Measured(cell.losses)
+    return Measured({result.seed: [math.nan, *quantity.columns(result, "tokens")[1]][-1] for result in cell.results})
+
+
+def _curves(cells: Sequence[Cell], x: str, quantity: Quantity):
     from sdd.lab.figures import Curve, style_of
 
     curves: list[Curve] = []
     seen: list[str] = []
     for cell in cells:
         placement = cell.arm.placement
-        across, losses = mean_curve(cell.results, x)
+        across, values = mean_curve(cell.results, x, quantity)
         style = style_of(cell.arm.name, placement, seen.count(placement))
-        curves.append(Curve(cell.arm.name, style, across.tolist(), losses.tolist()))
+        curves.append(Curve(cell.arm.name, style, across.tolist(), values.tolist()))
         seen.append(placement)
     return curves
 
