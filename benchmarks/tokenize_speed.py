@@ -10,9 +10,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from sdd.data.corpora import CLASSICS
+
 from _record import write_result
 from sdd.data import Tokenizer, builtin_tokenizer
-from sdd.data.corpora import CLASSICS
 
 
 def run(inputs: list[str], tokenizer: Path, workers: int) -> dict[str, Any]:

@@ -4,9 +4,9 @@ from collections import Counter
 import numpy as np
 import pytest
 import zstandard
+from sdd.data.corpora import CLASSICS
 
 from sdd.data import TokenFile, builtin_tokenizer, classics, prepare
-from sdd.data.corpora import CLASSICS
 
 
 @pytest.fixture(scope="module")

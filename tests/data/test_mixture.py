@@ -7,9 +7,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sdd.data.corpora import builtin_tokenizer
 
 from sdd.data import Loader, Part, TokenFile, TokenInfo, TokenWriter, resolve_data, tokenize_files
-from sdd.data.corpora import builtin_tokenizer
 from sdd.data.mixture import LONGEST_CYCLE, Interleaving, mixed_validation
 from sdd.errors import UserError
 

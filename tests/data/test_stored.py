@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from sdd.data.stored import StoredTokens
 
 from sdd.data import Loader, TokenFile, TokenWriter, resolve_data
-from sdd.data.stored import StoredTokens
 from sdd.errors import RunFailed
 
 

@@ -10,9 +10,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import TextColumn
 
-from sdd.data.corpora import builtin_tokenizer
 from sdd.data.tokenize_job import VALIDATION_FRACTION, Status, TokenizeSettings, tokenize
-from sdd.data.tokenizer import Tokenizer
+from sdd.data.tokenizer import Tokenizer, builtin_tokenizer
 from sdd.data.workers import available_cpus
 from sdd.errors import Interrupted, UserError
 from sdd.terminal import SECONDS_BETWEEN_LINES, clock, progress_bar, stderr_console

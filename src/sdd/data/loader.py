@@ -10,7 +10,7 @@ from math import isqrt
 import numpy as np
 import torch
 
-from sdd.data.mixture import Interleaving, Part
+from sdd.data.mixture import Interleaving, MixturePart
 from sdd.data.token_file import TokenFile
 from sdd.errors import UserError
 
@@ -46,7 +46,7 @@ class Loader:
 
     def __init__(
         self,
-        files: Sequence[TokenFile] | Sequence[Part],
+        files: Sequence[TokenFile] | Sequence[MixturePart],
         batch_size: int,
         context: int,
         seed: int = 0,
@@ -145,16 +145,16 @@ class Loader:
         return torch.from_numpy(batch)
 
 
-def _parts(files: Sequence[TokenFile] | Sequence[Part]) -> list[Part]:
-    parts = [item for item in files if isinstance(item, Part)]
-    return parts or [Part("the data", tuple(item for item in files if isinstance(item, TokenFile)))]
+def _parts(files: Sequence[TokenFile] | Sequence[MixturePart]) -> list[MixturePart]:
+    parts = [item for item in files if isinstance(item, MixturePart)]
+    return parts or [MixturePart("the data", tuple(item for item in files if isinstance(item, TokenFile)))]
 
 
 def _starts(counts: Sequence[int]) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
 
 
-def _check_length(part: Part, context: int) -> None:
+def _check_length(part: MixturePart, context: int) -> None:
     longest = max((len(file) for file in part.files), default=0)
     if longest <= context:
         raise UserError(

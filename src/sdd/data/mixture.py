@@ -15,7 +15,7 @@ _VALIDATION_TOKENS = 2**24
 
 
 @dataclass(frozen=True, eq=False)
-class Part:
+class MixturePart:
     """One source of a mixture; data that are no mixture are a single part.
 
     Attributes:

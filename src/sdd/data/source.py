@@ -1,26 +1,28 @@
-"""From what the user names (`--data`) to token files."""
+"""Find the data that the user names (`--data`), and tokenise them into the cache if they are text."""
 
 import hashlib
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from sdd.data.cache import Notify
-from sdd.data.corpora import builtin_tokenizer, classics
-from sdd.data.mixture import Part, mixed_validation
-from sdd.data.prepare import cached_token_files
+from sdd.data.cache import Notify, cached
+from sdd.data.inputs import Input, find_inputs, token_files
+from sdd.data.mixture import MixturePart, mixed_validation
+from sdd.data.shards import PROGRESS_FILE
 from sdd.data.spec import CLASSICS, Entry, entries, existing
-from sdd.data.text import TEXT_SUFFIXES
 from sdd.data.token_file import TokenFile
-from sdd.data.tokenizer import Tokenizer
+from sdd.data.tokenize_job import TokenizeSettings, tokenize
+from sdd.data.tokenizer import Tokenizer, builtin_tokenizer
 from sdd.errors import UserError
 
-TOKEN_SUFFIXES = (".npy", ".bin")
-VALIDATION_STEMS = ("validation", "val")
-HELD_OUT_WINDOWS = 0.01
-PROGRESS_FILE = "progress.json"  # lies in a folder that `sdd tokenize` has not finished
+VALIDATION_FRACTION = 0.05  # of text that is not tokenised beforehand
+_VALIDATION_STEMS = ("validation", "val")
+_HELD_OUT_WINDOWS = 0.01
+_CACHE_FORMAT = 1  # to be raised when the same text and tokenizer give other token files
+_ONE_FILE = 2**62
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,7 +34,7 @@ class DataSource:
     """
 
     name: str
-    parts: tuple[Part, ...]
+    parts: tuple[MixturePart, ...]
     validation: TokenFile
     tokenizer: Tokenizer | None
     vocab_size: int
@@ -131,38 +133,96 @@ def resolve_data(
     return sources[0] if len(sources) == 1 else _mixed(named, sources, context)
 
 
+def classics(tokenizer: Tokenizer | None = None, notify: Notify | None = None) -> tuple[TokenFile, TokenFile]:
+    """Training and validation tokens of the built-in corpus, tokenised on first use (seconds) and kept in the cache.
+
+    The classics are English prose of four kinds: State of the Union addresses, Moby Dick, five Jane Austen novels, the
+    King James Bible (sources and licences in assets/README.md). Held out is the last 5% of each document, by the rule
+    that holds for all text, `sdd.data.text.TailSplit`. Of the addresses, 221 documents in the order of time, this is on
+    purpose not the last 5% of them all: those are the most recent, and the loss on them would measure two centuries of
+    change in the language beside what the model has learned. Tails of all eras have the training text's distribution.
+
+    Args:
+        tokenizer: the built-in one by default.
+        notify: receives one line when there is work to do; by default it is logged.
+    """
+    return _cached_tokens(CLASSICS, find_inputs([str(existing(CLASSICS))]), tokenizer or builtin_tokenizer(), notify)
+
+
+def _cached_tokens(
+    name: str, inputs: Sequence[Input], tokenizer: Tokenizer, notify: Notify | None
+) -> tuple[TokenFile, TokenFile]:
+    """The training and validation tokens of text, tokenised on first use and kept in the cache.
+
+    The cache's entry is found by a hash of the inputs' contents and of the tokenizer. Held out is a tail of the
+    documents (see `TailSplit`), so no text is in both.
+
+    Raises:
+        UserError: text that cannot be read, or too little of it.
+    """
+    notify = notify or logging.getLogger(__name__).info
+    settings = TokenizeSettings(
+        tokenizer,
+        workers=0,
+        validation_fraction=VALIDATION_FRACTION,
+        eos_needed=False,
+        whole_documents=True,
+        shard_tokens=_ONE_FILE,
+    )
+
+    def build(folder: Path) -> None:
+        size = sum(source.size for source in inputs) / 1e6
+        notify(f"tokenising {name} ({size:.1f} MB on disk) into {folder.parent}, once")
+        names = [source.name for source in inputs]
+        if not tokenize(names, folder, settings)["validation_tokens"]:
+            raise UserError(f"{names[0]}{' ...' * (len(names) > 1)}: too little text to train on and hold out a part")
+        for suffix in (".npy", ".json"):
+            (folder / f"train-00000{suffix}").rename(folder / f"train{suffix}")
+
+    def load(folder: Path) -> tuple[TokenFile, TokenFile]:
+        return TokenFile.open(folder / "train.npy"), TokenFile.open(folder / "validation.npy")
+
+    key = hashlib.sha256(f"{_CACHE_FORMAT} {VALIDATION_FRACTION} {tokenizer.sha256}".encode())
+    for source in inputs:
+        key.update(f"{source.reading} {source.content_hash()}".encode())
+    return cached(f"{name}-{key.hexdigest()[:16]}", build, load, notify)
+
+
 def _resolve(named: Sequence[Entry], given: _Given) -> DataSource:
     """The data of one or more entries as one source."""
-    if [entry.path for entry in named] == [CLASSICS]:
-        train, validation = classics(given.tokenizer, given.notify)
-        source = _text_source(CLASSICS, train, validation, given.tokenizer or builtin_tokenizer())
-        return _checked(source, given)
-    if CLASSICS in [entry.path for entry in named]:
+    if len(named) > 1 and CLASSICS in [entry.path for entry in named]:
         raise UserError(f"{CLASSICS} and other data need weights: {CLASSICS}:0.5,PATH:0.5")
-    paths = [existing(entry.path) for entry in named]
-    name = paths[0].resolve().stem + (f"+{len(paths) - 1}" if len(paths) > 1 else "")
-    try:
-        files = _expanded(paths)
-    except OSError as error:
-        raise UserError(f"cannot read {error.filename}: {error.strerror}") from None
-    tokens = [file for file in files if file.suffix in TOKEN_SUFFIXES or _is_foreign(file, given)]
-    if tokens and len(tokens) < len(files):
-        (text, *_) = set(files) - set(tokens)
-        raise UserError(
-            f"{','.join(map(str, paths))} mixes token files ({tokens[0].name}) and text ({text.name}): give one or the "
-            "other, or each a weight, PATH:WEIGHT"
-        )
+    name, tokens, texts = _named_files([entry.path for entry in named], given)
     if tokens:
         return _checked(_token_source(name, tokens, given), given)
     own = given.tokenizer or builtin_tokenizer()
     if given.eos not in (None, own.eos):
         raise UserError(f"{name} is text: its end-of-text token is that of the tokenizer, {own.eos}, not {given.eos}")
-    return _checked(_text_source(name, *cached_token_files(name, files, own, given.notify), own), given)
+    train, validation = _cached_tokens(name, texts, own, given.notify)
+    part = MixturePart(name, (train,))
+    return _checked(DataSource(name, (part,), validation, own, own.vocab_size, own.eos), given)
 
 
-def _is_foreign(file: Path, given: _Given) -> bool:
-    """Whether a file of an unknown kind is one of tokens: the caller says of which dtype."""
-    return given.dtype is not None and not file.name.endswith(TEXT_SUFFIXES)
+def _named_files(names: Sequence[str], given: _Given) -> tuple[str, list[Path], list[Input]]:
+    """What to call the data of these paths, and either their token files or their texts; of a folder token files, if
+    it has any.
+    """
+    paths = [existing(name) for name in names]
+    tokens: list[Path] = []
+    texts: list[Input] = []
+    for path in paths:
+        if (path / PROGRESS_FILE).is_file():
+            raise UserError(f"{path} is not complete: give the same sdd tokenize command again, it goes on")
+        found = token_files(path, any_name=given.dtype is not None)
+        tokens += found
+        texts += [] if found else find_inputs([str(path)])
+    if tokens and texts:
+        raise UserError(
+            f"{','.join(map(str, paths))} mixes token files ({tokens[0].name}) and text ({Path(texts[0].name).name}): "
+            "give one or the other, or each a weight, PATH:WEIGHT"
+        )
+    name = CLASSICS if names[0] == CLASSICS else paths[0].resolve().stem
+    return name + (f"+{len(paths) - 1}" if len(paths) > 1 else ""), tokens, texts
 
 
 def _mixed(named: Sequence[Entry], sources: Sequence[DataSource], context: int) -> DataSource:
@@ -187,33 +247,9 @@ def _check_same_vocabulary(source: DataSource, first: DataSource) -> None:
         )
 
 
-def _expanded(paths: Sequence[Path]) -> list[Path]:
-    """The files that are named or lie in a directory that is named; of a directory the token files, if it has any."""
-    files: list[Path] = []
-    for path in paths:
-        if path.is_file():
-            if not path.stat().st_size:
-                raise UserError(f"{path} is empty")
-            files.append(path)
-            continue
-        if (path / PROGRESS_FILE).is_file():
-            raise UserError(f"{path} is not complete: give the same sdd tokenize command again, it goes on")
-        inside = sorted(file for file in path.rglob("*") if file.is_file() and file.stat().st_size)
-        found = [file for file in inside if file.suffix in TOKEN_SUFFIXES]
-        found = found or [file for file in inside if file.name.endswith(TEXT_SUFFIXES)]
-        if not found:
-            raise UserError(f"{path} holds neither token files (.npy, .bin) nor text ({', '.join(TEXT_SUFFIXES)})")
-        files += found
-    return files
-
-
-def _text_source(name: str, train: TokenFile, validation: TokenFile, tokenizer: Tokenizer) -> DataSource:
-    return DataSource(name, (Part(name, (train,)),), validation, tokenizer, tokenizer.vocab_size, tokenizer.eos)
-
-
 def _token_source(name: str, paths: Sequence[Path], given: _Given) -> DataSource:
-    if not any(path.stem in VALIDATION_STEMS for path in paths):
-        beside = (paths[-1].with_stem(stem) for stem in VALIDATION_STEMS)
+    if not any(path.stem in _VALIDATION_STEMS for path in paths):
+        beside = (paths[-1].with_stem(stem) for stem in _VALIDATION_STEMS)
         paths = [*paths, *(path for path in beside if path.is_file())]
     files = [TokenFile.open(path, given.dtype, given.eos) for path in paths]
     tokenizer = given.tokenizer or _tokenizer_of(files[0])
@@ -227,14 +263,14 @@ def _token_source(name: str, paths: Sequence[Path], given: _Given) -> DataSource
         )
     eos = files[0].eos if files[0].eos is not None else tokenizer and tokenizer.eos
     files = [file.knowing(eos, vocab_size) for file in files]
-    validation = [file for file in files if file.path.stem in VALIDATION_STEMS]
+    validation = [file for file in files if file.path.stem in _VALIDATION_STEMS]
     train = [file for file in files if file not in validation]
     if not train or len(validation) > 1:
         raise UserError(f"{name}: expected token files to train on and at most one validation.npy")
     if not validation:
         train[-1], held_out = _hold_out(train[-1], given.context)
         validation = [held_out]
-    return DataSource(name, (Part(name, tuple(train)),), validation[0], tokenizer, vocab_size, eos)
+    return DataSource(name, (MixturePart(name, tuple(train)),), validation[0], tokenizer, vocab_size, eos)
 
 
 def _tokenizer_of(file: TokenFile) -> Tokenizer | None:
@@ -264,7 +300,7 @@ def _check_same_tokens(file: TokenFile, first: TokenFile, tokenizer: Tokenizer |
 
 
 def _hold_out(file: TokenFile, context: int) -> tuple[TokenFile, TokenFile]:
-    held_out = max(1, int(file.n_windows(context) * HELD_OUT_WINDOWS)) * context + 1
+    held_out = max(1, int(file.n_windows(context) * _HELD_OUT_WINDOWS)) * context + 1
     cut = max(0, len(file) - held_out)
     return file.slice(0, cut), file.slice(cut, len(file))
 
