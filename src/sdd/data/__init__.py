@@ -4,7 +4,7 @@ from sdd.data.cache import Notify
 from sdd.data.loader import Loader, eval_windows, permute
 from sdd.data.mixture import MixturePart
 from sdd.data.source import DataSource, classics, resolve_data
-from sdd.data.token_file import TokenFile, TokenInfo, TokenizerRef, TokenWriter
+from sdd.data.token_file import TokenFile, TokenInfo, TokenizerRef, write_tokens
 from sdd.data.tokenize_job import TokenizeSettings, tokenize
 from sdd.data.tokenizer import Tokenizer, builtin_tokenizer
 
@@ -15,7 +15,6 @@ __all__ = [
     "Notify",
     "TokenFile",
     "TokenInfo",
-    "TokenWriter",
     "TokenizeSettings",
     "Tokenizer",
     "TokenizerRef",
@@ -25,4 +24,5 @@ __all__ = [
     "permute",
     "resolve_data",
     "tokenize",
+    "write_tokens",
 ]

@@ -172,7 +172,7 @@ class ChunkTokenizer:
         return Document(place(source, record.number), io.BytesIO(data), len(data))
 
     def _split(self, chunk: Chunk, text_bytes: int) -> TailSplit:
-        """How this chunk is split: if the fraction is small most chunks hold out nothing, and the others whole tails."""
+        """How this chunk is split: of a small fraction most chunks hold out nothing, the others whole tails."""
         fraction, stored = self._manifest.validation_fraction, chunk.after.n_bytes - chunk.before.n_bytes
         unit = max(1.0, min(_HELD_OUT_BYTES, fraction * self._manifest.size / 16))
         due = unit * (fraction * chunk.after.n_bytes // unit - fraction * chunk.before.n_bytes // unit)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from sdd.data.mixture import Interleaving, MixturePart
-from sdd.data.token_file import TokenFile
+from sdd.data.token_file import TokenFile, check_length
 from sdd.errors import UserError
 
 _ROUNDS = 8
@@ -64,7 +64,7 @@ class Loader:
         self.seed = seed
         self._first_window = _starts([file.n_windows(context) for file in self.files])
         for part in self.parts:
-            _check_length(part, context)
+            check_length(part.name, part.files, context)
         self._part_windows = [sum(file.n_windows(context) for file in part.files) for part in self.parts]
         self._part_start = _starts(self._part_windows)
         self._interleaving = Interleaving([part.weight for part in self.parts])
@@ -154,15 +154,6 @@ def _starts(counts: Sequence[int]) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
 
 
-def _check_length(part: MixturePart, context: int) -> None:
-    longest = max((len(file) for file in part.files), default=0)
-    if longest <= context:
-        raise UserError(
-            f"{part.name}: too little, a context of {context} needs {context + 1} tokens in a file, the longest has "
-            f"{longest}; bring more text or shorten the context"
-        )
-
-
 def eval_windows(file: TokenFile, n: int | None, context: int) -> torch.Tensor:
     """Fixed windows spread evenly over a file, no token a target twice.
 
@@ -177,12 +168,8 @@ def eval_windows(file: TokenFile, n: int | None, context: int) -> torch.Tensor:
     Raises:
         UserError: the file has no full window, or a token id outside its vocabulary.
     """
+    check_length(str(file.path), [file], context)
     count = file.n_windows(context)
-    if not count:
-        raise UserError(
-            f"{file.path}: too little data, a context of {context} needs {context + 1} tokens, here are {len(file)}; "
-            "bring more text or shorten the context"
-        )
     n = count if n is None else min(n, count)
     return torch.from_numpy(file.read(np.arange(n) * count // n * context, context + 1))
 

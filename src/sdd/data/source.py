@@ -13,7 +13,7 @@ from sdd.data.inputs import Input, find_inputs, token_files
 from sdd.data.mixture import MixturePart, mixed_validation
 from sdd.data.shards import PROGRESS_FILE
 from sdd.data.spec import CLASSICS, Entry, entries, existing
-from sdd.data.token_file import TokenFile
+from sdd.data.token_file import TokenFile, check_length
 from sdd.data.tokenize_job import TokenizeSettings, tokenize
 from sdd.data.tokenizer import Tokenizer, builtin_tokenizer
 from sdd.errors import UserError
@@ -127,9 +127,10 @@ def resolve_data(
     own = Tokenizer.load(tokenizer) if tokenizer else None
     given = _Given(own, context, dtype, eos, vocab_size, notify)
     named = entries(CLASSICS if spec is None else str(spec))
-    if named[0].weight is None:
-        return _resolve(named, given)
-    sources = [_resolve([entry], given) for entry in named]
+    sources = [_resolve(group, given) for group in ([named] if named[0].weight is None else [[one] for one in named])]
+    for source in sources:
+        check_length(f"training part of {source.name}", source.train, context)
+        check_length(f"validation part of {source.name}", [source.validation], context)
     return sources[0] if len(sources) == 1 else _mixed(named, sources, context)
 
 
@@ -192,22 +193,21 @@ def _resolve(named: Sequence[Entry], given: _Given) -> DataSource:
     """The data of one or more entries as one source."""
     if len(named) > 1 and CLASSICS in [entry.path for entry in named]:
         raise UserError(f"{CLASSICS} and other data need weights: {CLASSICS}:0.5,PATH:0.5")
-    name, tokens, texts = _named_files([entry.path for entry in named], given)
+    paths = [existing(entry.path) for entry in named]
+    name = CLASSICS if named[0].path == CLASSICS else paths[0].resolve().stem
+    name += f"+{len(paths) - 1}" if len(paths) > 1 else ""
+    tokens, texts = _files(paths, given)
     if tokens:
-        return _checked(_token_source(name, tokens, given), given)
+        return _token_source(name, tokens, given)
     own = given.tokenizer or builtin_tokenizer()
     if given.eos not in (None, own.eos):
         raise UserError(f"{name} is text: its end-of-text token is that of the tokenizer, {own.eos}, not {given.eos}")
     train, validation = _cached_tokens(name, texts, own, given.notify)
-    part = MixturePart(name, (train,))
-    return _checked(DataSource(name, (part,), validation, own, own.vocab_size, own.eos), given)
+    return DataSource(name, (MixturePart(name, (train,)),), validation, own, own.vocab_size, own.eos)
 
 
-def _named_files(names: Sequence[str], given: _Given) -> tuple[str, list[Path], list[Input]]:
-    """What to call the data of these paths, and either their token files or their texts; of a folder token files, if
-    it has any.
-    """
-    paths = [existing(name) for name in names]
+def _files(paths: Sequence[Path], given: _Given) -> tuple[list[Path], list[Input]]:
+    """The token files or the texts of these paths; of a folder the token files, if it has any."""
     tokens: list[Path] = []
     texts: list[Input] = []
     for path in paths:
@@ -221,15 +221,19 @@ def _named_files(names: Sequence[str], given: _Given) -> tuple[str, list[Path], 
             f"{','.join(map(str, paths))} mixes token files ({tokens[0].name}) and text ({Path(texts[0].name).name}): "
             "give one or the other, or each a weight, PATH:WEIGHT"
         )
-    name = CLASSICS if names[0] == CLASSICS else paths[0].resolve().stem
-    return name + (f"+{len(paths) - 1}" if len(paths) > 1 else ""), tokens, texts
+    return tokens, texts
 
 
 def _mixed(named: Sequence[Entry], sources: Sequence[DataSource], context: int) -> DataSource:
-    weights = [entry.share() for entry in named]
     first = sources[0]
     for source in sources:
-        _check_same_vocabulary(source, first)
+        tokenizers = {one.tokenizer.sha256 for one in (source, first) if one.tokenizer}
+        if len(tokenizers) > 1 or _vocabulary(source) != _vocabulary(first):
+            raise UserError(
+                f"{source.name} ({_vocabulary(source)}) and {first.name} ({_vocabulary(first)}) were made with two "
+                "tokenizers: sources of a mixture need one; for text, name it as data.tokenizer"
+            )
+    weights = [entry.share() for entry in named]
     parts = [replace(source.parts[0], weight=weight) for source, weight in zip(sources, weights, strict=True)]
     validation = mixed_validation([source.validation for source in sources], weights, context)
     name = ",".join(f"{source.name}:{entry.weight}" for source, entry in zip(sources, named, strict=True))
@@ -237,14 +241,8 @@ def _mixed(named: Sequence[Entry], sources: Sequence[DataSource], context: int) 
     return DataSource(name, tuple(parts), validation, tokenizer, first.vocab_size, first.eos)
 
 
-def _check_same_vocabulary(source: DataSource, first: DataSource) -> None:
-    hashes = {s.tokenizer.sha256 for s in (source, first) if s.tokenizer}
-    if len(hashes) > 1 or (source.vocab_size, source.eos) != (first.vocab_size, first.eos):
-        raise UserError(
-            f"{source.name} (vocab_size {source.vocab_size}, eos {source.eos}) and {first.name} (vocab_size "
-            f"{first.vocab_size}, eos {first.eos}) were made with two tokenizers: sources of a mixture need one; for "
-            "text, name it as data.tokenizer"
-        )
+def _vocabulary(tokens: DataSource | TokenFile) -> str:
+    return f"vocab_size {tokens.vocab_size}, eos {tokens.eos}"
 
 
 def _token_source(name: str, paths: Sequence[Path], given: _Given) -> DataSource:
@@ -268,9 +266,25 @@ def _token_source(name: str, paths: Sequence[Path], given: _Given) -> DataSource
     if not train or len(validation) > 1:
         raise UserError(f"{name}: expected token files to train on and at most one validation.npy")
     if not validation:
-        train[-1], held_out = _hold_out(train[-1], given.context)
-        validation = [held_out]
+        last = train[-1]
+        windows = max(1, int(last.n_windows(given.context) * _HELD_OUT_WINDOWS))
+        cut = max(0, len(last) - windows * given.context - 1)
+        train[-1], validation = last.slice(0, cut), [last.slice(cut, len(last))]
     return DataSource(name, (MixturePart(name, tuple(train)),), validation[0], tokenizer, vocab_size, eos)
+
+
+def _check_same_tokens(file: TokenFile, first: TokenFile, tokenizer: Tokenizer | None) -> None:
+    made_with = file.info.tokenizer and file.info.tokenizer.sha256
+    if tokenizer and made_with not in (None, tokenizer.sha256):
+        raise UserError(
+            f"{file.path} was made with tokenizer {made_with[:12]}, but {tokenizer.path} is {tokenizer.sha256[:12]}: "
+            "name the one it was made with"
+        )
+    if _vocabulary(file) != _vocabulary(first):
+        raise UserError(
+            f"{file.path} ({_vocabulary(file)}) and {first.path} ({_vocabulary(first)}) differ: files of one run need "
+            "one tokenizer"
+        )
 
 
 def _tokenizer_of(file: TokenFile) -> Tokenizer | None:
@@ -283,34 +297,3 @@ def _tokenizer_of(file: TokenFile) -> Tokenizer | None:
     if reference.file and (path := file.path.parent / reference.file).is_file():
         return Tokenizer.load(path)
     return None
-
-
-def _check_same_tokens(file: TokenFile, first: TokenFile, tokenizer: Tokenizer | None) -> None:
-    made_with = file.info.tokenizer and file.info.tokenizer.sha256
-    if tokenizer and made_with and made_with != tokenizer.sha256:
-        raise UserError(
-            f"{file.path} was made with tokenizer {made_with[:12]}, but {tokenizer.path} is {tokenizer.sha256[:12]}: "
-            "name the one it was made with"
-        )
-    if file.vocab_size != first.vocab_size or file.eos != first.eos:
-        raise UserError(
-            f"{file.path} (vocab_size {file.vocab_size}, eos {file.eos}) and {first.path} (vocab_size "
-            f"{first.vocab_size}, eos {first.eos}) differ: files of one run need one tokenizer"
-        )
-
-
-def _hold_out(file: TokenFile, context: int) -> tuple[TokenFile, TokenFile]:
-    held_out = max(1, int(file.n_windows(context) * _HELD_OUT_WINDOWS)) * context + 1
-    cut = max(0, len(file) - held_out)
-    return file.slice(0, cut), file.slice(cut, len(file))
-
-
-def _checked(source: DataSource, given: _Given) -> DataSource:
-    train = max(source.train, key=len)
-    for part, file in (("training", train), ("validation", source.validation)):
-        if not file.n_windows(given.context):
-            raise UserError(
-                f"{source.name}: too little data, the {part} part has {len(file)} tokens in one file and a context of "
-                f"{given.context} needs {given.context + 1}; bring more text or shorten the context"
-            )
-    return source

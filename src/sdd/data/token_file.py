@@ -7,16 +7,15 @@
 import hashlib
 import mmap
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Literal, TypeVar
 
 import numpy as np
 import pydantic
 
 from sdd.errors import RunFailed, UserError
-from sdd.files import write_aside
+from sdd.files import aside, write_aside
 
 FORMAT = 1
 DtypeName = Literal["uint16", "uint32"]
@@ -278,62 +277,43 @@ class TokenFile:
         return self._tokens[part.start : part.stop]
 
 
-class TokenWriter:
-    """Write a token file piece by piece; it appears, complete, when the `with` block ends without error.
+def write_tokens(path: str | Path, blocks: Iterable[Sequence[int] | np.ndarray], info: TokenInfo) -> TokenFile:
+    """Write a token file block by block; it appears when it is complete, and its json after it.
 
-    The dtype is the smallest that holds the vocabulary. Until the end the tokens are in a hidden file beside it. The
-    json is written last, so a file with a json is whole. Without a single token no file is left.
+    Args:
+        path: the file; an older one is replaced.
+        blocks: token ids, end-of-text tokens included.
+        info: what the json will say, but for the number of tokens.
+
+    Raises:
+        UserError: no tokens at all, or an id that does not fit the vocabulary or the dtype.
     """
+    path, n_tokens = Path(path), 0
+    dtype = np.dtype(info.dtype).newbyteorder("<")
+    limit = min(info.vocab_size or 2**32, 2 ** (8 * dtype.itemsize))
+    with aside(path) as temporary:
+        with temporary.open("wb") as file:
+            for block in blocks:
+                array = np.asarray(block, np.int64)
+                if array.size and not 0 <= (worst := int(array.view(np.uint64).max())) < limit:
+                    raise UserError(f"{path}: token id {worst} is outside the vocabulary of {limit} tokens")
+                file.write(array.astype(dtype).data)
+                n_tokens += array.size
+        if not n_tokens:
+            raise UserError(f"{path}: no tokens to write")
+        path.with_suffix(".json").unlink(missing_ok=True)  # an old json beside the new tokens would be a lie
+    info = info.model_copy(update={"n_tokens": n_tokens})
+    write_aside(path.with_suffix(".json"), info.model_dump_json(indent=2) + "\n", durable=False)
+    return TokenFile.open(path)
 
-    def __init__(self, path: str | Path, vocab_size: int, eos: int | None, tokenizer: TokenizerRef | None = None):
-        self.path, self.vocab_size, self.eos = Path(path), vocab_size, eos
-        self._tokenizer = tokenizer
-        self._dtype = smallest_dtype(vocab_size)
-        self._n_tokens = self._n_documents = 0
-        self._n_bytes: int | None = 0
-        self._partial = self.path.with_name(f".{self.path.name}.{os.getpid()}")
 
-    def __enter__(self) -> "TokenWriter":
-        self._file = self._partial.open("wb")
-        return self
-
-    def write(self, ids: Sequence[int] | np.ndarray, n_bytes: int | None = None) -> None:
-        """Append tokens that stand for `n_bytes` of UTF-8; the file's count is unknown if one piece's is.
-
-        Raises:
-            UserError: an id outside the vocabulary.
-        """
-        array = np.asarray(ids, np.int64)
-        if array.size and not 0 <= (worst := int(array.view(np.uint64).max())) < self.vocab_size:
-            raise UserError(f"{self.path}: token id {worst} is outside the vocabulary of {self.vocab_size} tokens")
-        self._file.write(array.astype(np.dtype(self._dtype).newbyteorder("<")).data)
-        self._n_tokens += array.size
-        self._n_bytes = None if n_bytes is None or self._n_bytes is None else self._n_bytes + n_bytes
-
-    def end_document(self) -> None:
-        """Close the document: append the end-of-text token, if the vocabulary has one."""
-        self._n_documents += 1
-        if self.eos is not None:
-            self.write([self.eos], n_bytes=0)
-
-    def __exit__(self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None) -> None:
-        self._file.close()
-        if kind is None and self._n_tokens:
-            json_path = self.path.with_suffix(".json")
-            json_path.unlink(missing_ok=True)  # an old json beside the new tokens would be a lie
-            self._partial.replace(self.path)
-            write_aside(json_path, self._info().model_dump_json(indent=2) + "\n", durable=False)
-        self._partial.unlink(missing_ok=True)
-
-    def _info(self) -> TokenInfo:
-        return TokenInfo(
-            dtype=self._dtype,
-            n_tokens=self._n_tokens,
-            n_bytes=self._n_bytes,
-            n_documents=self._n_documents,
-            eos=self.eos,
-            vocab_size=self.vocab_size,
-            tokenizer=self._tokenizer,
+def check_length(name: str, files: Iterable[TokenFile], context: int) -> None:
+    """Raise UserError unless one of the files has a window of `context` + 1 tokens; `name` says what they are."""
+    longest = max((len(file) for file in files), default=0)
+    if longest <= context:
+        raise UserError(
+            f"{name}: too little data, a context of {context} needs {context + 1} tokens in a file, the longest has "
+            f"{longest}; bring more text or shorten the context"
         )
 
 

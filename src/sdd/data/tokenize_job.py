@@ -71,9 +71,10 @@ class Status:
     seconds: float
 
 
-def tokenize(
-    names: Sequence[str], out: Path, settings: TokenizeSettings, watch: Callable[[Status], None] | None = None
-) -> dict[str, Any]:
+Watch = Callable[[Status], None]
+
+
+def tokenize(names: Sequence[str], out: Path, settings: TokenizeSettings, watch: Watch | None = None) -> dict[str, Any]:
     """Tokenise text, JSON lines, parquet and Hugging Face datasets into a folder that `resolve_data` reads.
 
     The folder gets train-00000.npy, ..., validation.npy, a json beside each, tokenizer.json and manifest.json. If a
@@ -98,11 +99,8 @@ def tokenize(
     try:
         with _locked(out):
             progress = _begin(out, manifest, settings.tokenizer)
-            before = None
-            if progress is not None:
-                before = progress.total()
-                _work(out, manifest, settings, progress, watch)
-            return _summary(out, manifest, before, time.monotonic() - began)
+            text_bytes = _work(out, manifest, settings, progress, watch) if progress else 0
+            return _summary(out, manifest, text_bytes, time.monotonic() - began)
     except OSError as error:
         raise RunFailed(
             f"cannot write {error.filename or out}: {error.strerror}; once that is mended the same command goes on"
@@ -181,19 +179,15 @@ def _check_same(out: Path, before: Manifest, now: Manifest) -> None:
             raise UserError(f"{out} was begun with another {new.name} (it {what}): bring that back, or {advice}")
 
 
-def _work(
-    out: Path,
-    manifest: Manifest,
-    settings: TokenizeSettings,
-    progress: Progress,
-    watch: Callable[[Status], None] | None,
-) -> None:
+def _work(out: Path, manifest: Manifest, settings: TokenizeSettings, progress: Progress, watch: Watch | None) -> int:
+    """Tokenise all that is left; the bytes of text that this took."""
     info = TokenInfo(
         dtype=manifest.dtype,
         eos=manifest.eos,
         vocab_size=settings.tokenizer.vocab_size,
         tokenizer=TokenizerRef(sha256=settings.tokenizer.sha256, file="tokenizer.json"),
     )
+    text_before = progress.total().n_bytes
     shards = Shards(out, info, progress, manifest.shard_tokens)
     try:
         _fill(shards, manifest, settings, watch)
@@ -203,11 +197,10 @@ def _work(
     finally:
         with suppress(OSError):  # a full disk was reported already
             shards.close()
+    return progress.total().n_bytes - text_before
 
 
-def _fill(
-    shards: Shards, manifest: Manifest, settings: TokenizeSettings, watch: Callable[[Status], None] | None
-) -> None:
+def _fill(shards: Shards, manifest: Manifest, settings: TokenizeSettings, watch: Watch | None) -> None:
     progress, commit = shards.progress, Interval(_SECONDS_BETWEEN_COMMITS)
     began, text_before, seconds_before = time.monotonic(), progress.total().n_bytes, progress.seconds
 
@@ -224,13 +217,12 @@ def _fill(
         if commit.due():
             shards.commit()
         tell()
-    shards.commit()
 
 
-def _summary(out: Path, manifest: Manifest, before: Counts | None, seconds: float) -> dict[str, Any]:
+def _summary(out: Path, manifest: Manifest, text_bytes: int, seconds: float) -> dict[str, Any]:
     done = read_model(out / SUMMARY_FILE, Progress, f"it is damaged: delete {out} and start again")
     files = [TokenFile.open(out / name) for name, counts in done.files() if counts.n_tokens]
-    total, session = done.total(), done.total().n_bytes - before.n_bytes if before else 0
+    total = done.total()
     return {
         "out": str(out),
         "files": [file.path.name for file in files],
@@ -243,7 +235,7 @@ def _summary(out: Path, manifest: Manifest, before: Counts | None, seconds: floa
         "eos": manifest.eos,
         "vocab_size": files[0].vocab_size,
         "seconds": done.seconds,
-        "mb_per_second": session / 1e6 / seconds if session else None,
+        "mb_per_second": text_bytes / 1e6 / seconds if text_bytes else None,
     }
 
 
