@@ -20,7 +20,7 @@ _ABOUT = """Turn text into token files, a folder that `--data DIR` takes.
 
 INPUT is text (.txt, .md), JSON lines (.jsonl), either also as .gz or .zst, parquet (needs the extra `data`), a folder
 of these, or a Hugging Face dataset (extra `datasets`): hf:NAME, hf:NAME:SPLIT, hf:NAME:CONFIG:SPLIT, or a folder that
-save_to_disk wrote. Interrupted or killed, the same command goes on where it was."""
+save_to_disk wrote. If it is interrupted or killed, the same command goes on where it was."""
 
 
 def main(args: list[str]) -> int:

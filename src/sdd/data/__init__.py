@@ -1,4 +1,4 @@
-"""Data: corpora, tokenizers, token files, and the loader that says which tokens make batch s."""
+"""Data: text and tokenizers, token files, mixtures, and the loader that computes which tokens make batch s."""
 
 from sdd.data.cache import Notify
 from sdd.data.loader import Loader, eval_windows, permute

@@ -56,7 +56,7 @@ class Manifest(pydantic.BaseModel, frozen=True):
 
     @property
     def size(self) -> int:
-        """Of all inputs."""
+        """The size of all inputs."""
         return sum(source.size for source in self.inputs)
 
 

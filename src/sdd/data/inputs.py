@@ -45,7 +45,7 @@ class Input(pydantic.BaseModel, frozen=True):
         name: its path, or hf:NAME:SPLIT.
         kind: how it is read.
         size: of the file in bytes, or as a dataset states it; only ratios of it matter.
-        stamp: time of the last change, or a dataset's fingerprint. If it differs, so may the content.
+        stamp: time of the last change, or a dataset's fingerprint; another stamp may mean another content.
     """
 
     name: str

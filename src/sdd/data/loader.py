@@ -1,7 +1,7 @@
-"""Which tokens make batch number s: a pure function of the data, the seed and s.
+"""The tokens of batch number s: a pure function of the data, the seed and s.
 
 There is no state to save and no list of samples to shuffle: the order of an epoch is a pseudo-random permutation that
-is computed where it is needed. A resumed run needs its step, a run on other hardware any split of the same rows.
+is computed where it is needed. So a run resumes from its step alone, and may split the same rows over any hardware.
 """
 
 from collections.abc import Sequence
@@ -73,21 +73,21 @@ class Loader:
         self.pass_over(skipped)
 
     def pass_over(self, skipped: Sequence[int]) -> None:
-        """Replace the list of skipped batches."""
+        """Replace the list of skipped batch numbers."""
         passed = np.unique(np.asarray(skipped, np.int64))
         self._passed = passed - np.arange(len(passed))  # as many batches are used before the skipped one
 
     @property
     def n_windows(self) -> int:
-        """Windows that there are; of data that are no mixture, samples in an epoch."""
+        """The number of windows; without a mixture, these are the samples of an epoch."""
         return int(self._first_window[-1])
 
     def epoch(self, step: int) -> float:
-        """Samples that are behind at the start of a step, as a multiple of the windows that there are."""
+        """The number of samples before a step, as a multiple of the number of windows."""
         return self.batch_index(step) * self.batch_size / self.n_windows
 
     def describe(self, steps: int) -> list[str]:
-        """Of a mixture, one line for each source: its share, and its epochs in a run of so many steps."""
+        """One line for each source of a mixture: its share, and its epochs in a run of so many steps."""
         if len(self.parts) == 1:
             return []
         taken = self._interleaving.taken(self.batch_index(steps) * self.batch_size)
@@ -112,7 +112,7 @@ class Loader:
         return windows
 
     def _visited(self, part: int, numbers: np.ndarray) -> np.ndarray:
-        """Which of a part's windows its samples of those numbers are."""
+        """The windows of a part that its samples with these numbers are."""
         seed = self.seed
         if len(self.parts) > 1:  # else two sources of the same size would go in step
             seed = int(_keys(seed, np.array([_PART_KEYS + part], np.uint64))[0])

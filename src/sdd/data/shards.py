@@ -88,12 +88,12 @@ class Shards:
 
     Args:
         folder: where.
-        info: what the files' json will say, but for the counts.
+        info: the content of the files' json, except for the counts.
         progress: where to go on.
         shard_tokens: a training file that has so many is followed by a new one.
 
     Raises:
-        UserError: files that do not hold what the progress says.
+        UserError: files that are shorter than the progress says.
     """
 
     def __init__(self, folder: Path, info: TokenInfo, progress: Progress, shard_tokens: int = SHARD_TOKENS) -> None:
@@ -131,7 +131,7 @@ class Shards:
         write_aside(self.folder / PROGRESS_FILE, self.progress.model_dump_json(indent=2) + "\n")
 
     def close(self) -> None:
-        """Let go of the files; what was not committed is lost."""
+        """Close the files; tokens that were not committed are lost."""
         self._train.close()
         self._validation.close()
 
@@ -153,7 +153,7 @@ class Shards:
         return self.folder / f"{name}.part"
 
     def _restore(self, name: str, counts: Counts) -> None:
-        """Bring a file back to where the progress saw it."""
+        """Bring a file back to the state that the progress describes."""
         part, final = self._part(name), self.folder / name
         if final.is_file() and not part.exists():  # killed while finishing
             final.replace(part)

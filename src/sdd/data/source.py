@@ -27,10 +27,10 @@ _ONE_FILE = 2**62
 
 @dataclass(frozen=True, eq=False)
 class DataSource:
-    """Tokens to train on and to validate with, and what they mean.
+    """Tokens to train on and to validate with, and their vocabulary.
 
-    `parts` are the sources of a mixture, a single one where there is none. `tokenizer` is None where only tokens are
-    known; `eos` where the vocabulary has no end-of-text token.
+    `parts` are the sources of a mixture; data that are no mixture have one part. `tokenizer` is None if only tokens are
+    known, `eos` if the vocabulary has no end-of-text token.
     """
 
     name: str
@@ -42,12 +42,12 @@ class DataSource:
 
     @property
     def train(self) -> list[TokenFile]:
-        """The files that are trained on, of all parts."""
+        """The training files of all parts."""
         return [file for part in self.parts for file in part.files]
 
     @property
     def n_tokens(self) -> int:
-        """Training tokens."""
+        """The number of training tokens."""
         return sum(len(file) for file in self.train)
 
     @cached_property
@@ -58,14 +58,14 @@ class DataSource:
         return [{"file": name, "tokens": len(file), "hash": file.fingerprint()} for name, file in files]
 
     def fingerprint(self) -> str:
-        """A cheap hash of the tokens, by which a resumed run knows that its data are still the same."""
+        """A cheap hash of the tokens. A resumed run compares it to find out whether its data have changed."""
         text = "".join(entry["hash"] for entry in self.listing)
         if len(self.parts) > 1:
             text += "".join(f" {part.weight}x{len(part.files)}" for part in self.parts)
         return hashlib.sha256(text.encode()).hexdigest()
 
     def changes(self, before: Any) -> str:
-        """What is not as it was in an earlier `listing`, in a few words."""
+        """The differences from an earlier `listing`, in a few words."""
         try:
             then = {entry["file"]: (entry["tokens"], entry["hash"]) for entry in before}
         except (TypeError, KeyError):
@@ -81,7 +81,7 @@ class DataSource:
 
 @dataclass(frozen=True)
 class _Given:
-    """What the caller says of all sources."""
+    """The arguments of `resolve_data` that hold for every source."""
 
     tokenizer: Tokenizer | None
     context: int
@@ -101,28 +101,28 @@ def resolve_data(
     vocab_size: int | None = None,
     notify: Notify | None = None,
 ) -> DataSource:
-    """Find, and if need be tokenise, the data that `spec` names.
+    """Find the data that `spec` names, and tokenise them if they are text.
 
     Args:
         spec: None or "classics" for the built-in corpus; or one path, or several separated by commas, of
-            - token files (.npy, .bin; any name where `dtype` is given), or a directory of them: `validation.npy` or
-              `val.bin`, among them or beside them, is the validation part, all others are trained on; without it the
-              last 1% of the last file's windows (at least one) is held out;
-            - text files (any UTF-8 file; .jsonl, .jsonl.zst and .jsonl.gz hold one document a line under "text"), or a
-              directory of them: tokenised into the cache, about 5% held out (see `sdd.data.text.TailSplit`).
+            - token files (.npy, .bin; with `dtype` also names that say no kind), or a directory of them. The file
+              `validation.npy` or `val.bin`, among them or beside them, is the validation part, all others are trained
+              on. Without it the last 1% of the last file's windows (at least one) is held out;
+            - text, or a directory of it: every file that `sdd.data.inputs` takes. It is tokenised into the cache,
+              about 5% of it held out (see `sdd.data.text.TailSplit`).
 
             A mixture is such paths with weights, `a.npy:0.7,texts:0.3`, or a .json file `{"sources": [{"path": ...,
             "weight": ...}, ...]}` with paths relative to it, or a directory that holds it as mixture.json. Weights are
-            shares of the tokens; held out is a part of each source, put together in the same shares.
+            shares of the tokens. A part of each source is held out; these parts are mixed in the same shares.
         tokenizer: path of a tokenizer.json; by default the token files' own, or the built-in one for text.
         context: tokens of input in a sample; both parts must have room for one.
         dtype: of token files without a json.
         eos: id of the end-of-text token, for token files whose json does not say.
-        vocab_size: of token files where neither a json nor a tokenizer tells.
+        vocab_size: of token files whose json does not say and whose tokenizer is not known.
         notify: receives one line before work that takes a while; by default it is logged.
 
     Raises:
-        UserError: nothing there, not readable as what it is, or too little of it.
+        UserError: there are no such data, they are damaged, or there are too few.
     """
     own = Tokenizer.load(tokenizer) if tokenizer else None
     given = _Given(own, context, dtype, eos, vocab_size, notify)
@@ -138,14 +138,14 @@ def classics(tokenizer: Tokenizer | None = None, notify: Notify | None = None) -
     """Training and validation tokens of the built-in corpus, tokenised on first use (seconds) and kept in the cache.
 
     The classics are English prose of four kinds: State of the Union addresses, Moby Dick, five Jane Austen novels, the
-    King James Bible (sources and licences in assets/README.md). Held out is the last 5% of each document, by the rule
-    that holds for all text, `sdd.data.text.TailSplit`. Of the addresses, 221 documents in the order of time, this is on
-    purpose not the last 5% of them all: those are the most recent, and the loss on them would measure two centuries of
-    change in the language beside what the model has learned. Tails of all eras have the training text's distribution.
+    King James Bible (sources and licences in assets/README.md). The last 5% of each document is held out, by the rule
+    for all text, `sdd.data.text.TailSplit`. The 221 addresses are in the order of time. Their last 5% as a whole would
+    be the most recent ones, and the loss on them would also measure two centuries of change in the language. Tails of
+    all eras have the distribution of the training text.
 
     Args:
         tokenizer: the built-in one by default.
-        notify: receives one line when there is work to do; by default it is logged.
+        notify: receives one line before the work; by default it is logged.
     """
     return _cached_tokens(CLASSICS, find_inputs([str(existing(CLASSICS))]), tokenizer or builtin_tokenizer(), notify)
 
@@ -155,8 +155,7 @@ def _cached_tokens(
 ) -> tuple[TokenFile, TokenFile]:
     """The training and validation tokens of text, tokenised on first use and kept in the cache.
 
-    The cache's entry is found by a hash of the inputs' contents and of the tokenizer. Held out is a tail of the
-    documents (see `TailSplit`), so no text is in both.
+    The cache's entry is found by a hash of the inputs' contents and of the tokenizer.
 
     Raises:
         UserError: text that cannot be read, or too little of it.

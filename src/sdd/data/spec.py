@@ -26,7 +26,7 @@ class Entry:
     weight: str | None = None
 
     def share(self) -> Fraction:
-        """The weight as an exact number; 1 where there is none.
+        """The weight as an exact number; 1 if none was given.
 
         Raises:
             UserError: a weight that is not positive, or out of all proportion.
@@ -51,7 +51,7 @@ def entries(spec: str) -> list[Entry]:
             raise UserError(f"{entry.path} is a mixture itself: name its sources instead")
     unweighted = [entry.path for entry in found if entry.weight is None]
     if unweighted and len(unweighted) < len(found):
-        raise UserError(f"{unweighted[0]} has no weight and others have: give PATH:WEIGHT for all or for none")
+        raise UserError(f"{unweighted[0]} has no weight but others have one: give PATH:WEIGHT for all or for none")
     return found
 
 

@@ -63,7 +63,7 @@ class TokenizerRef(pydantic.BaseModel, frozen=True):
 class TokenInfo(pydantic.BaseModel, frozen=True):
     """The json beside a token file; only `dtype` is needed to read one.
 
-    `n_bytes` counts the UTF-8 bytes of the text, end-of-text tokens excluded; None means unknown, in all fields.
+    `n_bytes` counts the UTF-8 bytes of the text without end-of-text tokens. In every field None means unknown.
     """
 
     format: int = FORMAT
@@ -77,7 +77,7 @@ class TokenInfo(pydantic.BaseModel, frozen=True):
 
 
 class OpenTokens:
-    """Token ids in a file that is open for reading, safe against what happens to the file meanwhile.
+    """Token ids in an open file; a file that is cut off or deleted meanwhile does no harm.
 
     A memory map of a file that has become shorter kills the process (SIGBUS); a read returns less than was asked for.
     So batches are read, and only code that wants the whole array at once gets a map. A deleted file stays readable
@@ -157,7 +157,7 @@ class TokenFile:
     Args:
         path: the file.
         tokens: its ids, in memory or on disk.
-        info: what the json beside it says, checked against the file; of a part, what still holds.
+        info: the json beside it, checked against the file; of a part, only the facts that still hold.
         part: which of the tokens, all by default.
     """
 
@@ -172,8 +172,8 @@ class TokenFile:
     ) -> "TokenFile":
         """Open a token file; nothing but its header is read.
 
-        A real `.npy` with a header is read as well. `dtype`, `eos` and `vocab_size` stand in for what the json does
-        not say.
+        A real `.npy` with a header is read as well. `dtype`, `eos` and `vocab_size` are needed where the json does not
+        have them.
 
         Raises:
             UserError: no such file, no way to know the dtype, or a file that contradicts its json.
@@ -215,7 +215,7 @@ class TokenFile:
         return len(self._part)
 
     def knowing(self, eos: int | None, vocab_size: int | None) -> "TokenFile":
-        """The same file with what its json does not say.
+        """The same file, with facts that its json lacks.
 
         Raises:
             UserError: the json says something else.
@@ -264,7 +264,7 @@ class TokenFile:
         return out
 
     def fingerprint(self) -> str:
-        """Hash of the number of tokens and of 16 blocks spread over them: cheap, and new for any ordinary change."""
+        """Hash of the number of tokens and of 16 blocks spread over them: cheap, and any ordinary change alters it."""
         n_tokens = len(self)
         digest = hashlib.sha256(str(n_tokens).encode())
         last = max(0, n_tokens - _FINGERPRINT_TOKENS)
@@ -283,7 +283,7 @@ def write_tokens(path: str | Path, blocks: Iterable[Sequence[int] | np.ndarray],
     Args:
         path: the file; an older one is replaced.
         blocks: token ids, end-of-text tokens included.
-        info: what the json will say, but for the number of tokens.
+        info: the content of the json, except for the number of tokens.
 
     Raises:
         UserError: no tokens at all, or an id that does not fit the vocabulary or the dtype.
@@ -368,15 +368,12 @@ def _npy_header(path: Path) -> tuple[int, np.dtype, int] | None:
     with path.open("rb") as file:
         if file.read(6) != b"\x93NUMPY":
             return None
-        file.seek(0)
-        try:
-            reads = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-            shape, _, dtype = reads[np.lib.format.read_magic(file)](file)
-        except Exception as error:  # numpy evaluates the header as a Python literal, which fails in a dozen ways
-            why = " ".join(str(error).split())[:200] or type(error).__name__
-            raise UserError(f"{path} has a damaged .npy header: {why}") from None
-        offset = file.tell()
+    try:
+        array = np.lib.format.open_memmap(path, mode="r")
+    except Exception as error:  # numpy evaluates the header as a Python literal, which fails in a dozen ways
+        why = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(f"{path} has a damaged .npy header: {why}") from None
     size = path.stat().st_size
-    if len(shape) != 1 or not shape[0] or size != offset + shape[0] * dtype.itemsize:
-        raise UserError(f"{path}: its .npy header says shape {shape} of {dtype}, which {size} bytes do not hold")
-    return offset, dtype, shape[0]
+    if array.ndim != 1 or not array.size or size != array.offset + array.nbytes:
+        raise UserError(f"{path}: its .npy header says shape {array.shape} of {array.dtype}, and it has {size} bytes")
+    return array.offset, array.dtype, len(array)

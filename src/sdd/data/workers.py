@@ -76,7 +76,7 @@ def _pool(tokenizer: Tokenizer, manifest: Manifest, workers: int) -> ProcessPool
 
 def _start_worker(path: Path, data: bytes, manifest: Manifest) -> None:
     global _work
-    # Ctrl-C reaches every process of the terminal; it is for the parent to say what happens.
+    # Ctrl-C reaches every process of the terminal; only the parent acts on it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ[_PARALLELISM] = "false"
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -84,7 +84,7 @@ def _start_worker(path: Path, data: bytes, manifest: Manifest) -> None:
 
 
 def _end_with_parent() -> None:
-    """A parent that was killed cannot tell its workers to end."""
+    """End this worker with its parent: a parent that was killed cannot stop its workers."""
     if parent := multiprocessing.parent_process():
         parent.join()
         os._exit(1)
