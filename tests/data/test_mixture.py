@@ -209,7 +209,7 @@ def test_text_and_the_built_in_corpus_can_be_mixed(tmp_path: Path):
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("{a}:0.7,{b}", "b.npy has no weight and others have"),
+        ("{a}:0.7,{b}", "b.npy has no weight but others have one"),
         ("{a}:0,{b}:1", r"a\.npy: the weight 0 must be above 0"),
         ("{a}:1,{c}:1", r"c \(vocab_size 60, eos 0\) and a \(vocab_size 5000, eos 0\) were made with two tokenizers"),
         ("{a}:1,classics:1", "were made with two tokenizers"),
