@@ -12,7 +12,7 @@ from typing import Any
 
 from _record import write_result
 from sdd.data import Tokenizer, builtin_tokenizer
-from sdd.data.corpora import CLASSICS
+from sdd.data.spec import CLASSICS
 
 
 def run(inputs: list[str], tokenizer: Path, workers: int) -> dict[str, Any]:
@@ -43,7 +43,7 @@ def run(inputs: list[str], tokenizer: Path, workers: int) -> dict[str, Any]:
 def main() -> None:
     """Measure and write benchmarks/results/tokenize_speed.json."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("inputs", nargs="*", default=[str(CLASSICS)], help="default: the built-in corpus")
+    parser.add_argument("inputs", nargs="*", default=[CLASSICS], help="default: the built-in corpus")
     parser.add_argument("--tokenizer", type=Path, default=builtin_tokenizer().path, help="default: the built-in one")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="of the last run (default: all cores)")
     args = parser.parse_args()

@@ -1,3 +1,4 @@
+import gzip
 import json
 import sys
 from collections.abc import Iterator
@@ -5,10 +6,11 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
+import zstandard
 from helpers_data import some_documents, texts_of
 
 from sdd.data import builtin_tokenizer
-from sdd.data.inputs import _load_dataset, find_inputs, records
+from sdd.data.inputs import _load_dataset, documents, find_inputs, records, token_files
 from sdd.data.tokenize_job import TokenizeSettings, tokenize
 from sdd.errors import UserError
 
@@ -126,3 +128,54 @@ def test_a_module_without_the_right_shape_is_not_taken_for_one(tmp_path: Path, m
     _load_dataset.cache_clear()
     with pytest.raises(UserError, match="cannot load the dataset hf:x: module 'datasets' has no attribute"):
         find_inputs(["hf:x"], "text")
+
+
+COMPRESS = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress}
+
+
+def whole(path: Path) -> list[bytes]:
+    (source,) = find_inputs([str(path)])
+    return [b"".join(data for data, _ in doc.pieces(0, doc.size)) for _, doc in documents(source, "text")]
+
+
+@pytest.mark.parametrize("archive", COMPRESS)
+def test_a_line_of_json_is_a_document(tmp_path: Path, archive: str):
+    texts = ["first\nsecond line", "“three”", ""]
+    data = "\n".join(json.dumps({"text": text, "id": 1}) for text in texts).encode() + b"\n\n"
+    path = tmp_path / f"some.jsonl{archive}"
+    path.write_bytes(COMPRESS[archive](data) + COMPRESS[archive](data))
+    assert whole(path) == [text.encode() for text in texts * 2]
+
+
+@pytest.mark.parametrize("archive", COMPRESS)
+def test_a_text_file_is_a_document(tmp_path: Path, archive: str):
+    text = "\n".join(DOCUMENTS).encode()
+    path = tmp_path / f"some.txt{archive}"
+    path.write_bytes(COMPRESS[archive](text))
+    assert whole(path) == [text]
+
+
+@pytest.mark.parametrize("archive", [".gz", ".zst"])
+@pytest.mark.parametrize("name", ["some.jsonl", "some.txt"])
+def test_an_archive_that_is_cut_off_is_refused(tmp_path: Path, name: str, archive: str):
+    path = tmp_path / (name + archive)
+    path.write_bytes(COMPRESS[archive](json.dumps({"text": "x"}).encode() * 1000)[:-9])
+    with pytest.raises(UserError, match="damaged"):
+        whole(path)
+
+
+def test_token_files_of_a_folder_go_before_text(tmp_path: Path):
+    for name in ("a.npy", "b.bin", "c.txt"):
+        (tmp_path / name).write_text("some text")
+    (tmp_path / "empty.npy").touch()
+    assert [path.name for path in token_files(tmp_path)] == ["a.npy", "b.bin"]
+    assert token_files(tmp_path / "c.txt") == []
+    assert token_files(tmp_path / "d.u16", any_name=True) == []
+    (tmp_path / "d.u16").touch()
+    assert token_files(tmp_path / "d.u16", any_name=True) == [tmp_path / "d.u16"]
+
+
+def test_a_token_file_is_not_taken_for_text(tmp_path: Path):
+    (tmp_path / "train.npy").write_bytes(b"\0\0")
+    with pytest.raises(UserError, match=r"train\.npy is a token file, expected text: give it to sdd train --data"):
+        find_inputs([str(tmp_path / "train.npy")])

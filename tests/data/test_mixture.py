@@ -8,23 +8,32 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sdd.data import Loader, Part, TokenFile, TokenInfo, TokenWriter, resolve_data, tokenize_files
-from sdd.data.corpora import builtin_tokenizer
+from sdd.data import (
+    Loader,
+    MixturePart,
+    TokenFile,
+    TokenInfo,
+    TokenizeSettings,
+    builtin_tokenizer,
+    resolve_data,
+    tokenize,
+    write_tokens,
+)
 from sdd.data.mixture import LONGEST_CYCLE, Interleaving, mixed_validation
 from sdd.errors import UserError
 
 weights = st.lists(st.integers(1, 60).map(Fraction), min_size=1, max_size=6)
 
 
-def part(name: str, n_windows: int, context: int, first: int, weight: Fraction) -> Part:
+def part(name: str, n_windows: int, context: int, first: int, weight: Fraction) -> MixturePart:
     """A source whose tokens are their own positions, `first` and on."""
     n_tokens = n_windows * context + 1
     tokens = np.arange(first, first + n_tokens, dtype=np.uint32)
     file = TokenFile(Path(f"{name}.npy"), tokens, TokenInfo(dtype="uint32", vocab_size=first + n_tokens))
-    return Part(name, (file,), weight)
+    return MixturePart(name, (file,), weight)
 
 
-def parts_of(sizes: list[int], shares: list[Fraction], context: int = 3) -> list[Part]:
+def parts_of(sizes: list[int], shares: list[Fraction], context: int = 3) -> list[MixturePart]:
     pairs = zip(sizes, shares, strict=False)
     return [part(f"p{k}", size, context, 10_000 * k, share) for k, (size, share) in enumerate(pairs)]
 
@@ -123,7 +132,9 @@ def test_shares_and_epochs_are_described():
 
 
 def test_a_source_without_a_window_is_named():
-    with pytest.raises(UserError, match="p1: too little, a context of 3 needs 4 tokens in a file, the longest has 1"):
+    with pytest.raises(
+        UserError, match="p1: too little data, a context of 3 needs 4 tokens in a file, the longest has 1"
+    ):
         Loader(parts_of([10, 0], [Fraction(7), Fraction(3)]), 10, 3)
 
 
@@ -140,17 +151,17 @@ def test_held_out_tokens_have_the_shares_of_the_mixture(sizes: list[int], data: 
         assert got in (1, int(scarcest * share / sum(shares) + 1e-9))
 
 
-def write_tokens(path: Path, n_tokens: int, vocab_size: int = 5000, eos: int | None = 0) -> Path:
-    with TokenWriter(path, vocab_size, eos) as writer:
-        writer.write(np.arange(1, n_tokens + 1) % vocab_size)
-    return path
+def counting(path: Path, n_tokens: int, vocab_size: int = 5000, eos: int | None = 0) -> Path:
+    """A token file of 1, 2, 3, ..."""
+    info = TokenInfo(dtype="uint16", vocab_size=vocab_size, eos=eos)
+    return write_tokens(path, [np.arange(1, n_tokens + 1) % vocab_size], info).path
 
 
 @pytest.mark.parametrize("spelled", ["list", "file", "folder"])
 def test_mixtures_are_named_with_weights(tmp_path: Path, spelled: str, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "b").mkdir()
-    write_tokens(tmp_path / "a.npy", 4000)
-    write_tokens(tmp_path / "b" / "b.npy", 3000)
+    counting(tmp_path / "a.npy", 4000)
+    counting(tmp_path / "b" / "b.npy", 3000)
     sources = [{"path": "a.npy", "weight": 0.7}, {"path": "b", "weight": 0.3}]
     (tmp_path / "mixture.json").write_text(json.dumps({"sources": sources}))
     spec = {
@@ -168,18 +179,18 @@ def test_mixtures_are_named_with_weights(tmp_path: Path, spelled: str, monkeypat
 
 
 def test_the_fingerprint_knows_weights_and_says_what_changed(tmp_path: Path):
-    a, b = write_tokens(tmp_path / "a.npy", 4000), write_tokens(tmp_path / "b.npy", 3000)
+    a, b = counting(tmp_path / "a.npy", 4000), counting(tmp_path / "b.npy", 3000)
     data = resolve_data(f"{a}:1,{b}:1", context=10)
     assert resolve_data(f"{a}:1,{b}:1", context=10).fingerprint() == data.fingerprint()
     assert resolve_data(f"{a}:2,{b}:1", context=10).fingerprint() != data.fingerprint()
     before = json.loads(json.dumps(data.listing))
-    write_tokens(a, 4100)
+    counting(a, 4100)
     assert resolve_data(f"{a}:1,{b}:1", context=10).changes(before).startswith("a/a.npy had 3969 tokens, has 4059")
-    write_tokens(a, 4000, vocab_size=4500)
-    write_tokens(b, 3000, vocab_size=4500)
+    counting(a, 4000, vocab_size=4500)
+    counting(b, 3000, vocab_size=4500)
     text = resolve_data(f"{a}:1,{b}:1", context=10).changes(before)
     assert "had" not in text
-    c = write_tokens(tmp_path / "c.npy", 3000, vocab_size=4500)
+    c = counting(tmp_path / "c.npy", 3000, vocab_size=4500)
     assert "b/b.npy is missing; c/c.npy is new" in resolve_data(f"{a}:1,{c}:1", context=10).changes(before)
     assert data.changes(before) == "order or weights differ"
     assert data.changes("nonsense") == data.changes(None) == data.changes([3]) == "they differ"
@@ -191,15 +202,14 @@ def test_text_and_the_built_in_corpus_can_be_mixed(tmp_path: Path):
     assert [part.name for part in data.parts] == ["classics", "prose"]
     assert data.tokenizer is builtin_tokenizer()
     out = tmp_path / "tokens"
-    out.mkdir()
-    tokenize_files([tmp_path / "prose.txt"], out, builtin_tokenizer())
+    tokenize([str(tmp_path / "prose.txt")], out, TokenizeSettings(builtin_tokenizer()))
     assert resolve_data(f"classics:9,{out}:1", context=32).parts[0].weight == 9
 
 
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("{a}:0.7,{b}", "b.npy has no weight and others have"),
+        ("{a}:0.7,{b}", "b.npy has no weight but others have one"),
         ("{a}:0,{b}:1", r"a\.npy: the weight 0 must be above 0"),
         ("{a}:1,{c}:1", r"c \(vocab_size 60, eos 0\) and a \(vocab_size 5000, eos 0\) were made with two tokenizers"),
         ("{a}:1,classics:1", "were made with two tokenizers"),
@@ -212,8 +222,8 @@ def test_text_and_the_built_in_corpus_can_be_mixed(tmp_path: Path):
     ],
 )
 def test_mixtures_that_cannot_be_are_one_line(tmp_path: Path, spec: str, message: str):
-    a, b = write_tokens(tmp_path / "a.npy", 4000), write_tokens(tmp_path / "b.npy", 3000)
-    c = write_tokens(tmp_path / "c.npy", 3000, vocab_size=60)
+    a, b = counting(tmp_path / "a.npy", 4000), counting(tmp_path / "b.npy", 3000)
+    c = counting(tmp_path / "c.npy", 3000, vocab_size=60)
     (tmp_path / "mixed").mkdir()
     (tmp_path / "mixed" / "mixture.json").write_text('{"sources": [{"path": "../a.npy", "weight": 1}]}')
     (tmp_path / "bad.json").write_text('{"sources": [{"path": "a.npy", "weight": -1}]}')

@@ -1,13 +1,25 @@
+import gzip
+import hashlib
 import json
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+import zstandard
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from sdd.data import Loader, TokenWriter, builtin_tokenizer, resolve_data, tokenize_files
+from sdd.data import (
+    DataSource,
+    Loader,
+    TokenInfo,
+    TokenizeSettings,
+    builtin_tokenizer,
+    resolve_data,
+    tokenize,
+    write_tokens,
+)
 from sdd.data.spec import absolute
 from sdd.errors import UserError
 
@@ -24,8 +36,9 @@ def prose(tmp_path: Path) -> Path:
 @pytest.fixture
 def tokens(tmp_path: Path, prose: Path) -> Path:
     out = tmp_path / "tokens"
-    out.mkdir()
-    tokenize_files([prose], out, builtin_tokenizer())
+    tokenize([str(prose)], out, TokenizeSettings(builtin_tokenizer(), validation_fraction=0.05))
+    for suffix in (".npy", ".json"):
+        (out / f"train-00000{suffix}").rename(out / f"train{suffix}")
     return out
 
 
@@ -98,8 +111,7 @@ def test_without_validation_the_last_windows_are_held_out(
 ):
     n_tokens = 2 * (context + 1) + more
     path = tmp_path_factory.mktemp("tokens") / "part.npy"
-    with TokenWriter(path, n_tokens, None) as writer:
-        writer.write(np.arange(n_tokens))
+    write_tokens(path, [np.arange(n_tokens)], TokenInfo(dtype="uint16", vocab_size=n_tokens))
     source = resolve_data(path, context=context)
     assert [*source.train[0].tokens, *source.validation.tokens] == list(range(n_tokens))
     windows = source.validation.n_windows(context)
@@ -121,8 +133,7 @@ def test_token_files_without_json(tokens: Path):
 
 def test_token_files_of_two_vocabularies(tmp_path: Path):
     for name, size in (("a.npy", 50), ("b.npy", 60)):
-        with TokenWriter(tmp_path / name, size, 0) as writer:
-            writer.write(np.arange(40))
+        write_tokens(tmp_path / name, [np.arange(40)], TokenInfo(dtype="uint16", vocab_size=size, eos=0))
     with pytest.raises(UserError, match="files of one run need one tokenizer"):
         resolve_data(tmp_path, context=8)
 
@@ -139,10 +150,11 @@ def test_what_does_not_exist_is_answered_with_what_does(tmp_path: Path, prose: P
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "is empty"),
+        (b"", "no text to train on"),
+        (b"a", r"x\.txt: too little text to train on and hold out a part"),
         (b"\xff\xfe\x00", "not UTF-8"),
         (b"a few words", "too little"),
-        (PROSE.encode() * 8, "validation part has .* context of 64 needs 65"),
+        (PROSE.encode() * 8, "validation part of x: too little data, a context of 64 needs 65 tokens"),
     ],
 )
 def test_unusable_text_is_one_clear_line(tmp_path: Path, content: bytes, message: str):
@@ -225,3 +237,50 @@ def test_a_name_with_a_comma_or_a_number_after_a_colon_is_a_name_where_it_exists
         (tmp_path / name).write_text(PROSE * 100)
         assert absolute(name) == str(tmp_path / name)
         assert resolve_data(name, context=8).parts[0].weight == 1
+
+
+def held(data: DataSource) -> list[list[int]]:
+    return [file.tokens.tolist() for file in (*data.train, data.validation)]
+
+
+@pytest.mark.parametrize("name", ["a.txt.gz", "a.md.zst", "a.jsonl", "a.ndjson", "a.json.gz", "a.parquet"])
+def test_a_text_gives_the_same_tokens_in_any_kind_of_file(tmp_path: Path, name: str):
+    text = "".join(f"{i} {PROSE}" for i in range(500))
+    (tmp_path / "a.txt").write_text(text)
+    data = text.encode() if ".txt" in name or ".md" in name else json.dumps({"text": text}).encode()
+    if name.endswith("parquet"):
+        parquet, pyarrow = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
+        parquet.write_table(pyarrow.table({"text": [text]}), tmp_path / name)
+    else:
+        compress = {".gz": gzip.compress, ".zst": zstandard.compress}.get(Path(name).suffix, bytes)
+        (tmp_path / name).write_bytes(compress(data))
+    assert held(resolve_data(tmp_path / name, context=8)) == held(resolve_data(tmp_path / "a.txt", context=8))
+
+
+def test_tokens_of_text_and_their_place_in_the_cache_stay_as_they_were(tmp_path: Path):
+    """A run that was begun with an earlier version goes on with the same batches."""
+    lines = [" ".join(f"word{(i * j) % 97}" for j in range(2 + i % 50)) for i in range(3000)]
+    (tmp_path / "old.txt").write_text("\n".join(lines))
+    (tmp_path / "old.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    data = resolve_data(f"{tmp_path}/old.txt,{tmp_path}/old.jsonl", context=8)
+    tokens = hashlib.sha256(b"".join(file.tokens.tobytes() for file in (*data.train, data.validation)))
+    assert tokens.hexdigest()[:16] == "136129ee1c0561a4"
+    assert data.train[0].path.parent.name == "old+1-0edcd7ba0c08bc71"
+    assert [entry["file"] for entry in data.listing] == ["old+1/train.npy", "held out/validation.npy"]
+
+
+def test_a_tokenizer_without_end_of_text_is_enough(tmp_path: Path, prose: Path):
+    spec = json.loads(builtin_tokenizer().path.read_bytes())
+    spec["added_tokens"][0]["content"] = "<|stop|>"
+    spec["model"]["vocab"] = {name.replace("endoftext", "stop"): i for name, i in spec["model"]["vocab"].items()}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    data = resolve_data(prose, tmp_path / "tokenizer.json", context=32)
+    assert data.eos is None
+    assert [*data.train[0].tokens, *data.validation.tokens] == builtin_tokenizer().encode(PROSE * 400)
+
+
+def test_a_dataset_is_to_be_tokenised_first():
+    with pytest.raises(
+        UserError, match=r"no data at .*: a dataset has to become token files first: sdd tokenize hf:a/b"
+    ):
+        resolve_data("hf:a/b", context=8)

@@ -6,18 +6,17 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from sdd.data import Loader, TokenFile, TokenInfo, TokenizerRef, TokenWriter, resolve_data
+from sdd.data import Loader, TokenFile, TokenInfo, TokenizerRef, resolve_data, write_tokens
+from sdd.data.token_file import smallest_dtype
 from sdd.errors import UserError
 
 EOS = 0
 
 
 def write(path: Path, documents: list[list[int]], vocab_size: int = 100) -> TokenFile:
-    with TokenWriter(path, vocab_size, EOS, TokenizerRef(sha256="abc")) as writer:
-        for ids in documents:
-            writer.write(ids, n_bytes=2 * len(ids))
-            writer.end_document()
-    return TokenFile.open(path)
+    reference = TokenizerRef(sha256="abc")
+    info = TokenInfo(dtype=smallest_dtype(vocab_size), eos=EOS, vocab_size=vocab_size, tokenizer=reference)
+    return write_tokens(path, ([*ids, EOS] for ids in documents), info)
 
 
 @pytest.fixture
@@ -42,8 +41,8 @@ def test_what_is_written_is_read(tmp_path_factory: pytest.TempPathFactory, drawn
         "format": 1,
         "dtype": "uint16" if vocab_size == 2**16 else "uint32",
         "n_tokens": len(expected),
-        "n_bytes": 2 * sum(map(len, documents)),
-        "n_documents": len(documents),
+        "n_bytes": None,
+        "n_documents": None,
         "eos": EOS,
         "vocab_size": vocab_size,
         "tokenizer": {"sha256": "abc", "file": None},
@@ -58,13 +57,22 @@ def test_a_writer_that_fails_leaves_the_old_file(tmp_path: Path, file: TokenFile
     assert TokenFile.open(tmp_path / "train.npy").tokens.tolist() == file.tokens.tolist()
 
 
-def test_an_unknown_number_of_bytes_stays_unknown(tmp_path: Path):
-    with TokenWriter(tmp_path / "x.npy", 10, None) as writer:
-        writer.write([1], 3)
-        writer.write(np.array([2], np.uint16))
-        writer.end_document()
-    info = TokenFile.open(tmp_path / "x.npy").info
-    assert (info.n_bytes, info.eos, info.n_tokens, info.n_documents) == (None, None, 2, 1)
+def test_the_json_says_what_the_caller_knows(tmp_path: Path):
+    info = TokenInfo(dtype="uint16", n_bytes=3, n_documents=1)
+    assert write_tokens(tmp_path / "x.npy", [[1], np.array([2], np.uint16)], info).info == TokenInfo(
+        dtype="uint16", n_bytes=3, n_documents=1, n_tokens=2
+    )
+
+
+def test_no_tokens_make_no_file(tmp_path: Path):
+    with pytest.raises(UserError, match="no tokens to write"):
+        write_tokens(tmp_path / "x.npy", [[]], TokenInfo(dtype="uint16"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_id_that_the_dtype_cannot_hold_is_refused(tmp_path: Path):
+    with pytest.raises(UserError, match="token id 65536 is outside the vocabulary of 65536 tokens"):
+        write_tokens(tmp_path / "x.npy", [[2**16]], TokenInfo(dtype="uint16"))
 
 
 @given(st.integers(0, 125))

@@ -81,7 +81,8 @@ def test_a_terminal_sees_a_bar_and_a_log_sees_lines(monkeypatch: pytest.MonkeyPa
     stages = [Status(25, 100, counts, 0, 0.0), Status(50, 100, counts, 2_000_000, 10.0)]
     for terminal in (False, True):
         stream = io.StringIO()
-        with Display(Console(file=stream, force_terminal=terminal, width=100, highlight=False)) as display:
+        display = Display(Console(file=stream, force_terminal=terminal, width=100, highlight=False))
+        with display.bar:
             for status in stages:
                 display.show(status)
         shown = stream.getvalue()

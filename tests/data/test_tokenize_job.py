@@ -370,12 +370,14 @@ def test_unusable_inputs_are_one_line(tmp_path: Path, out: Path, content: bytes,
 
 
 def test_inputs_that_are_not_there(tmp_path: Path, source: Path, out: Path):
-    with pytest.raises(UserError, match=r"nothing at .*: did you mean text\.jsonl\?"):
+    with pytest.raises(UserError, match=r"no data at .*: did you mean text\.jsonl\?"):
         tokenize([str(tmp_path / "txt.jsonl")], out, WHOLE)
-    with pytest.raises(UserError, match=r"nothing at .*: a dataset of the hub is hf:NAME"):
+    with pytest.raises(
+        UserError, match=r"no data at .*: expected text files, or hf:NAME\[:SPLIT\] for a dataset of the hub"
+    ):
         tokenize([str(tmp_path / "nowhere" / "zzz")], out, WHOLE)
     (tmp_path / "nothing").mkdir()
-    with pytest.raises(UserError, match="holds no text, JSON lines or parquet"):
+    with pytest.raises(UserError, match="holds neither token files"):
         tokenize([str(tmp_path / "nothing")], out, WHOLE)
     assert not out.exists()
 
@@ -409,3 +411,60 @@ def test_the_dtype(source: Path, out: Path, tmp_path: Path):
         )
     with pytest.raises(UserError, match=r"validation fraction 1\.5 must be"):
         tokenize([str(source)], tmp_path / "x", TokenizeSettings(builtin_tokenizer(), validation_fraction=1.5))
+
+
+def whole_documents(fraction: float = 0.1, **other) -> TokenizeSettings:
+    return TokenizeSettings(builtin_tokenizer(), validation_fraction=fraction, whole_documents=True, **other)
+
+
+def test_whole_documents_give_one_tail_each(tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("sdd.data.text.PIECE_BYTES", 1000)
+    text = "\n".join(some_documents(200))
+    (tmp_path / "long.txt").write_text(text)
+    result = tokenize([str(tmp_path / "long.txt")], out, whole_documents(chunk_bytes=5000))
+    (head,), (tail,) = texts_of(files_in(out)), texts_of([out / "validation.npy"])
+    assert head + tail == text
+    assert 0.05 < len(tail.encode()) / len(text.encode()) <= 0.1
+    assert result["text_bytes"] == len(text.encode())
+    tokens = [*TokenFile.open(files_in(out)[0]).tokens[:-1], *TokenFile.open(out / "validation.npy").tokens[:-1]]
+    assert tokens == builtin_tokenizer().encode(text)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_little_text_is_encoded_at_once(tmp_path: Path, out: Path, workers: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("sdd.data.text.PIECE_BYTES", 1000)
+    monkeypatch.setattr("sdd.data.chunks.PIECE_BYTES", 1000)
+    (tmp_path / "long.txt").write_text("some words of a line\n" * 20_000)
+    batches: list[int] = []
+    encode = Tokenizer.encode_batch
+
+    def record(self: Tokenizer, texts: list[str]) -> list[list[int]]:
+        batches.append(sum(map(len, texts)))
+        return encode(self, texts)
+
+    monkeypatch.setattr(Tokenizer, "encode_batch", record)
+    tokenize([str(tmp_path / "long.txt")], out, whole_documents(workers=workers))
+    assert max(batches) < {0: 32_000, 1: 4000}[workers] + 1100  # the last piece goes beyond
+
+
+@pytest.mark.parametrize("stop_after", [3000, 20_000])
+def test_whole_documents_go_on_where_they_were(source: Path, tmp_path: Path, stop_after: int):
+    settings = whole_documents(chunk_bytes=2000, shard_tokens=3000)
+
+    def stop(status: Status) -> None:
+        if status.text_bytes > stop_after:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenize_job, "_SECONDS_BETWEEN_COMMITS", 0)
+        with pytest.raises(KeyboardInterrupt):
+            tokenize([str(source)], tmp_path / "out", settings, stop)
+    for folder in (tmp_path / "out", tmp_path / "whole"):
+        tokenize([str(source)], folder, settings)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_what_a_killed_process_left_beside_is_no_obstacle(source: Path, out: Path):
+    out.mkdir()
+    (out / ".tmp-manifest.json-1-2").write_text("{")
+    assert tokenize([str(source)], out, WHOLE)["documents"] == 60

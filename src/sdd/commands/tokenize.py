@@ -2,84 +2,74 @@
 
 import json
 import signal
-import time
+from argparse import Namespace
 from pathlib import Path
-from types import FrameType, TracebackType
 from typing import Any
 
 from rich.console import Console
 from rich.progress import TextColumn
 
-from sdd.data.corpora import builtin_tokenizer
-from sdd.data.tokenize_job import VALIDATION_FRACTION, Status, TokenizeSettings, tokenize
-from sdd.data.tokenizer import Tokenizer
+from sdd.commands.parser import Parser, positive_int
+from sdd.data import Tokenizer, TokenizeSettings, builtin_tokenizer, tokenize
+from sdd.data.tokenize_job import VALIDATION_FRACTION, Status
 from sdd.data.workers import available_cpus
 from sdd.errors import Interrupted, UserError
-from sdd.terminal import SECONDS_BETWEEN_LINES, clock, progress_bar, stderr_console
+from sdd.terminal import SECONDS_BETWEEN_LINES, Interval, clock, progress_bar, stderr_console
 
 _ABOUT = """Turn text into token files, a folder that `--data DIR` takes.
 
 INPUT is text (.txt, .md), JSON lines (.jsonl), either also as .gz or .zst, parquet (needs the extra `data`), a folder
 of these, or a Hugging Face dataset (extra `datasets`): hf:NAME, hf:NAME:SPLIT, hf:NAME:CONFIG:SPLIT, or a folder that
-save_to_disk wrote. Interrupted or killed, the same command goes on where it was."""
+save_to_disk wrote. If it is interrupted or killed, the same command goes on where it was."""
 
 
 def main(args: list[str]) -> int:
     """Run `sdd tokenize`; returns its exit code."""
-    settings, inputs, out, as_json = _parse(args)
-    before = _raise_on_sigterm()
+    options = _parser().parse_known(args)
+    settings, display, before = _settings(options), Display(), _raise_on_sigterm()
     try:
-        with Display() as display:
-            result = tokenize(inputs, out, settings, display.show)
+        with display.bar:
+            result = tokenize(options.inputs, options.out, settings, display.show)
     except KeyboardInterrupt:
-        raise Interrupted(f"interrupted; the same command goes on where it was, into {out}") from None
+        raise Interrupted(f"interrupted; the same command goes on where it was, into {options.out}") from None
     finally:
         if before is not None:
             signal.signal(signal.SIGTERM, before)
-    print(json.dumps(result) if as_json else _in_words(result))
+    print(json.dumps(result) if options.json else _in_words(result))
     return 0
 
 
 class Display:
-    """What is shown meanwhile: a bar on a terminal, now and then a line elsewhere, on stderr."""
+    """Progress on stderr: a bar on a terminal, elsewhere a line now and then.
+
+    Attributes:
+        bar: the bar, to be entered during the work.
+    """
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or stderr_console()
-        self._shown = time.monotonic()
-        self._progress = progress_bar(self.console, TextColumn("{task.percentage:.0f}%"))
-        self._task = self._progress.add_task("tokenize", total=None, numbers="")
+        self.bar = progress_bar(self.console, TextColumn("{task.percentage:.0f}%"))
+        self._task = self.bar.add_task("tokenize", total=None, numbers="")
+        self._line = Interval(SECONDS_BETWEEN_LINES)
         self._first: int | None = None
 
-    def __enter__(self) -> "Display":
-        self._progress.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._progress.stop()
-
     def show(self, status: Status) -> None:
-        """Show where the work stands."""
+        """Show how far the work has come."""
         rate = status.text_bytes / 1e6 / max(status.seconds, 1e-9)
         numbers = f"{status.total.n_tokens:,} tokens   {rate:.1f} MB/s of text"
-        now = time.monotonic()
+        done = f"{status.done / max(status.size, 1):.0%}"
         if self._first is None:
             self._first = status.done
             if status.done:
-                self.console.print(f"going on at {status.done / max(status.size, 1):.0%}", markup=False)
-            self._progress.reset(self._task, total=status.size, completed=status.done, numbers=numbers)
-        elif not self.console.is_terminal and now - self._shown > SECONDS_BETWEEN_LINES:
-            self._shown = now
+                self.console.print(f"going on at {done}", markup=False)
+            self.bar.reset(self._task, total=status.size, completed=status.done, numbers=numbers)
+        elif not self.console.is_terminal and self._line.due():
             left = status.seconds * (status.size - status.done) / max(status.done - self._first, 1)
-            line = f"{status.done / max(status.size, 1):.0%}   {numbers}   {clock(left)} left"
-            self.console.print(line, markup=False)
-        self._progress.update(self._task, completed=status.done, numbers=numbers)
+            self.console.print(f"{done}   {numbers}   {clock(left)} left", markup=False)
+        self.bar.update(self._task, completed=status.done, numbers=numbers)
 
 
-def _parse(args: list[str]) -> tuple[TokenizeSettings, list[str], Path, bool]:
-    from sdd.commands.parser import Parser, positive_int  # here, for the data do not depend on them
-
+def _parser() -> Parser:
     parser = Parser(prog="sdd tokenize", description=_ABOUT, allow_abbrev=False)
     parser.add_argument("inputs", metavar="INPUT", nargs="+", help="file, folder or hf:NAME")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder for the token files")
@@ -97,30 +87,26 @@ def _parse(args: list[str]) -> tuple[TokenizeSettings, list[str], Path, bool]:
     parser.add_argument("--eos", metavar="TOKEN", help="token after each document (default: the tokenizer's own)")
     parser.add_argument("--skip-bad", action="store_true", help="pass over records that are no text, and count them")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
-    options = parser.parse_known(args)
+    return parser
+
+
+def _settings(options: Namespace) -> TokenizeSettings:
     if options.dtype not in ("auto", "uint16", "uint32"):
         raise UserError(f"--dtype {options.dtype}: choose auto, uint16 or uint32")
-    settings = TokenizeSettings(
-        tokenizer=Tokenizer.load(options.tokenizer) if options.tokenizer else builtin_tokenizer(),
-        workers=options.workers or available_cpus(),
-        validation_fraction=options.validation_fraction,
-        text_field=options.text_field,
-        dtype=options.dtype,
-        eos=options.eos,
-        skip_bad=options.skip_bad,
-    )
-    return settings, options.inputs, options.out, options.json
+    same = {name: getattr(options, name) for name in ("validation_fraction", "text_field", "dtype", "eos", "skip_bad")}
+    tokenizer = Tokenizer.load(options.tokenizer) if options.tokenizer else builtin_tokenizer()
+    return TokenizeSettings(tokenizer, options.workers or available_cpus(), **same)
 
 
 def _raise_on_sigterm() -> Any:
-    """Let SIGTERM end the work as Ctrl-C does; the handler before, None where signals are not ours."""
+    """Let SIGTERM end the work as Ctrl-C does.
 
-    def handle(_number: int, _frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
+    Returns:
+        The handler before; None outside the main thread, where signals belong to others.
+    """
     try:
-        return signal.signal(signal.SIGTERM, handle)
-    except ValueError:  # not the main thread: whoever owns it owns the signals
+        return signal.signal(signal.SIGTERM, signal.default_int_handler)
+    except ValueError:
         return None
 
 

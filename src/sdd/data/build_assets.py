@@ -7,9 +7,11 @@ from collections.abc import Iterator
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from sdd.data.corpora import CLASSICS, CLASSICS_TOKENIZER
-from sdd.data.prepare import VALIDATION_FRACTION
-from sdd.data.text import TailSplit, documents, smallest_tail
+from sdd.data.inputs import documents, find_inputs
+from sdd.data.source import VALIDATION_FRACTION
+from sdd.data.spec import CLASSICS
+from sdd.data.text import TailSplit
+from sdd.data.tokenizer import BUILTIN
 
 VOCAB_SIZE = 4096
 EOS = "<|endoftext|>"
@@ -29,10 +31,11 @@ PATTERN = "|".join(
 
 
 def training_text() -> Iterator[str]:
-    """The classics without what is held out."""
-    split = TailSplit(VALIDATION_FRACTION, smallest_tail(VALIDATION_FRACTION, CLASSICS.stat().st_size))
-    for document in documents(CLASSICS):
-        yield "".join(text for text, _ in document.pieces(0, split.cut(document)))
+    """The classics without the held-out tails."""
+    (corpus,) = find_inputs([CLASSICS])
+    split = TailSplit(VALIDATION_FRACTION, corpus.size)
+    for _, document in documents(corpus, "text"):
+        yield "".join(data.decode() for data, _ in document.pieces(0, split.cut(document)))
 
 
 def train_tokenizer() -> Tokenizer:
@@ -56,4 +59,4 @@ def train_tokenizer() -> Tokenizer:
 
 
 if __name__ == "__main__":
-    CLASSICS_TOKENIZER.write_text(train_tokenizer().to_str(), encoding="utf-8")
+    BUILTIN.write_text(train_tokenizer().to_str(), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""A directory for what is computed once, safe for processes that race for it."""
+"""A directory for results that are computed once, safe for processes that race for them."""
 
 import atexit
 import functools
@@ -18,7 +18,9 @@ Notify = Callable[[str], None]
 
 def cache_dir(notify: Notify) -> Path:
     """$SDD_CACHE, else $XDG_CACHE_HOME/sdd, else ~/.cache/sdd; a temporary directory if that cannot be written."""
-    path = _configured()
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    # os.path.expanduser, for Path.expanduser raises where there is no home
+    path = Path(os.path.expanduser(os.environ.get("SDD_CACHE") or f"{base}/sdd"))  # noqa: PTH111
     try:
         path.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path).close()
@@ -36,10 +38,10 @@ def cached(key: str, build: Callable[[Path], None], load: Callable[[Path], T], n
     one the first wins and both read its work.
 
     Args:
-        key: the entry's name, which holds a hash of all that the content depends on.
+        key: the entry's name, with a hash of all that the content depends on.
         build: fills the empty directory that it is given.
         load: reads an entry; raises UserError if it is damaged.
-        notify: receives one line where the cache cannot be used.
+        notify: receives one line if the cache cannot be used.
     """
     root = cache_dir(notify)
     entry = root / key
@@ -60,14 +62,6 @@ def cached(key: str, build: Callable[[Path], None], load: Callable[[Path], T], n
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return load(entry)
-
-
-def _configured() -> Path:
-    if own := os.environ.get("SDD_CACHE"):
-        return Path(own).expanduser()
-    if xdg := os.environ.get("XDG_CACHE_HOME"):
-        return Path(xdg) / "sdd"
-    return Path(os.path.expanduser("~")) / ".cache" / "sdd"  # noqa: PTH111 - Path.home() raises where there is no home
 
 
 @functools.cache

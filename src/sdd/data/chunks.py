@@ -1,23 +1,63 @@
-"""The units of work of `sdd tokenize`: records of the inputs in, tokens out.
+"""The units of work of tokenising: records of the inputs in, tokens out.
 
 Where a chunk begins depends on where the one before ended and on nothing else, and its tokens on nothing but itself:
 so the result is the same with any number of workers, and however often the work was interrupted.
 """
 
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from sdd.data.encoder import Encoder
-from sdd.data.inputs import Input, Record, place, records, text_of
-from sdd.data.shards import Position, TokenBuffer
-from sdd.data.text import SMALLEST_TAIL, Document, TailSplit, smallest_tail
+import numpy as np
+import pydantic
+
+from sdd.data.inputs import PART_BYTES, Input, Record, documents, place, records, text_of
+from sdd.data.shards import SHARD_TOKENS, Counts, Position, Tokens
+from sdd.data.text import PIECE_BYTES, SMALLEST_TAIL, Document, TailSplit
 from sdd.data.token_file import DtypeName
 from sdd.data.tokenizer import Tokenizer
 from sdd.errors import UserError
 
-_BATCH_BYTES = 1 << 18
+_BATCH_PIECES = 4  # enough for one thread; the tokenizer's own records take some 100 times as much memory as the text
+_THREADED_BATCH_PIECES = 32
 _HELD_OUT_BYTES = 32 * SMALLEST_TAIL
+_FORMAT = 1  # to be raised when the same manifest gives other tokens
+
+
+class Manifest(pydantic.BaseModel, frozen=True):
+    """All that the tokens depend on; manifest.json in a folder of tokens.
+
+    Attributes:
+        format: of the tokens, see `_FORMAT`.
+        tokenizer: the hash that identifies it.
+        eos: the token after each document; None if there is none.
+        dtype: of the tokens.
+        text_field: field of JSON lines, column of parquet and of datasets that holds the text.
+        validation_fraction: share of the bytes that is held out.
+        skip_bad: pass over records that are no text, instead of refusing them.
+        whole_documents: hold out one tail of each document, however long. Otherwise each chunk decides on its own, and
+            a long text gives several tails.
+        chunk_bytes: how much text makes a chunk.
+        shard_tokens: a training file that has so many is followed by a new one.
+        inputs: whose records the chunks consist of.
+    """
+
+    format: int = _FORMAT
+    tokenizer: str
+    eos: int | None
+    dtype: DtypeName
+    text_field: str = "text"
+    validation_fraction: float
+    skip_bad: bool = False
+    whole_documents: bool = False
+    chunk_bytes: int = PART_BYTES
+    shard_tokens: int = SHARD_TOKENS
+    inputs: tuple[Input, ...]
+
+    @property
+    def size(self) -> int:
+        """The size of all inputs."""
+        return sum(source.size for source in self.inputs)
 
 
 @dataclass(frozen=True)
@@ -30,104 +70,138 @@ class Chunk:
 
 
 @dataclass(frozen=True)
-class Tokens:
-    """A chunk's tokens: what is trained on, what is held out, and how many records were no text."""
+class ChunkTokens:
+    """A chunk's tokens, to train on and held out, and how many records were no text."""
 
-    train: TokenBuffer
-    validation: TokenBuffer
+    train: Tokens
+    validation: Tokens
     skipped: int
 
 
-def chunks(inputs: Sequence[Input], field: str, start: Position, chunk_bytes: int) -> Iterator[Chunk]:
+def chunks(manifest: Manifest, start: Position) -> Iterator[Chunk]:
     """All chunks after `start`."""
     pending: list[tuple[int, Record]] = []
-    size = sum(source.size for source in inputs[: start.input])
     before = after = start
-    for index in range(start.input, len(inputs)):
-        for record in records(inputs[index], field, start.record if index == start.input else 0):
-            pending.append((index, record))
-            n_bytes = after.n_bytes + len(record.data)
-            after = Position(input=index, record=record.number, done=size + record.done, n_bytes=n_bytes)
-            if n_bytes - before.n_bytes >= chunk_bytes:
-                yield Chunk(pending, before, after)
-                pending, before = [], after
-        size += inputs[index].size
+    sizes = np.cumsum([0, *(source.size for source in manifest.inputs)]).tolist()
+    for index, record in (_whole_documents if manifest.whole_documents else _records)(manifest, start):
+        pending.append((index, record))
+        n_bytes = after.n_bytes + len(record.data)
+        after = Position(input=index, record=record.number, done=sizes[index] + record.done, n_bytes=n_bytes)
+        if n_bytes - before.n_bytes >= manifest.chunk_bytes:
+            yield Chunk(pending, before, after)
+            pending, before = [], after
     if pending:
         yield Chunk(pending, before, after)
 
 
-@dataclass(frozen=True)
-class Rules:
-    """How text becomes tokens.
+def _records(manifest: Manifest, start: Position) -> Iterator[tuple[int, Record]]:
+    for index in range(start.input, len(manifest.inputs)):
+        first = start.record if index == start.input else 0
+        for record in records(manifest.inputs[index], manifest.text_field, first):
+            yield index, record
 
-    Attributes:
-        inputs: what the chunks' records are of.
-        field: that holds the text.
-        dtype: of the tokens.
-        eos: the token after each document.
-        validation_fraction: share of the bytes that is held out.
-        skip_bad: pass over records that are no text, instead of refusing them.
+
+def _whole_documents(manifest: Manifest, start: Position) -> Iterator[tuple[int, Record]]:
+    """Pieces of documents as records, each to train on or held out.
+
+    How much a document gives depends on all documents before it, so these are read even if the work on them is done.
     """
-
-    inputs: tuple[Input, ...]
-    field: str
-    dtype: DtypeName
-    eos: int
-    validation_fraction: float
-    skip_bad: bool
-
-    @property
-    def size(self) -> int:
-        """Of all inputs."""
-        return sum(source.size for source in self.inputs)
+    split = TailSplit(manifest.validation_fraction, manifest.size)
+    for index, source in enumerate(manifest.inputs):
+        number = 0
+        for done, document in documents(source, manifest.text_field):
+            cut = split.cut(document)
+            for held_out, region in ((False, (0, cut)), (True, (cut, document.size))):
+                for data, last in document.pieces(*region):
+                    number += 1
+                    if (index, number) > (start.input, start.record):
+                        yield index, Record(number, done, data, goes_on=not last, held_out=held_out)
 
 
 class ChunkTokenizer:
-    """Tokenises chunks; every worker has one.
+    """Tokenise chunks; every worker has one.
 
     Held out is the tail of each document, or of each part of a long text, by `TailSplit`. An end-of-text token stands
     after every document, and where a tail was cut out of one.
+
+    Args:
+        tokenizer: the tokenizer.
+        manifest: how text becomes tokens.
+        threaded: encode so much at once that all threads of the tokenizer are busy.
     """
 
-    def __init__(self, tokenizer: Tokenizer, rules: Rules) -> None:
+    def __init__(self, tokenizer: Tokenizer, manifest: Manifest, *, threaded: bool = False) -> None:
         self._tokenizer = tokenizer
-        self._rules = rules
+        self._manifest = manifest
+        self._batch_bytes = PIECE_BYTES * (_THREADED_BATCH_PIECES if threaded else _BATCH_PIECES)
 
-    def __call__(self, chunk: Chunk) -> Tokens:
+    def __call__(self, chunk: Chunk) -> ChunkTokens:
         """The tokens of a chunk.
 
         Raises:
             UserError: a record that is no text, unless those are to be skipped.
         """
-        rules = self._rules
-        train, validation = TokenBuffer(rules.dtype, rules.eos), TokenBuffer(rules.dtype, rules.eos)
-        heads = Encoder(self._tokenizer, train, _BATCH_BYTES)
-        tails = Encoder(self._tokenizer, validation, _BATCH_BYTES)
-        documents = [(self._document(index, record), record.goes_on) for index, record in chunk.records]
-        found = [(document, goes_on) for document, goes_on in documents if document]
+        if self._manifest.whole_documents:
+            sides = (
+                [(record.data, not record.goes_on) for _, record in chunk.records if record.held_out == side]
+                for side in (False, True)
+            )
+            return ChunkTokens(*map(self._encoded, sides), skipped=0)
+        found = [
+            (document, record.goes_on)
+            for index, record in chunk.records
+            if (document := self._document(self._manifest.inputs[index], record))
+        ]
         split = self._split(chunk, sum(document.size for document, _ in found))
-        for document, goes_on in found:
-            cut = split.cut(document)
-            heads.add(document.pieces(0, cut), ends=cut < document.size or not goes_on)
-            tails.add(document.pieces(cut, document.size))
-        heads.flush()
-        tails.flush()
-        return Tokens(train, validation, skipped=len(documents) - len(found))
+        cuts = [(document, split.cut(document), goes_on) for document, goes_on in found]
+        heads = (
+            (piece, last and (cut < document.size or not goes_on))
+            for document, cut, goes_on in cuts
+            for piece, last in document.pieces(0, cut)
+        )
+        tails = (piece for document, cut, _ in cuts for piece in document.pieces(cut, document.size))
+        return ChunkTokens(self._encoded(heads), self._encoded(tails), skipped=len(chunk.records) - len(found))
 
-    def _document(self, index: int, record: Record) -> Document | None:
-        source = self._rules.inputs[index]
+    def _document(self, source: Input, record: Record) -> Document | None:
         try:
-            data = text_of(source, record.number, record.data, self._rules.field)
+            data = text_of(source, record, self._manifest.text_field)
         except UserError:
-            if not self._rules.skip_bad:
+            if not self._manifest.skip_bad:
                 raise
             return None
         return Document(place(source, record.number), io.BytesIO(data), len(data))
 
     def _split(self, chunk: Chunk, text_bytes: int) -> TailSplit:
-        """What this chunk holds out: with a small fraction most have nothing to, and the others whole tails."""
-        fraction, stored = self._rules.validation_fraction, chunk.after.n_bytes - chunk.before.n_bytes
-        unit = max(1.0, min(_HELD_OUT_BYTES, fraction * self._rules.size / 16))
+        """How this chunk is split: of a small fraction most chunks hold out nothing, the others whole tails."""
+        fraction, stored = self._manifest.validation_fraction, chunk.after.n_bytes - chunk.before.n_bytes
+        unit = max(1.0, min(_HELD_OUT_BYTES, fraction * self._manifest.size / 16))
         due = unit * (fraction * chunk.after.n_bytes // unit - fraction * chunk.before.n_bytes // unit)
-        share = min(1.0, due / stored)
-        return TailSplit(share, smallest_tail(share, text_bytes))
+        return TailSplit(min(1.0, due / max(1, stored)), text_bytes)
+
+    def _encoded(self, pieces: Iterable[tuple[bytes, bool]]) -> Tokens:
+        """The tokens of pieces of text, each with whether a document ends after it."""
+        end = [] if self._manifest.eos is None else [self._manifest.eos]
+        dtype = np.dtype(self._manifest.dtype).newbyteorder("<")
+        counts, blocks = Counts(), []
+        for batch in _batches(pieces, self._batch_bytes):
+            encoded = self._tokenizer.encode_batch([data.decode() for data, _ in batch])
+            for (data, ends), ids in zip(batch, encoded, strict=True):
+                ids += end * ends
+                blocks.append(np.array(ids, dtype).tobytes())
+                counts.n_tokens += len(ids)
+                counts.n_bytes += len(data)
+                counts.n_documents += ends
+        return Tokens(b"".join(blocks), counts)
+
+
+def _batches(pieces: Iterable[tuple[bytes, bool]], batch_bytes: int) -> Iterator[list[tuple[bytes, bool]]]:
+    """The pieces in lists of at least so many bytes; the last list may have less."""
+    batch, n_bytes = [], 0
+    for piece in pieces:
+        batch.append(piece)
+        n_bytes += len(piece[0])
+        if n_bytes >= batch_bytes:
+            yield batch
+            batch, n_bytes = [], 0
+    if batch:
+        yield batch

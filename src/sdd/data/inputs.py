@@ -1,79 +1,116 @@
-"""What `sdd tokenize` reads: text, JSON lines, parquet and Hugging Face datasets, as one stream of records.
+"""Text to be tokenised: text files, JSON lines, parquet and Hugging Face datasets, as one stream of records.
 
 A record is a document, or a part of a long text. Its place in its input is a number, so that reading can go on there.
 """
 
 import difflib
+import hashlib
+import io
+import json
+import os
 import re
+import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
-from sdd.data.text import JSONL_SUFFIXES, blocks, json_text, lines, piece_end
+import pydantic
+
+from sdd.data.spec import HUB, existing
+from sdd.data.text import ARCHIVES, Document, blocks, check_utf8, lines, piece_end
 from sdd.errors import UserError, require_extra
 
-JSON_LINES = (*JSONL_SUFFIXES, ".ndjson", ".ndjson.gz", ".ndjson.zst")
-TEXT = (".txt", ".md", ".txt.gz", ".txt.zst", ".md.gz", ".md.zst")
-PARQUET = (".parquet",)
-HUB = "hf:"
+Kind = Literal["text", "json lines", "parquet", "dataset", "tokens"]
+_KINDS: dict[str, Kind] = {
+    **dict.fromkeys((".txt", ".md", ".txt.gz", ".md.gz", ".txt.zst", ".md.zst"), "text"),
+    **dict.fromkeys((".jsonl", ".jsonl.gz", ".jsonl.zst", ".ndjson", ".ndjson.gz", ".ndjson.zst"), "json lines"),
+    **dict.fromkeys((".json", ".json.gz", ".json.zst"), "json lines"),
+    ".parquet": "parquet",
+    ".npy": "tokens",
+    ".bin": "tokens",
+}
+_AS_IT_IS = ("", ".txt", ".md")  # suffixes of text that is no archive
 PART_BYTES = 1 << 21
 _ROWS = 256
 
 
-@dataclass(frozen=True)
-class Input:
+class Input(pydantic.BaseModel, frozen=True):
     """One file or dataset.
 
     Attributes:
         name: its path, or hf:NAME:SPLIT.
         kind: how it is read.
-        size: of the file in bytes, or what a dataset says of itself; only ratios of it matter.
-        stamp: time of the last change, or a dataset's fingerprint, by which a changed one is known.
+        size: of the file in bytes, or as a dataset states it; only ratios of it matter.
+        stamp: time of the last change, or a dataset's fingerprint; another stamp may mean another content.
     """
 
     name: str
-    kind: Literal["text", "json lines", "parquet", "dataset"]
+    kind: Kind
     size: int
     stamp: str
 
-    def as_dict(self) -> dict[str, Any]:
-        """Ready for JSON."""
-        return asdict(self)
+    @property
+    def reading(self) -> str:
+        """How the bytes become text: two inputs with the same content and reading have the same text."""
+        suffix = _suffix(Path(self.name))
+        return "text" if suffix in _AS_IT_IS else suffix
+
+    def content_hash(self) -> str:
+        """Hash of a file's bytes, or a dataset's own fingerprint.
+
+        Raises:
+            UserError: if the file cannot be read.
+        """
+        if self.kind == "dataset":
+            return self.stamp
+        with _reading(self), Path(self.name).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @dataclass(frozen=True)
 class Record:
-    """A document or a part of one, still as it was stored.
+    """A document or a part of one.
 
     Attributes:
         number: of the record in its input, from 1.
         done: how much of the input's size has been read with it.
-        data: a JSON line, or the text itself.
+        data: a JSON line as it was stored, or the text itself.
         goes_on: whether the same document's next part follows.
+        held_out: whether the record is for validation; None leaves that to the `ChunkTokenizer`.
     """
 
     number: int
     done: int
     data: bytes
     goes_on: bool = False
+    held_out: bool | None = None
 
 
-def find_inputs(names: Sequence[str], field: str) -> list[Input]:
-    """All inputs that are named or lie in a directory that is named, in order.
+def token_files(path: Path, any_name: bool = False) -> list[Path]:
+    """The token files that a path names: itself, or all in a folder; none if there is only text.
+
+    Args:
+        path: of a file or folder.
+        any_name: take a file whose name does not say its kind for tokens.
+    """
+    if path.is_file():
+        return [path] if _KINDS.get(_suffix(path), "tokens" if any_name else "text") == "tokens" else []
+    return [file for file in _files_in(path) if _KINDS.get(_suffix(file)) == "tokens" and file.stat().st_size]
+
+
+def find_inputs(names: Sequence[str], field: str = "text") -> list[Input]:
+    """All inputs that are named or lie in a folder that is named, in order.
 
     Raises:
         UserError: nothing there, nothing readable inside, or a package that is needed is not installed.
     """
     try:
-        found = [one for name in names for one in _find(name, field)]
+        return [source for name in names for source in _find(name, field)]
     except OSError as error:
         raise UserError(f"cannot read {error.filename}: {error.strerror}") from None
-    for one in found:
-        if one.kind == "parquet":
-            _pyarrow(one.name)
-    return found
 
 
 def records(source: Input, field: str, start: int = 0) -> Iterator[Record]:
@@ -83,68 +120,102 @@ def records(source: Input, field: str, start: int = 0) -> Iterator[Record]:
         UserError: a damaged file, or one without the field.
     """
     read = {"text": _text, "json lines": _json_lines, "parquet": _parquet, "dataset": _dataset}[source.kind]
-    try:
+    with _reading(source):
         yield from read(source, field, start)
+
+
+def documents(source: Input, field: str) -> Iterator[tuple[int, Document]]:
+    """The documents of an input, each as a whole, with how much of the input's size has been read after it.
+
+    Raises:
+        UserError: see `records` and `text_of`.
+    """
+    if source.kind != "text":
+        for record in records(source, field):
+            data = text_of(source, record, field)
+            yield record.done, Document(place(source, record.number), io.BytesIO(data), len(data))
+        return
+    path = Path(source.name)
+    with _reading(source), path.open("rb") as stored, tempfile.TemporaryFile() as unpacked:
+        file = stored
+        if path.suffix in ARCHIVES:
+            file = unpacked
+            unpacked.writelines(blocks(path, stored))
+        yield source.size, Document(source.name, file, file.seek(0, os.SEEK_END))
+
+
+def text_of(source: Input, record: Record, field: str) -> bytes:
+    """The UTF-8 text of a record.
+
+    Raises:
+        UserError: it holds none.
+    """
+    name = place(source, record.number)
+    if source.kind != "json lines":
+        check_utf8(record.data, name)
+        return record.data
+    try:
+        return json.loads(record.data)[field].encode()
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        raise UserError(f'{name}: expected a JSON object with a string "{field}"') from None
+
+
+def place(source: Input, number: int) -> str:
+    """The name of a record in messages."""
+    if source.kind == "text":
+        return source.name if number == 1 else f"{source.name}, part {number}"
+    return f"{source.name}, {'line' if source.kind == 'json lines' else 'row'} {number}"
+
+
+@contextmanager
+def _reading(source: Input) -> Iterator[None]:
+    """Turn what goes wrong while an input is read into one line."""
+    try:
+        yield
     except OSError as error:
         raise UserError(f"cannot read {source.name}: {error.strerror or _first_line(error)}") from None
     except UnicodeError as error:
         raise UserError(f"{source.name} is not UTF-8 text: {_first_line(error)}") from None
 
 
-def text_of(source: Input, number: int, data: bytes, field: str) -> bytes:
-    """The UTF-8 text of a record.
-
-    Raises:
-        UserError: it holds none.
-    """
-    name = place(source, number)
-    if source.kind == "json lines":
-        return json_text(data, field, name)
-    try:
-        data.decode()
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{name} is not UTF-8 text (byte {error.start}): convert it, e.g. iconv -f latin1 -t utf-8"
-        ) from None
-    return data
+def _suffix(path: Path) -> str:
+    """The end of a name that says its kind; empty if it says none."""
+    return next((suffix for suffix in _KINDS if path.name.endswith(suffix)), "")
 
 
-def place(source: Input, number: int) -> str:
-    """Where a record stands, for messages."""
-    what = {"text": "part", "json lines": "line", "parquet": "row", "dataset": "row"}[source.kind]
-    return source.name if source.kind == "text" and number == 1 else f"{source.name}, {what} {number}"
+def _files_in(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.rglob("*") if file.is_file())
 
 
 def _find(name: str, field: str) -> list[Input]:
     path = Path(name).expanduser()
     if name.startswith(HUB) and not path.exists():
         return [_dataset_input(name, field)]
+    if not path.exists():
+        path = existing(name, f"text files, or {HUB}NAME[:SPLIT] for a dataset of the hub")
     if path.is_file():
         return [_file_input(path)]
-    if not path.is_dir():
-        there = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        close = difflib.get_close_matches(path.name, there, n=3)
-        hint = f"did you mean {' or '.join(close)}?" if close else f"a dataset of the hub is {HUB}NAME[:SPLIT]"
-        raise UserError(f"nothing at {path}: {hint}")
     if _is_saved(path):
         return [_dataset_input(f"{HUB}{path}", field)]
-    inside = sorted(file for file in path.rglob("*") if file.is_file())
-    known = (*TEXT, *JSON_LINES, *PARQUET)  # no .json: those beside data seldom are JSON lines
-    found = [_file_input(file) for file in inside if file.name.endswith(known)]
+    # A .json in a folder of data is seldom JSON lines.
+    known = [suffix for suffix, kind in _KINDS.items() if kind != "tokens" and suffix != ".json"]
+    found = [_file_input(file) for file in _files_in(path) if _suffix(file) in known]
     if not found:
-        raise UserError(f"{path} holds no text, JSON lines or parquet ({', '.join(known)})")
+        raise UserError(f"{path} holds neither token files (.npy, .bin) nor text ({', '.join(known)})")
     return found
 
 
 def _file_input(path: Path) -> Input:
-    kind = "parquet" if path.name.endswith(PARQUET) else "text"
-    if path.name.endswith((*JSON_LINES, ".json")):
-        kind = "json lines"
+    kind = _KINDS.get(_suffix(path), "text")
+    if kind == "tokens":
+        raise UserError(f"{path} is a token file, expected text: give it to sdd train --data as it is")
+    if kind == "parquet":
+        _pyarrow(str(path))
     status = path.stat()
-    return Input(str(path), kind, status.st_size, str(status.st_mtime_ns))
+    return Input(name=str(path), kind=kind, size=status.st_size, stamp=str(status.st_mtime_ns))
 
 
-def _json_lines(source: Input, field: str, start: int) -> Iterator[Record]:
+def _json_lines(source: Input, _field: str, start: int) -> Iterator[Record]:
     path = Path(source.name)
     with path.open("rb") as file:
         for number, line in enumerate(lines(path, file), start=1):
@@ -152,20 +223,19 @@ def _json_lines(source: Input, field: str, start: int) -> Iterator[Record]:
                 yield Record(number, file.tell(), line)
 
 
-def _text(source: Input, field: str, start: int) -> Iterator[Record]:
+def _text(source: Input, _field: str, start: int) -> Iterator[Record]:
     path = Path(source.name)
-    number, data = 0, b""
+    number, data = 1, b""
     with path.open("rb") as file:
         for block in blocks(path, file):
             data += block
             while len(data) > PART_BYTES:
                 end = piece_end(data[:PART_BYTES])
-                number += 1
                 if number > start:
                     yield Record(number, file.tell(), data[:end], goes_on=True)
-                data = data[end:]
-        if data and number + 1 > start:
-            yield Record(number + 1, file.tell(), data)
+                number, data = number + 1, data[end:]
+        if data and number > start:
+            yield Record(number, file.tell(), data)
 
 
 def _pyarrow(name: str) -> Any:
@@ -184,24 +254,28 @@ def _parquet(source: Input, field: str, start: int) -> Iterator[Record]:
                     number += rows
                     continue
                 for batch in file.iter_batches(_ROWS, row_groups=[group], columns=[field]):
-                    for value in _bytes(batch.column(0), arrow).to_pylist():
-                        number += 1
-                        if number > start and value is not None:
-                            yield Record(number, source.size * number // total, _encoded(source, number, value))
+                    values = _bytes(batch.column(0), arrow).to_pylist()
+                    yield from _rows(source, values, number, start, total)
+                    number += len(values)
     except arrow.ArrowException as error:
         raise UserError(f"{source.name} is damaged or no parquet file: {_first_line(error)}") from None
 
 
 def _bytes(column: Any, arrow: Any) -> Any:
-    """A column of strings as one of bytes: what is no UTF-8 is then told like that of any other input."""
+    """A column of strings as one of bytes, so that bytes that are not UTF-8 are reported as for any other input."""
     is_text = arrow.types.is_string(column.type) or arrow.types.is_large_string(column.type)
     return column.cast(arrow.large_binary()) if is_text else column
 
 
-def _encoded(source: Input, number: int, value: Any) -> bytes:
-    if not isinstance(value, str | bytes):
-        raise UserError(f"{place(source, number)} holds a {type(value).__name__}, expected text: name another field")
-    return value if isinstance(value, bytes) else value.encode()
+def _rows(source: Input, values: Sequence[Any], before: int, start: int, total: int) -> Iterator[Record]:
+    """Rows as records: those that follow the first `before` of `total`, if they come after `start` and hold a text."""
+    for number, value in enumerate(values, start=before + 1):
+        if number > start and value is not None:
+            if not isinstance(value, str | bytes):
+                kind = type(value).__name__
+                raise UserError(f"{place(source, number)} holds a {kind}, expected text: name another field")
+            data = value if isinstance(value, bytes) else value.encode()
+            yield Record(number, source.size * number // total, data)
 
 
 def _check_field(name: str, field: str, there: Sequence[str]) -> None:
@@ -214,16 +288,14 @@ def _dataset_input(name: str, field: str) -> Input:
     data = _load_dataset(name)
     _check_field(name, field, data.column_names)
     size = getattr(data, "dataset_size", None) or len(data)
-    return Input(name, "dataset", size, f"{len(data)} rows, {getattr(data, '_fingerprint', '')}")
+    stamp = f"{len(data)} rows, {getattr(data, '_fingerprint', '')}"
+    return Input(name=name, kind="dataset", size=size, stamp=stamp)
 
 
 def _dataset(source: Input, field: str, start: int) -> Iterator[Record]:
     data = _load_dataset(source.name).select_columns([field])
     for first in range(start, len(data), _ROWS):
-        values = data[first : first + _ROWS][field]
-        for number, value in enumerate(values, start=first + 1):
-            if value is not None:
-                yield Record(number, source.size * number // len(data), _encoded(source, number, value))
+        yield from _rows(source, data[first : first + _ROWS][field], first, start, len(data))
 
 
 @lru_cache(maxsize=4)

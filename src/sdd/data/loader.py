@@ -1,7 +1,7 @@
-"""Which tokens make batch number s: a pure function of the data, the seed and s.
+"""The tokens of batch number s: a pure function of the data, the seed and s.
 
 There is no state to save and no list of samples to shuffle: the order of an epoch is a pseudo-random permutation that
-is computed where it is needed. A resumed run needs its step, a run on other hardware any split of the same rows.
+is computed where it is needed. So a run resumes from its step alone, and may split the same rows over any hardware.
 """
 
 from collections.abc import Sequence
@@ -10,8 +10,8 @@ from math import isqrt
 import numpy as np
 import torch
 
-from sdd.data.mixture import Interleaving, Part
-from sdd.data.token_file import TokenFile
+from sdd.data.mixture import Interleaving, MixturePart
+from sdd.data.token_file import TokenFile, check_length
 from sdd.errors import UserError
 
 _ROUNDS = 8
@@ -46,7 +46,7 @@ class Loader:
 
     def __init__(
         self,
-        files: Sequence[TokenFile] | Sequence[Part],
+        files: Sequence[TokenFile] | Sequence[MixturePart],
         batch_size: int,
         context: int,
         seed: int = 0,
@@ -64,7 +64,7 @@ class Loader:
         self.seed = seed
         self._first_window = _starts([file.n_windows(context) for file in self.files])
         for part in self.parts:
-            _check_length(part, context)
+            check_length(part.name, part.files, context)
         self._part_windows = [sum(file.n_windows(context) for file in part.files) for part in self.parts]
         self._part_start = _starts(self._part_windows)
         self._interleaving = Interleaving([part.weight for part in self.parts])
@@ -73,21 +73,21 @@ class Loader:
         self.pass_over(skipped)
 
     def pass_over(self, skipped: Sequence[int]) -> None:
-        """Replace the list of skipped batches."""
+        """Replace the list of skipped batch numbers."""
         passed = np.unique(np.asarray(skipped, np.int64))
         self._passed = passed - np.arange(len(passed))  # as many batches are used before the skipped one
 
     @property
     def n_windows(self) -> int:
-        """Windows that there are; of data that are no mixture, samples in an epoch."""
+        """The number of windows; without a mixture, these are the samples of an epoch."""
         return int(self._first_window[-1])
 
     def epoch(self, step: int) -> float:
-        """Samples that are behind at the start of a step, as a multiple of the windows that there are."""
+        """The number of samples before a step, as a multiple of the number of windows."""
         return self.batch_index(step) * self.batch_size / self.n_windows
 
     def describe(self, steps: int) -> list[str]:
-        """Of a mixture, one line for each source: its share, and its epochs in a run of so many steps."""
+        """One line for each source of a mixture: its share, and its epochs in a run of so many steps."""
         if len(self.parts) == 1:
             return []
         taken = self._interleaving.taken(self.batch_index(steps) * self.batch_size)
@@ -112,7 +112,7 @@ class Loader:
         return windows
 
     def _visited(self, part: int, numbers: np.ndarray) -> np.ndarray:
-        """Which of a part's windows its samples of those numbers are."""
+        """The windows of a part that its samples with these numbers are."""
         seed = self.seed
         if len(self.parts) > 1:  # else two sources of the same size would go in step
             seed = int(_keys(seed, np.array([_PART_KEYS + part], np.uint64))[0])
@@ -145,22 +145,13 @@ class Loader:
         return torch.from_numpy(batch)
 
 
-def _parts(files: Sequence[TokenFile] | Sequence[Part]) -> list[Part]:
-    parts = [item for item in files if isinstance(item, Part)]
-    return parts or [Part("the data", tuple(item for item in files if isinstance(item, TokenFile)))]
+def _parts(files: Sequence[TokenFile] | Sequence[MixturePart]) -> list[MixturePart]:
+    parts = [item for item in files if isinstance(item, MixturePart)]
+    return parts or [MixturePart("the data", tuple(item for item in files if isinstance(item, TokenFile)))]
 
 
 def _starts(counts: Sequence[int]) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
-
-
-def _check_length(part: Part, context: int) -> None:
-    longest = max((len(file) for file in part.files), default=0)
-    if longest <= context:
-        raise UserError(
-            f"{part.name}: too little, a context of {context} needs {context + 1} tokens in a file, the longest has "
-            f"{longest}; bring more text or shorten the context"
-        )
 
 
 def eval_windows(file: TokenFile, n: int | None, context: int) -> torch.Tensor:
@@ -177,12 +168,8 @@ def eval_windows(file: TokenFile, n: int | None, context: int) -> torch.Tensor:
     Raises:
         UserError: the file has no full window, or a token id outside its vocabulary.
     """
+    check_length(str(file.path), [file], context)
     count = file.n_windows(context)
-    if not count:
-        raise UserError(
-            f"{file.path}: too little data, a context of {context} needs {context + 1} tokens, here are {len(file)}; "
-            "bring more text or shorten the context"
-        )
     n = count if n is None else min(n, count)
     return torch.from_numpy(file.read(np.arange(n) * count // n * context, context + 1))
 

@@ -1,4 +1,4 @@
-"""Several sources in given shares: which one sample i comes from, computed from i alone."""
+"""Mix several sources in given shares: the source of sample i is computed from i alone."""
 
 import math
 from collections.abc import Sequence
@@ -15,12 +15,12 @@ _VALIDATION_TOKENS = 2**24
 
 
 @dataclass(frozen=True, eq=False)
-class Part:
+class MixturePart:
     """One source of a mixture; data that are no mixture are a single part.
 
     Attributes:
-        name: what it is called in messages.
-        files: its token files, gone through in an order of its own, epoch after epoch.
+        name: of the source, for messages.
+        files: its token files. Each part has its own order of windows and its own epochs.
         weight: its share of the tokens, relative to the other parts'.
     """
 
@@ -30,11 +30,11 @@ class Part:
 
 
 class Interleaving:
-    """Sample i belongs to which source, and is which of that source's samples: a pure function of the weights and i.
+    """Assign sample i to a source, and to a sample of that source: a pure function of the weights and i.
 
     A cycle of `length` samples, in which each source has a whole number of places, repeats for ever. It follows
-    Tijdeman (1980), "The chairman assignment problem": of any first n samples, a source with share w has w * n, give
-    or take less than one; so of any n consecutive ones, give or take less than two.
+    Tijdeman (1980), "The chairman assignment problem": among the first n samples, the number of those from a source
+    with share w differs from w * n by less than one; so among any n consecutive samples by less than two.
 
     Args:
         weights: of the sources, positive. Shares that have a common denominator up to `LONGEST_CYCLE` are kept
@@ -44,7 +44,7 @@ class Interleaving:
         counts: samples of each source in a cycle, int64 [sources].
 
     Raises:
-        UserError: a share that rounds to none.
+        UserError: a share that rounds to zero.
     """
 
     def __init__(self, weights: Sequence[Fraction]) -> None:
@@ -71,7 +71,7 @@ class Interleaving:
         return sources, cycle * self.counts[sources] + self._before[place]
 
     def taken(self, samples: int) -> np.ndarray:
-        """How many of the first `samples` samples each source has given, int64 [sources]."""
+        """How many of the first `samples` samples come from each source, int64 [sources]."""
         cycles, rest = divmod(samples, self.length)
         return cycles * self.counts + np.bincount(self._sources[:rest], minlength=len(self.counts))
 
@@ -92,7 +92,7 @@ def _cycle_counts(weights: Sequence[Fraction]) -> np.ndarray:
 
 
 def _tijdeman(counts: list[int]) -> np.ndarray:
-    """The cycle: at every place, of the sources that may take it, the one whose next sample is due first."""
+    """The cycle: each place goes to the source whose next sample is due first, of those that may take the place."""
     length, slack = sum(counts), 2 * len(counts) - 2
     given = [0] * len(counts)
     cycle = np.zeros(length, np.int64)
@@ -111,8 +111,8 @@ def _tijdeman(counts: list[int]) -> np.ndarray:
 def mixed_validation(validations: Sequence[TokenFile], weights: Sequence[Fraction], context: int) -> TokenFile:
     """Held-out tokens in the shares of the mixture, as many as the scarcest source allows, in memory.
 
-    Each source gives windows from its start, so that the loss on them is the loss on the mixture; at most 2**24 tokens
-    in all. It holds no byte count, and its path is the first source's.
+    The windows are the first ones of each source, at most 2**24 tokens in all. In these shares the loss on them is the
+    loss on the mixture. The result has no byte count, and the path of the first source.
     """
     shares = [float(weight / sum(weights)) for weight in weights]
     windows = [file.n_windows(context) for file in validations]

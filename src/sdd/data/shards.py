@@ -1,37 +1,37 @@
 """Token files that grow chunk by chunk and survive being killed at any moment.
 
-While it is worked on, a folder holds `train-00000.npy.part`, ..., `validation.npy.part` and `progress.json`, which
-says how many tokens of each are good and which record of the inputs comes next. Tokens reach the disk before the
-progress that counts them, so whatever lies beyond the count is cut off when the work goes on. At the end the files get
-their names and their json, and `progress.json` becomes `summary.json`.
+During the work a folder holds `train-00000.npy.part`, ..., `validation.npy.part` and `progress.json`, which counts the
+good tokens of each file and the records that have been read. Tokens reach the disk before the progress that counts
+them, so whatever lies beyond the count is cut off when the work goes on. At the end the files get their names and their
+json, and `progress.json` becomes `summary.json`.
 """
 
 import os
-from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 import pydantic
 
-from sdd.data.source import PROGRESS_FILE
-from sdd.data.token_file import DtypeName, TokenInfo
+from sdd.data.token_file import TokenInfo
 from sdd.errors import UserError
 from sdd.files import write_aside
 
+PROGRESS_FILE = "progress.json"
 SUMMARY_FILE = "summary.json"
 SHARD_TOKENS = 2**30
 
 
 class Counts(pydantic.BaseModel):
-    """What a token file holds so far."""
+    """The contents of a token file so far, in numbers."""
 
     n_tokens: int = pydantic.Field(default=0, ge=0)
     n_bytes: int = pydantic.Field(default=0, ge=0)
     n_documents: int = pydantic.Field(default=0, ge=0)
 
     def add(self, other: "Counts") -> None:
-        """Count what was appended."""
+        """Add what was appended."""
         self.n_tokens += other.n_tokens
         self.n_bytes += other.n_bytes
         self.n_documents += other.n_documents
@@ -43,8 +43,8 @@ class Position(pydantic.BaseModel, frozen=True):
     Attributes:
         input: number of the input.
         record: records read of it.
-        done: how much of the inputs' size is behind.
-        n_bytes: of all records read, as they were stored.
+        done: how much of the inputs' size has been read.
+        n_bytes: bytes of all records read, as they were stored.
     """
 
     input: int = pydantic.Field(default=0, ge=0)
@@ -63,43 +63,24 @@ class Progress(pydantic.BaseModel):
     seconds: float = pydantic.Field(default=0, ge=0)
 
     def files(self) -> list[tuple[str, Counts]]:
-        """The token files' names, and what they hold."""
+        """The token files' names and contents."""
         train = [(f"train-{number:05d}.npy", counts) for number, counts in enumerate(self.train)]
         return [*train, ("validation.npy", self.validation)]
 
     def total(self) -> Counts:
-        """Of all files together."""
+        """The counts of all files together."""
         total = Counts()
         for counts in (*self.train, self.validation):
             total.add(counts)
         return total
 
 
-class TokenBuffer:
-    """Tokens in memory, to be appended to a file: an `Encoder`'s sink."""
+@dataclass(frozen=True)
+class Tokens:
+    """Encoded text as a token file stores it."""
 
-    def __init__(self, dtype: DtypeName, eos: int | None) -> None:
-        self.counts = Counts()
-        self._dtype = np.dtype(dtype).newbyteorder("<")
-        self._eos = eos
-        self._blocks: list[bytes] = []
-
-    def write(self, ids: Sequence[int] | np.ndarray, n_bytes: int | None = None) -> None:
-        """Append tokens that stand for `n_bytes` of UTF-8."""
-        array = np.asarray(ids, self._dtype)
-        self._blocks.append(array.tobytes())
-        self.counts.n_tokens += array.size
-        self.counts.n_bytes += n_bytes or 0
-
-    def end_document(self) -> None:
-        """Close the document with the end-of-text token, if there is one."""
-        self.counts.n_documents += 1
-        if self._eos is not None:
-            self.write([self._eos])
-
-    def take(self) -> bytes:
-        """All of it."""
-        return b"".join(self._blocks)
+    data: bytes
+    counts: Counts
 
 
 class Shards:
@@ -107,12 +88,12 @@ class Shards:
 
     Args:
         folder: where.
-        info: what the files' json will say, but for the counts.
+        info: the content of the files' json, except for the counts.
         progress: where to go on.
         shard_tokens: a training file that has so many is followed by a new one.
 
     Raises:
-        UserError: files that do not hold what the progress says.
+        UserError: files that are shorter than the progress says.
     """
 
     def __init__(self, folder: Path, info: TokenInfo, progress: Progress, shard_tokens: int = SHARD_TOKENS) -> None:
@@ -129,15 +110,15 @@ class Shards:
     def _train_name(self) -> str:
         return f"train-{len(self.progress.train) - 1:05d}.npy"
 
-    def append(self, train: TokenBuffer, validation: TokenBuffer, position: Position, skipped: int) -> None:
+    def append(self, train: Tokens, validation: Tokens, position: Position, skipped: int) -> None:
         """Take the tokens of a chunk; they count once `commit` has returned."""
         if self.progress.train[-1].n_tokens >= self._shard_tokens:
             _sync(self._train)
             self._train.close()
             self.progress.train.append(Counts())
             self._train = self._part(self._train_name).open("wb")  # one from before a crash does not count
-        self._train.write(train.take())
-        self._validation.write(validation.take())
+        self._train.write(train.data)
+        self._validation.write(validation.data)
         self.progress.train[-1].add(train.counts)
         self.progress.validation.add(validation.counts)
         self.progress.position = position
@@ -150,36 +131,29 @@ class Shards:
         write_aside(self.folder / PROGRESS_FILE, self.progress.model_dump_json(indent=2) + "\n")
 
     def close(self) -> None:
-        """Let go of the files; what was not committed is lost."""
+        """Close the files; tokens that were not committed are lost."""
         self._train.close()
         self._validation.close()
 
-    def finish(self) -> list[Path]:
-        """Commit, and give the files their names.
-
-        Returns:
-            The token files.
-        """
+    def finish(self) -> None:
+        """Commit, and give the files their names."""
         self.commit()
         self.close()
-        files = []
         for name, counts in self.progress.files():
-            path = self.folder / name
-            if not counts.n_tokens:
-                self._part(name).unlink(missing_ok=True)
-                continue
-            self._part(name).replace(path)
-            info = self._info.model_copy(update=counts.model_dump())
-            write_aside(path.with_suffix(".json"), info.model_dump_json(indent=2) + "\n")
-            files.append(path)
+            part, path = self._part(name), self.folder / name
+            if counts.n_tokens:
+                part.replace(path)
+                info = self._info.model_copy(update=counts.model_dump())
+                write_aside(path.with_suffix(".json"), info.model_dump_json(indent=2) + "\n")
+            else:
+                part.unlink(missing_ok=True)
         (self.folder / PROGRESS_FILE).replace(self.folder / SUMMARY_FILE)
-        return files
 
     def _part(self, name: str) -> Path:
         return self.folder / f"{name}.part"
 
     def _restore(self, name: str, counts: Counts) -> None:
-        """Bring a file back to where the progress saw it."""
+        """Bring a file back to the state that the progress describes."""
         part, final = self._part(name), self.folder / name
         if final.is_file() and not part.exists():  # killed while finishing
             final.replace(part)

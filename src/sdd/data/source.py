@@ -1,38 +1,40 @@
-"""From what the user names (`--data`) to token files."""
+"""Find the data that the user names (`--data`), and tokenise them into the cache if they are text."""
 
 import hashlib
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from sdd.data.cache import Notify
-from sdd.data.corpora import builtin_tokenizer, classics
-from sdd.data.mixture import Part, mixed_validation
-from sdd.data.prepare import cached_token_files
+from sdd.data.cache import Notify, cached
+from sdd.data.inputs import Input, find_inputs, token_files
+from sdd.data.mixture import MixturePart, mixed_validation
+from sdd.data.shards import PROGRESS_FILE
 from sdd.data.spec import CLASSICS, Entry, entries, existing
-from sdd.data.text import TEXT_SUFFIXES
-from sdd.data.token_file import TokenFile
-from sdd.data.tokenizer import Tokenizer
+from sdd.data.token_file import TokenFile, check_length
+from sdd.data.tokenize_job import TokenizeSettings, tokenize
+from sdd.data.tokenizer import Tokenizer, builtin_tokenizer
 from sdd.errors import UserError
 
-TOKEN_SUFFIXES = (".npy", ".bin")
-VALIDATION_STEMS = ("validation", "val")
-HELD_OUT_WINDOWS = 0.01
-PROGRESS_FILE = "progress.json"  # lies in a folder that `sdd tokenize` has not finished
+VALIDATION_FRACTION = 0.05  # of text that is not tokenised beforehand
+_VALIDATION_STEMS = ("validation", "val")
+_HELD_OUT_WINDOWS = 0.01
+_CACHE_FORMAT = 1  # to be raised when the same text and tokenizer give other token files
+_ONE_FILE = 2**62
 
 
 @dataclass(frozen=True, eq=False)
 class DataSource:
-    """Tokens to train on and to validate with, and what they mean.
+    """Tokens to train on and to validate with, and their vocabulary.
 
-    `parts` are the sources of a mixture, a single one where there is none. `tokenizer` is None where only tokens are
-    known; `eos` where the vocabulary has no end-of-text token.
+    `parts` are the sources of a mixture; data that are no mixture have one part. `tokenizer` is None if only tokens are
+    known, `eos` if the vocabulary has no end-of-text token.
     """
 
     name: str
-    parts: tuple[Part, ...]
+    parts: tuple[MixturePart, ...]
     validation: TokenFile
     tokenizer: Tokenizer | None
     vocab_size: int
@@ -40,12 +42,12 @@ class DataSource:
 
     @property
     def train(self) -> list[TokenFile]:
-        """The files that are trained on, of all parts."""
+        """The training files of all parts."""
         return [file for part in self.parts for file in part.files]
 
     @property
     def n_tokens(self) -> int:
-        """Training tokens."""
+        """The number of training tokens."""
         return sum(len(file) for file in self.train)
 
     @cached_property
@@ -56,14 +58,14 @@ class DataSource:
         return [{"file": name, "tokens": len(file), "hash": file.fingerprint()} for name, file in files]
 
     def fingerprint(self) -> str:
-        """A cheap hash of the tokens, by which a resumed run knows that its data are still the same."""
+        """A cheap hash of the tokens. A resumed run compares it to find out whether its data have changed."""
         text = "".join(entry["hash"] for entry in self.listing)
         if len(self.parts) > 1:
             text += "".join(f" {part.weight}x{len(part.files)}" for part in self.parts)
         return hashlib.sha256(text.encode()).hexdigest()
 
     def changes(self, before: Any) -> str:
-        """What is not as it was in an earlier `listing`, in a few words."""
+        """The differences from an earlier `listing`, in a few words."""
         try:
             then = {entry["file"]: (entry["tokens"], entry["hash"]) for entry in before}
         except (TypeError, KeyError):
@@ -79,7 +81,7 @@ class DataSource:
 
 @dataclass(frozen=True)
 class _Given:
-    """What the caller says of all sources."""
+    """The arguments of `resolve_data` that hold for every source."""
 
     tokenizer: Tokenizer | None
     context: int
@@ -99,77 +101,138 @@ def resolve_data(
     vocab_size: int | None = None,
     notify: Notify | None = None,
 ) -> DataSource:
-    """Find, and if need be tokenise, the data that `spec` names.
+    """Find the data that `spec` names, and tokenise them if they are text.
 
     Args:
         spec: None or "classics" for the built-in corpus; or one path, or several separated by commas, of
-            - token files (.npy, .bin; any name where `dtype` is given), or a directory of them: `validation.npy` or
-              `val.bin`, among them or beside them, is the validation part, all others are trained on; without it the
-              last 1% of the last file's windows (at least one) is held out;
-            - text files (any UTF-8 file; .jsonl, .jsonl.zst and .jsonl.gz hold one document a line under "text"), or a
-              directory of them: tokenised into the cache, about 5% held out (see `sdd.data.text.TailSplit`).
+            - token files (.npy, .bin; with `dtype` also names that say no kind), or a directory of them. The file
+              `validation.npy` or `val.bin`, among them or beside them, is the validation part, all others are trained
+              on. Without it the last 1% of the last file's windows (at least one) is held out;
+            - text, or a directory of it: every file that `sdd.data.inputs` takes. It is tokenised into the cache,
+              about 5% of it held out (see `sdd.data.text.TailSplit`).
 
             A mixture is such paths with weights, `a.npy:0.7,texts:0.3`, or a .json file `{"sources": [{"path": ...,
             "weight": ...}, ...]}` with paths relative to it, or a directory that holds it as mixture.json. Weights are
-            shares of the tokens; held out is a part of each source, put together in the same shares.
+            shares of the tokens. A part of each source is held out; these parts are mixed in the same shares.
         tokenizer: path of a tokenizer.json; by default the token files' own, or the built-in one for text.
         context: tokens of input in a sample; both parts must have room for one.
         dtype: of token files without a json.
         eos: id of the end-of-text token, for token files whose json does not say.
-        vocab_size: of token files where neither a json nor a tokenizer tells.
+        vocab_size: of token files whose json does not say and whose tokenizer is not known.
         notify: receives one line before work that takes a while; by default it is logged.
 
     Raises:
-        UserError: nothing there, not readable as what it is, or too little of it.
+        UserError: there are no such data, they are damaged, or there are too few.
     """
     own = Tokenizer.load(tokenizer) if tokenizer else None
     given = _Given(own, context, dtype, eos, vocab_size, notify)
     named = entries(CLASSICS if spec is None else str(spec))
-    if named[0].weight is None:
-        return _resolve(named, given)
-    sources = [_resolve([entry], given) for entry in named]
+    sources = [_resolve(group, given) for group in ([named] if named[0].weight is None else [[one] for one in named])]
+    for source in sources:
+        check_length(f"training part of {source.name}", source.train, context)
+        check_length(f"validation part of {source.name}", [source.validation], context)
     return sources[0] if len(sources) == 1 else _mixed(named, sources, context)
+
+
+def classics(tokenizer: Tokenizer | None = None, notify: Notify | None = None) -> tuple[TokenFile, TokenFile]:
+    """Training and validation tokens of the built-in corpus, tokenised on first use (seconds) and kept in the cache.
+
+    The classics are English prose of four kinds: State of the Union addresses, Moby Dick, five Jane Austen novels, the
+    King James Bible (sources and licences in assets/README.md). The last 5% of each document is held out, by the rule
+    for all text, `sdd.data.text.TailSplit`. The 221 addresses are in the order of time. Their last 5% as a whole would
+    be the most recent ones, and the loss on them would also measure two centuries of change in the language. Tails of
+    all eras have the distribution of the training text.
+
+    Args:
+        tokenizer: the built-in one by default.
+        notify: receives one line before the work; by default it is logged.
+    """
+    return _cached_tokens(CLASSICS, find_inputs([str(existing(CLASSICS))]), tokenizer or builtin_tokenizer(), notify)
+
+
+def _cached_tokens(
+    name: str, inputs: Sequence[Input], tokenizer: Tokenizer, notify: Notify | None
+) -> tuple[TokenFile, TokenFile]:
+    """The training and validation tokens of text, tokenised on first use and kept in the cache.
+
+    The cache's entry is found by a hash of the inputs' contents and of the tokenizer.
+
+    Raises:
+        UserError: text that cannot be read, or too little of it.
+    """
+    notify = notify or logging.getLogger(__name__).info
+    settings = TokenizeSettings(
+        tokenizer,
+        workers=0,
+        validation_fraction=VALIDATION_FRACTION,
+        eos_needed=False,
+        whole_documents=True,
+        shard_tokens=_ONE_FILE,
+    )
+
+    def build(folder: Path) -> None:
+        size = sum(source.size for source in inputs) / 1e6
+        notify(f"tokenising {name} ({size:.1f} MB on disk) into {folder.parent}, once")
+        names = [source.name for source in inputs]
+        if not tokenize(names, folder, settings)["validation_tokens"]:
+            raise UserError(f"{names[0]}{' ...' * (len(names) > 1)}: too little text to train on and hold out a part")
+        for suffix in (".npy", ".json"):
+            (folder / f"train-00000{suffix}").rename(folder / f"train{suffix}")
+
+    def load(folder: Path) -> tuple[TokenFile, TokenFile]:
+        return TokenFile.open(folder / "train.npy"), TokenFile.open(folder / "validation.npy")
+
+    key = hashlib.sha256(f"{_CACHE_FORMAT} {VALIDATION_FRACTION} {tokenizer.sha256}".encode())
+    for source in inputs:
+        key.update(f"{source.reading} {source.content_hash()}".encode())
+    return cached(f"{name}-{key.hexdigest()[:16]}", build, load, notify)
 
 
 def _resolve(named: Sequence[Entry], given: _Given) -> DataSource:
     """The data of one or more entries as one source."""
-    if [entry.path for entry in named] == [CLASSICS]:
-        train, validation = classics(given.tokenizer, given.notify)
-        source = _text_source(CLASSICS, train, validation, given.tokenizer or builtin_tokenizer())
-        return _checked(source, given)
-    if CLASSICS in [entry.path for entry in named]:
+    if len(named) > 1 and CLASSICS in [entry.path for entry in named]:
         raise UserError(f"{CLASSICS} and other data need weights: {CLASSICS}:0.5,PATH:0.5")
     paths = [existing(entry.path) for entry in named]
-    name = paths[0].resolve().stem + (f"+{len(paths) - 1}" if len(paths) > 1 else "")
-    try:
-        files = _expanded(paths)
-    except OSError as error:
-        raise UserError(f"cannot read {error.filename}: {error.strerror}") from None
-    tokens = [file for file in files if file.suffix in TOKEN_SUFFIXES or _is_foreign(file, given)]
-    if tokens and len(tokens) < len(files):
-        (text, *_) = set(files) - set(tokens)
-        raise UserError(
-            f"{','.join(map(str, paths))} mixes token files ({tokens[0].name}) and text ({text.name}): give one or the "
-            "other, or each a weight, PATH:WEIGHT"
-        )
+    name = CLASSICS if named[0].path == CLASSICS else paths[0].resolve().stem
+    name += f"+{len(paths) - 1}" if len(paths) > 1 else ""
+    tokens, texts = _files(paths, given)
     if tokens:
-        return _checked(_token_source(name, tokens, given), given)
+        return _token_source(name, tokens, given)
     own = given.tokenizer or builtin_tokenizer()
     if given.eos not in (None, own.eos):
         raise UserError(f"{name} is text: its end-of-text token is that of the tokenizer, {own.eos}, not {given.eos}")
-    return _checked(_text_source(name, *cached_token_files(name, files, own, given.notify), own), given)
+    train, validation = _cached_tokens(name, texts, own, given.notify)
+    return DataSource(name, (MixturePart(name, (train,)),), validation, own, own.vocab_size, own.eos)
 
 
-def _is_foreign(file: Path, given: _Given) -> bool:
-    """Whether a file of an unknown kind is one of tokens: the caller says of which dtype."""
-    return given.dtype is not None and not file.name.endswith(TEXT_SUFFIXES)
+def _files(paths: Sequence[Path], given: _Given) -> tuple[list[Path], list[Input]]:
+    """The token files or the texts of these paths; of a folder the token files, if it has any."""
+    tokens: list[Path] = []
+    texts: list[Input] = []
+    for path in paths:
+        if (path / PROGRESS_FILE).is_file():
+            raise UserError(f"{path} is not complete: give the same sdd tokenize command again, it goes on")
+        found = token_files(path, any_name=given.dtype is not None)
+        tokens += found
+        texts += [] if found else find_inputs([str(path)])
+    if tokens and texts:
+        raise UserError(
+            f"{','.join(map(str, paths))} mixes token files ({tokens[0].name}) and text ({Path(texts[0].name).name}): "
+            "give one or the other, or each a weight, PATH:WEIGHT"
+        )
+    return tokens, texts
 
 
 def _mixed(named: Sequence[Entry], sources: Sequence[DataSource], context: int) -> DataSource:
-    weights = [entry.share() for entry in named]
     first = sources[0]
     for source in sources:
-        _check_same_vocabulary(source, first)
+        tokenizers = {one.tokenizer.sha256 for one in (source, first) if one.tokenizer}
+        if len(tokenizers) > 1 or _vocabulary(source) != _vocabulary(first):
+            raise UserError(
+                f"{source.name} ({_vocabulary(source)}) and {first.name} ({_vocabulary(first)}) were made with two "
+                "tokenizers: sources of a mixture need one; for text, name it as data.tokenizer"
+            )
+    weights = [entry.share() for entry in named]
     parts = [replace(source.parts[0], weight=weight) for source, weight in zip(sources, weights, strict=True)]
     validation = mixed_validation([source.validation for source in sources], weights, context)
     name = ",".join(f"{source.name}:{entry.weight}" for source, entry in zip(sources, named, strict=True))
@@ -177,43 +240,13 @@ def _mixed(named: Sequence[Entry], sources: Sequence[DataSource], context: int) 
     return DataSource(name, tuple(parts), validation, tokenizer, first.vocab_size, first.eos)
 
 
-def _check_same_vocabulary(source: DataSource, first: DataSource) -> None:
-    hashes = {s.tokenizer.sha256 for s in (source, first) if s.tokenizer}
-    if len(hashes) > 1 or (source.vocab_size, source.eos) != (first.vocab_size, first.eos):
-        raise UserError(
-            f"{source.name} (vocab_size {source.vocab_size}, eos {source.eos}) and {first.name} (vocab_size "
-            f"{first.vocab_size}, eos {first.eos}) were made with two tokenizers: sources of a mixture need one; for "
-            "text, name it as data.tokenizer"
-        )
-
-
-def _expanded(paths: Sequence[Path]) -> list[Path]:
-    """The files that are named or lie in a directory that is named; of a directory the token files, if it has any."""
-    files: list[Path] = []
-    for path in paths:
-        if path.is_file():
-            if not path.stat().st_size:
-                raise UserError(f"{path} is empty")
-            files.append(path)
-            continue
-        if (path / PROGRESS_FILE).is_file():
-            raise UserError(f"{path} is not complete: give the same sdd tokenize command again, it goes on")
-        inside = sorted(file for file in path.rglob("*") if file.is_file() and file.stat().st_size)
-        found = [file for file in inside if file.suffix in TOKEN_SUFFIXES]
-        found = found or [file for file in inside if file.name.endswith(TEXT_SUFFIXES)]
-        if not found:
-            raise UserError(f"{path} holds neither token files (.npy, .bin) nor text ({', '.join(TEXT_SUFFIXES)})")
-        files += found
-    return files
-
-
-def _text_source(name: str, train: TokenFile, validation: TokenFile, tokenizer: Tokenizer) -> DataSource:
-    return DataSource(name, (Part(name, (train,)),), validation, tokenizer, tokenizer.vocab_size, tokenizer.eos)
+def _vocabulary(tokens: DataSource | TokenFile) -> str:
+    return f"vocab_size {tokens.vocab_size}, eos {tokens.eos}"
 
 
 def _token_source(name: str, paths: Sequence[Path], given: _Given) -> DataSource:
-    if not any(path.stem in VALIDATION_STEMS for path in paths):
-        beside = (paths[-1].with_stem(stem) for stem in VALIDATION_STEMS)
+    if not any(path.stem in _VALIDATION_STEMS for path in paths):
+        beside = (paths[-1].with_stem(stem) for stem in _VALIDATION_STEMS)
         paths = [*paths, *(path for path in beside if path.is_file())]
     files = [TokenFile.open(path, given.dtype, given.eos) for path in paths]
     tokenizer = given.tokenizer or _tokenizer_of(files[0])
@@ -227,14 +260,30 @@ def _token_source(name: str, paths: Sequence[Path], given: _Given) -> DataSource
         )
     eos = files[0].eos if files[0].eos is not None else tokenizer and tokenizer.eos
     files = [file.knowing(eos, vocab_size) for file in files]
-    validation = [file for file in files if file.path.stem in VALIDATION_STEMS]
+    validation = [file for file in files if file.path.stem in _VALIDATION_STEMS]
     train = [file for file in files if file not in validation]
     if not train or len(validation) > 1:
         raise UserError(f"{name}: expected token files to train on and at most one validation.npy")
     if not validation:
-        train[-1], held_out = _hold_out(train[-1], given.context)
-        validation = [held_out]
-    return DataSource(name, (Part(name, tuple(train)),), validation[0], tokenizer, vocab_size, eos)
+        last = train[-1]
+        windows = max(1, int(last.n_windows(given.context) * _HELD_OUT_WINDOWS))
+        cut = max(0, len(last) - windows * given.context - 1)
+        train[-1], validation = last.slice(0, cut), [last.slice(cut, len(last))]
+    return DataSource(name, (MixturePart(name, tuple(train)),), validation[0], tokenizer, vocab_size, eos)
+
+
+def _check_same_tokens(file: TokenFile, first: TokenFile, tokenizer: Tokenizer | None) -> None:
+    made_with = file.info.tokenizer and file.info.tokenizer.sha256
+    if tokenizer and made_with not in (None, tokenizer.sha256):
+        raise UserError(
+            f"{file.path} was made with tokenizer {made_with[:12]}, but {tokenizer.path} is {tokenizer.sha256[:12]}: "
+            "name the one it was made with"
+        )
+    if _vocabulary(file) != _vocabulary(first):
+        raise UserError(
+            f"{file.path} ({_vocabulary(file)}) and {first.path} ({_vocabulary(first)}) differ: files of one run need "
+            "one tokenizer"
+        )
 
 
 def _tokenizer_of(file: TokenFile) -> Tokenizer | None:
@@ -247,34 +296,3 @@ def _tokenizer_of(file: TokenFile) -> Tokenizer | None:
     if reference.file and (path := file.path.parent / reference.file).is_file():
         return Tokenizer.load(path)
     return None
-
-
-def _check_same_tokens(file: TokenFile, first: TokenFile, tokenizer: Tokenizer | None) -> None:
-    made_with = file.info.tokenizer and file.info.tokenizer.sha256
-    if tokenizer and made_with and made_with != tokenizer.sha256:
-        raise UserError(
-            f"{file.path} was made with tokenizer {made_with[:12]}, but {tokenizer.path} is {tokenizer.sha256[:12]}: "
-            "name the one it was made with"
-        )
-    if file.vocab_size != first.vocab_size or file.eos != first.eos:
-        raise UserError(
-            f"{file.path} (vocab_size {file.vocab_size}, eos {file.eos}) and {first.path} (vocab_size "
-            f"{first.vocab_size}, eos {first.eos}) differ: files of one run need one tokenizer"
-        )
-
-
-def _hold_out(file: TokenFile, context: int) -> tuple[TokenFile, TokenFile]:
-    held_out = max(1, int(file.n_windows(context) * HELD_OUT_WINDOWS)) * context + 1
-    cut = max(0, len(file) - held_out)
-    return file.slice(0, cut), file.slice(cut, len(file))
-
-
-def _checked(source: DataSource, given: _Given) -> DataSource:
-    train = max(source.train, key=len)
-    for part, file in (("training", train), ("validation", source.validation)):
-        if not file.n_windows(given.context):
-            raise UserError(
-                f"{source.name}: too little data, the {part} part has {len(file)} tokens in one file and a context of "
-                f"{given.context} needs {given.context + 1}; bring more text or shorten the context"
-            )
-    return source

@@ -1,4 +1,4 @@
-"""What the user writes for `--data`, taken apart: paths, and weights where it is a mixture."""
+"""Parse the value of `--data`: paths, with a weight each if it is a mixture."""
 
 import difflib
 import re
@@ -8,22 +8,25 @@ from pathlib import Path
 
 import pydantic
 
+from sdd.data.token_file import read_model
 from sdd.errors import UserError
 
 CLASSICS = "classics"
-MIXTURE_FILE = "mixture.json"
+HUB = "hf:"
+_CORPUS = Path(__file__).parent / "assets" / "classics.jsonl.zst"
+_MIXTURE_FILE = "mixture.json"
 _WEIGHTED = re.compile(r"(.+):([0-9]*\.?[0-9]+(?:[eE][-+]?[0-9]+)?)", re.DOTALL)
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One thing named: a path or "classics", and its weight as it was written, if it has one."""
+    """A path or "classics", and the weight as it was written, if there is one."""
 
     path: str
     weight: str | None = None
 
     def share(self) -> Fraction:
-        """The weight as an exact number; 1 where there is none.
+        """The weight as an exact number; 1 if none was given.
 
         Raises:
             UserError: a weight that is not positive, or out of all proportion.
@@ -41,14 +44,14 @@ def entries(spec: str) -> list[Entry]:
         UserError: nothing there, or weights for some entries and none for others.
     """
     found = _split(spec)
-    if len(found) == 1 and found[0].weight is None and (file := _mixture_file(existing(found[0].path))):
+    if len(found) == 1 and found[0].weight is None and (file := _mixture_file(found[0].path)):
         found = _read_mixture(file)
     for entry in found:
-        if entry.path != CLASSICS and _mixture_file(existing(entry.path)):
+        if _mixture_file(entry.path):
             raise UserError(f"{entry.path} is a mixture itself: name its sources instead")
     unweighted = [entry.path for entry in found if entry.weight is None]
     if unweighted and len(unweighted) < len(found):
-        raise UserError(f"{unweighted[0]} has no weight and others have: give PATH:WEIGHT for all or for none")
+        raise UserError(f"{unweighted[0]} has no weight but others have one: give PATH:WEIGHT for all or for none")
     return found
 
 
@@ -61,18 +64,24 @@ def absolute(spec: str) -> str:
     )
 
 
-def existing(name: str) -> Path:
-    """The path of that name.
+def existing(name: str, expected: str = "classics, token files (.npy) or text files") -> Path:
+    """The path of that name, or of the built-in corpus.
+
+    Args:
+        name: a path or "classics".
+        expected: stands in the message if nothing has a similar name.
 
     Raises:
-        UserError: there is none, with the nearest names that there are.
+        UserError: there is none; the message has the nearest names that there are.
     """
-    path = Path(name).expanduser()
-    if name == CLASSICS or _exists(path):
+    path = _CORPUS if name == CLASSICS else Path(name).expanduser()
+    if _exists(path):
         return path
     there = [p.name for p in path.parent.iterdir()] if _exists(path.parent) and path.parent.is_dir() else []
     close = difflib.get_close_matches(path.name, [*there, CLASSICS], n=3)
-    hint = f"did you mean {' or '.join(close)}?" if close else "expected classics, token files (.npy) or text files"
+    hint = f"did you mean {' or '.join(close)}?" if close else f"expected {expected}"
+    if HUB in name:
+        hint = f"a dataset has to become token files first: sdd tokenize {name} --out DIR"
     raise UserError(f"no data at {_printable(path)}: {hint}")
 
 
@@ -102,9 +111,10 @@ def _printable(path: Path) -> str:
     return text if text.isprintable() and len(text) < 1000 else repr(text[:1000])
 
 
-def _mixture_file(path: Path) -> Path | None:
+def _mixture_file(name: str) -> Path | None:
+    path = existing(name)
     if path.is_dir():
-        path = path / MIXTURE_FILE
+        path = path / _MIXTURE_FILE
     return path if path.suffix == ".json" and path.is_file() else None
 
 
@@ -118,17 +128,7 @@ class _Mixture(pydantic.BaseModel, extra="forbid"):
 
 
 def _read_mixture(file: Path) -> list[Entry]:
-    try:
-        mixture = _Mixture.model_validate_json(file.read_bytes())
-    except OSError as error:
-        raise UserError(f"cannot read {file}: {error.strerror}") from None
-    except pydantic.ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "the file"
-        message = " ".join(f"{where}: {first['msg']}".split())[:300]
-        raise UserError(
-            f'{file}: {message}; expected e.g. {{"sources": [{{"path": "a.npy", "weight": 0.7}}, ...]}}'
-        ) from None
+    mixture = read_model(file, _Mixture, 'expected e.g. {"sources": [{"path": "a.npy", "weight": 0.7}, ...]}')
     folder = file.absolute().parent
     return [
         Entry(s.path if s.path == CLASSICS else str(folder / Path(s.path).expanduser()), repr(s.weight))

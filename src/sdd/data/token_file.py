@@ -1,25 +1,48 @@
-"""Token files: the OLMo layout, a headerless array of token ids, and a small json that says what they are.
+"""Token files: the OLMo layout, a headerless array of token ids, and a small json that describes them.
 
 `train.npy` holds the documents one after the other, an end-of-text token after each; `train.json` beside it holds a
 `TokenInfo`. Files are read where they lie, so a corpus may be larger than memory.
 """
 
 import hashlib
+import mmap
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 import pydantic
 
-from sdd.data.stored import StoredTokens
-from sdd.errors import UserError
+from sdd.errors import RunFailed, UserError
+from sdd.files import aside, write_aside
 
 FORMAT = 1
 DtypeName = Literal["uint16", "uint32"]
+_Model = TypeVar("_Model", bound=pydantic.BaseModel)
 _FINGERPRINT_BLOCKS, _FINGERPRINT_TOKENS = 16, 4096
+
+
+def smallest_dtype(vocab_size: int) -> DtypeName:
+    """The smallest dtype that holds every id of a vocabulary."""
+    return "uint16" if vocab_size <= 2**16 else "uint32"
+
+
+def read_model(file: Path, model: type[_Model], advice: str) -> _Model:
+    """The model that a JSON file holds.
+
+    Raises:
+        UserError: something else; the message names the first problem and ends with `advice`.
+    """
+    try:
+        return model.model_validate_json(file.read_bytes())
+    except OSError as error:
+        raise UserError(f"cannot read {error.filename or file}: {error.strerror}") from None
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the file"
+        problem = " ".join(f"{where}: {first['msg']}".split())[:300]
+        raise UserError(f"{file}: {problem}; {advice}") from None
 
 
 class TokenizerRef(pydantic.BaseModel, frozen=True):
@@ -40,7 +63,7 @@ class TokenizerRef(pydantic.BaseModel, frozen=True):
 class TokenInfo(pydantic.BaseModel, frozen=True):
     """The json beside a token file; only `dtype` is needed to read one.
 
-    `n_bytes` counts the UTF-8 bytes of the text, end-of-text tokens excluded; None means unknown, in all fields.
+    `n_bytes` counts the UTF-8 bytes of the text without end-of-text tokens. In every field None means unknown.
     """
 
     format: int = FORMAT
@@ -53,18 +76,95 @@ class TokenInfo(pydantic.BaseModel, frozen=True):
     tokenizer: TokenizerRef | None = None
 
 
+class OpenTokens:
+    """Token ids in an open file; a file that is cut off or deleted meanwhile does no harm.
+
+    A memory map of a file that has become shorter kills the process (SIGBUS); a read returns less than was asked for.
+    So batches are read, and only code that wants the whole array at once gets a map. A deleted file stays readable
+    until it is closed.
+
+    Args:
+        path: the file.
+        dtype: of a token on disk.
+        offset: bytes before the first token.
+        n_tokens: how many there are.
+
+    Raises:
+        OSError: if the file cannot be opened.
+    """
+
+    def __init__(self, path: Path, dtype: np.dtype, offset: int, n_tokens: int) -> None:
+        self._descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+        self._path, self._dtype, self._offset, self._n_tokens = path, dtype, offset, n_tokens
+        self._map: np.ndarray | None = None
+
+    def __del__(self) -> None:
+        if hasattr(self, "_descriptor"):
+            os.close(self._descriptor)
+
+    def __len__(self) -> int:
+        return self._n_tokens
+
+    def __getitem__(self, wanted: slice) -> np.ndarray:
+        """A copy of some consecutive tokens.
+
+        Raises:
+            RunFailed: the file is no longer as long as it was when it was opened, or cannot be read any more.
+        """
+        start, stop, _ = wanted.indices(self._n_tokens)
+        if not hasattr(os, "pread"):  # Windows, which does not let a mapped file be cut off
+            return self.mapped()[start:stop]
+        place, missing = self._offset + start * self._dtype.itemsize, (stop - start) * self._dtype.itemsize
+        blocks: list[bytes] = []
+        while missing > 0:
+            try:
+                block = os.pread(self._descriptor, missing, place)
+            except OSError as error:
+                raise RunFailed(f"cannot read {self._path} any more: {error.strerror}") from None
+            if not block:
+                raise self._cut_off()
+            blocks.append(block)
+            place, missing = place + len(block), missing - len(block)
+        return np.frombuffer(blocks[0] if len(blocks) == 1 else b"".join(blocks), self._dtype)
+
+    def mapped(self) -> np.ndarray:
+        """All tokens as one memory-mapped, read-only array; do not use it where the file may be cut off meanwhile.
+
+        Raises:
+            RunFailed: the file is no longer as long as it was when it was opened.
+        """
+        if os.fstat(self._descriptor).st_size < self._size:
+            raise self._cut_off()
+        if self._map is None:
+            whole = mmap.mmap(self._descriptor, 0, access=mmap.ACCESS_READ)
+            self._map = np.frombuffer(whole, self._dtype, self._n_tokens, self._offset)
+        return self._map
+
+    @property
+    def _size(self) -> int:
+        return self._offset + self._n_tokens * self._dtype.itemsize
+
+    def _cut_off(self) -> RunFailed:
+        return RunFailed(
+            f"{self._path} was cut off while in use: it had {self._size:,} bytes, now it has "
+            f"{os.fstat(self._descriptor).st_size:,}; bring the whole file back and go on from the last checkpoint"
+        )
+
+
 class TokenFile:
     """Token ids on disk: a whole file or a part of one.
 
     Args:
         path: the file.
         tokens: its ids, in memory or on disk.
-        info: what the json beside it says, checked against the file; of a part, what still holds.
+        info: the json beside it, checked against the file; of a part, only the facts that still hold.
+        part: which of the tokens, all by default.
     """
 
-    def __init__(self, path: Path, tokens: np.ndarray | StoredTokens, info: TokenInfo) -> None:
+    def __init__(self, path: Path, tokens: np.ndarray | OpenTokens, info: TokenInfo, part: range | None = None) -> None:
         self.path, self.info = path, info
         self._tokens = tokens
+        self._part = range(len(tokens)) if part is None else part
 
     @classmethod
     def open(
@@ -72,8 +172,8 @@ class TokenFile:
     ) -> "TokenFile":
         """Open a token file; nothing but its header is read.
 
-        A real `.npy` with a header is read as well. `dtype`, `eos` and `vocab_size` stand in for what the json does
-        not say.
+        A real `.npy` with a header is read as well. `dtype`, `eos` and `vocab_size` are needed where the json does not
+        have them.
 
         Raises:
             UserError: no such file, no way to know the dtype, or a file that contradicts its json.
@@ -82,12 +182,12 @@ class TokenFile:
         try:
             if not path.is_file():
                 raise UserError(f"no token file {path}")
-            return cls._open(path, dtype, eos, vocab_size)
+            return cls._open(path, dtype).knowing(eos, vocab_size)
         except OSError as error:
             raise UserError(f"cannot read {error.filename or path}: {error.strerror}") from None
 
     @classmethod
-    def _open(cls, path: Path, dtype: str | None, eos: int | None, vocab_size: int | None) -> "TokenFile":
+    def _open(cls, path: Path, dtype: str | None) -> "TokenFile":
         info = _read_info(path)
         header = _npy_header(path)
         known = {
@@ -102,25 +202,26 @@ class TokenFile:
                 f"{path} holds {n_tokens} {dtype} tokens, but {path.with_suffix('.json').name} says {info.n_tokens}: "
                 "the file is incomplete or the json belongs to another; write both again"
             )
-        info = info or TokenInfo.model_validate({"dtype": dtype})
-        file = cls(path, StoredTokens(path, array_dtype, offset, n_tokens), _completed(path, info, n_tokens=n_tokens))
-        return file.knowing(eos, vocab_size)
+        info = _completed(path, info or TokenInfo(dtype=dtype), n_tokens=n_tokens)
+        return cls(path, OpenTokens(path, array_dtype, offset, n_tokens), info)
 
     @property
     def tokens(self) -> np.ndarray:
         """All ids, a read-only array [n_tokens] of unsigned integers, memory-mapped where they are on disk."""
-        return self._tokens if isinstance(self._tokens, np.ndarray) else self._tokens.mapped()
+        whole = self._tokens if isinstance(self._tokens, np.ndarray) else self._tokens.mapped()
+        return whole[self._part.start : self._part.stop]
 
     def __len__(self) -> int:
-        return len(self._tokens)
+        return len(self._part)
 
     def knowing(self, eos: int | None, vocab_size: int | None) -> "TokenFile":
-        """The same file with what its json does not say.
+        """The same file, with facts that its json lacks.
 
         Raises:
             UserError: the json says something else.
         """
-        return TokenFile(self.path, self._tokens, _completed(self.path, self.info, eos=eos, vocab_size=vocab_size))
+        info = _completed(self.path, self.info, eos=eos, vocab_size=vocab_size)
+        return TokenFile(self.path, self._tokens, info, self._part)
 
     @property
     def eos(self) -> int | None:
@@ -138,10 +239,9 @@ class TokenFile:
 
     def slice(self, start: int, stop: int) -> "TokenFile":
         """The part [start, stop) as a token file of its own, on the same memory."""
-        stored = self._tokens
-        tokens = stored[start:stop] if isinstance(stored, np.ndarray) else stored.part(start, stop)
-        info = self.info.model_copy(update={"n_tokens": len(tokens), "n_bytes": None, "n_documents": None})
-        return TokenFile(self.path, tokens, info)
+        part = self._part[start:stop]
+        info = self.info.model_copy(update={"n_tokens": len(part), "n_bytes": None, "n_documents": None})
+        return TokenFile(self.path, self._tokens, info, part)
 
     def read(self, starts: Sequence[int] | np.ndarray, length: int) -> np.ndarray:
         """Tokens [start, start + length) for every start.
@@ -164,7 +264,7 @@ class TokenFile:
         return out
 
     def fingerprint(self) -> str:
-        """Hash of the number of tokens and of 16 blocks spread over them: cheap, and new for any ordinary change."""
+        """Hash of the number of tokens and of 16 blocks spread over them: cheap, and any ordinary change alters it."""
         n_tokens = len(self)
         digest = hashlib.sha256(str(n_tokens).encode())
         last = max(0, n_tokens - _FINGERPRINT_TOKENS)
@@ -173,72 +273,47 @@ class TokenFile:
         return digest.hexdigest()
 
     def _block(self, start: int, stop: int) -> np.ndarray:
-        stored = self._tokens
-        return stored[start:stop] if isinstance(stored, np.ndarray) else stored.read(start, stop)
+        part = self._part[start:stop]
+        return self._tokens[part.start : part.stop]
 
 
-class TokenWriter:
-    """Write a token file piece by piece; it appears, complete, when the `with` block ends without error.
+def write_tokens(path: str | Path, blocks: Iterable[Sequence[int] | np.ndarray], info: TokenInfo) -> TokenFile:
+    """Write a token file block by block; it appears when it is complete, and its json after it.
 
-    The dtype is the smallest that holds the vocabulary. Until the end the tokens stand in a hidden file beside it; the
-    json is written last, so a file with a json is whole. No file is left of no tokens at all.
+    Args:
+        path: the file; an older one is replaced.
+        blocks: token ids, end-of-text tokens included.
+        info: the content of the json, except for the number of tokens.
+
+    Raises:
+        UserError: no tokens at all, or an id that does not fit the vocabulary or the dtype.
     """
+    path, n_tokens = Path(path), 0
+    dtype = np.dtype(info.dtype).newbyteorder("<")
+    limit = min(info.vocab_size or 2**32, 2 ** (8 * dtype.itemsize))
+    with aside(path) as temporary:
+        with temporary.open("wb") as file:
+            for block in blocks:
+                array = np.asarray(block, np.int64)
+                if array.size and not 0 <= (worst := int(array.view(np.uint64).max())) < limit:
+                    raise UserError(f"{path}: token id {worst} is outside the vocabulary of {limit} tokens")
+                file.write(array.astype(dtype).data)
+                n_tokens += array.size
+        if not n_tokens:
+            raise UserError(f"{path}: no tokens to write")
+        path.with_suffix(".json").unlink(missing_ok=True)  # an old json beside the new tokens would be a lie
+    info = info.model_copy(update={"n_tokens": n_tokens})
+    write_aside(path.with_suffix(".json"), info.model_dump_json(indent=2) + "\n", durable=False)
+    return TokenFile.open(path)
 
-    def __init__(self, path: str | Path, vocab_size: int, eos: int | None, tokenizer: TokenizerRef | None = None):
-        self.path = Path(path)
-        self.eos = eos
-        self.vocab_size = vocab_size
-        self._dtype = np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
-        self._tokenizer = tokenizer
-        self.n_tokens = self.n_documents = 0
-        self._n_bytes: int | None = 0
-        self._partial = self.path.with_name(f".{self.path.name}.{os.getpid()}")
 
-    def __enter__(self) -> "TokenWriter":
-        self._file = self._partial.open("wb")
-        return self
-
-    def write(self, ids: Sequence[int] | np.ndarray, n_bytes: int | None = None) -> None:
-        """Append tokens that stand for `n_bytes` of UTF-8; the file's count is unknown if one piece's is.
-
-        Raises:
-            UserError: an id outside the vocabulary.
-        """
-        array = np.asarray(ids, np.int64)
-        if array.size and not 0 <= (worst := int(array.view(np.uint64).max())) < self.vocab_size:
-            raise UserError(f"{self.path}: token id {worst} is outside the vocabulary of {self.vocab_size} tokens")
-        self._file.write(array.astype(self._dtype).data)
-        self.n_tokens += array.size
-        self._n_bytes = None if n_bytes is None or self._n_bytes is None else self._n_bytes + n_bytes
-
-    def end_document(self) -> None:
-        """Close the document: append the end-of-text token, if the vocabulary has one."""
-        self.n_documents += 1
-        if self.eos is not None:
-            self.write([self.eos], n_bytes=0)
-
-    def __exit__(self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None) -> None:
-        self._file.close()
-        if kind is not None or not self.n_tokens:
-            self._partial.unlink(missing_ok=True)
-            return
-        json_path = self.path.with_suffix(".json")
-        json_path.unlink(missing_ok=True)  # an old json beside the new tokens would be a lie
-        self._partial.replace(self.path)
-        partial_json = json_path.with_name(f".{json_path.name}.{os.getpid()}")
-        partial_json.write_text(self.info().model_dump_json(indent=2) + "\n")
-        partial_json.replace(json_path)
-
-    def info(self) -> TokenInfo:
-        """What has been written so far."""
-        return TokenInfo(
-            dtype="uint16" if self._dtype.itemsize == 2 else "uint32",
-            n_tokens=self.n_tokens,
-            n_bytes=self._n_bytes,
-            n_documents=self.n_documents,
-            eos=self.eos,
-            vocab_size=self.vocab_size,
-            tokenizer=self._tokenizer,
+def check_length(name: str, files: Iterable[TokenFile], context: int) -> None:
+    """Raise UserError unless one of the files has a window of `context` + 1 tokens; `name` says what they are."""
+    longest = max((len(file) for file in files), default=0)
+    if longest <= context:
+        raise UserError(
+            f"{name}: too little data, a context of {context} needs {context + 1} tokens in a file, the longest has "
+            f"{longest}; bring more text or shorten the context"
         )
 
 
@@ -246,13 +321,7 @@ def _read_info(path: Path) -> TokenInfo | None:
     json_path = path.with_suffix(".json")
     if not json_path.is_file():
         return None
-    try:
-        info = TokenInfo.model_validate_json(json_path.read_bytes())
-    except pydantic.ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the file"
-        message = " ".join(first["msg"].split())
-        raise UserError(f'{json_path}: {where}: {message}; expected e.g. {{"dtype": "uint16"}}') from None
+    info = read_model(json_path, TokenInfo, 'expected e.g. {"dtype": "uint16"}')
     if info.format > FORMAT:
         raise UserError(f"{json_path} has format {info.format}, this version reads up to {FORMAT}: update sdd")
     return info
@@ -299,15 +368,12 @@ def _npy_header(path: Path) -> tuple[int, np.dtype, int] | None:
     with path.open("rb") as file:
         if file.read(6) != b"\x93NUMPY":
             return None
-        file.seek(0)
-        try:
-            reads = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-            shape, _, dtype = reads[np.lib.format.read_magic(file)](file)
-        except Exception as error:  # numpy evaluates the header as a Python literal, which fails in a dozen ways
-            why = " ".join(str(error).split())[:200] or type(error).__name__
-            raise UserError(f"{path} has a damaged .npy header: {why}") from None
-        offset = file.tell()
+    try:
+        array = np.lib.format.open_memmap(path, mode="r")
+    except Exception as error:  # numpy evaluates the header as a Python literal, which fails in a dozen ways
+        why = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(f"{path} has a damaged .npy header: {why}") from None
     size = path.stat().st_size
-    if len(shape) != 1 or not shape[0] or size != offset + shape[0] * dtype.itemsize:
-        raise UserError(f"{path}: its .npy header says shape {shape} of {dtype}, which {size} bytes do not hold")
-    return offset, dtype, shape[0]
+    if array.ndim != 1 or not array.size or size != array.offset + array.nbytes:
+        raise UserError(f"{path}: its .npy header says shape {array.shape} of {array.dtype}, and it has {size} bytes")
+    return array.offset, array.dtype, len(array)

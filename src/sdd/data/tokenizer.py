@@ -1,5 +1,6 @@
 """A thin wrapper around `tokenizers.Tokenizer`: exact round trips, the end-of-text token, bytes per token."""
 
+import functools
 import hashlib
 import json
 import os
@@ -11,15 +12,16 @@ import tokenizers
 
 from sdd.errors import UserError
 
+BUILTIN = Path(__file__).parent / "assets" / "classics-bpe.json"
 EOS_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]")
 
 
 class Tokenizer:
     """A tokenizer read from the bytes of a Hugging Face `tokenizer.json`.
 
-    Text is always text: a special token's name inside a text (`<|endoftext|>`) is encoded as the characters it is
-    written with, never as the special token, and nothing is added around the text. So for a byte-level tokenizer
-    without normaliser `decode(encode(text)) == text` for any text.
+    Text is always text: a special token's name inside a text (`<|endoftext|>`) is encoded as its characters, never as
+    the special token, and nothing is added around the text. So for a byte-level tokenizer without normaliser
+    `decode(encode(text)) == text` for any text.
 
     Attributes:
         path: the file it came from.
@@ -65,11 +67,11 @@ class Tokenizer:
             raise UserError(f"{path} is not a tokenizer.json of the tokenizers library: {error}") from error
 
     def token_id(self, name: str) -> int | None:
-        """Id of the token that is written so, special ones included."""
+        """Id of the token with this text, special ones included."""
         return self._backend.token_to_id(name)
 
     def save(self, path: Path) -> None:
-        """Write the very bytes it was read from, so that the hash stays."""
+        """Write the bytes that it was read from, so that the hash stays."""
         path.write_bytes(self.data)
 
     def encode(self, text: str) -> list[int]:
@@ -103,11 +105,17 @@ class Tokenizer:
         return sizes
 
 
+@functools.cache
+def builtin_tokenizer() -> Tokenizer:
+    """The byte-level BPE of 4096 tokens trained on the classics' training part; `<|endoftext|>` is token 0."""
+    return Tokenizer.load(BUILTIN)
+
+
 def _quiet_fork() -> None:
     """Make a later fork silent and safe.
 
-    The library's threads do not survive a fork. Left to itself it prints a warning in the child and turns its threads
-    off there; saying so beforehand, for the child only, has the effect without the warning.
+    The library's threads do not survive a fork. By itself it prints a warning in the child and turns its threads off
+    there. Turning them off beforehand, for the child only, has the same effect without the warning.
     """
     name = "TOKENIZERS_PARALLELISM"
     ours: list[bool] = []

@@ -8,10 +8,10 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
-from sdd.data.chunks import Chunk, ChunkTokenizer, Rules, Tokens
+from sdd.data.chunks import Chunk, ChunkTokenizer, ChunkTokens, Manifest
 from sdd.data.tokenizer import Tokenizer
 from sdd.errors import RunFailed
 
@@ -25,71 +25,72 @@ def available_cpus() -> int:
 
 
 def tokenized(
-    chunks: Iterable[Chunk], tokenizer: Tokenizer, rules: Rules, workers: int
-) -> Iterator[tuple[Chunk, Tokens]]:
+    chunks: Iterable[Chunk], tokenizer: Tokenizer, manifest: Manifest, workers: int
+) -> Iterator[tuple[Chunk, ChunkTokens]]:
     """Every chunk with its tokens, in order; about two chunks a worker are in memory at any time.
 
-    One worker is this process itself, more are processes of their own, each on one core.
+    Args:
+        chunks: the work.
+        tokenizer: the tokenizer.
+        manifest: how text becomes tokens.
+        workers: processes, each on one core; 1 is this process itself. 0 is this process with as many threads as the
+            tokenizer starts, for callers that may not start processes.
 
     Raises:
         UserError: see `ChunkTokenizer`.
         RunFailed: a worker was killed.
     """
-    if workers == 1:
-        work = ChunkTokenizer(tokenizer, rules)
-        with _single_threaded():
+    if workers <= 1:
+        work = ChunkTokenizer(tokenizer, manifest, threaded=not workers)
+        with _single_threaded() if workers else nullcontext():
             for chunk in chunks:
                 yield chunk, work(chunk)
         return
-    waiting: deque[tuple[Chunk, Future[Tokens]]] = deque()
-    with _pool(tokenizer, rules, workers) as pool:
-        try:
-            for chunk in chunks:
-                waiting.append((chunk, pool.submit(_tokenize, chunk)))
-                if len(waiting) > 2 * workers:
-                    done, tokens = waiting.popleft()
-                    yield done, tokens.result()
-            while waiting:
+    waiting: deque[tuple[Chunk, Future[ChunkTokens]]] = deque()
+    pool = _pool(tokenizer, manifest, workers)
+    try:
+        for chunk in chunks:
+            waiting.append((chunk, pool.submit(_tokenize, chunk)))
+            if len(waiting) > 2 * workers:
                 done, tokens = waiting.popleft()
                 yield done, tokens.result()
-        except BrokenProcessPool:
-            raise RunFailed(
-                "a worker process was killed, out of memory perhaps: give the same command again with fewer --workers, "
-                "it goes on where it was"
-            ) from None
+        for done, tokens in waiting:
+            yield done, tokens.result()
+    except BrokenProcessPool:
+        raise RunFailed(
+            "a worker process was killed, out of memory perhaps: give the same command again with fewer --workers, "
+            "it goes on where it was"
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
-@contextmanager
-def _pool(tokenizer: Tokenizer, rules: Rules, workers: int) -> Iterator[ProcessPoolExecutor]:
+def _pool(tokenizer: Tokenizer, manifest: Manifest, workers: int) -> ProcessPoolExecutor:
     # A fork of this process would copy its threads' locks; a fork server imports once and forks without them.
     method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
     context = multiprocessing.get_context(method)
     if method == "forkserver":
         context.set_forkserver_preload([__name__])
-    pool = ProcessPoolExecutor(workers, context, _start_worker, (tokenizer.path, tokenizer.data, rules))
-    try:
-        yield pool
-    finally:
-        pool.shutdown(cancel_futures=True)
+    return ProcessPoolExecutor(workers, context, _start_worker, (tokenizer.path, tokenizer.data, manifest))
 
 
-def _start_worker(path: Path, data: bytes, rules: Rules) -> None:
+def _start_worker(path: Path, data: bytes, manifest: Manifest) -> None:
     global _work
-    # Ctrl-C reaches every process of the terminal; it is for the parent to say what happens.
+    # Ctrl-C reaches every process of the terminal; only the parent acts on it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ[_PARALLELISM] = "false"
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    _work = ChunkTokenizer(Tokenizer(path, data), rules)
+    _work = ChunkTokenizer(Tokenizer(path, data), manifest)
 
 
 def _end_with_parent() -> None:
-    """A parent that was killed cannot tell its workers to end."""
+    """End this worker with its parent: a parent that was killed cannot stop its workers."""
     if parent := multiprocessing.parent_process():
         parent.join()
         os._exit(1)
 
 
-def _tokenize(chunk: Chunk) -> Tokens:
+def _tokenize(chunk: Chunk) -> ChunkTokens:
     return _work(chunk)
 
 

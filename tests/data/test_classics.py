@@ -5,13 +5,13 @@ import numpy as np
 import pytest
 import zstandard
 
-from sdd.data import TokenFile, builtin_tokenizer, classics, prepare
-from sdd.data.corpora import CLASSICS
+from sdd.data import TokenFile, builtin_tokenizer, classics, source
+from sdd.data.spec import CLASSICS, existing
 
 
 @pytest.fixture(scope="module")
 def rows() -> list[dict]:
-    with CLASSICS.open("rb") as file:
+    with existing(CLASSICS).open("rb") as file:
         data = zstandard.ZstdDecompressor().stream_reader(file).read()
     return [json.loads(line) for line in data.splitlines()]
 
@@ -56,6 +56,6 @@ def test_the_files_know_what_they_hold(rows: list[dict]):
 
 def test_they_are_tokenised_once(monkeypatch: pytest.MonkeyPatch):
     first, _ = classics()
-    monkeypatch.setattr(prepare, "tokenize_files", pytest.fail)
+    monkeypatch.setattr(source, "tokenize", pytest.fail)
     again, _ = classics(notify=pytest.fail)
     assert again.fingerprint() == first.fingerprint()

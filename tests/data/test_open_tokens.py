@@ -6,16 +6,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sdd.data import Loader, TokenFile, TokenWriter, resolve_data
-from sdd.data.stored import StoredTokens
+from sdd.data import Loader, TokenFile, TokenInfo, resolve_data, write_tokens
+from sdd.data.token_file import OpenTokens
 from sdd.errors import RunFailed
 
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    with TokenWriter(tmp_path / "train.npy", 60_000, None) as writer:
-        writer.write(np.arange(50_000))
-    return tmp_path / "train.npy"
+    return write_tokens(tmp_path / "train.npy", [np.arange(50_000)], TokenInfo(dtype="uint16", vocab_size=60_000)).path
 
 
 @given(st.integers(0, 7), st.integers(1, 200), st.data())
@@ -25,14 +23,15 @@ def test_parts_of_parts_are_what_slices_are(
     path = tmp_path_factory.mktemp("stored") / "x"
     tokens = np.random.default_rng(0).integers(0, 2**32, n_tokens, np.uint32)
     path.write_bytes(b"h" * offset + tokens.tobytes())
-    stored = StoredTokens(path, np.dtype("<u4"), offset, n_tokens)
+    stored = OpenTokens(path, np.dtype("<u4"), offset, n_tokens)
+    part = TokenFile(path, stored, TokenInfo(dtype="uint32"))
     for _ in range(3):
         start = data.draw(st.integers(0, len(tokens)))
         stop = data.draw(st.integers(start, len(tokens)))
-        assert stored.read(start, stop + 9).tolist() == tokens[start : stop + 9].tolist()
-        stored, tokens = stored.part(start, stop), tokens[start:stop]
-        assert len(stored) == len(tokens)
-        assert stored.mapped().tolist() == tokens.tolist()
+        assert part.read([start], stop - start).tolist() == [tokens[start:stop].tolist()]
+        part, tokens = part.slice(start, stop), tokens[start:stop]
+        assert len(part) == len(tokens)
+        assert part.tokens.tolist() == tokens.tolist()
 
 
 @pytest.mark.parametrize("mapped", [False, True])
