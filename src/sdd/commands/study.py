@@ -1,4 +1,4 @@
-"""Studies by name, and the command that runs one."""
+"""`sdd study`: studies by name, and how one is run."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -8,13 +8,47 @@ from typing import Any
 
 from rich.console import Console
 
-from sdd.errors import UserError
+from sdd.commands.configs import add_fields, overrides
+from sdd.commands.parser import Parser, positive_int
+from sdd.errors import UserError, unknown
 from sdd.lab.definition import Definition, Plan, Request
 from sdd.lab.engine import Engine, read_request, write_request
 from sdd.lab.findings import Findings
 from sdd.lab.grid.claims import Claims
 from sdd.lab.studies import convergence, demo, lr_sensitivity, moe, robustness
 from sdd.report.extras import require_report_extra
+
+
+def main(args: list[str]) -> int:
+    """Run the command; returns its exit code."""
+    parser = Parser(
+        prog="sdd study",
+        description="Run a study: a grid of runs, tables, figures and a page. Options default to those that --out has.",
+        usage="sdd study NAME [--preset P] [--seeds N] [--workers W] [--out DIR] [OPTIONS]",
+        allow_abbrev=False,
+    )
+    about = "; ".join(f"{name}: {study.about}" for name, study in studies.items())
+    parser.add_argument("name", metavar="NAME", help=about)
+    parser.add_argument("--out", type=Path, help="folder of its runs, results and page (default: studies/NAME)")
+    parser.add_argument("--preset", help="model and length of the runs (default nano)")
+    parser.add_argument("--seeds", type=positive_int, help="seeds a setting (default 3, of the demo 1)")
+    about = "runs at once (default: one a GPU, or a core, at most four)"
+    parser.add_argument("--workers", type=positive_int, help=about)
+    parser.add_argument("--placements", metavar="A,B", default="", help="methods to compare (default: the study's)")
+    parser.add_argument("--tuned", action="store_true", help="robustness: tune the learning rate of every cell")
+    add_fields(parser)
+    options = parser.parse_known(args)
+    if options.name not in studies:
+        raise unknown("study", options.name, studies)
+    asked = Options(
+        seeds=options.seeds,
+        workers=options.workers,
+        preset=options.preset,
+        placements=tuple(filter(None, options.placements.split(","))),
+        tuned=options.tuned,
+        overrides=overrides(options),
+    )
+    return run_study(options.name, options.out or Path("studies") / options.name, asked)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,6 @@
 """Run configs in and out of JSON and the command line: one clear line for every mistake."""
 
 import dataclasses
-import difflib
 import json
 import types
 from collections.abc import Iterator, Mapping
@@ -11,7 +10,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from sdd.errors import UserError
+from sdd.errors import UserError, nearest, unknown
 from sdd.files import write_aside
 from sdd.placement import Placement, placements
 from sdd.train.config import RunConfig
@@ -21,12 +20,6 @@ _LARGEST = 2**63 - 1  # an integer of torch
 _PYDANTIC = ConfigDict(extra="forbid")
 
 
-def nearest(word: str, choices: Iterator[str] | list[str]) -> str:
-    """` (did you mean 'x'?)`, or an empty string if nothing is near."""
-    found = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)
-    return f" (did you mean {found[0]!r}?)" if found else ""
-
-
 def find_placement(name: str) -> Placement:
     """The placement of that name.
 
@@ -34,9 +27,7 @@ def find_placement(name: str) -> Placement:
         UserError: if there is none, with the nearest name.
     """
     if name not in placements:
-        raise UserError(
-            f"no placement {name!r}{nearest(name, list(placements))}; choose one of {', '.join(placements)}"
-        )
+        raise unknown("placement", name, placements)
     return placements[name]
 
 
