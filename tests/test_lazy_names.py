@@ -69,8 +69,8 @@ def test_type_checkers_see_the_names_that_there_are() -> None:
     tree = ast.parse(Path(sdd.__file__).read_text())
     branch = next(node for node in tree.body if isinstance(node, ast.If))
     imports = [node for node in branch.body if isinstance(node, ast.ImportFrom)]
-    seen = {alias.asname for node in imports for alias in node.names}
+    seen = {alias.asname or alias.name for node in imports for alias in node.names}
     assert seen == {*sdd.__all__, *ROOMS}
     for node in imports:
-        for alias in node.names if node.module != "sdd" else ():
-            assert getattr(import_module(str(node.module)), alias.name) is getattr(sdd, alias.name)
+        for alias in node.names if node.module else ():
+            assert getattr(import_module(f"sdd.{node.module}"), alias.name) is getattr(sdd, alias.name)

@@ -3,50 +3,36 @@
 A public name, or a room such as `sdd.models`, is imported when it is first used, so `import sdd` costs nothing.
 """
 
+# ruff: isort: skip_file
 from importlib import import_module
 from importlib.util import find_spec
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0.dev0"
 
 if TYPE_CHECKING:  # what the code below does, for type checkers and editors
-    from sdd import conversion as conversion
-    from sdd import data as data
-    from sdd import functional as functional
-    from sdd import kernels as kernels
-    from sdd import models as models
-    from sdd import nn as nn
-    from sdd import placement as placement
-    from sdd import probing as probing
-    from sdd import train as train
-    from sdd.conversion import ConversionReport as ConversionReport
-    from sdd.conversion import convert as convert
-    from sdd.nn import RMSNorm as RMSNorm
-    from sdd.nn import SDDLinear as SDDLinear
-    from sdd.optim_groups import param_groups as param_groups
-    from sdd.placement import Norm as Norm
-    from sdd.placement import Placement as Placement
-    from sdd.placement import placements as placements
-    from sdd.probing import Probe as Probe
+    from . import conversion, data, functional, kernels, models, nn, placement, probing, train  # noqa: F401
+    from .conversion import ConversionReport as ConversionReport, convert as convert
+    from .nn import RMSNorm as RMSNorm, SDDLinear as SDDLinear
+    from .optim_groups import param_groups as param_groups
+    from .placement import Norm as Norm, Placement as Placement, placements as placements
+    from .probing import Probe as Probe
 else:
-    #: The module that defines each public name.
-    _HOMES = {
-        "ConversionReport": "sdd.conversion",
-        "Norm": "sdd.placement",
-        "Placement": "sdd.placement",
-        "Probe": "sdd.probing",
-        "RMSNorm": "sdd.nn",
-        "SDDLinear": "sdd.nn",
-        "convert": "sdd.conversion",
-        "param_groups": "sdd.optim_groups",
-        "placements": "sdd.placement",
+    #: The public names of each module.
+    _PUBLIC = {
+        "conversion": ("ConversionReport", "convert"),
+        "nn": ("RMSNorm", "SDDLinear"),
+        "optim_groups": ("param_groups",),
+        "placement": ("Norm", "Placement", "placements"),
+        "probing": ("Probe",),
     }
-    __all__ = [*_HOMES, "functional"]
+    __all__ = ["functional", *chain.from_iterable(_PUBLIC.values())]
 
     def __getattr__(name: str) -> Any:
-        if name in _HOMES:
-            value = globals()[name] = getattr(import_module(_HOMES[name]), name)
-            return value
+        for home, names in _PUBLIC.items():
+            if name in names:
+                return getattr(import_module(f"sdd.{home}"), name)
         if name.startswith("_") or find_spec(f"sdd.{name}") is None:
             raise AttributeError(f"module 'sdd' has no attribute {name!r}")
         return import_module(f"sdd.{name}")

@@ -5,24 +5,30 @@ from collections.abc import Collection
 
 
 class SddError(Exception):
-    """The base class.
+    """The base class; its message is one line, which the command line prints without a traceback.
 
     Attributes:
-        rank: the process that prints the message, in a run of several; 0 if the error is common to all of them.
+        exit_code: with which the command line then exits.
+        heading: what it prints before the message.
+        rank: the process that prints, in a run of several; 0 if the error is common to all of them.
     """
 
+    exit_code = 1
+    heading = ""
     rank = 0
 
 
 class UserError(SddError):
-    """A mistake of the user, in one line: what was given, what was expected, what to do.
+    """A mistake of the user: what was given, what was expected, what to do."""
 
-    The command line prints the message without a traceback and exits with code 2.
-    """
+    exit_code = 2
 
 
 class RunFailed(SddError):
-    """A run that cannot go on, with the reason in one line; the command line exits with code 3."""
+    """A run that cannot go on, with the reason."""
+
+    exit_code = 3
+    heading = "the run failed: "
 
 
 class Diverged(RunFailed):
@@ -30,7 +36,9 @@ class Diverged(RunFailed):
 
 
 class Interrupted(SddError):
-    """A run that Ctrl-C or SIGTERM ended after saving; the command line exits with code 130."""
+    """A run that Ctrl-C or SIGTERM ended after saving."""
+
+    exit_code = 130
 
 
 def nearest(word: str, known: Collection[str]) -> str:

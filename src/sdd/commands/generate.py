@@ -130,7 +130,7 @@ def _name(file: str) -> str:
 
 
 def _parser() -> Parser:
-    parser = Parser(prog="sdd generate", description="Continue texts with a trained run.")
+    parser = Parser("sdd generate", "Continue texts with a trained run.", allow_abbrev=True)
     add = parser.add_argument
     add("run", metavar="RUN", type=Path, help="run directory")
     about = "a text to continue; repeatable; - reads stdin"

@@ -15,7 +15,7 @@ from importlib import import_module
 
 from sdd import __version__
 from sdd.commands.parser import choose
-from sdd.errors import Interrupted, RunFailed, UserError, is_out_of_memory, one_line
+from sdd.errors import SddError, is_out_of_memory, one_line
 
 #: The commands, and a line of help for each.
 COMMANDS = {
@@ -61,15 +61,9 @@ def _exit_code(args: list[str]) -> int:
         code = _run(args)
         sys.stdout.flush()
         return code
-    except UserError as error:
-        _tell(f"sdd: {one_line(error)}", error.rank)
-        return 2
-    except RunFailed as error:
-        _tell(f"sdd: the run failed: {one_line(error)}", error.rank)
-        return 3
-    except Interrupted as error:
-        _tell(f"sdd: {one_line(error)}")
-        return 130
+    except SddError as error:
+        _tell(f"sdd: {error.heading}{one_line(error)}", error.rank)
+        return error.exit_code
     except KeyboardInterrupt:
         _tell("sdd: interrupted")
         return 130

@@ -8,7 +8,18 @@ from sdd.errors import UserError, nearest, unknown
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with one clear line for a mistake, and the nearest right name."""
+    """argparse with one clear line for a mistake, and the nearest right name.
+
+    Args:
+        prog: the command, `sdd probe` for instance.
+        description: what it does.
+        usage: what may stand behind it; by default argparse writes it.
+        allow_abbrev: whether options may be shortened.
+    """
+
+    def __init__(self, prog: str, description: str, usage: str | None = None, *, allow_abbrev: bool = False) -> None:
+        usage = usage and f"{prog} {usage}"
+        super().__init__(prog=prog, description=description, usage=usage, allow_abbrev=allow_abbrev)
 
     def error(self, message: str) -> NoReturn:
         """Raise UserError, where argparse would print its usage and exit."""

@@ -46,10 +46,9 @@ def main(args: list[str]) -> int:
 
 def _parser() -> Parser:
     parser = Parser(
-        prog="sdd plan",
-        description="What a run needs of given GPUs, before anything is run: memory, time and GPU-hours.",
-        usage="sdd plan PRESET --gpu NAME [--gpus N] [OPTIONS]",
-        allow_abbrev=False,
+        "sdd plan",
+        "What a run needs of given GPUs, before anything is run: memory, time and GPU-hours.",
+        "PRESET --gpu NAME [--gpus N] [OPTIONS]",
     )
     add_preset(parser)
     parser.add_argument("--gpu", metavar="NAME", required=True, help=", ".join(gpus))

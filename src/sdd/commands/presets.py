@@ -10,7 +10,7 @@ from sdd.train import config_io
 
 def main(args: list[str]) -> int:
     """Run the command; returns its exit code."""
-    parser = Parser(prog="sdd presets", description="List presets and placements, or show one preset.")
+    parser = Parser("sdd presets", "List presets and placements, or show one preset.", allow_abbrev=True)
     parser.add_argument("name", metavar="PRESET", nargs="?", help="a preset to show")
     parser.add_argument("--placement", default="sdd", help="the placement to show it with (default sdd)")
     parser.add_argument("--json", action="store_true", help="print the config as JSON")

@@ -222,21 +222,16 @@ def _number(value: Any) -> str:
 
 def _parser() -> Parser:
     parser = Parser(
-        prog="sdd probe",
-        description="Statistics of activations, gradients and weights, site by site, on given data, without an update.",
-        usage="sdd probe RUN|CHECKPOINT|PRESET [ANOTHER] [--placement NAME] [--data PATH] [OPTIONS]",
-        allow_abbrev=False,
+        "sdd probe",
+        "Statistics of activations, gradients and weights, site by site, on given data, without an update.",
+        "RUN|CHECKPOINT|PRESET [ANOTHER] [--placement NAME] [--data PATH] [OPTIONS]",
     )
-    parser.add_argument(
-        "subjects",
-        metavar="RUN|CHECKPOINT|PRESET",
-        nargs="+",
-        help="a run (its newest checkpoint), a checkpoint (RUN/checkpoints/step-...), or untrained weights: "
-        + ", ".join(model_presets)
-        + " or a config.json; two stand side by side",
-    )
-    parser.add_argument("--placement", action="append", help="of a preset; given twice, the two stand side by side")
-    parser.add_argument("--data", metavar="PATH", help="as in sdd train (default: the training data of the run)")
-    parser.add_argument("--batches", type=positive_int, default=1, help="of the run's batch size (default 1)")
-    parser.add_argument("--json", action="store_true", help="print the numbers as JSON")
+    add = parser.add_argument
+    about = "a run (its newest checkpoint), a checkpoint (RUN/checkpoints/step-...), or untrained weights: "
+    about += ", ".join(model_presets) + " or a config.json; two stand side by side"
+    add("subjects", metavar="RUN|CHECKPOINT|PRESET", nargs="+", help=about)
+    add("--placement", action="append", default=[], help="of a preset; given twice, the two stand side by side")
+    add("--data", metavar="PATH", help="as in sdd train (default: the training data of the run)")
+    add("--batches", type=positive_int, default=1, help="of the run's batch size (default 1)")
+    add("--json", action="store_true", help="print the numbers as JSON")
     return parser

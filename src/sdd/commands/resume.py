@@ -18,7 +18,7 @@ def main(args: list[str]) -> int:
 
 
 def _parse(args: list[str]) -> argparse.Namespace:
-    parser = Parser(prog="sdd resume", description="Go on with a run from its newest whole checkpoint.")
+    parser = Parser("sdd resume", "Go on with a run from its newest whole checkpoint.", allow_abbrev=True)
     parser.add_argument("run", metavar="RUN", type=Path, help="run directory")
     parser.add_argument("--steps", type=positive_int, help="a new total number of steps")
     add_shared(parser)

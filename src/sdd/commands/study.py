@@ -22,10 +22,9 @@ from sdd.report.extras import require_report_extra
 def main(args: list[str]) -> int:
     """Run the command; returns its exit code."""
     parser = Parser(
-        prog="sdd study",
-        description="Run a study: a grid of runs, tables, figures and a page. Options default to those that --out has.",
-        usage="sdd study NAME [--preset P] [--seeds N] [--workers W] [--out DIR] [OPTIONS]",
-        allow_abbrev=False,
+        "sdd study",
+        "Run a study: a grid of runs, tables, figures and a page. Options default to those that --out has.",
+        "NAME [--preset P] [--seeds N] [--workers W] [--out DIR] [OPTIONS]",
     )
     about = "; ".join(f"{name}: {study.about}" for name, study in studies.items())
     parser.add_argument("name", metavar="NAME", help=about)

@@ -32,10 +32,9 @@ def main(args: list[str]) -> int:
 def parse(args: list[str]) -> tuple[RunConfig, argparse.Namespace]:
     """The run that the arguments ask for, and all options."""
     parser = Parser(
-        prog="sdd train",
-        description="Train a preset. Every field of the run can be set; what is not set comes from the preset.",
-        usage="sdd train PRESET [--out RUN] [--placement NAME] [--steps N] [--lr X] [OPTIONS]",
-        allow_abbrev=False,
+        "sdd train",
+        "Train a preset. Every field of the run can be set; what is not set comes from the preset.",
+        "PRESET [--out RUN] [--placement NAME] [--steps N] [--lr X] [OPTIONS]",
     )
     add_preset(parser)
     parser.add_argument("--out", type=Path, metavar="RUN", help="run directory (default: runs/PRESET-PLACEMENT)")
