@@ -1,24 +1,29 @@
-"""The exceptions that `sdd` raises on purpose."""
+"""The exceptions that `sdd` raises on purpose, and the wording that their messages share."""
 
+import difflib
 import importlib
+from collections.abc import Collection
 from typing import Any
 
 
 class SddError(Exception):
-    """Any of them.
+    """The base class; its message is one line, which the command line prints without a traceback.
 
     Attributes:
-        rank: which process of a run of several tells it: the first, if all of them meet it.
+        exit_code: with which the command line then exits.
+        heading: what it prints before the message.
+        rank: the process that prints, in a run of several; 0 if the error is common to all of them.
     """
 
+    exit_code = 1
+    heading = ""
     rank = 0
 
 
 class UserError(SddError):
-    """A mistake of the user, told in one line: what was given, what was expected, what to do.
+    """A mistake of the user: what was given, what was expected, what to do."""
 
-    The command line prints the message without a traceback and exits with code 2.
-    """
+    exit_code = 2
 
 
 class MissingPackage(UserError, ImportError):
@@ -26,15 +31,37 @@ class MissingPackage(UserError, ImportError):
 
 
 class RunFailed(SddError):
-    """A run that cannot go on, told in one line; the command line exits with code 3."""
+    """A run that cannot go on, with the reason."""
+
+    exit_code = 3
+    heading = "the run failed: "
 
 
 class Diverged(RunFailed):
-    """A run whose loss, gradient or weights are no sound numbers any more: what was trained failed, not the machine."""
+    """A run whose loss, gradient or weights are no longer sound: the training failed, not the machine."""
 
 
 class Interrupted(SddError):
-    """A run that Ctrl-C or SIGTERM ended after saving; the command line exits with code 130."""
+    """A run that Ctrl-C or SIGTERM ended after saving."""
+
+    exit_code = 130
+
+
+def nearest(word: str, known: Collection[str]) -> str:
+    """` (did you mean 'x'?)` with the known word most like this one, or an empty string if none is near."""
+    found = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f" (did you mean {found[0]!r}?)" if found else ""
+
+
+def unknown(kind: str, name: str, known: Collection[str]) -> UserError:
+    """The error for a name that is not among the known ones.
+
+    Args:
+        kind: what is named, "preset" for instance.
+        name: the name given.
+        known: the names to choose from.
+    """
+    return UserError(f"no {kind} {name!r}{nearest(name, known)}; choose one of {', '.join(known)}")
 
 
 def require_extra(extra: str, *modules: str, needed_by: str) -> list[Any]:
@@ -56,11 +83,11 @@ def require_extra(extra: str, *modules: str, needed_by: str) -> list[Any]:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory was refused, or so much was asked for that its amount is no number any more."""
+    """Whether memory was refused, or the amount asked for overflowed the arithmetic of sizes."""
     known = "out of memory", "can't allocate memory", "multiplication overflow", "calculation overflow"
     return isinstance(error, MemoryError) or any(words in str(error) for words in known)
 
 
 def one_line(text: object) -> str:
-    """A message as one line that cannot do anything to a terminal, whatever names of files it repeats."""
+    """A message as one line without control characters, so that a file's name in it cannot disturb the terminal."""
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in str(text))

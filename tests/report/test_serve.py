@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from sdd.commands.main import _train_request
+from sdd.commands.train import parse
 from sdd.errors import UserError
 from sdd.report import serve
 from sdd.report.serve import HOST, LivePage
@@ -154,7 +154,7 @@ def test_port_given_must_be_free_and_the_usual_one_is_replaced(live: LivePage) -
 
 
 def test_command_takes_a_port_or_none() -> None:
-    assert [_train_request(["nano", *words])[-1] for words in ([], ["--live"], ["--live", "9000"])] == [None, 0, 9000]
+    assert [parse(["nano", *words])[1].live for words in ([], ["--live"], ["--live", "9000"])] == [None, 0, 9000]
     for port in ("0", "65536", "x"):
-        with pytest.raises(UserError, match="no port"):
-            _train_request(["nano", "--live", port])
+        with pytest.raises(UserError, match="from 1 to 65,535"):
+            parse(["nano", "--live", port])

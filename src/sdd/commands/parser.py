@@ -1,71 +1,102 @@
-"""What the commands share: their parser, and the run that a preset's name stands for."""
+"""The parser of every command and the types of its options; imports no torch, so that `sdd --help` answers at once."""
 
 import argparse
-from collections.abc import Sequence
-from dataclasses import replace
-from pathlib import Path
-from typing import NoReturn
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, NoReturn
 
-from sdd.errors import UserError
-from sdd.models import as_printed, model_presets
-from sdd.train import RunConfig, config_io, preset
+from sdd.errors import UserError, nearest, unknown
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with one clear line for a mistake, and the nearest right name."""
+    """argparse with one clear line for a mistake, and the nearest right name.
+
+    Args:
+        prog: the command, `sdd probe` for instance.
+        description: what it does.
+        usage: what may stand behind it; by default argparse writes it.
+        allow_abbrev: whether options may be shortened.
+    """
+
+    def __init__(self, prog: str, description: str, usage: str | None = None, *, allow_abbrev: bool = False) -> None:
+        usage = usage and f"{prog} {usage}"
+        super().__init__(prog=prog, description=description, usage=usage, allow_abbrev=allow_abbrev)
 
     def error(self, message: str) -> NoReturn:
-        """Raise UserError in place of argparse's usage and exit."""
+        """Raise UserError, where argparse would print its usage and exit."""
         raise UserError(message)
 
     def parse_known(self, args: Sequence[str]) -> argparse.Namespace:
-        """Parse; `--optim.weight-decay` is taken for `--optim.weight_decay` too."""
-        namespace, unknown = self.parse_known_args([self._known_spelling(word) for word in args])
-        if unknown:
+        """Parse the arguments of the command.
+
+        Raises:
+            UserError: for an argument that the command does not have, or a value that does not fit.
+        """
+        namespace, unknown_words = self.parse_known_args([self._known_spelling(word) for word in args])
+        if unknown_words:
             options = [option for action in self._actions for option in action.option_strings]
-            word = unknown[0].split("=")[0]
-            raise UserError(f"unknown argument {word}{config_io.nearest(word, options)}; see {self.prog} --help")
+            word = unknown_words[0].split("=")[0]
+            raise UserError(f"unknown argument {word}{nearest(word, options)}; see {self.prog} --help")
         return namespace
 
     def _known_spelling(self, word: str) -> str:
+        """`--optim.weight_decay` for `--optim.weight-decay`."""
         name, equals, value = word.partition("=")
         other = "--" + name[2:].replace("-", "_")
         known = self._option_string_actions
         return other + equals + value if name.startswith("--") and name not in known and other in known else word
 
 
-def positive_int(text: str) -> int:
-    """An argparse type: a whole number of at least 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return int(text)
-
-
-def port_number(text: str) -> int:
-    """An argparse type: a TCP port."""
-    if not text.isdecimal() or not 1 <= int(text) <= 65535:
-        raise argparse.ArgumentTypeError(f"{text!r} is no port from 1 to 65535")
-    return int(text)
-
-
-def base_config(name: str, printed: bool = False) -> RunConfig:
-    """The run that a preset's name or the path of a config.json stands for.
+def choose(program: str, kind: str, abouts: Mapping[str, str], args: Sequence[str]) -> str | None:
+    """The command that the first argument names.
 
     Args:
-        name: the preset or path.
-        printed: a published shape exactly as its table prints it, see `sdd.models.as_printed`.
+        program: what stands before its name on the command line.
+        kind: what is chosen, "command" for instance.
+        abouts: a line of help for each name.
+        args: the command line after `program`.
+
+    Returns:
+        The name; None after the list of all names was printed, because it was asked for or no name was given.
 
     Raises:
-        UserError: if there is none, or the preset is not a published shape but should be.
+        UserError: if there is none of that name.
     """
-    if Path(name).suffix == ".json":
-        return config_io.load(Path(name))
-    if name not in model_presets:
-        near = config_io.nearest(name, list(model_presets))
-        raise UserError(f"no preset {name!r}{near}; choose one of {', '.join(model_presets)}")
-    if not printed:
-        return preset(name)
-    try:
-        return replace(preset(name), model=as_printed(name))
-    except KeyError:
-        raise UserError(f"--printed-shape is for the published shapes, {name} is not one") from None
+    if args and args[0] not in ("-h", "--help"):
+        if args[0] not in abouts:
+            raise unknown(kind, args[0], abouts)
+        return args[0]
+    width = max(map(len, abouts))
+    lines = [f"  {name:{width}}  {about}" for name, about in abouts.items()]
+    print(f"usage: {program} {kind.upper()} ...   ({program} {kind.upper()} --help explains)\n", *lines, sep="\n")
+    return None
+
+
+def whole_number(least: int, most: int | None = None) -> Callable[[str], int]:
+    """An argparse type: a whole number from `least` to `most`."""
+    limits = f"of at least {least}" if most is None else f"from {least} to {most:,}"
+
+    def convert(text: str) -> int:
+        if not text.isdecimal() or int(text) < least or (most is not None and int(text) > most):
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number {limits}")
+        return int(text)
+
+    return convert
+
+
+positive_int = whole_number(1)
+
+
+def one_of(known: Collection[str]) -> Callable[[str], str]:
+    """An argparse type: one of these words."""
+
+    def convert(text: str) -> str:
+        if text not in known:
+            raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(known)}{nearest(text, known)}")
+        return text
+
+    return convert
+
+
+def listed(one: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+    """An argparse type: values with commas between them."""
+    return lambda text: [one(word) for word in text.split(",")]

@@ -1,6 +1,7 @@
 """`sdd probe`: the statistics of a checkpoint, or of untrained weights, on given data, without an update."""
 
 import json
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -8,27 +9,29 @@ from typing import Any
 
 import torch
 
-from sdd.commands.parser import Parser, base_config, positive_int
+from sdd.commands.configs import base_config, with_placement
+from sdd.commands.parser import Parser, positive_int
 from sdd.data import Loader
 from sdd.data.spec import absolute as absolute_spec
 from sdd.errors import UserError
 from sdd.evals.text import load_trained
 from sdd.models import LanguageModel, model_presets
 from sdd.probing import Probe
-from sdd.probing.probe_file import Row
 from sdd.terminal import aligned
-from sdd.train import config_io
-from sdd.train.checkpoint import load_checkpoint
 from sdd.train.config import RunConfig, resolve
 from sdd.train.parallel import ALONE, pick_autocast, pick_device
 from sdd.train.router_stats import RouterStats
 from sdd.train.sharding import build_model
 from sdd.train.starting import fit_vocabulary
 
-#: Loads of more experts than a screen is wide are left to --json.
+#: What a table shows of one model: by label of the line and name of the statistic.
+Table = Mapping[str, Mapping[str, Any]]
+
+#: Loads of more experts than fit on a screen are shown by --json only.
 _MOST_EXPERTS = 16
-#: The columns of the tables: heading and statistic.
-COLUMNS = {
+#: Columns of the three tables: heading and statistic.
+_LAYER_COLUMNS = {"rms": "rms", "cosine to the layer before": "cosine", "grad rms": "grad_rms"}
+_SITE_COLUMNS = {
     "rms": "rms",
     "grad rms": "grad_rms",
     "eps/mean z^2": "eps_ratio",
@@ -38,17 +41,18 @@ COLUMNS = {
     "max logit": "logit_max",
     "entropy": "entropy",
 }
+_ROUTER_COLUMNS = {"entropy": "entropy", "busiest / mean": "worst_load", "without tokens": "dead_experts"}
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What is probed.
+    """A model to probe.
 
     Attributes:
-        name: what tables call it.
+        name: how the tables call it.
         config: its run.
         model: with its weights.
-        step: optimiser steps that the weights have behind them.
+        step: optimiser steps that it was trained for.
     """
 
     name: str
@@ -57,75 +61,72 @@ class Subject:
     step: int
 
 
-@dataclass(frozen=True)
-class Probed:
-    """What was found.
-
-    Attributes:
-        loss: nats a token, with z-loss and the routers' losses where the config has them.
-        row: as in probe.jsonl.
-        routing: of a mixture of experts, the columns of metrics.jsonl (`sdd.train.router_stats`); else empty.
-    """
-
-    loss: float
-    row: Row
-    routing: dict[str, Any]
-
-
-def run(args: list[str]) -> int:
-    """The command; returns its exit code.
-
-    Raises:
-        UserError: for a mistake in the arguments, or data that do not fit.
-    """
+def main(args: list[str]) -> int:
+    """Run the command; returns its exit code."""
     options = _parser().parse_known(args)
-    subjects = find_subjects(options.subjects, options.placement or [])
-    found = [probe_subject(subject, options.data, options.batches) for subject in subjects]
+    subjects = find_subjects(options.subjects, options.placement or [None])
+    answers = [measure(subject, options.data, options.batches) for subject in subjects]
     if options.json:
-        answers = [
-            {
-                "name": subject.name,
-                "placement": subject.config.model.placement.name,
-                "data": options.data or subject.config.data.path,
-                "loss": each.loss,
-                **each.row,
-                **each.routing,
-            }
-            for subject, each in zip(subjects, found, strict=True)
-        ]
         print(json.dumps(answers))
         return 0
-    for subject, each in zip(subjects, found, strict=True):
-        print(f"{subject.name}   step {subject.step:,}   loss {each.loss:.4f}")
-    names, rows = [subject.name for subject in subjects], [each.row for each in found]
-    tables = [
-        layers_table(names, rows),
-        sites_table(names, rows),
-        routing_table(names, [each.routing for each in found]),
-    ]
-    print("\n".join(line for table in tables if table for line in ("", *table)))
+    for answer in answers:
+        print(f"{answer['name']}   step {answer['step']:,}   loss {answer['loss']:.4f}")
+    print(*tables(answers), sep="\n")
     return 0
 
 
-def find_subjects(words: Sequence[str], placements: Sequence[str]) -> list[Subject]:
-    """The runs, checkpoints or presets that the command line names, one or two.
+def find_subjects(words: Sequence[str], placements: Sequence[str | None]) -> list[Subject]:
+    """The models that the command line names, one or two.
+
+    Args:
+        words: runs, checkpoints or presets.
+        placements: what a preset is probed with; None for its own.
 
     Raises:
         UserError: if there is none of that name, a placement is given for trained weights, or there are too many.
     """
-    configs = [(word, name) for word in words for name in (placements or [None])]
-    if len(configs) > 2:
-        raise UserError(f"{len(configs)} models were named: at most two stand side by side")
-    return [_subject(word, placement) for word, placement in configs]
+    named = [(word, placement) for word in words for placement in placements]
+    if len(named) > 2:
+        raise UserError(f"{len(named)} models were named: at most two stand side by side")
+    return [_subject(word, placement) for word, placement in named]
 
 
-def probe_subject(subject: Subject, data: str | None, batches: int) -> Probed:
+def _subject(word: str, placement: str | None) -> Subject:
+    path = Path(word)
+    if (path / "config.json").is_file() or (path / "state.json").is_file():
+        if placement is not None:
+            raise UserError(f"{word} has weights of its own placement: --placement is for presets")
+        return _trained(path)
+    if path.is_dir():
+        raise UserError(f"{word} is neither a run (config.json) nor a checkpoint (state.json)")
+    config = base_config(word) if placement is None else with_placement(base_config(word), placement)
+    config = fit_vocabulary(config, resolve(config))
+    device = pick_device(config.device)
+    torch.manual_seed(config.seed)
+    model = build_model(LanguageModel(config.model, "meta"), device, pick_autocast(config.precision, device), ALONE)
+    return Subject(f"{path.stem} {config.model.placement.name or 'own'}", config, model, 0)
+
+
+def _trained(path: Path) -> Subject:
+    if (path / "config.json").is_file():
+        name, trained = path.name, load_trained(path)
+    else:
+        run = path.absolute().parent.parent
+        name, trained = f"{run.name}/{path.name}", load_trained(run, str(path.absolute()))
+    return Subject(name, trained.config, trained.model, trained.step)
+
+
+def measure(subject: Subject, data: str | None, batches: int) -> dict[str, Any]:
     """Forward and backward passes over the first batches of the data, without an update.
 
     Args:
         subject: the model.
         data: as in `sdd train --data`; None for the data that its config names.
-        batches: how many of the config's batches; they pass in the config's parts.
+        batches: how many of the config's batches; each passes in the parts that `accumulate` asks for.
+
+    Returns:
+        name, placement, data, and loss: nats a token, with z-loss and the routers' losses where the config has them;
+        a row of probe.jsonl; of a mixture of experts, the routers' columns of metrics.jsonl.
 
     Raises:
         UserError: if the data cannot be read or have a larger vocabulary.
@@ -144,142 +145,91 @@ def probe_subject(subject: Subject, data: str | None, batches: int) -> Probed:
     dtype = pick_autocast(config.precision, device)
     eos = source.eos if config.data.document_mask else None
     model.train().checkpoint_blocks = config.activation_checkpointing
-    parts = [part for index in range(batches) for part in loader.batch(index).chunk(config.accumulate)]
-    probe, total, passes = Probe(model, every=1), torch.zeros((), device=device), []
+    parts = [part.to(device) for index in range(batches) for part in loader.batch(index).chunk(config.accumulate)]
+    probe, loss, passes = Probe(model, every=1), 0.0, []
     with probe.step(number=subject.step):
         for part in parts:
-            tokens = part.to(device)
             with torch.autocast(device.type, dtype, enabled=dtype is not None):
-                found = model(
-                    tokens[:, :-1], tokens[:, 1:], document_eos=eos, z_loss=config.optim.z_loss, detailed=True
-                )
+                found = model(part[:, :-1], part[:, 1:], document_eos=eos, z_loss=config.optim.z_loss, detailed=True)
             (found.total / len(parts)).backward()
-            total += found.total.detach() / len(parts)
+            loss += found.total.item() / len(parts)
             passes.append(found.routing)
     probe.close()
     model.zero_grad()
     assert probe.latest is not None
-    routing = RouterStats(passes, ALONE) if config.model.moe else None
-    return Probed(total.item(), probe.latest, {**routing.row(), **routing.loads()} if routing else {})
+    answer = {"name": subject.name, "placement": config.model.placement.name, "data": data or config.data.path}
+    answer |= {"loss": loss, **probe.latest}
+    if config.model.moe:
+        routing = RouterStats(passes, ALONE)
+        answer |= {**routing.row(), **routing.loads()}
+    return answer
 
 
-def layers_table(names: Sequence[str], rows: Sequence[Row]) -> list[str]:
-    """The residual stream, layer by layer."""
-    stats = {"rms": "rms", "cosine to the layer before": "cosine", "grad rms": "grad_rms"}
-    lines = []
-    for layer in range(max(len(row["layers"].get("rms", ())) for row in rows)):
-        cells = []
-        for row in rows:
-            shown = {stat: dict(enumerate(values, stat == "cosine")) for stat, values in row["layers"].items()}
-            cells.append([shown.get(stat, {}).get(layer) for stat in stats.values()])
-        lines += _beside(f"layer {layer}", names, cells)
-    return _table(["residual stream", *stats], names, lines)
-
-
-def sites_table(names: Sequence[str], rows: Sequence[Row]) -> list[str]:
-    """Every site with the statistics that it has."""
-    sites = dict.fromkeys(site for row in rows for site in row["sites"])
-    lines = []
-    for site in sites:
-        cells = [[row["sites"].get(site, {}).get(stat) for stat in COLUMNS.values()] for row in rows]
-        lines += _beside(site, names, cells)
-    return _table(["site", *COLUMNS], names, lines)
-
-
-def routing_table(names: Sequence[str], routings: Sequence[Mapping[str, Any]]) -> list[str]:
-    """How the routers spread the tokens, block by block, and each expert's load; empty if no model has experts."""
-    heading = {"entropy": "entropy", "busiest / mean": "worst_load", "without tokens": "dead_experts"}
-    layers = [routing.get("routing", {}) for routing in routings]
-    widest = max((len(load) for routing in routings for load in routing.get("expert_load", ())), default=0)
-    widest = widest if widest <= _MOST_EXPERTS else 0
-    lines = []
-    for block in range(max(len(layer.get("entropy", ())) for layer in layers)):
-        cells = []
-        for layer, routing in zip(layers, routings, strict=True):
-            there = block < len(layer.get("entropy", ()))
-            numbers = [layer[column][block] if there else None for column in heading.values()]
-            loads = routing["expert_load"][block][:widest] if there else []
-            cells.append([*numbers, *loads, *[None] * (widest - len(loads))])
-        lines += _beside(f"block {block}", names, cells)
-    return _table(["router", *heading, *(f"{expert}" for expert in range(widest))], names, lines) if lines else []
-
-
-def _beside(label: str, names: Sequence[str], cells: Sequence[Sequence[Any]]) -> list[list[str]]:
-    """The lines of one thing: its numbers, or those of both subjects and the second's over the first's."""
-    if len(cells) == 1:
-        return [[label, *map(_number, cells[0])]]
-    ratios = [_ratio(second, first) for first, second in zip(*cells, strict=True)]
-    lines = [
-        [name, *map(_number, numbers)]
-        for name, numbers in zip((*names, "ratio"), (*cells, ratios), strict=True)
-        if any(number is not None for number in numbers)
+def tables(answers: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The residual stream, the sites and the routers as lines; of two models side by side, and their ratio."""
+    names = [answer["name"] for answer in answers]
+    layers = [_by_index("layer", answer["layers"]) for answer in answers]
+    routers = [_by_index("block", _router_columns(answer)) for answer in answers]
+    most = max(len(loads) for answer in answers for loads in answer.get("expert_load", [()]))
+    experts = {str(expert): f"expert {expert}" for expert in range(most if most <= _MOST_EXPERTS else 0)}
+    return [
+        *_table("residual stream", _LAYER_COLUMNS, names, layers),
+        *_table("site", _SITE_COLUMNS, names, [answer["sites"] for answer in answers]),
+        *_table("router", _ROUTER_COLUMNS | experts, names, routers),
     ]
-    return [["" if index else label, *line] for index, line in enumerate(lines)]
 
 
-def _table(heading: Sequence[str], names: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:
-    first, *others = heading
-    whole = [first, *([""] if len(names) > 1 else []), *others]
-    return aligned([whole, *lines], right=range(len(names), len(whole)))
+def _router_columns(answer: Mapping[str, Any]) -> dict[str, Sequence[float]]:
+    """Statistics of the routers over blocks, the load of each expert among them; none without experts."""
+    by_expert = enumerate(zip(*answer.get("expert_load", ()), strict=True))
+    return answer.get("routing", {}) | {f"expert {expert}": loads for expert, loads in by_expert}
+
+
+def _by_index(kind: str, columns: Mapping[str, Sequence[Any]]) -> Table:
+    """Columns over layers as a table by layer; a cosine belongs to the later of its two layers."""
+    table: dict[str, dict[str, Any]] = defaultdict(dict)
+    for statistic, values in columns.items():
+        for index, value in enumerate(values, start=statistic == "cosine"):
+            table[f"{kind} {index}"][statistic] = value
+    return table
+
+
+def _table(heading: str, columns: Mapping[str, str], names: Sequence[str], found: Sequence[Table]) -> list[str]:
+    """An empty line and a table of what the models have; no lines if none of them has anything."""
+    two = len(names) == 2
+    lines = []
+    for label in dict.fromkeys(label for table in found for label in table):
+        rows = [[table.get(label, {}).get(statistic) for statistic in columns.values()] for table in found]
+        if two:
+            rows.append([_ratio(second, first) for first, second in zip(*rows, strict=True)])
+        for name, row in zip((*names, "ratio") if two else names, rows, strict=True):
+            if any(number is not None for number in row):
+                lines.append([label, *([name] if two else []), *map(_number, row)])
+                label = ""  # once is enough
+    whole = [heading, *([""] if two else []), *columns]
+    return ["", *aligned([whole, *lines], right=range(len(names), len(whole)))] if lines else []
 
 
 def _ratio(second: Any, first: Any) -> float | None:
-    if second is None or first is None or not float(first):
-        return None
-    return float(second) / float(first)
+    return None if second is None or first is None or not float(first) else float(second) / float(first)
 
 
 def _number(value: Any) -> str:
     return "" if value is None else f"{float(value):.3g}"
 
 
-def _subject(word: str, placement: str | None) -> Subject:
-    path = Path(word)
-    if (path / "config.json").is_file() or (path / "state.json").is_file():
-        if placement is not None:
-            raise UserError(f"{word} has weights of its own placement: --placement is for presets")
-        return _trained(path)
-    if path.is_dir():
-        raise UserError(f"{word} is neither a run (config.json) nor a checkpoint (state.json)")
-    config = base_config(word)
-    if placement is not None:
-        config = replace(config, model=replace(config.model, placement=config_io.find_placement(placement)))
-    config = fit_vocabulary(config, resolve(config))
-    device = pick_device(config.device)
-    torch.manual_seed(config.seed)
-    model = build_model(LanguageModel(config.model, "meta"), device, pick_autocast(config.precision, device), ALONE)
-    return Subject(f"{path.stem} {config.model.placement.name or 'own'}", config, model, 0)
-
-
-def _trained(path: Path) -> Subject:
-    if (path / "config.json").is_file():
-        trained = load_trained(path)
-        return Subject(path.name, trained.config, trained.model, trained.step)
-    run = path.absolute().parent.parent
-    if not (run / "config.json").is_file():
-        raise UserError(f"{path} lies in no run: {run} has no config.json")
-    config = config_io.load(run / "config.json")
-    model = LanguageModel(config.model).to(pick_device(config.device))
-    return Subject(f"{run.name}/{path.name}", config, model, load_checkpoint(path, model)["step"])
-
-
 def _parser() -> Parser:
     parser = Parser(
-        prog="sdd probe",
-        description="Statistics of activations, gradients and weights, site by site, on given data, without an update.",
-        usage="sdd probe RUN|CHECKPOINT|PRESET [ANOTHER] [--placement NAME] [--data PATH] [OPTIONS]",
-        allow_abbrev=False,
+        "sdd probe",
+        "Statistics of activations, gradients and weights, site by site, on given data, without an update.",
+        "RUN|CHECKPOINT|PRESET [ANOTHER] [--placement NAME] [--data PATH] [OPTIONS]",
     )
-    parser.add_argument(
-        "subjects",
-        metavar="RUN|CHECKPOINT|PRESET",
-        nargs="+",
-        help="a run (its newest checkpoint), a checkpoint (RUN/checkpoints/step-...), or untrained weights: "
-        + ", ".join(model_presets)
-        + " or a config.json; two stand side by side",
-    )
-    parser.add_argument("--placement", action="append", help="of a preset; given twice, the two stand side by side")
-    parser.add_argument("--data", metavar="PATH", help="as in sdd train (default: the training data of the run)")
-    parser.add_argument("--batches", type=positive_int, default=1, help="of the run's batch size (default 1)")
-    parser.add_argument("--json", action="store_true", help="print the numbers as JSON")
+    add = parser.add_argument
+    about = "a run (its newest checkpoint), a checkpoint (RUN/checkpoints/step-...), or untrained weights: "
+    about += ", ".join(model_presets) + " or a config.json; two stand side by side"
+    add("subjects", metavar="RUN|CHECKPOINT|PRESET", nargs="+", help=about)
+    add("--placement", action="append", default=[], help="of a preset; given twice, the two stand side by side")
+    add("--data", metavar="PATH", help="as in sdd train (default: the training data of the run)")
+    add("--batches", type=positive_int, default=1, help="of the run's batch size (default 1)")
+    add("--json", action="store_true", help="print the numbers as JSON")
     return parser

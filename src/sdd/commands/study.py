@@ -1,4 +1,4 @@
-"""The command `sdd study`: runs a study, or finishes one, and writes its page."""
+"""`sdd study`: studies by name, and how one is run."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -7,7 +7,9 @@ from typing import Any
 
 from rich.console import Console
 
-from sdd.errors import UserError
+from sdd.commands.configs import add_fields, overrides
+from sdd.commands.parser import Parser, positive_int
+from sdd.errors import UserError, unknown
 from sdd.lab.definition import Definition, PlannedStudy, Request
 from sdd.lab.engine import Engine, read_request, write_request
 from sdd.lab.findings import Findings
@@ -15,6 +17,37 @@ from sdd.lab.grid.claims import Claims
 from sdd.lab.studies import studies
 from sdd.report import require_report_extra
 from sdd.terminal import stderr_console
+
+
+def main(args: list[str]) -> int:
+    """Run the command; returns its exit code."""
+    parser = Parser(
+        "sdd study",
+        "Run a study: a grid of runs, tables, figures and a page. Options default to those that --out has.",
+        "NAME [--preset P] [--seeds N] [--workers W] [--out DIR] [OPTIONS]",
+    )
+    about = "; ".join(f"{name}: {study.question}" for name, study in studies.items())
+    parser.add_argument("name", metavar="NAME", help=about)
+    parser.add_argument("--out", type=Path, help="folder of its runs, results and page (default: studies/NAME)")
+    parser.add_argument("--preset", help="model and length of the runs (default nano)")
+    parser.add_argument("--seeds", type=positive_int, help="seeds a setting (default 3, of the demo 1)")
+    about = "runs at once (default: one a GPU, or a core, at most four)"
+    parser.add_argument("--workers", type=positive_int, help=about)
+    parser.add_argument("--placements", metavar="A,B", default="", help="methods to compare (default: the study's)")
+    parser.add_argument("--tuned", action="store_true", help="robustness: tune the learning rate of every cell")
+    add_fields(parser)
+    options = parser.parse_known(args)
+    if options.name not in studies:
+        raise unknown("study", options.name, studies)
+    asked = Options(
+        seeds=options.seeds,
+        workers=options.workers,
+        preset=options.preset,
+        placements=tuple(filter(None, options.placements.split(","))),
+        tuned=options.tuned,
+        overrides=overrides(options),
+    )
+    return run_study(options.name, options.out or Path("studies") / options.name, asked)
 
 
 @dataclass(frozen=True)

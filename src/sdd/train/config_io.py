@@ -1,7 +1,6 @@
 """Run configs to and from JSON and the command line. Every mistake is reported in one clear line."""
 
 import dataclasses
-import difflib
 import json
 import re
 import types
@@ -12,18 +11,12 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from sdd.errors import UserError
+from sdd.errors import UserError, nearest, unknown
 from sdd.files import write_aside
 from sdd.placement import Placement, current_fields, placements
 from sdd.train.config import RunConfig
 
 _LARGEST = 2**63 - 1  # the largest integer that torch can hold
-
-
-def nearest(word: str, choices: Iterator[str] | list[str]) -> str:
-    """` (did you mean 'x'?)`, or an empty string if nothing is near."""
-    found = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)
-    return f" (did you mean {found[0]!r}?)" if found else ""
 
 
 def find_placement(name: str) -> Placement:
@@ -33,9 +26,7 @@ def find_placement(name: str) -> Placement:
         UserError: if there is none; the message names the nearest.
     """
     if name not in placements:
-        raise UserError(
-            f"no placement {name!r}{nearest(name, list(placements))}; choose one of {', '.join(placements)}"
-        )
+        raise unknown("placement", name, placements)
     return placements[name]
 
 

@@ -12,6 +12,7 @@ from sdd.commands.main import main
 from sdd.models import ModelConfig, MoEConfig
 from sdd.placement import placements
 from sdd.train import DataConfig, OptimConfig, RunConfig, config_io
+from sdd.train.router_stats import RouterStats
 from sdd.train.run_dir import RunDir
 from sdd.train.trainer import Trainer, start
 
@@ -89,16 +90,19 @@ def test_a_run_is_its_newest_checkpoint_and_stays_as_it_is(run: Path, capsys):
     assert {file: file.read_bytes() for file in run.rglob("*") if file.is_file()} == files
 
 
-def test_two_stand_side_by_side(run: Path, capsys):
+def test_two_weights_are_each_what_they_are_alone(run: Path, capsys):
     found = answer(capsys, run, run / "checkpoints" / "step-00000002")
     assert [each["step"] for each in found] == [4, 2]
     assert found[0] == answer(capsys, run)[0]
+
+
+def test_two_placements_of_a_preset_have_their_own_sites(run: Path, capsys):
     two = answer(capsys, run / "config.json", "--placement", "prenorm", "--placement", "olmo2")
     assert [each["placement"] for each in two] == ["prenorm", "olmo2"]
     assert two[0]["sites"].keys() != two[1]["sites"].keys()
 
-    assert main(["probe", str(run), str(run / "config.json"), "--placement", "prenorm"]) == 2
-    assert "its own placement" in capsys.readouterr().err
+
+def test_two_stand_side_by_side_with_their_ratio(run: Path, capsys):
     assert main(["probe", str(run), str(run / "checkpoints" / "step-00000002")]) == 0
     lines = capsys.readouterr().out.splitlines()
     first = next(index for index, line in enumerate(lines) if line.startswith("blocks.1.attn.q_proj"))
@@ -106,6 +110,19 @@ def test_two_stand_side_by_side(run: Path, capsys):
     assert [row[0] for row in words] == ["run", "run/step-00000002", "ratio"]
     for one, other, ratio in zip(*(row[1:] for row in words), strict=True):
         assert float(ratio) == pytest.approx(float(other) / float(one), rel=0.02)
+
+
+def test_trained_weights_take_no_placement(run: Path, capsys):
+    assert main(["probe", str(run), str(run / "config.json"), "--placement", "prenorm"]) == 2
+    assert "--placement" in capsys.readouterr().err
+
+
+def test_a_line_for_each_layer_and_each_site(run: Path, capsys):
+    (found,) = answer(capsys, run)
+    assert main(["probe", str(run)]) == 0
+    first_words = [line.split("  ")[0] for line in capsys.readouterr().out.splitlines()]
+    assert {"layer 0", "layer 1", "layer 2"} <= set(first_words)
+    assert set(found["sites"]) <= set(first_words)
 
 
 def test_other_data_and_more_batches(run: Path, text: Path, tmp_path: Path, capsys):
@@ -148,18 +165,29 @@ def test_data_of_a_larger_vocabulary_are_told(run: Path, tmp_path: Path, capsys)
     assert "tokens has 9000 tokens, run knows 4096" in capsys.readouterr().err
 
 
-def test_mixture_of_experts_shows_how_it_routes(text: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    sparse = replace(config(text), model=replace(config(text).model, moe=MoEConfig(3, 2)))
+@pytest.fixture(scope="module")
+def sparse(text: Path) -> tuple[Path, RouterStats]:
+    """A run with experts, and the routing of its first step."""
+    settings = replace(config(text), model=replace(config(text).model, moe=MoEConfig(3, 2)))
     out = text.parent / "mixture"
-    trainer = Trainer(sparse, RunDir(out))
+    trainer = Trainer(settings, RunDir(out))
     trainer.save()
-    config_io.save(sparse, out / "config.json")
+    config_io.save(settings, out / "config.json")
     trainer.gradients(0)
     assert trainer.router_stats is not None
-    expected = trainer.router_stats
+    return out, trainer.router_stats
+
+
+def test_mixture_of_experts_has_the_routing_of_training(sparse: tuple[Path, RouterStats], capsys):
+    out, expected = sparse
     (found,) = answer(capsys, out)
     for name, value in (expected.row() | expected.loads()).items():
         assert found[name] == (pytest.approx(value, abs=1e-6) if isinstance(value, float) else value), name
+
+
+def test_mixture_of_experts_has_a_line_a_block_with_each_load(sparse: tuple[Path, RouterStats], capsys):
+    out, _ = sparse
+    (found,) = answer(capsys, out)
     assert main(["probe", str(out)]) == 0
     table = capsys.readouterr().out.partition("\nrouter ")[2].splitlines()
     for line, load, dead in zip(table[1:], found["expert_load"], found["routing"]["dead_experts"], strict=True):
