@@ -144,7 +144,7 @@ def _step_time(args: list[str]) -> int:
 
 def _plan(
     preset: str, options: argparse.Namespace, device: torch.device, modes: list[Mode], gpu: Gpu | None
-) -> step_time.Plan:
+) -> step_time.StepTimeSettings:
     base = base_config(preset)
     shape = base.model
     names = list(dict.fromkeys(options.variants))
@@ -156,7 +156,7 @@ def _plan(
         raise UserError(f"{preset}: {error}") from None
     batch = options.batch or max(1, min(base.data.batch_size, TOKENS // shape.context))
     setting = Setting(shape, options.block, batch, device, pick_autocast(options.precision, device))
-    return step_time.Plan(preset, setting, names, modes, options.rounds or 15, gpu, options.profile)
+    return step_time.StepTimeSettings(preset, setting, names, modes, options.rounds or 15, gpu, options.profile)
 
 
 def _modes(options: argparse.Namespace, device: torch.device) -> list[Mode]:
