@@ -11,10 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sdd.bench import record
-from sdd.bench.profile import common_name, differences
 from sdd.bench.table import step_time_table
 from sdd.bench.targets import TARGETS, check
-from sdd.bench.timing import quartiles, turned
+from sdd.bench.timing import common_name, differences, quartiles, turned
 
 ROOT = Path(__file__).parents[2]
 GPU = {"machine": {"gpu": "NVIDIA H100 80GB HBM3", "driver": "570.1"}, "device": "cuda"}

@@ -1,14 +1,15 @@
 """`sdd bench kernels`: each fused operation, forward and backward, against composed and compiled ones and Liger.
 
-Counted are the bytes that must move: activations read and written once each way. The measure is the share of what a
-copy on the same device moves in a second. Variants take turns, a forward and a backward pass each, on tensors of their
-own, and the median of all turns counts. Not controlled: clocks, and other users of the device.
+The bytes that count are those that must move: activations, read and written once each way. The measure is their share
+of the bytes that a copy on the same device moves in the same time. Variants take turns, a forward and a backward pass
+each, on tensors of their own, and the median of all turns counts. Not controlled: clocks, other users of the device.
 """
 
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,8 +17,7 @@ from torch import Tensor
 
 from sdd.bench.operations import Operation, inputs_of, operation, variants
 from sdd.bench.record import Record
-from sdd.bench.timing import OUT_OF_MEMORY, Ticker, device_seconds, free, turned, wait
-from sdd.errors import is_out_of_memory
+from sdd.bench.timing import OUT_OF_MEMORY, Ticker, device_seconds, free, runs_out_of_memory, turned, wait
 
 #: Rows and widths of the small sizes.
 SMALL_ROWS = (1, 16, 64, 256, 1024, 4096)
@@ -26,16 +26,16 @@ SMALL_WIDTHS = (256, 2048)
 
 @dataclass
 class Settings:
-    """What is measured.
+    """The operations and sizes to measure.
 
     Attributes:
-        device: where.
-        dtype: of the activations, by torch's name.
-        names: of operations.
-        widths: of a row.
+        device: the device.
+        dtype: dtype of the activations, by torch's name.
+        names: names of operations.
+        widths: features of a row.
         mib: size of one activation.
         rounds: turns of each variant.
-        compiled: torch.compile's version too.
+        compiled: whether to measure torch.compile's version too.
     """
 
     device: torch.device
@@ -47,33 +47,30 @@ class Settings:
     compiled: bool
 
     def rows(self, width: int) -> int:
-        """As many as one activation has room for."""
+        """The number of rows of that width in one activation."""
         return (self.mib << 20) // (width * getattr(torch, self.dtype).itemsize)
 
 
 @dataclass
 class Turns:
-    """One variant: its tensors and its times."""
+    """One variant: its tensors and its times, or the reason why it has none."""
 
     function: Callable[..., Any]
-    inputs: list[Tensor]
+    inputs: list[Tensor] = field(default_factory=list)
     failed: str | None = None
     forward: list[float] = field(default_factory=list)
     backward: list[float] = field(default_factory=list)
 
-    def turn(self, device: torch.device, *, timed: bool = True) -> None:
-        """One forward and one backward pass, unless memory did not suffice before."""
-        if self.failed:
-            return
-        try:
-            self._turn(device, timed)
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
+    def attempt(self, call: Callable[[], Any], device: torch.device) -> None:
+        """Call, unless memory did not suffice before; if it does not suffice now, free it and note that."""
+        if not self.failed and runs_out_of_memory(call):
             self.failed = OUT_OF_MEMORY
-        if self.failed:  # only now is the error gone, which holds the tensors of its frames
             self.inputs.clear()
             free(device)
+
+    def turn(self, device: torch.device, *, timed: bool = True) -> None:
+        """Do one forward and one backward pass."""
+        self.attempt(lambda: self._turn(device, timed), device)
 
     def _turn(self, device: torch.device, timed: bool) -> None:
         outputs: tuple[Tensor, ...] = ()
@@ -84,7 +81,7 @@ class Turns:
             outputs = (y,) if isinstance(y, Tensor) else y
 
         forward_seconds = device_seconds(forward, device)
-        gradients = [torch.randn_like(y) for y in outputs]  # anew: Liger writes into them
+        gradients = [torch.randn_like(y) for y in outputs]  # new ones each time: Liger writes into them
         backward_seconds = device_seconds(lambda: torch.autograd.grad(outputs, self.inputs, gradients), device)
         if timed:
             self.forward.append(forward_seconds)
@@ -92,7 +89,7 @@ class Turns:
 
 
 def measure(settings: Settings, record: Record) -> None:
-    """Fill `copy` (GB/s) and `operations` of the record, saving it after each."""
+    """Fill `copy` (GB/s) and `operations` of the record, and save it after each operation and width."""
     with Ticker(len(settings.names) * len(settings.widths) * settings.rounds) as ticker:
         ticker.at("copy")
         record.values["copy"] = copy_bandwidth(settings.mib << 20, settings.device, settings.rounds)
@@ -105,16 +102,15 @@ def measure(settings: Settings, record: Record) -> None:
 
 
 def measure_one(name: str, width: int, settings: Settings, ticker: Ticker) -> dict[str, dict[str, Any]]:
-    """GB/s forward and backward of every variant, or why there are none."""
+    """GB/s forward and backward of every variant, or the reason why there are none."""
     device, dtype, rows = settings.device, getattr(torch, settings.dtype), settings.rows(width)
-    torch._dynamo.reset()  # one compiled version an operation and width, not a dynamic one of them all
+    torch._dynamo.reset()  # one compiled version for each operation and width, not a dynamic one for all
     op = operation(name, rows, width, device)
-    turns = {
-        variant: _turns(function, op, rows, width, dtype, device)
-        for variant, function in variants(name, op, device, settings.compiled).items()
-    }
+    turns = {variant: Turns(call) for variant, call in variants(name, op, device, settings.compiled).items()}
     ticker.at(f"{name}, width {width}")
     for one in turns.values():
+        # tensors of its own: Liger's backward pass writes into its inputs
+        one.attempt(partial(_draw_inputs, one, op, rows, width, dtype, device), device)
         for _ in range(2):
             one.turn(device, timed=False)
     for index in range(settings.rounds):
@@ -126,16 +122,8 @@ def measure_one(name: str, width: int, settings: Settings, ticker: Ticker) -> di
     return {variant: _speeds(one, op, size) for variant, one in turns.items()}
 
 
-def _turns(
-    function: Callable[..., Any], op: Operation, rows: int, width: int, dtype: torch.dtype, device: torch.device
-) -> Turns:
-    """A variant with its own tensors: Liger's backward pass writes into what it was given."""
-    try:
-        return Turns(function, inputs_of(op, rows, width, dtype, device))
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-    return Turns(function, [], OUT_OF_MEMORY)
+def _draw_inputs(turns: Turns, op: Operation, rows: int, width: int, dtype: torch.dtype, device: torch.device) -> None:
+    turns.inputs = inputs_of(op, rows, width, dtype, device)
 
 
 def _speeds(turns: Turns, op: Operation, size: float) -> dict[str, Any]:
@@ -148,7 +136,7 @@ def _speeds(turns: Turns, op: Operation, size: float) -> dict[str, Any]:
 
 
 def copy_bandwidth(n_bytes: int, device: torch.device, rounds: int) -> float:
-    """GB/s of a copy, read and written bytes counted."""
+    """GB/s of a copy; bytes read and bytes written both count."""
     source = torch.empty(n_bytes // 2, dtype=torch.bfloat16, device=device).zero_()
     target = torch.empty_like(source)
     target.copy_(source)
@@ -157,7 +145,7 @@ def copy_bandwidth(n_bytes: int, device: torch.device, rounds: int) -> float:
 
 
 def measure_small(settings: Settings, record: Record) -> None:
-    """Microseconds of a whole eager forward and backward call of the norm over small sizes, Python included."""
+    """Fill `small` of the record: microseconds of eager forward and backward calls of the norm, Python included."""
     sizes = [(rows, width) for rows in SMALL_ROWS for width in SMALL_WIDTHS]
     found = record.values["small"] = []
     with Ticker(len(sizes) * settings.rounds) as ticker:
@@ -168,7 +156,7 @@ def measure_small(settings: Settings, record: Record) -> None:
 
 
 def small_one(rows: int, width: int, settings: Settings, ticker: Ticker) -> dict[str, float]:
-    """Microseconds of every variant at one size."""
+    """Microseconds of each variant at one size."""
     device = settings.device
     op = operation("norm", rows, width, device)
     inputs = inputs_of(op, rows, width, getattr(torch, settings.dtype), device)

@@ -21,12 +21,12 @@ class Operation:
     """A function of activations and alphas.
 
     Attributes:
-        function: takes n_activations tensors `[1, rows, width]`, then n_alphas of `[width]`.
-        n_activations: how many it takes.
-        n_alphas: how many it takes.
-        forward: activations that its forward pass must read or write.
-        backward: the same of its backward pass, gradients among them.
-        options: its further arguments.
+        function: takes n_activations tensors `[1, rows, width]`, then n_alphas tensors `[width]`.
+        n_activations: number of activations.
+        n_alphas: number of alphas.
+        forward: number of activations that its forward pass must read or write.
+        backward: the same for its backward pass, gradients included.
+        options: its other arguments.
     """
 
     function: Callable[..., Any]
@@ -53,7 +53,7 @@ OPERATIONS = (
 
 
 def operation(name: str, rows: int, width: int, device: torch.device) -> Operation:
-    """One of `OPERATIONS`; those on heads need a multiple of `HEAD_DIM` for a width."""
+    """The operation of that name in `OPERATIONS`; operations on heads need a width that is a multiple of `HEAD_DIM`."""
 
     def post_norm(z: Tensor, residual: Tensor, post_alpha: Tensor) -> Tensor:
         return kernels.residual_norm(z, residual, None, post_alpha)
@@ -108,7 +108,7 @@ def variants(name: str, op: Operation, device: torch.device, compiled: bool) -> 
 
 
 def _liger(name: str) -> dict[str, Callable[..., Any]]:
-    """What Liger has of the same function."""
+    """Liger's version of the same function, if it has one."""
     from liger_kernel.ops.rms_norm import LigerRMSNormFunction  # pyright: ignore[reportMissingImports]
     from liger_kernel.ops.swiglu import LigerSiLUMulFunction  # pyright: ignore[reportMissingImports]
 
@@ -118,7 +118,7 @@ def _liger(name: str) -> dict[str, Callable[..., Any]]:
 
 
 def inputs_of(op: Operation, rows: int, width: int, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
-    """Drawn activations and alphas that gradients are wanted of; always the same numbers."""
+    """Random activations and alphas that require gradients; the same numbers in every call."""
     generator = torch.Generator(device).manual_seed(0)
     shape = (1, rows, width)
     activations = [torch.randn(shape, device=device, generator=generator).to(dtype) for _ in range(op.n_activations)]

@@ -18,15 +18,15 @@ from sdd.files import write_aside
 
 
 class Record:
-    """The numbers of one benchmark, on the disk from the first one on.
+    """The numbers of one benchmark, which are on the disk from the first one on.
 
     Args:
-        name: of the benchmark and its device, `kernels_cpu`: the file's name where none was given.
-        out: the file, or the folder that gets it. Without, it goes into the working folder under a free name.
-        values: what is known before anything is measured.
+        name: the benchmark and its device, as in `kernels_cpu`: the default name of the file.
+        out: the file, or the folder for it. None puts it into the working folder under a free name.
+        values: the values that are known before anything is measured.
 
     Attributes:
-        values: everything that the file says but the machine.
+        values: everything in the file except the machine.
         path: the file.
 
     Raises:
@@ -43,7 +43,7 @@ class Record:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Keep what was measured, whatever ended it; Ctrl-C becomes `Interrupted`, which says where it is."""
+        """Save the measurements so far after any error; Ctrl-C becomes `Interrupted`, which names the file."""
         if kind is not None and self._saved:
             self.values["interrupted"] = True
             self.save()
@@ -52,13 +52,13 @@ class Record:
             raise Interrupted(f"interrupted; {kept}") from None
 
     def save(self) -> None:
-        """Write what there is."""
+        """Write the numbers so far."""
         write_aside(self.path, self.text())
         self._saved = True
 
     @property
     def content(self) -> dict[str, Any]:
-        """What the file says."""
+        """The content of the file."""
         return {**self.values, "machine": self._machine}
 
     def text(self) -> str:
@@ -67,7 +67,7 @@ class Record:
 
 
 def _file(name: str, out: Path | None) -> Path:
-    """Where a result goes; told before hours of measuring, not after."""
+    """The path of a result. A mistake is reported before hours of measuring, not after."""
     if out is None:
         candidates = [Path(f"{name}.json"), *(Path(f"{name}-{number}.json") for number in range(2, 10_000))]
         out = next(path for path in candidates if not path.exists())
@@ -94,9 +94,9 @@ def machine() -> dict[str, Any]:
 
 
 def revision() -> str | None:
-    """The commit of the repository that holds this package, `-dirty` if it was changed; None where there is none.
+    """The commit of the repository that holds this package, with `-dirty` if files were changed; None without one.
 
-    An environment inside of somebody else's repository is no part of it.
+    A repository that only surrounds the environment of this package does not count.
     """
     folder = Path(__file__).parent
     tracked = _output("git", "-C", str(folder), "ls-files", "--error-unmatch", Path(__file__).name)
@@ -104,7 +104,7 @@ def revision() -> str | None:
 
 
 def driver() -> str | None:
-    """The version of the NVIDIA driver, None where there is none."""
+    """The version of the NVIDIA driver; None without one."""
     told = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     if told:
         return told.splitlines()[0]
@@ -130,7 +130,7 @@ def _gpu() -> dict[str, Any]:
 
 
 def _output(*command: str) -> str | None:
-    """What a program prints, None if it fails or is not there."""
+    """The output of a program; None if it fails or is missing."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     except OSError:

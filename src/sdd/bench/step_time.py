@@ -11,28 +11,27 @@ from typing import Any
 
 import torch
 
-from sdd.bench.profile import kernel_names, times_of
 from sdd.bench.record import Record
-from sdd.bench.timing import Ticker, free, quartiles, ratios, turned
+from sdd.bench.timing import Ticker, free, kernel_names, quartiles, ratios, times_of, turned
 from sdd.bench.variants import COMPOSED, Mode, Setting, Variant, build
 from sdd.plan.gpus import Gpu
 
-#: What is compared unless asked otherwise; the first is what the others are compared with.
+#: The default variants; the others are compared with the first.
 VARIANTS = ("prenorm-qk", "olmo2", "peri", "sdd", "sdd-released", "sdd-paper", "sdd+composed", "sdd-paper+composed")
 
 
 @dataclass
-class Plan:
-    """What is measured at one shape.
+class StepTimeSettings:
+    """The measurements at one shape.
 
     Attributes:
-        preset: its name.
-        setting: the shape and where it runs.
-        names: of the variants, the first is the baseline.
+        preset: name of the preset.
+        setting: the shape, and the device that runs it.
+        names: names of the variants; the first is the baseline.
         modes: eager, compiled or both.
-        rounds: turns of each.
-        gpu: whose peak MFU is a share of; None for no MFU.
-        profile: find out where the time goes, too.
+        rounds: turns of each variant.
+        gpu: the GPU whose peak MFU refers to; None for no MFU.
+        profile: whether to profile a step of each variant too.
     """
 
     preset: str
@@ -45,88 +44,91 @@ class Plan:
 
     @property
     def title(self) -> str:
-        """The preset and what of it."""
+        """The preset, and whether one block of it is measured."""
         return f"{self.preset}, one block" if self.setting.block else self.preset
 
 
-def measure(plans: list[Plan], record: Record) -> None:
-    """Fill `shapes` of the record, one entry a shape, saving it after every round."""
-    turns = sum(len(plan.names) * len(plan.modes) * (plan.rounds + 1) for plan in plans)
+def measure(shapes: list[StepTimeSettings], record: Record) -> None:
+    """Fill `shapes` of the record, one entry for each shape, and save it after every round."""
+    turns = sum(len(shape.names) * len(shape.modes) * (shape.rounds + 1) for shape in shapes)
     record.values["shapes"] = []
     with Ticker(turns) as ticker:
-        for plan in plans:
-            measure_one(plan, record, ticker)
-            free(plan.setting.device)
+        for settings in shapes:
+            measure_one(settings, record, ticker)
+            free(settings.setting.device)
 
 
-def heading(plan: Plan) -> dict[str, Any]:
-    """What stands above a shape's numbers."""
-    setting = plan.setting
+def heading(settings: StepTimeSettings) -> dict[str, Any]:
+    """The description of a shape in the result, above its numbers."""
+    setting = settings.setting
     return {
-        "preset": plan.preset,
+        "preset": settings.preset,
         "part": "block" if setting.block else "step",
         "n_layers": 1 if setting.block else setting.shape.n_layers,
         "d_model": setting.shape.d_model,
         "context": setting.shape.context,
         "batch": setting.batch,
         "precision": str(setting.dtype or torch.float32).removeprefix("torch."),
-        "baseline": plan.names[0],
-        "mfu_of": plan.gpu.name if plan.gpu else None,
+        "baseline": settings.names[0],
+        "mfu_of": settings.gpu.name if settings.gpu else None,
         "rounds": 0,
     }
 
 
-def measure_one(plan: Plan, record: Record, ticker: Ticker) -> None:
-    """Warm up, then take turns; what is there after each round is in the file."""
-    device, entry = plan.setting.device, heading(plan)
+def measure_one(settings: StepTimeSettings, record: Record, ticker: Ticker) -> None:
+    """Warm up, then take turns; the file holds the rounds so far after each of them."""
+    device, entry = settings.setting.device, heading(settings)
     torch._dynamo.reset()
-    # each variant is one more version of the same code; past the limit torch would quietly run them eagerly
-    with torch._dynamo.config.patch(recompile_limit=64, fail_on_recompile_limit_hit=True), kernel_names(plan.profile):
-        variants = build(plan.setting, plan.names, plan.modes)
+    # each variant is one more version of the same code, and past its limit torch would quietly run it eagerly
+    with (
+        torch._dynamo.config.patch(recompile_limit=64, fail_on_recompile_limit_hit=True),
+        kernel_names(settings.profile),
+    ):
+        variants = build(settings.setting, settings.names, settings.modes)
         for variant in variants:
-            ticker.at(f"{plan.title}: {variant.name}, {variant.mode}: warming up")
+            ticker.at(f"{settings.title}: {variant.name}, {variant.mode}: warming up")
             variant.warm_up(device)
             ticker.tick()
-        for index in range(plan.rounds):
+        for index in range(settings.rounds):
             for variant in turned(variants, index):
-                ticker.at(f"{plan.title}: {variant.name}, {variant.mode}")
+                ticker.at(f"{settings.title}: {variant.name}, {variant.mode}")
                 variant.turn(device)
                 ticker.tick()
-            entry |= {"rounds": index + 1, **summary(plan, variants)}
+            entry |= {"rounds": index + 1, **summary(settings, variants)}
             if index == 0:
                 record.values["shapes"].append(entry)
             record.save()
-        if plan.profile:
-            ticker.at(f"{plan.title}: profile")
+        if settings.profile:
+            ticker.at(f"{settings.title}: profile")
             entry["profile"] = profile(variants, device)
             record.save()
 
 
-def summary(plan: Plan, variants: list[Variant]) -> dict[str, Any]:
-    """The medians of the rounds so far, by variant, and how much slower compositions are than ours."""
+def summary(settings: StepTimeSettings, variants: list[Variant]) -> dict[str, Any]:
+    """The medians of the rounds so far by variant, and the ratios of compositions to our own models."""
     by_name: dict[str, dict[Mode, Variant]] = {}
     for one in variants:
         by_name.setdefault(one.name, {})[one.mode] = one
-    base = by_name[plan.names[0]]
+    base = by_name[settings.names[0]]
     found: dict[str, Any] = {"variants": {}}
     for name, modes in by_name.items():
-        entry: dict[str, Any] = {mode: numbers(plan, one, base[mode]) for mode, one in modes.items()}
+        entry: dict[str, Any] = {mode: numbers(settings, one, base[mode]) for mode, one in modes.items()}
         found["variants"][name] = {**best(modes, base), "modes": entry}
     found["composed_over_ours"] = {
         name: {mode: ratio(one, by_name[name][mode]) for mode, one in by_name[f"{name}+{COMPOSED}"].items()}
-        for name in plan.names
+        for name in settings.names
         if f"{name}+{COMPOSED}" in by_name
     }
     return found
 
 
-def numbers(plan: Plan, one: Variant, base: Variant) -> dict[str, Any]:
-    """Of one variant in one mode."""
+def numbers(settings: StepTimeSettings, one: Variant, base: Variant) -> dict[str, Any]:
+    """The numbers of one variant in one mode."""
     if one.failed:
         return {"failed": one.failed}
     median = statistics.median(one.seconds)
-    rate = plan.setting.tokens / median
-    peak_flops = plan.gpu.peak("bfloat16" if plan.setting.dtype else "float32") if plan.gpu else None
+    rate = settings.setting.tokens / median
+    peak_flops = settings.gpu.peak("bfloat16" if settings.setting.dtype else "float32") if settings.gpu else None
     return {
         "median_seconds": median,
         "ratio": ratio(one, base),
@@ -140,7 +142,7 @@ def numbers(plan: Plan, one: Variant, base: Variant) -> dict[str, Any]:
 
 
 def best(modes: Mapping[Mode, Variant], base: Mapping[Mode, Variant]) -> dict[str, Any]:
-    """The mode in which a variant is fastest, and the ratio to the baseline's fastest."""
+    """The fastest mode of a variant, and its ratio to the fastest mode of the baseline."""
     own, theirs = fastest(modes), fastest(base)
     return {
         "best": own.mode if own else None,
@@ -150,18 +152,18 @@ def best(modes: Mapping[Mode, Variant], base: Mapping[Mode, Variant]) -> dict[st
 
 
 def fastest(modes: Mapping[Mode, Variant]) -> Variant | None:
-    """By the median; None if all failed."""
+    """The fastest mode by the median; None if all failed."""
     alive = [one for one in modes.values() if not one.failed]
     return min(alive, key=lambda one: statistics.median(one.seconds), default=None)
 
 
 def ratio(own: Variant, base: Variant) -> float | None:
-    """The median over rounds, None if one of them has no times."""
+    """The median ratio over rounds; None if one of the two has no times."""
     return None if own.failed or base.failed else statistics.median(ratios(own.seconds, base.seconds))
 
 
 def profile(variants: list[Variant], device: torch.device) -> dict[str, dict[str, Any]]:
-    """Where the time of a step goes, by variant and mode: `times_of` each."""
+    """`times_of` a step, by variant and mode."""
     found: dict[str, dict[str, Any]] = {}
     for one in variants:
 

@@ -3,16 +3,16 @@
 from collections.abc import Mapping
 from typing import Any
 
-from sdd.bench.profile import differences
 from sdd.bench.targets import check
+from sdd.bench.timing import differences
 from sdd.terminal import aligned, indented
 
-#: Operations of a profile that are shown.
+#: The number of operations that a profile shows.
 SHOWN = 10
 
 
 def kernels_table(values: Mapping[str, Any]) -> list[str]:
-    """One line an operation and width: shares of the copy, forward and backward, of every variant."""
+    """One line for each operation and width: the shares of the copy, forward and backward, of every variant."""
     names = list(dict.fromkeys(name for row in values["operations"] for name in row["gb_per_second"]))
     rows = [
         [row["operation"], row["width"], *(_shares(row["gb_per_second"].get(name), values["copy"]) for name in names)]
@@ -31,7 +31,7 @@ def _shares(speed: Mapping[str, Any] | None, copy: float) -> str:
 
 
 def small_table(values: Mapping[str, Any]) -> list[str]:
-    """One line a size: microseconds of every variant, and the first one's share of the second's."""
+    """One line for each size: microseconds of every variant, and the ratio of the first to the second."""
     names = list(values["small"][0]["microseconds"])
     rows = []
     for row in values["small"]:
@@ -45,7 +45,7 @@ def small_table(values: Mapping[str, Any]) -> list[str]:
 
 
 def step_time_table(values: Mapping[str, Any]) -> list[str]:
-    """A table a shape, and if there is one its profile."""
+    """A table for each shape, and its profile if it has one."""
     lines: list[str] = []
     for shape in values["shapes"]:
         lines += [*_shape_lines(shape), *_composed_lines(shape), *_profile_lines(shape), ""]
@@ -95,7 +95,7 @@ def _composed_lines(shape: Mapping[str, Any]) -> list[str]:
 
 
 def _profile_lines(shape: Mapping[str, Any]) -> list[str]:
-    """What each variant spends more, or less, than the baseline in the same mode, by operation."""
+    """The time that each variant spends more, or less, than the baseline in the same mode, by operation."""
     lines: list[str] = []
     profile = shape.get("profile", {})
     base = profile.get(shape["baseline"], {})
@@ -110,7 +110,7 @@ def _profile_lines(shape: Mapping[str, Any]) -> list[str]:
 
 
 def target_lines(result: Mapping[str, Any]) -> list[str]:
-    """What this project wanted of the result, and whether it is there."""
+    """One line for each target that the result has a number for, and whether it is reached."""
     return [
         f"{one.target.measure} ({one.what}): {one.value:.3f}, wanted {one.target.sign} {one.target.at_least:g}, "
         f"aim {one.target.aim:g}: {one.reached}"

@@ -1,23 +1,23 @@
-"""What this project wants its benchmarks to show, and whether a result shows it."""
+"""The targets of the benchmarks, and whether a result reaches them."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-#: Widths for which shares of a copy are wanted.
+#: The widths for which there are targets of a share of a copy.
 WIDTHS = range(2048, 16384 + 1)
 
 
 @dataclass(frozen=True)
 class Target:
-    """A wanted number.
+    """A number that a benchmark should reach.
 
     Attributes:
-        measure: what it is.
-        at_least: what must be reached.
-        aim: what is hoped for.
-        larger_is_better: a share; otherwise a ratio of times or bytes.
-        values: finds what it is about in a result, by what it belongs to.
+        measure: the measured quantity, in words.
+        at_least: the value that is required.
+        aim: the value that is hoped for.
+        larger_is_better: True for a share, False for a ratio of times or bytes.
+        values: yields the numbers of a result that the target is about, each with its operation or shape.
     """
 
     measure: str
@@ -28,7 +28,7 @@ class Target:
 
     @property
     def sign(self) -> str:
-        """The relation between a value and what is wanted."""
+        """The relation of a value that reaches the target to the target."""
         return ">=" if self.larger_is_better else "<="
 
     def reached(self, value: float) -> str:
@@ -40,8 +40,8 @@ class Target:
 
 
 @dataclass(frozen=True)
-class Finding:
-    """A target and one number that a result has for it."""
+class TargetResult:
+    """One number of a result for a target; `what` names its operation or shape."""
 
     target: Target
     what: str
@@ -53,9 +53,9 @@ class Finding:
         return self.target.reached(self.value)
 
 
-def check(result: Mapping[str, Any]) -> list[Finding]:
-    """Every number of a result that a target is about; none if it is about another device or shape."""
-    return [Finding(target, what, value) for target in TARGETS for what, value in target.values(result)]
+def check(result: Mapping[str, Any]) -> list[TargetResult]:
+    """The numbers of a result for each target; none for a target of another device or shape."""
+    return [TargetResult(target, what, value) for target in TARGETS for what, value in target.values(result)]
 
 
 def _is_h100(result: Mapping[str, Any]) -> bool:
@@ -63,7 +63,7 @@ def _is_h100(result: Mapping[str, Any]) -> bool:
 
 
 def _shares(direction: str) -> Callable[[Mapping[str, Any]], Iterator[tuple[str, float]]]:
-    """The lowest share of the copy of each operation over the widths."""
+    """Yield for each operation its lowest share of the copy over the widths."""
 
     def values(result: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
         rows = result.get("operations", [])
@@ -86,7 +86,7 @@ def _shares(direction: str) -> Callable[[Mapping[str, Any]], Iterator[tuple[str,
 def _on(
     preset: str, gpu: bool, number: Callable[[Mapping[str, Any]], Iterator[tuple[str, float | None]]]
 ) -> Callable[[Mapping[str, Any]], Iterator[tuple[str, float]]]:
-    """Numbers of a preset's whole steps against `prenorm-qk`, on an H100 or on a CPU."""
+    """Yield numbers of whole steps of a preset against `prenorm-qk`, on an H100 or on a CPU."""
 
     def values(result: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
         fits = result.get("device") == ("cuda" if gpu else "cpu") and (_is_h100(result) or not gpu)
@@ -120,7 +120,7 @@ def _shape_text(shape: Mapping[str, Any]) -> str:
     return f"{shape['n_layers']} blocks, {shape['batch']} x {shape['context']} tokens"
 
 
-#: The wanted numbers.
+#: All targets.
 TARGETS = (
     Target("H100, bfloat16: fused forward / copy, widths 2048 to 16384", 0.80, 0.90, True, _shares("forward")),
     Target("H100, bfloat16: fused backward / copy, widths 2048 to 16384", 0.75, 0.85, True, _shares("backward")),

@@ -1,32 +1,41 @@
-"""Clocks, turns and medians: what the benchmarks share."""
+"""Clocks, turns, medians and profiles, shared by the benchmarks."""
 
 import gc
+import re
 import shutil
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from types import TracebackType
 from typing import Any, TypeVar
 
 import torch
 from rich.progress import MofNCompleteColumn, TextColumn
+from torch.autograd.profiler_util import DeviceType  # pyright: ignore[reportPrivateImportUsage]
+from torch.profiler import ProfilerActivity
 
-from sdd.terminal import SECONDS_BETWEEN_LINES, clock, progress_bar, stderr_console
+from sdd.errors import is_out_of_memory
+from sdd.terminal import SECONDS_BETWEEN_LINES, Interval, clock, progress_bar, stderr_console
 
 T = TypeVar("T")
-#: What stands in a result in the place of numbers.
+#: Stands in a result in the place of numbers.
 OUT_OF_MEMORY = "out of memory"
+#: Steps that a profile runs.
+PROFILED_STEPS = 3
+#: Operations that a profile keeps.
+PROFILED_OPERATIONS = 60
 
 
 def wait(device: torch.device) -> None:
-    """Let the device finish what it was given."""
+    """Wait until the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize()
 
 
 def wall_seconds(call: Callable[[], Any], device: torch.device) -> float:
-    """Of one call by the clock, Python included, until the device is done."""
+    """Time one call by the clock, Python included, until the device is done."""
     wait(device)
     began = time.perf_counter()
     call()
@@ -35,10 +44,10 @@ def wall_seconds(call: Callable[[], Any], device: torch.device) -> float:
 
 
 def device_seconds(call: Callable[[], Any], device: torch.device) -> float:
-    """Of one call by the device's own clock, Python excluded; on a CPU by the clock.
+    """Time one call by the device's own clock, Python excluded; on a CPU by the clock.
 
-    The device first sleeps about a millisecond, in which Python gives it all of the call's kernels: a kernel shorter
-    than its launch would otherwise be timed by its launch.
+    The device first sleeps for about a millisecond, in which Python queues all kernels of the call. Otherwise the time
+    of a kernel that is shorter than its launch would be that of the launch.
     """
     if device.type != "cuda":
         return wall_seconds(call, device)
@@ -52,37 +61,97 @@ def device_seconds(call: Callable[[], Any], device: torch.device) -> float:
 
 
 def turned(items: Sequence[T], by: int) -> list[T]:
-    """The same items, beginning with another one each round: what stands before one of them is not always the same."""
+    """Rotate the items, to balance order effects."""
     by %= max(len(items), 1)
     return [*items[by:], *items[:by]]
 
 
 def quartiles(values: Sequence[float]) -> list[float]:
-    """The lower and the upper one; of a single value, itself twice."""
+    """The lower and the upper quartile; a single value twice."""
     return statistics.quantiles(values, n=4, method="inclusive")[::2] if len(values) > 1 else [*values, *values]
 
 
 def ratios(own: Sequence[float], base: Sequence[float]) -> list[float]:
-    """Round by round, so that what slows a whole round cancels."""
+    """The ratio in each round, in which a disturbance of the whole round cancels."""
     return [mine / theirs for mine, theirs in zip(own, base, strict=True)]
 
 
 def free(device: torch.device) -> None:
-    """Give back memory that nothing holds any more."""
+    """Return unused memory to the device."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
 
 def can_compile(device: torch.device) -> bool:
-    """Whether inductor finds what it needs: Triton for CUDA; for a CPU g++, and no space in torch's path."""
+    """Whether inductor has its requirements: Triton for CUDA; for a CPU g++, and no space in torch's path."""
     if device.type == "cuda":
         return find_spec("triton") is not None
     return shutil.which("g++") is not None and " " not in torch.__file__
 
 
+def runs_out_of_memory(call: Callable[[], Any]) -> bool:
+    """Call, and return whether memory did not suffice. Tensors of the call are free again when this returns."""
+    try:
+        call()
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return True
+    return False
+
+
+@contextmanager
+def kernel_names(wanted: bool) -> Iterator[None]:
+    """Let profiles name each kernel that inductor compiles for a CPU inside the block, if `wanted`."""
+    if not wanted:
+        yield
+        return
+    from torch._inductor import config
+
+    with config.patch({"cpp.enable_kernel_profile": True}):
+        yield
+
+
+def times_of(run: Callable[[], Any], device: torch.device) -> dict[str, dict[str, float]]:
+    """Milliseconds and calls per step of each operation, the slowest first: kernels on a GPU, operations on a CPU.
+
+    The times are those that operations take themselves, without the operations that they call.
+    """
+    on_gpu = device.type == "cuda"
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+    with torch.profiler.profile(activities=activities, acc_events=True) as profile:
+        for _ in range(PROFILED_STEPS):
+            run()
+        if on_gpu:
+            torch.cuda.synchronize()
+    found: dict[str, dict[str, float]] = {}
+    for event in profile.key_averages():
+        is_kernel = event.device_type != DeviceType.CPU
+        taken = event.self_device_time_total if on_gpu else event.self_cpu_time_total
+        if is_kernel == on_gpu and taken > 0:
+            row = found.setdefault(common_name(event.key), {"ms": 0.0, "calls": 0.0})
+            row["ms"] += taken / 1e3 / PROFILED_STEPS
+            row["calls"] += event.count / PROFILED_STEPS
+    return dict(sorted(found.items(), key=lambda item: -item[1]["ms"])[:PROFILED_OPERATIONS])
+
+
+def common_name(name: str) -> str:
+    """A compiled kernel's name without the numbers that differ between variants."""
+    name = re.sub(r"^## Call CompiledFxGraph \S+ ##$", "CompiledFxGraph", name)
+    return re.sub(r"^graph_\d+_(?=cpp_)|(?<=_)\d+$", "", name).rstrip("_") if "fused" in name else name
+
+
+def differences(own: Mapping[str, Mapping[str, float]], base: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """Milliseconds per step that a variant spends more than the baseline, by operation; largest difference first."""
+    names = own.keys() | base.keys()
+    nothing = {"ms": 0.0}
+    found = {name: own.get(name, nothing)["ms"] - base.get(name, nothing)["ms"] for name in names}
+    return dict(sorted(found.items(), key=lambda item: (-abs(item[1]), item[0])))
+
+
 class Ticker:
-    """Shows on stderr what is measured, how much of it is done, and the time left; a line now and then in a file.
+    """Progress on stderr: the current measurement, the share that is done, and the time left; in a file now and then.
 
     Args:
         total: number of ticks.
@@ -93,7 +162,7 @@ class Ticker:
         self._bar = progress_bar(self._console, TextColumn("{task.description}"), MofNCompleteColumn())
         self._task = self._bar.add_task("", total=total, numbers="")
         self._total, self._done, self._began = total, 0, time.monotonic()
-        self._shown = self._began
+        self._line = Interval(SECONDS_BETWEEN_LINES)
 
     def __enter__(self) -> "Ticker":
         self._bar.start()
@@ -105,19 +174,14 @@ class Ticker:
         self._bar.stop()
 
     def at(self, what: str) -> None:
-        """What is measured now."""
+        """Show the current measurement."""
         self._bar.update(self._task, description=what)
-        now = time.monotonic()
-        if not self._console.is_terminal and now - self._shown > SECONDS_BETWEEN_LINES:
-            self._shown = now
-            left = (now - self._began) / max(self._done, 1) * (self._total - self._done)
-            self.say(f"{what}   {self._done}/{self._total}   {clock(left)} left")
+        if not self._console.is_terminal and self._line.due():
+            left = (time.monotonic() - self._began) / max(self._done, 1) * (self._total - self._done)
+            line = f"{what}   {self._done}/{self._total}   {clock(left)} left"
+            self._console.print(line, markup=False)
 
-    def tick(self, count: int = 1) -> None:
-        """So much more is done."""
-        self._done += count
+    def tick(self) -> None:
+        """Count one turn as done."""
+        self._done += 1
         self._bar.update(self._task, completed=self._done)
-
-    def say(self, line: str) -> None:
-        """Print a line that stays."""
-        self._console.print(line, markup=False)

@@ -1,6 +1,6 @@
-"""What takes turns in `sdd bench step-time`: a placement in one mode, as a whole model or as one block alone.
+"""The variants of `sdd bench step-time`: a placement in one mode, as a whole model or as one block alone.
 
-All variants share one set of matrices with their AdamW moments: no time depends on the numbers, and so a dozen models
+All variants share one set of matrices with their AdamW moments, since no time depends on the numbers. So a dozen models
 of a billion parameters fit into the memory of one.
 """
 
@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from sdd import functional as sdd_F
 from sdd import kernels
-from sdd.bench.timing import OUT_OF_MEMORY, free, wait, wall_seconds
-from sdd.errors import UserError, is_out_of_memory
+from sdd.bench.timing import OUT_OF_MEMORY, free, runs_out_of_memory, wait, wall_seconds
+from sdd.errors import UserError
 from sdd.models import LanguageModel, ModelConfig
 from sdd.models.flops import training_flops
 from sdd.models.lean import LeanBlock
@@ -25,20 +25,20 @@ from sdd.train.config_io import find_placement
 from sdd.train.optim import build_optimizer, clip_gradients, optimizer_tensors
 
 Mode = Literal["eager", "compiled"]
-#: Marks a placement that is run as people compose it: every norm a module of its own, none left out, no kernel.
+#: Marks a placement as people compose it: every norm a module of its own, none left out, no kernel.
 COMPOSED = "composed"
 
 
 @dataclass
 class Setting:
-    """What is the same for all variants of a shape.
+    """The settings that all variants of a shape share.
 
     Attributes:
-        shape: of the models, whatever its placement.
-        block: one block alone, not a whole model.
+        shape: shape of the models; its placement does not matter.
+        block: whether to run one block alone, not a whole model.
         batch: sequences of a step.
-        device: where.
-        dtype: of autocast, None for float32.
+        device: the device.
+        dtype: dtype of autocast, None for float32.
     """
 
     shape: ModelConfig
@@ -49,11 +49,11 @@ class Setting:
 
     @property
     def tokens(self) -> int:
-        """Of a step."""
+        """Tokens of a step."""
         return self.batch * self.shape.context
 
     def autocast(self) -> Any:
-        """The precision of the forward pass."""
+        """A context in the precision of the forward pass."""
         return torch.autocast(self.device.type, self.dtype) if self.dtype else nullcontext()
 
 
@@ -62,15 +62,15 @@ class Variant:
     """One placement in one mode.
 
     Attributes:
-        name: of the placement, `NAME+composed` for its composition.
+        name: name of the placement, `NAME+composed` for its composition.
         mode: eager or compiled.
-        run: does one step.
-        resident: bytes that it holds between steps.
-        flops: a token, as MFU counts them.
-        clean: forgets what a broken step left behind.
-        failed: why there are no times.
-        seconds: of each round.
-        peak_bytes: of a step, what others hold not counted.
+        run: runs one step.
+        resident: bytes held between steps.
+        flops: FLOPs per token, as MFU counts them.
+        clean: frees the gradients of a broken step.
+        failed: the reason why there are no times.
+        seconds: time of each round.
+        peak_bytes: peak of a step, without the memory of other variants.
     """
 
     name: str
@@ -84,11 +84,11 @@ class Variant:
     peak_bytes: int | None = None
 
     def turn(self, device: torch.device) -> None:
-        """One timed step."""
+        """Run and time one step."""
         self.attempt(lambda: self.seconds.append(wall_seconds(self.run, device)), device)
 
     def warm_up(self, device: torch.device, steps: int = 2) -> None:
-        """Untimed steps, in which modes compile, and one whose memory is watched."""
+        """Run untimed steps, in which a mode compiles, and one that measures memory."""
 
         def steps_and_peak() -> None:
             for _ in range(steps):
@@ -98,16 +98,9 @@ class Variant:
         self.attempt(steps_and_peak, device)
 
     def attempt(self, call: Callable[[], Any], device: torch.device) -> None:
-        """Do something with steps in it; if memory does not suffice, that is the result, and nothing is done again."""
-        if self.failed:
-            return
-        try:
-            call()
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
+        """Call, unless memory did not suffice before; if it does not suffice now, free it and note that."""
+        if not self.failed and runs_out_of_memory(call):
             self.failed = OUT_OF_MEMORY
-        if self.failed:  # only now is the error gone, which holds the tensors of its frames
             self.seconds.clear()
             self.peak_bytes = None
             self.clean()
@@ -148,10 +141,10 @@ def is_composed(name: str) -> bool:
 
 
 def configured(name: str, shape: ModelConfig) -> ModelConfig:
-    """The shape with the placement that a variant names.
+    """The shape with the placement of a variant.
 
     Raises:
-        UserError: if there is no such variant.
+        UserError: if no variant has that name.
     """
     placement, plus, suffix = name.partition("+")
     if plus and suffix != COMPOSED:
@@ -160,7 +153,7 @@ def configured(name: str, shape: ModelConfig) -> ModelConfig:
 
 
 def share_matrices(net: nn.Module, first: nn.Module) -> None:
-    """Replace matrices by those that stand at the same place in `first`."""
+    """Replace matrices by those of the same name and shape in `first`."""
     theirs = dict(first.named_parameters())
     for name, parameter in list(net.named_parameters()):
         twin = theirs.get(name)
@@ -170,7 +163,7 @@ def share_matrices(net: nn.Module, first: nn.Module) -> None:
 
 
 def share_moments(optimizer: torch.optim.Optimizer, first: torch.optim.Optimizer) -> None:
-    """Let parameters that both have in common have one state."""
+    """Use the state of `first` for the parameters that both optimizers hold."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             if parameter in first.state:
@@ -182,7 +175,7 @@ Step = tuple[Callable[[Any], Any], int, Callable[[], Any]]
 
 
 def model_step(model: nn.Module, optimizer: torch.optim.Optimizer, setting: Setting) -> Step:
-    """Forward, backward, clipping and AdamW, the bytes held between steps, and what forgets gradients."""
+    """A step of forward, backward, clipping and AdamW; the bytes held between steps; a call that frees gradients."""
     shape = setting.batch, setting.shape.context + 1
     tokens = torch.randint(0, setting.shape.vocab_size, shape, device=setting.device)
 
@@ -199,7 +192,7 @@ def model_step(model: nn.Module, optimizer: torch.optim.Optimizer, setting: Sett
 
 
 def block_step(block: nn.Module, setting: Setting) -> Step:
-    """Forward and backward pass of one block, from a gradient of its output to those of its input and parameters."""
+    """A forward and backward pass of one block, to the gradients of its input and parameters; the rest as above."""
     config = setting.shape
     x = torch.randn(setting.batch, config.context, config.d_model, device=setting.device, requires_grad=True)
     dy = torch.randn_like(x)
@@ -215,7 +208,7 @@ def block_step(block: nn.Module, setting: Setting) -> Step:
 
 
 def on_path(path: kernels.Path, step: Callable[[Any], Any], call: Any) -> Callable[[], Any]:
-    """A step of `call`, by one path of the kernels."""
+    """A step of `call` by one path of the kernels."""
 
     def run() -> None:
         with kernels.use(path):
@@ -225,17 +218,17 @@ def on_path(path: kernels.Path, step: Callable[[Any], Any], call: Any) -> Callab
 
 
 def block_flops(config: ModelConfig) -> int:
-    """Of a block alone, a token: what `training_flops` counts, without the head."""
+    """FLOPs per token of a block alone: those of `training_flops` without the head."""
     return training_flops(replace(config, n_layers=1)).model - 6 * config.vocab_size * config.d_model
 
 
 def n_bytes(tensors: list[Tensor]) -> int:
-    """Of all of them, shared storage once."""
+    """Bytes of all tensors, shared storage counted once."""
     return sum({tensor.data_ptr(): tensor.numel() * tensor.element_size() for tensor in tensors}.values())
 
 
 def memory_growth(run: Callable[[], Any], device: torch.device) -> int:
-    """Bytes by which allocated memory grows at most while something runs."""
+    """The largest growth of allocated memory during a call, in bytes."""
     wait(device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()

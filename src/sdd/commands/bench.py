@@ -126,7 +126,7 @@ def _step_time(options: argparse.Namespace) -> "_Answer":
         gpu = gpu_of_device(torch.cuda.get_device_name())
     names, rounds = list(dict.fromkeys(options.variants)), options.rounds or 15
     plans = [
-        step_time.Plan(preset, _setting(preset, names, options), names, modes, rounds, gpu, options.profile)
+        step_time.StepTimeSettings(preset, _setting(preset, names, options), names, modes, rounds, gpu, options.profile)
         for preset in options.presets
     ]
     name = "step_time_block" if options.block else "step_time"

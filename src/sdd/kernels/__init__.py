@@ -1,6 +1,6 @@
-"""Fused operations and the choice of who runs them; every function has its reference in `sdd.functional`.
+"""Fused operations, made from their references in `sdd.functional` (for experts: `sdd.kernels.experts`).
 
-Those for rows of experts have theirs in `sdd.kernels.experts`.
+`use` forces the implementation that runs them; `path_of` tells which one runs.
 """
 
 from sdd.kernels.dispatch import (

@@ -1,13 +1,13 @@
-"""Which implementation runs an operation.
+"""The operations of `sdd.kernels`, and the choice of the implementation that runs them.
 
     composed    `sdd.functional` under autograd: the reference
     recompute   PyTorch operations with the backward pass written out (`sdd.kernels.recompute`)
     triton      the fused kernels (`sdd.kernels.fused`)
 
-By itself ("auto"), a large CUDA tensor of float32, bfloat16 or float16 runs on the kernels where Triton is installed,
-and every other large tensor recomputes in training. Small tensors, no_grad, torch.compile without CUDA (inductor fuses
-by itself) and `torch.func` (which transforms any PyTorch code) are composed. The environment variable SDD_KERNELS and
-the context manager `use` force one path.
+On "auto", the default, a large CUDA tensor of float32, bfloat16 or float16 runs on the kernels where Triton is
+installed, and every other large tensor recomputes in training. Small tensors, no_grad, torch.compile without CUDA
+(inductor fuses by itself) and `torch.func` (which transforms any PyTorch code) are composed. The environment variable
+SDD_KERNELS and the context manager `use` force one path.
 """
 
 import os
@@ -33,9 +33,9 @@ Path = Literal["auto", "composed", "recompute", "triton"]
 #: Whether Triton is installed.
 HAS_TRITON = find_spec("triton") is not None
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Below these sizes the time is that of Python, which composed operations take less of. CPU: measured, 64x256 is 1.2
-# times slower and 256x256 1.3 times faster. CUDA: estimated from host time alone (a forward and backward pass of a
-# custom operation takes 0.25 ms more of it than the composed one); `sdd bench kernels --small` measures it.
+# Below these sizes Python takes most of the time, and composed operations need less of it. CPU: measured, recomputation
+# is 1.2 times slower at 64x256 and 1.3 times faster at 256x256. CUDA: estimated from host time alone (a forward and
+# backward pass of a custom operation takes 0.25 ms more than a composed one); `sdd bench kernels --small` measures it.
 _SMALL = {"cpu": 32_768, "cuda": 1_048_576}
 # a global, not a context variable: checkpointed blocks run again in autograd's own threads
 _forced = os.environ.get("SDD_KERNELS", "auto")
@@ -51,7 +51,7 @@ def use(path: Path) -> Iterator[None]:
         path: "composed", "recompute" or "triton"; "auto" chooses for each tensor.
 
     Raises:
-        UserError: if there is no such path. (An operation under "triton" raises it where the kernels cannot run.)
+        UserError: if there is no such path. An operation under "triton" raises it where the kernels cannot run.
     """
     global _forced
     before, _forced = _forced, _checked(path)

@@ -19,13 +19,13 @@ from sdd.functional import Eps, check_swiglu, statistics_dtype, swiglu
 
 
 class Order(NamedTuple):
-    """Which pair of a token and one of its experts each of the sorted rows stands for.
+    """The order of rows sorted by expert: each row is a pair of a token and one of its experts.
 
     Attributes:
         pairs_M: the pair `n*K + k` of each row, int64.
-        tokens_M: its token n, int64.
+        tokens_M: the token n of each row, int64.
         experts_M: the expert of each row, ascending, int64.
-        ends_E: where each expert's rows end, int32.
+        ends_E: the end of each expert's rows, int32.
         top_k: K.
     """
 
@@ -37,7 +37,7 @@ class Order(NamedTuple):
 
     @property
     def counts_E(self) -> Tensor:
-        """How many rows each expert has, int32."""
+        """The number of rows of each expert, int32."""
         return self.ends_E.diff(prepend=self.ends_E.new_zeros(1))
 
 
@@ -50,22 +50,22 @@ def sort_by_expert(experts_NK: Tensor, n_experts: int) -> Order:
 
 
 def dispatch(x_NI: Tensor, order: Order) -> Tensor:
-    """A row for each pair of token and expert: `[N, I]` to `[M, I]`."""
+    """Copy each token into the rows of its experts: `[N, I]` to `[M, I]`."""
     return _Dispatch.apply(x_NI, order.pairs_M, order.tokens_M, order.top_k)  # pyright: ignore[reportReturnType]
 
 
 def collect(y_MO: Tensor, order: Order) -> Tensor:
-    """The sum of each token's rows: `[M, O]` to `[N, O]`, in the dtype of y."""
+    """Sum the rows of each token: `[M, O]` to `[N, O]`, in the dtype of y."""
     return _Collect.apply(y_MO, order.pairs_M, order.tokens_M, order.top_k)  # pyright: ignore[reportReturnType]
 
 
 def grouped_linear(x_MI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
-    """`y = W_e x` for each row, e being its expert; under autocast in its dtype, as `torch.nn.functional.linear`.
+    """`y = W_e x` for each row, e being its expert; under autocast in its dtype, like `torch.nn.functional.linear`.
 
     Args:
         x_MI: rows sorted by expert.
         weight_EOI: the experts' matrices.
-        ends_E: where each expert's rows end, int32; the last is M.
+        ends_E: the end of each expert's rows, int32; the last is M.
 
     Returns:
         `[M, O]`. It can be differentiated once.
@@ -88,8 +88,8 @@ def expert_scaled_norm(z_MO: Tensor, alpha_EO: Tensor, order: Order, *, eps: Eps
     Args:
         z_MO: rows sorted by expert.
         alpha_EO: the experts' scales.
-        order: whose row is whose.
-        eps: added to the mean square, inside the root; a number, or `[M]`, one a row.
+        order: the expert of each row.
+        eps: added to the mean square, inside the root; a number, or `[M]` with one value for each row.
 
     Returns:
         `[M, O]` in the dtype of z. It can be differentiated once.
@@ -170,7 +170,7 @@ def check_expert_swiglu(
 
 
 class _ExpertScaledNorm(torch.autograd.Function):
-    """The equations of `sdd.functional.sdd_linear`; what is saved is z and r, one number a row."""
+    """The equations of `sdd.functional.sdd_linear`. It saves z, and r with one number for each row."""
 
     @staticmethod
     def forward(ctx: Any, z: Tensor, alpha: Tensor, experts: Tensor, eps: Eps) -> Tensor:
@@ -220,9 +220,9 @@ class _Collect(torch.autograd.Function):
 
 
 def _sum_by_token(rows: Tensor, pairs: Tensor, tokens: Tensor, top_k: int) -> Tensor:
-    """The derivative of a gather, in one order of summation whatever the device."""
+    """The derivative of a gather, with the same order of summation on every device."""
     n_tokens = len(pairs) // top_k
-    if rows.device.type == "cpu":  # adds one row after the other
+    if rows.device.type == "cpu":  # index_add_ adds one row after the other there
         return rows.new_zeros(n_tokens, rows.shape[1]).index_add_(0, tokens, rows)
     places = torch.empty_like(pairs).scatter_(0, pairs, torch.arange(len(pairs), device=pairs.device))
     return rows[places.view(n_tokens, top_k)].sum(1)
@@ -238,7 +238,7 @@ class _GroupedLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, weight, ends = ctx.saved_tensors
-        dy = gradients[0].contiguous()  # a broadcast one has strides that no kernel takes
+        dy = gradients[0].contiguous()  # no kernel takes the strides of a broadcast gradient
         dx = _rows_product(dy, weight, ends) if ctx.needs_input_grad[0] else None
         return dx, _groups_product(dy, x, ends) if ctx.needs_input_grad[1] else None, None
 
@@ -251,7 +251,7 @@ def _rows_product(x_MI: Tensor, matrices_EIO: Tensor, ends_E: Tensor) -> Tensor:
 
 
 def _groups_product(y_MO: Tensor, x_MI: Tensor, ends_E: Tensor) -> Tensor:
-    """`y_e^T x_e` for each expert's rows; zero for an expert without any."""
+    """`y_e^T x_e` for each expert's rows; zero for an expert without rows."""
     if not _takes_grouped_mm(x_MI, y_MO.shape[1]):
         return (_groups_op if _has_no_numbers(x_MI) else _groups)(y_MO, x_MI, ends_E)
     product = F.grouped_mm(y_MO.t(), x_MI, offs=ends_E)
@@ -262,7 +262,7 @@ def _groups_product(y_MO: Tensor, x_MI: Tensor, ends_E: Tensor) -> Tensor:
 
 
 def _takes_grouped_mm(x: Tensor, width: int) -> bool:
-    """Whether torch's kernel takes rows of x's and of that width: rows of whole 16 bytes, and no float64.
+    """Whether torch's kernel takes rows as wide as those of x and `width`: rows of whole 16 bytes, not float64.
 
     Its compiled form and its form for fake tensors take bfloat16 on a GPU only.
     """
@@ -292,14 +292,14 @@ def _groups(y: Tensor, x: Tensor, ends: Tensor) -> Tensor:
 
 
 def _slices(ends: Tensor) -> Iterator[slice]:
-    """Each expert's rows; waits for the device."""
+    """Yield each expert's rows. Waits for the device."""
     start = 0
     for end in ends.tolist():
         yield slice(start, end)
         start = end
 
 
-# torch.compile cannot look into a loop whose length depends on the data, but calls an operation whose shapes it knows
+# torch.compile cannot trace a loop whose length depends on the data, but it can call an operation whose shapes it knows
 _rows_op = torch.library.custom_op("sdd::expert_rows", _rows, mutates_args=())
 _groups_op = torch.library.custom_op("sdd::expert_groups", _groups, mutates_args=())
 

@@ -31,7 +31,7 @@ def forward_kernel(
     BY_COLUMN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One row, or (without post-norm) a block of columns of a row whose r is there already."""
+    """One row, or (without post-norm) a block of columns of a row whose r another kernel has computed."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     there = column < WIDTH

@@ -1,7 +1,7 @@
 """The kernels of `sdd.kernels.fused.scaled_norm`, whose equations they compute, and their launch on one part.
 
-A program holds a tile of whole groups `[heads, width]` of one row; a row wider than `MAX_BLOCK` is a group in several
-blocks of columns, whose statistic a kernel before it takes.
+A program holds a tile of whole groups `[heads, width]` of one row. A group wider than `MAX_BLOCK` is split into blocks
+of columns, and another kernel computes its statistic first.
 """
 
 from typing import Any
@@ -47,7 +47,7 @@ def forward_kernel(
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """One row's tile, or a block of columns of a wide group whose r is there already."""
+    """One row's tile, or a block of columns of a wide group whose r another kernel has computed."""
     row = tl.program_id(0).to(tl.int64)
     head, column = tile(BLOCK_H, BLOCK_D, BY_COLUMN)
     there = (head < HEADS) & (column < WIDTH)

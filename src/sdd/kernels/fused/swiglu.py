@@ -11,7 +11,7 @@ and the same for a normed u. A joint group has one r and one m over both. A bare
 consumer) has dalpha_u = sum of du*z_u and dz_u = alpha_u*du + dq * 2*z_u/N, where q = mean(z_u^2) is its second output.
 Saved for backward: z_g, z_u and r.
 
-Rows sorted by expert have their expert's alphas, `[E, N]`, and the sums of dalpha are over its rows: references
+Rows sorted by expert use the alphas of their expert, `[E, N]`, and dalpha sums over the expert's rows: references
 `expert_swiglu` and `expert_swiglu_bare_up` of `sdd.kernels.experts`.
 """
 

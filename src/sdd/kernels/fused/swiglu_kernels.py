@@ -1,7 +1,8 @@
 """The kernels of `sdd.kernels.fused.swiglu`, which has their equations.
 
-Rows may belong to experts, each with an alpha of its own: `experts_ptr` says whose each row is, and rows are sorted, so
-that `ends_ptr`, where each expert's rows end, gives a program of the backward pass rows of one expert alone.
+Rows may belong to experts, each with an alpha of its own. `experts_ptr` holds the expert of each row. Rows are sorted
+by expert, and `ends_ptr` holds the end of each expert's rows, so that a program of the backward pass has rows of one
+expert alone.
 """
 
 import triton.language as tl
@@ -31,14 +32,14 @@ def forward_kernel(
     BY_COLUMN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One row, or a block of columns of a row whose statistics are there already."""
+    """One row, or a block of columns of a row whose statistics another kernel has computed."""
     row = tl.program_id(0).to(tl.int64)
     alpha = tl.load(experts_ptr + row) * WIDTH if EXPERTS else 0
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     there = column < WIDTH
     g = load_row(z_gate_ptr + row * gate_stride, column, there)
     u = load_row(z_up_ptr + row * up_stride, column, there)
-    if not BY_COLUMN:  # of what is not normed; the same numbers in give the same bits out
+    if not BY_COLUMN:  # a branch without a norm: unwritten memory would break that equal inputs give equal bits
         if not GATE:
             tl.store(r_ptr + 2 * row, 1.0)
         if UP != 2:
@@ -71,7 +72,7 @@ def forward_kernel(
 
 @jit
 def gradients(z_gate, z_up, dh, alpha_gate, alpha_up, r_gate, r_up):
-    """`n_g`, `n_u` (z times r, which is 1 where no norm is), dg and du; alpha is 1 for a plain branch."""
+    """`n_g`, `n_u` (z times r, which is 1 without a norm), dg and du; alpha is 1 for a plain branch."""
     n_gate, n_up = z_gate * r_gate, z_up * r_up
     g, u = alpha_gate * n_gate, alpha_up * n_up
     sigma = 1 / (1 + tl.exp(-g))
