@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from sdd import functional as sdd_F
-from sdd.functional import Eps, resolve_group, split_alpha, statistics_dtype
+from sdd.functional import Eps, statistics_dtype
+from sdd.norm_groups import resolve_group, split_alpha
 
 
 def scaled_norm(z, alpha, bias=None, *, eps, group=None, dtype=None) -> Tensor:

@@ -13,7 +13,8 @@ import triton.language as tl
 from torch import Tensor
 from triton import knobs
 
-from sdd.functional import Eps, alpha_size
+from sdd.functional import Eps
+from sdd.norm_groups import alpha_size
 
 #: Whether kernels run on CPU tensors under Triton's interpreter (TRITON_INTERPRET=1 before Triton is imported).
 INTERPRETED = bool(knobs.runtime.interpret)

@@ -19,7 +19,6 @@ import triton.language as tl
 from torch import Tensor
 
 from sdd import functional as sdd_F
-from sdd.functional import resolve_group, split_alpha
 from sdd.kernels.fused.common import (
     WIDE_BLOCK,
     cast,
@@ -34,6 +33,7 @@ from sdd.kernels.fused.common import (
     warps,
 )
 from sdd.kernels.fused.scaled_norm import scaled_norm
+from sdd.norm_groups import resolve_group, split_alpha
 
 #: The widest row whose norm and rotation are one kernel; a wider one takes two.
 MAX_FUSED = 8192

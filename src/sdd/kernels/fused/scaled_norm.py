@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdd.functional import resolve_group, split_alpha
 from sdd.kernels.fused.common import cast, dense, forbid_double_backward, launched_as, pairs, parts_of, row_eps_of, rows
 from sdd.kernels.fused.scaled_norm_kernels import differentiate, normalise
+from sdd.norm_groups import resolve_group, split_alpha
 
 
 def narrower(dtype: torch.dtype, other: torch.dtype) -> bool:
