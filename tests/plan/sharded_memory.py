@@ -36,10 +36,11 @@ def compare(case: CpuCase, world: World) -> None:
     optimizer.step()
     step()
     gc.collect()  # models of earlier cases
-    seen, memory = peak_bytes(step), measure_memory(case)
+    # a process that waits for the other may hold buffers for longer: the least of several steps
+    seen, memory = min(peak_bytes(step) for _ in range(3)), measure_memory(case)
     assert memory.weights == sum(map(nbytes, model.parameters()))
     assert memory.moments == sum(nbytes(value) for state in optimizer.state.values() for value in state.values())
-    assert abs((memory.peak - memory.states) / seen - 1) < 0.1, (case, memory, seen)
+    assert abs((memory.peak - memory.states) / seen - 1) < 0.03, (case, memory, seen)
 
 
 if __name__ == "__main__":
@@ -49,6 +50,6 @@ if __name__ == "__main__":
         experts = replace(dense, d_ff=256, moe=MoEConfig(4, 2))
         for bfloat16 in (False, True):
             for checkpoint in (False, True):
-                for config in (dense, experts):
-                    compare(make_case(config, world.size, 8, bfloat16=bfloat16, checkpoint=checkpoint), world)
+                compare(make_case(dense, world.size, 8, bfloat16=bfloat16, checkpoint=checkpoint), world)
+        compare(make_case(experts, world.size, 8), world)
         print("compared", flush=True)

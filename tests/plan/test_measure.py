@@ -131,7 +131,7 @@ def draw_norms() -> st.SearchStrategy[dict[Site, Norm]]:
     )
 
 
-@settings(max_examples=10)
+@settings(max_examples=6)
 @given(draw_norms(), st.booleans(), st.booleans(), st.sampled_from([1, 2, 4]))
 def test_blocks_that_differ_are_measured_too(norms: dict[Site, Norm], joint: bool, bare: bool, kv_heads: int) -> None:
     placement = Placement(
