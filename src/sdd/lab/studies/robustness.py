@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from sdd.lab.definition import DEFAULT, Arm, Cell, Condition, Definition, Outcome, Rates, at_edge
+from sdd.lab.definition import DEFAULT, Arm, Cell, Condition, Definition, Outcome, Rates
 from sdd.lab.findings import Findings, Measured, Picture, Table, described, listed, seeds_text
 from sdd.lab.studies import shared
 
@@ -33,7 +33,7 @@ def read(outcome: Outcome) -> Findings:
     differ = [(cell, theirs) for cell, theirs in common if not _agrees(cell, theirs)]
     return Findings(
         answer=_answer(outcome, len(common), len(differ)),
-        conclusions=[*_where_it_differs(outcome, differ), *_breaking(outcome), *_tuned_text(outcome)],
+        conclusions=[*_where_it_differs(outcome, differ), *_breaking(outcome)],
         limits=_limits(outcome),
         published=_published_table(outcome, common),
         tables=[
@@ -159,11 +159,6 @@ def _breaking(outcome: Outcome) -> list[str]:
     return texts
 
 
-def _tuned_text(outcome: Outcome) -> list[str]:
-    edges = [f"{arm}, {condition}" for (arm, condition), grid in outcome.grids.items() if at_edge(grid)]
-    return [f"Still at an end of its extended grid, so not tuned out: {'; '.join(edges)}."] if edges else []
-
-
 def _limits(outcome: Outcome) -> list[str]:
     plan = outcome.plan
     if plan.rates.kind == "common":
@@ -177,7 +172,7 @@ def _limits(outcome: Outcome) -> list[str]:
             "Each cell has the rate that is best for it on seeds and held-out windows which are not reported; “lr x5” "
             "then means nothing and is left out."
         )
-    return [rates, *shared.general_limits(outcome)]
+    return [rates, *shared.edge_limits(outcome), *shared.general_limits(outcome)]
 
 
 def _dots(outcome: Outcome) -> Picture:

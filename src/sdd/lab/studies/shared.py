@@ -130,7 +130,8 @@ def rates_table(outcome: Outcome) -> list[Table]:
 
 def edge_limits(outcome: Outcome) -> list[str]:
     """A warning that names methods whose best rate still lies at an end of the grid; empty if there are none."""
-    edges = [arm for (arm, _), grid in outcome.grids.items() if at_edge(grid)]
+    several = len(outcome.plan.conditions) > 1
+    edges = [f"{arm} ({name})" if several else arm for (arm, name), grid in outcome.grids.items() if at_edge(grid)]
     return [f"The best rate of {listed(edges)} still lies at an end of the extended grid."] if edges else []
 
 
