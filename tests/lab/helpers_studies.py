@@ -47,7 +47,7 @@ def made_result(name: str, config: RunConfig, loss: float, data: str = "text") -
             "seconds": [at / 1e3 for at in tokens[: len(losses)]],
             "eval_loss": losses,
         },
-        training={"tokens": tokens, "loss": losses, "grad_norm": [1.0] * len(losses)},
+        training={"tokens": tokens[: len(losses)], "loss": losses, "grad_norm": [1.0] * len(losses)},
         environment={"sdd": "0", "torch": "2", "device": "cpu"},
     )
 

@@ -193,29 +193,48 @@ def test_a_study_that_tunes_anyway_has_no_option_for_it(tmp_path: Path) -> None:
         PlannedStudy(convergence.DEFINITION, Request(tmp_path, "nano", 1, tuned=True))
 
 
-@pytest.mark.slow
-def test_a_folder_keeps_what_was_asked_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.fixture
+def asked_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A finished study with options of its own."""
     FakeLab(valley).install(monkeypatch)
     asked = Options(seeds=2, placements=("sdd", "olmo2"), overrides={"steps": "200"})
-    assert run_study("robustness", tmp_path, asked) == 0
+    assert run_study("robustness", tmp_path / "study", asked) == 0
+    return tmp_path / "study"
+
+
+@pytest.mark.slow
+def test_a_folder_alone_draws_the_same_page_again(asked_study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clone = FakeLab(valley).install(monkeypatch)
-    page = (tmp_path / "report.html").read_text()
-    tables = {file.name: file.read_text() for file in (tmp_path / "tables").iterdir()}
-    assert run_study("robustness", tmp_path) == 0
+    page = (asked_study / "report.html").read_text()
+    tables = {file.name: file.read_text() for file in (asked_study / "tables").iterdir()}
+    assert run_study("robustness", asked_study) == 0
     assert clone.started == []
-    assert (tmp_path / "report.html").read_text() == page
-    assert {file.name: file.read_text() for file in (tmp_path / "tables").iterdir()} == tables
-    assert re.match(r"\| method +\| default +\|", capsys.readouterr().out)
-    command = f"sdd study robustness --preset nano --seeds 2 --placements sdd,olmo2 --steps 200 --out {tmp_path}"
-    assert command in (tmp_path / "README.md").read_text()
+    assert (asked_study / "report.html").read_text() == page
+    assert {file.name: file.read_text() for file in (asked_study / "tables").iterdir()} == tables
+
+
+@pytest.mark.slow
+def test_a_page_has_the_command_that_makes_it(asked_study: Path) -> None:
+    command = f"sdd study robustness --preset nano --seeds 2 --placements sdd,olmo2 --steps 200 --out {asked_study}"
+    assert command in (asked_study / "README.md").read_text()
+
+
+@pytest.mark.slow
+def test_the_command_answers_with_its_first_table(asked_study: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_study("robustness", asked_study) == 0
+    head, _, *rows = capsys.readouterr().out.splitlines()
+    assert re.match(r"\| method +\| default +\|", head)
+    assert [row.split()[1] for row in rows if row] == ["sdd", "olmo2"]
+
+
+@pytest.mark.slow
+def test_options_that_change_the_runs_of_a_folder_are_refused(asked_study: Path) -> None:
     for other in (Options(preset="micro"), Options(overrides={"steps": "300"}), Options(tuned=True)):
         with pytest.raises(UserError, match="choose another --out"):
-            run_study("robustness", tmp_path, other)
+            run_study("robustness", asked_study, other)
     with pytest.raises(UserError, match="holds the study robustness"):
-        run_study("lr", tmp_path)
-    assert json.loads((tmp_path / "study.json").read_text())["overrides"] == {"steps": "200"}
+        run_study("lr", asked_study)
+    assert json.loads((asked_study / "study.json").read_text())["overrides"] == {"steps": "200"}
 
 
 def test_result_files_are_small_and_say_what_they_are(tmp_path: Path) -> None:

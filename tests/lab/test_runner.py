@@ -49,7 +49,7 @@ def _quick_polls(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runner, "_POLL_SECONDS", 0.02)
 
 
-class Recorder(Display):
+class KeepingDisplay(Display):
     """A display that keeps what it says, and sends this process a signal once a run is under way."""
 
     def __init__(self, interrupt_at: int | None = None) -> None:
@@ -103,35 +103,58 @@ def losses(run: Path) -> list[tuple[int, float]]:
     return [(row["step"], row["loss"]) for row in rows if "loss" in row]
 
 
-def test_results_do_not_stop_a_grid_and_are_not_repeated(tiny: RunConfig, tmp_path: Path) -> None:
+Runs = list[tuple[str, RunConfig]]
+
+
+@pytest.fixture(scope="module")
+def ended(tiny: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> tuple[Runs, Grid, str]:
+    """A grid of three runs that ended, one of each kind, and what was shown meanwhile."""
+    out = tmp_path_factory.mktemp("grid")
     runs = [
         ("bursts", observed(replace(tiny, optim=replace(tiny.optim, lr=1e30, warmup=0)))),
         ("good", replace(tiny, steps=20)),
-        ("crashes", replace(tiny, data=replace(tiny.data, document_mask=True, path=str(tmp_path / "no-text.txt")))),
+        ("crashes", replace(tiny, data=replace(tiny.data, document_mask=True, path=str(out / "no-text.txt")))),
     ]
-    shown = Recorder()
-    grid = Grid(runs, tmp_path, workers=2)
+    shown = KeepingDisplay()
+    grid = Grid(runs, out, workers=2)
     grid.run(shown)
+    return runs, grid, shown.text.getvalue()
+
+
+def test_a_run_that_diverged_or_crashed_does_not_stop_a_grid(ended: tuple[Runs, Grid, str]) -> None:
+    _, grid, _ = ended
     assert [job.state for job in grid.jobs] == ["failed", "done", "crashed"]
-    assert grid.jobs[0].detail == json.loads((tmp_path / "runs/bursts/result.json").read_text())["reason"]
+    assert grid.jobs[0].detail == json.loads((grid.path("bursts") / "result.json").read_text())["reason"]
     assert "no data at" in grid.jobs[2].detail
-    assert grid.jobs[1].step == 20
-    assert grid.jobs[1].eval_loss == json.loads((tmp_path / "runs/good/result.json").read_text())["eval_loss"]
-    assert json.loads((tmp_path / "runs/good/environment.json").read_text())["threads"] == 1
+
+
+def test_a_job_follows_its_run(ended: tuple[Runs, Grid, str]) -> None:
+    _, grid, _ = ended
+    good = grid.jobs[1]
+    assert good.step == 20
+    assert good.eval_loss == json.loads((grid.path("good") / "result.json").read_text())["eval_loss"]
+    assert json.loads((grid.path("good") / "environment.json").read_text())["threads"] == 1
+
+
+def test_how_each_run_ends_is_shown(ended: tuple[Runs, Grid, str]) -> None:
     for part in ("good: running", "good: done, held-out loss", "bursts: failed, step", "crashes: crashed"):
-        assert part in shown.text.getvalue()
+        assert part in ended[2]
 
-    before = (tmp_path / "runs/good/metrics.jsonl").stat()
-    again = Grid(runs, tmp_path, workers=2)
-    assert [job.name for job in again.waiting] == ["crashes"]
+
+def test_results_are_not_repeated(ended: tuple[Runs, Grid, str]) -> None:
+    runs, grid, _ = ended
+    before = (grid.path("good") / "metrics.jsonl").stat()
+    again = Grid(runs, grid.out, workers=2)
     assert [job.state for job in again.jobs] == ["failed", "done", "waiting"]
+    assert [job.name for job in again.waiting] == ["crashes"]
     assert again.jobs[1].eval_loss == grid.jobs[1].eval_loss
-    Grid(runs[:2], tmp_path).run()  # nothing to do
-    assert (tmp_path / "runs/good/metrics.jsonl").stat() == before
+    Grid(runs[:2], grid.out).run()  # nothing to do
+    assert (grid.path("good") / "metrics.jsonl").stat() == before
 
-    other = [("good", replace(tiny, steps=30))]
+
+def test_a_run_with_other_settings_is_refused(ended: tuple[Runs, Grid, str], tiny: RunConfig) -> None:
     with pytest.raises(UserError, match="good holds a run with other settings"):
-        Grid(other, tmp_path)
+        Grid([("good", replace(tiny, steps=30))], ended[1].out)
 
 
 def test_machines_that_share_a_folder_split_a_grid(
@@ -141,7 +164,7 @@ def test_machines_that_share_a_folder_split_a_grid(
     monkeypatch.setattr(runner, "visible_gpus", list)
     runs = [(str(seed), replace(tiny, seed=seed, steps=20)) for seed in range(12)]
     grids = [Grid(runs, tmp_path, workers=1) for _ in range(3)]
-    threads = [threading.Thread(target=grid.run, args=[Recorder()]) for grid in grids]
+    threads = [threading.Thread(target=grid.run, args=[KeepingDisplay()]) for grid in grids]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -162,7 +185,7 @@ def test_a_run_that_another_process_writes_is_left_to_it(
     orphan.lock()
     seen: list[str] = []
 
-    class Watcher(Recorder):
+    class Watcher(KeepingDisplay):
         def update(self, jobs: Sequence[Job], seconds_left: float | None) -> None:
             seen.append(jobs[0].state)
             if len(seen) == 3:
@@ -213,7 +236,7 @@ def test_a_run_that_another_machine_took_over_is_stopped_here(
     monkeypatch.setattr(runner.subprocess, "Popen", Training)
     monkeypatch.setattr(runner, "Claims", lambda _: Lost())
     grid = Grid([("a", config)], tmp_path)
-    grid.run(Recorder())
+    grid.run(KeepingDisplay())
     assert grid.jobs[0].state == "done"
 
 
@@ -233,7 +256,7 @@ def test_each_run_at_once_gets_a_gpu_of_its_own(
     runs = [(str(seed), replace(tiny, seed=seed, steps=20, device="auto")) for seed in range(4)]
     grid = Grid(runs, tmp_path)
     assert grid.workers == 2
-    grid.run(Recorder())
+    grid.run(KeepingDisplay())
     assert {line.rpartition(" ")[2] for line in started} == {"3", "5"}
     assert Grid([("cpu", tiny)], tmp_path).gpus == []
 
@@ -242,7 +265,7 @@ def test_interrupted_grid_saves_and_goes_on_as_if_nothing_had_been(tiny: RunConf
     runs = [("first", tiny), ("second", replace(tiny, steps=5))]
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(Interrupted, match="0 of 2 runs are finished"):
-        Grid(runs, tmp_path / "cut", workers=1).run(Recorder(interrupt_at=3))
+        Grid(runs, tmp_path / "cut", workers=1).run(KeepingDisplay(interrupt_at=3))
     assert signal.getsignal(signal.SIGINT) is before
     result = json.loads((tmp_path / "cut/runs/first/result.json").read_text())
     assert result["status"] == "interrupted"
@@ -250,7 +273,7 @@ def test_interrupted_grid_saves_and_goes_on_as_if_nothing_had_been(tiny: RunConf
     assert not (tmp_path / "cut/runs/second").exists()
 
     grid = Grid(runs[:1], tmp_path / "cut", workers=1)
-    grid.run(Recorder())
+    grid.run(KeepingDisplay())
     assert grid.jobs[0].state == "done"
     threads = torch.get_num_threads()
     try:

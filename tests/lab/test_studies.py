@@ -236,18 +236,32 @@ def test_a_study_of_mixtures_takes_mixtures(tmp_path: Path) -> None:
     assert (shape.moe, shape.d_ff) == (None, 8 * 512)
 
 
-def test_definitions_hold_together() -> None:
-    for name, definition in studies.items():
-        assert definition.name == name
-        assert definition.question.endswith("?")
-        assert len(definition.method) == 3
-        assert all(sentence.endswith(".") for sentence in definition.method)
-        assert {arm.placement for arm in definition.arms} <= placements.keys()
-        assert definition.preset in model_presets
-        names = [name for name, _, _ in config_io.fields()]
-        for condition in definition.conditions:
-            assert condition.changes.keys() <= set(names)
-        assert list(definition.rates.factors) == sorted(definition.rates.factors)
+@pytest.mark.parametrize("name", studies)
+def test_a_definition_has_a_question_and_three_sentences(name: str) -> None:
+    definition = studies[name]
+    assert definition.name == name
+    assert definition.question.endswith("?")
+    assert len(definition.method) == 3
+    assert all(sentence.endswith(".") for sentence in definition.method)
+
+
+@pytest.mark.parametrize("name", studies)
+def test_a_definition_names_what_there_is(name: str) -> None:
+    definition = studies[name]
+    assert {arm.placement for arm in definition.arms} <= placements.keys()
+    assert {definition.preset, *definition.sizes} <= model_presets.keys()
+    names = [field for field, _, _ in config_io.fields()]
+    for changes in (*(each.changes for each in definition.conditions), *definition.sizes.values()):
+        assert changes.keys() <= set(names)
+
+
+@pytest.mark.parametrize("name", studies)
+def test_rates_of_a_definition_ascend(name: str) -> None:
+    factors = studies[name].rates.factors
+    assert list(factors) == sorted(factors)
+
+
+def test_the_learning_rates_of_the_measure_span_two_decades() -> None:
     assert lr_sensitivity.FACTORS[-1] / lr_sensitivity.FACTORS[0] == pytest.approx(100)
 
 

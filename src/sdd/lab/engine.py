@@ -11,7 +11,7 @@ of results, so an interrupted study that goes on, and several machines on one fo
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -69,12 +69,12 @@ class Engine:
         if plan.rates.kind != "sweep":
             rates = {names: best_rate(grids[names]) if names in grids else plan.base.optim.lr for names in self._pairs}
             # Seeds outermost: a study that is interrupted has whole tables of fewer seeds.
-            self.results([self._run(names, rate, seed) for seed in plan.seeds for names, rate in rates.items()])
+            self._ensure([self._run(names, rate, seed) for seed in plan.seeds for names, rate in rates.items()])
             cells = {names: self._cell(names, rate, plan.seeds) for names, rate in rates.items()}
         return Outcome(plan, cells, grids, self._clock())
 
-    def results(self, runs: Sequence[NamedRun]) -> dict[str, RunResult]:
-        """The result of each run, by name."""
+    def _ensure(self, runs: Sequence[NamedRun]) -> None:
+        """Run those of the runs that have no result yet."""
         missing = [run for run in runs if not self._is_known(*run)]
         if missing:
             grid = Grid(missing, self.out, self.plan.request.workers)
@@ -82,7 +82,6 @@ class Engine:
                 _ = self._held_out.source  # tokenises the corpus once, before several runs would at the same time
             grid.run()
             self._harvest(grid)
-        return {name: self._known[name] for name, _ in runs}
 
     def _clock(self) -> dict[str, float]:
         """Seconds a token of each arm; steps are timed when the runs are over."""
@@ -99,7 +98,7 @@ class Engine:
         first, seeds = self.plan.first_rates, self.plan.grid_seeds
         rates = {names: list(first) for names in self._pairs}
         while True:
-            self.results([self._run(names, rate, seed) for names in rates for rate in rates[names] for seed in seeds])
+            self._ensure([self._run(names, rate, seed) for names in rates for rate in rates[names] for seed in seeds])
             grids = {names: {rate: self._cell(names, rate, seeds) for rate in rates[names]} for names in rates}
             wanted = {
                 names: extension(rates[names], best_rate(grids[names]), first, self.plan.rates.spacing)
@@ -110,9 +109,11 @@ class Engine:
                 return grids
             if self.plan.rates.kind == "sweep":
                 added = dict.fromkeys(rates, set[float]().union(*added.values()))
-            for names, more in added.items():
-                rates[names] = sorted({*rates[names], *more})
-            self._say_extension(added)
+            for names, new in added.items():
+                rates[names] = sorted({*rates[names], *new})
+            more = ", ".join(f"{rate:g}" for rate in sorted(set[float]().union(*added.values())))
+            arms = ", ".join(dict.fromkeys(arm for arm, _ in added))
+            self._say(f"A best rate lies at the end of its grid: {more} added ({arms}).")
 
     def _cell(self, names: Names, rate: float, seeds: Iterable[int]) -> Cell:
         arm, condition = self._pairs[names]
@@ -200,11 +201,6 @@ class Engine:
             rateless, _, _ = name.rpartition("-lr")
             return any((self.out / "results").glob(f"{rateless}-lr*-seed{config.seed}.json"))
         return self._is_known(name, config)
-
-    def _say_extension(self, added: Mapping[Names, set[float]]) -> None:
-        rates = ", ".join(f"{rate:g}" for rate in sorted(set[float]().union(*added.values())))
-        arms = ", ".join(dict.fromkeys(arm for arm, _ in added))
-        self._say(f"A best rate lies at the end of its grid: {rates} added ({arms}).")
 
     def _say(self, line: str) -> None:
         self.console.print(line, markup=False)

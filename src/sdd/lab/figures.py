@@ -130,16 +130,9 @@ def draw_dots(
 
 
 def _series_styles() -> list[Style]:
-    """Styles of series that are not placements: darker shades of the palette of Okabe and Ito, with markers."""
-    return [
-        Style("#0072b2", "o"),
-        Style("#d55e00", "s"),
-        Style("#009068", "D"),
-        Style("#c05f98", "^"),
-        Style("#857d00", "P"),
-        Style("#7a6fd0", "X"),
-        Style("#a0742c", "v"),
-    ]
+    """Styles of series that are not placements, from the same palette."""
+    names = ("sdd", "prenorm-qk", "deepnorm", "postnorm", "olmo2", "peri", "prenorm")
+    return [PLACEMENT_STYLES[name] for name in names]
 
 
 def _dot(axes: Axes, cell: Mapping[int, float], height: float, style: Style, edges: tuple[float, float]) -> None:

@@ -4,7 +4,7 @@ import csv
 import io
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -204,6 +204,11 @@ def with_interval(estimate: Estimate, digits: int, *, signed: bool = False) -> s
 def listed(names: Sequence[str]) -> str:
     """Join names as `a`, `a and b`, `a, b and c`."""
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def described(groups: Mapping[str, Iterable[str]]) -> str:
+    """Write parts by name as `a: x, y. b: z.`, for descriptions of figures; an empty name is left out."""
+    return " ".join((f"{name}: " if name else "") + f"{', '.join(parts)}." for name, parts in groups.items())
 
 
 def seeds_text(n: int) -> str:

@@ -1,7 +1,7 @@
 """Numbers over seeds: means and ratios with intervals, and learning-rate sensitivity. Needs the extra `report`.
 
 Every interval is at 95% and treats seeds as draws. Methods that saw the same data in the same order are compared seed
-by seed: what a seed does to both cancels.
+by seed, so that the effect of a seed on both cancels.
 """
 
 import math
@@ -21,7 +21,7 @@ class Estimate:
     Attributes:
         value: the estimate; nan if there is nothing to estimate from.
         low, high: its 95% interval; nan with fewer than two seeds.
-        n: seeds it rests on.
+        n: number of seeds.
     """
 
     value: float
@@ -43,7 +43,7 @@ def mean_interval(values: Sequence[float]) -> Estimate:
     """Mean with Student's t interval, `mean +- t(n - 1) * s / sqrt(n)`.
 
     Args:
-        values: one a seed, finite.
+        values: one for each seed, finite.
     """
     n = len(values)
     if n < 2:
@@ -60,22 +60,22 @@ def paired_difference(first: Mapping[int, float], second: Mapping[int, float]) -
 
     Args:
         first: by seed; seeds with a value that is not finite, here or there, are left out.
-        second: likewise.
+        second: by seed, as well.
     """
     return mean_interval([first[seed] - second[seed] for seed in _shared(first, second)])
 
 
 def mean_factor(factors: Sequence[float]) -> Estimate:
-    """Geometric mean of positive factors, one a seed, with the t interval of the mean of their logarithms."""
+    """Geometric mean of positive factors, one for each seed, with the t interval of the mean of their logarithms."""
     logs = mean_interval([math.log(factor) for factor in factors])
     return Estimate(math.exp(logs.value), math.exp(logs.low), math.exp(logs.high), logs.n)
 
 
 def bootstrap_factor(factors: Sequence[float]) -> Estimate:
-    """Geometric mean of positive factors, one a seed, with a percentile bootstrap over seeds.
+    """Geometric mean of positive factors, one for each seed, with a percentile bootstrap over seeds.
 
-    The bootstrap knows no more than the seeds it was given: with three there are ten different resamples, and the
-    interval is about the range of the three. `mean_factor` allows for that and is wider.
+    With three seeds there are only ten different resamples, and the interval is about the range of the three.
+    `mean_factor` allows for so few seeds and is wider.
     """
     n = len(factors)
     if n < 2:
@@ -93,7 +93,7 @@ def lr_sensitivity(final: Sequence[float], initial: float) -> float:
     the initial loss.
 
     Args:
-        final: the loss at the end, one a learning rate; nan or infinite if it diverged.
+        final: the loss at the end, one for each learning rate; nan or infinite if it diverged.
         initial: the loss before training.
     """
     losses = np.array([min(loss, initial) if math.isfinite(loss) else initial for loss in final])

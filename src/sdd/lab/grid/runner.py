@@ -102,7 +102,11 @@ class Grid:
                     process.child.wait()
                     self._claims.release(process.job.name)
         if self._stops:
-            raise Interrupted(self._farewell())
+            finished = len(self.jobs) - len(self.waiting)
+            raise Interrupted(
+                f"interrupted: {finished} of {len(self.jobs)} runs are finished, the others are saved in {self.out}; "
+                "the same command goes on"
+            )
 
     def _open(self) -> list[Job]:
         return [job for job in self.jobs if job.state in ("waiting", "elsewhere")]
@@ -159,13 +163,6 @@ class Grid:
             if process.job.name in self._lost and process.job.state == "interrupted":
                 process.job.state = "elsewhere"
         self._active = [process for process in self._active if process not in ended]
-
-    def _farewell(self) -> str:
-        finished = sum(job.state in FINISHED for job in self.jobs)
-        return (
-            f"interrupted: {finished} of {len(self.jobs)} runs are finished, the others are saved in {self.out}; "
-            "the same command goes on"
-        )
 
     @contextmanager
     def _signals(self) -> Iterator[None]:

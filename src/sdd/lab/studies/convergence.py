@@ -10,15 +10,7 @@ from sdd.lab.definition import DEFAULT, Arm, Cell, Definition, Outcome, Rates
 from sdd.lab.findings import Findings, Interval, Measured, Picture, Range, Table, listed, seeds_text
 from sdd.lab.results import RunResult
 from sdd.lab.statistics import Estimate, bootstrap_factor, first_reach, mean_factor, paired_difference
-from sdd.lab.studies.shared import (
-    cost_table,
-    curves_picture,
-    edge_limits,
-    factor_words,
-    general_limits,
-    not_converged_text,
-    rates_table,
-)
+from sdd.lab.studies import shared
 
 PUBLISHED_FACTOR = 1.5
 _SHARES = (0.1, 0.25, 0.5, 0.75, 1.0)
@@ -67,21 +59,21 @@ def read(outcome: Outcome) -> Findings:
         answer=_answer(pairs),
         conclusions=[_conclusion(pair) for pair in pairs],
         limits=[
-            *edge_limits(outcome),
+            *shared.edge_limits(outcome),
             "The method's curve is read before the end of its schedule, where its rate has not yet fallen, and the "
             "baseline's at its end: that favours the baseline, as in the paper's figure. A run as long as the crossing "
             "would reach the loss sooner.",
             "Seconds are tokens times what a token costs, by training steps of all methods timed in turn on one "
             "machine: no statement about other hardware.",
-            *general_limits(outcome),
+            *shared.general_limits(outcome),
         ],
         published=_published(outcome, pairs),
         tables=[
             _factor_table(pairs),
             _loss_table(outcome, cells),
             _lead_table(pairs),
-            *rates_table(outcome),
-            cost_table(cells, outcome),
+            *shared.rates_table(outcome),
+            shared.cost_table(cells, outcome),
         ],
         pictures=_pictures(cells),
     )
@@ -186,7 +178,7 @@ def _loss_table(outcome: Outcome, cells: Sequence[Cell]) -> Table:
         f"Held-out loss at the end, nats a token, {seeds_text(outcome.plan.request.seeds)}",
         ["method", "learning rate", "loss"],
         [[cell.arm.name, f"{cell.rate:g}", Measured(cell.losses)] for cell in cells],
-        not_converged_text(),
+        shared.not_converged_text(),
     )
 
 
@@ -213,10 +205,10 @@ def _speed(factor: Estimate, baseline: str) -> str:
     if math.isnan(factor.value):
         return f"in no seed to be compared with {baseline}"
     if math.isnan(factor.low):
-        return f"{factor_words(factor)} as fast as {baseline} in tokens, in one seed"
+        return f"{shared.factor_words(factor)} as fast as {baseline} in tokens, in one seed"
     if not factor.excludes(1):
-        return f"not told apart from {baseline} in tokens ({factor_words(factor)} as fast)"
-    return f"{factor_words(factor)} as fast as {baseline} in tokens"
+        return f"not told apart from {baseline} in tokens ({shared.factor_words(factor)} as fast)"
+    return f"{shared.factor_words(factor)} as fast as {baseline} in tokens"
 
 
 def _conclusion(pair: Comparison) -> str:
@@ -226,7 +218,7 @@ def _conclusion(pair: Comparison) -> str:
     seeds = f", {'more' if difference.excludes(0) else 'no more'} than seeds explain" if difference.n > 1 else ""
     return (
         f"{method} ends {abs(difference.value):.3f} nats {'below' if difference.value < 0 else 'above'} {baseline}"
-        f"{seeds}; by the clock of that machine it is {factor_words(pair.mean_factor('seconds'))} as fast."
+        f"{seeds}; by the clock of that machine it is {shared.factor_words(pair.mean_factor('seconds'))} as fast."
     )
 
 
@@ -236,7 +228,7 @@ def _pictures(cells: Sequence[Cell]) -> list[Picture]:
     ends = {name: loss for name, loss in ends.items() if math.isfinite(loss)}
     started = [loss for cell in cells for loss in losses_at(cell, _SHOWN_FROM).values() if math.isfinite(loss)]
     top = max(started, default=None)
-    return [curves_picture(x, {"": cells}, x, ceiling=top, levels=ends) for x in ("tokens", "seconds")]
+    return [shared.curves_picture(x, {"": cells}, x, ceiling=top, levels=ends) for x in ("tokens", "seconds")]
 
 
 DEFINITION = Definition(

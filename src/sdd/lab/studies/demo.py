@@ -4,16 +4,7 @@ import math
 
 from sdd.lab.definition import Arm, Cell, Condition, Definition, Outcome, Rates
 from sdd.lab.findings import Findings, Measured, Table, listed
-from sdd.lab.studies.shared import (
-    GRAD_NORM,
-    HELD_OUT,
-    TRAINING,
-    change,
-    cost_table,
-    curves_picture,
-    general_limits,
-    loss_table,
-)
+from sdd.lab.studies import shared
 
 #: At the recommended rate every placement learns within the length of a run (at 0.004 Post-Norm does not). The hard
 #: setting joins two perturbations of arXiv 2502.15499, table 2.
@@ -34,28 +25,28 @@ def read(outcome: Outcome) -> Findings:
             "All methods share the learning rate, which was tuned for none of them: which is best at its own best "
             "rate is not answered here.",
             f"Three seeds of one method lay up to {_NOISE:g} nats apart at this size; smaller differences say nothing.",
-            *general_limits(outcome),
+            *shared.general_limits(outcome),
         ],
         published=None,
-        tables=[_table(outcome), cost_table(outcome.under(RECOMMENDED), outcome)],
+        tables=[_table(outcome), shared.cost_table(outcome.under(RECOMMENDED), outcome)],
         pictures=[
-            curves_picture("heldout", panels, quantity=HELD_OUT, reference=frequencies),
-            curves_picture("training", panels, quantity=TRAINING),
-            curves_picture("grad-norm", panels, quantity=GRAD_NORM),
+            shared.curves_picture("heldout", panels, quantity=shared.HELD_OUT, reference=frequencies),
+            shared.curves_picture("training", panels, quantity=shared.TRAINING),
+            shared.curves_picture("grad-norm", panels, quantity=shared.GRAD_NORM),
         ],
     )
 
 
 def _table(outcome: Outcome) -> Table:
     """The losses, what the hard setting changes, and the losses in bits a byte."""
-    losses = loss_table(outcome)
+    losses = shared.loss_table(outcome)
     ratios = (result.bits_per_byte / result.eval_loss for result in outcome.results)
     per_nat = next(filter(math.isfinite, ratios), math.nan)  # one for all: they are measured on the same text
     frequencies = outcome.results[0].token_frequencies
     rows = []
     for row, *cells in zip(losses.rows, *map(outcome.under, outcome.plan.conditions), strict=True):
         in_bytes = ({seed: per_nat * loss for seed, loss in cell.losses.items()} for cell in cells)
-        rows.append([*row, change(outcome, str(row[0]), HARD), *map(Measured, in_bytes)])
+        rows.append([*row, shared.change(outcome, str(row[0]), HARD), *map(Measured, in_bytes)])
     return Table(
         losses.name,
         losses.title,
@@ -90,7 +81,7 @@ def _answer(cells: list[Cell]) -> str:
 def _changes(outcome: Outcome) -> list[str]:
     return [
         f"The hard setting takes the loss of {after.arm.name} from {Measured(before.losses)} to "
-        f"{Measured(after.losses)} (change {change(outcome, after.arm.name, HARD)})."
+        f"{Measured(after.losses)} (change {shared.change(outcome, after.arm.name, HARD)})."
         for before, after in zip(outcome.under(RECOMMENDED), outcome.under(HARD), strict=True)
         if not before.broken and not after.broken
     ]

@@ -4,10 +4,10 @@ import math
 from collections.abc import Iterator, Mapping
 
 from sdd.lab.definition import DEFAULT, Arm, Cell, Definition, Outcome, Rates, best_rate
-from sdd.lab.findings import Findings, Interval, Measured, Picture, Table, listed, seeds_text
+from sdd.lab.findings import Findings, Interval, Measured, Picture, Table, described, listed, seeds_text
 from sdd.lab.results import RunResult
 from sdd.lab.statistics import lr_sensitivity, paired_difference
-from sdd.lab.studies.shared import HELD_OUT, cost_table, edge_limits, general_limits, not_converged_text
+from sdd.lab.studies import shared
 
 #: Two decades around the base rate, seven rates.
 FACTORS = tuple(10 ** (step / 3) for step in range(-3, 4))
@@ -32,18 +32,18 @@ def read(outcome: Outcome) -> Findings:
             *_breaking(grids),
         ],
         limits=[
-            *edge_limits(outcome),
+            *shared.edge_limits(outcome),
             "The measure depends on the range: all methods share one, which the best rate of none may end.",
             "The measure is relative to a method's own best: one that learns little at any rate, or fails at most of "
             "them, comes out insensitive. It says something only beside the losses, and of a run so short that low "
             "rates learn nothing, mostly how far a method gets at all.",
-            *general_limits(outcome),
+            *shared.general_limits(outcome),
         ],
         published=None,
         tables=[
             _summary(outcome, grids, sensitivity, best),
             _loss_table(grids),
-            cost_table([grid[best_rate(grid)] for grid in grids.values()], outcome),
+            shared.cost_table([grid[best_rate(grid)] for grid in grids.values()], outcome),
         ],
         pictures=[_picture(outcome, grids)],
     )
@@ -121,7 +121,7 @@ def _loss_table(grids: Mapping[str, Grid]) -> Table:
         "Held-out loss at the end by learning rate, nats a token",
         ["method", *(f"{rate:g}" for rate in next(iter(grids.values())))],
         [[name, *(Measured(cell.losses) for cell in grid.values())] for name, grid in grids.items()],
-        not_converged_text(),
+        shared.not_converged_text(),
     )
 
 
@@ -151,10 +151,9 @@ def _breaking(grids: Mapping[str, Grid]) -> list[str]:
 
 
 def _picture(outcome: Outcome, grids: Mapping[str, Grid]) -> Picture:
-    words = [
-        f"{name}: " + ", ".join(f"{Measured(cell.losses)} at {rate:g}" for rate, cell in grid.items()) + "."
-        for name, grid in grids.items()
-    ]
+    words = {
+        name: [f"{Measured(cell.losses)} at {rate:g}" for rate, cell in grid.items()] for name, grid in grids.items()
+    }
 
     def draw():
         from sdd.lab.figures import Axis, Curve, CurvePanel, draw_curves, style_of
@@ -163,7 +162,7 @@ def _picture(outcome: Outcome, grids: Mapping[str, Grid]) -> Picture:
         for arm in outcome.plan.arms:
             losses = [[_drawn(run) for run in runs] for _, runs in by_seed(grids[arm.name])]
             curves.append(Curve(arm.name, style_of(arm.name, arm.placement), [list(grids[arm.name])], losses))
-        axes = (Axis("peak learning rate", log=True), HELD_OUT.axis())
+        axes = (Axis("peak learning rate", log=True), shared.HELD_OUT.axis())
         initial = [run.initial_loss for run in outcome.results]
         start = {"before training": sum(initial) / len(initial)}
         return draw_curves([CurvePanel("", *axes, curves, levels=start)], columns=1)
@@ -172,7 +171,7 @@ def _picture(outcome: Outcome, grids: Mapping[str, Grid]) -> Picture:
         f"Held-out loss at the end against the peak learning rate, mean of {seeds_text(outcome.plan.request.seeds)}, "
         "the band their range; a run that diverged stands at the loss before training, as the measure counts it."
     )
-    return Picture("lr", caption, f"Held-out loss in nats a token by learning rate. {' '.join(words)}", draw)
+    return Picture("lr", caption, f"Held-out loss in nats a token by learning rate. {described(words)}", draw)
 
 
 def _drawn(run: RunResult) -> float:

@@ -2,17 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 
-from sdd.lab.definition import DEFAULT, Arm, Cell, Condition, Definition, Outcome, Rates, at_edge
-from sdd.lab.findings import Findings, Measured, Picture, Table, listed, seeds_text
-from sdd.lab.studies.shared import (
-    HELD_OUT,
-    change,
-    cost_table,
-    curves_picture,
-    general_limits,
-    loss_table,
-    rates_table,
-)
+from sdd.lab.definition import DEFAULT, Arm, Cell, Condition, Definition, Outcome, Rates
+from sdd.lab.findings import Findings, Measured, Picture, Table, described, listed, seeds_text
+from sdd.lab.studies import shared
 
 CONDITIONS = (
     DEFAULT,
@@ -41,25 +33,27 @@ def read(outcome: Outcome) -> Findings:
     differ = [(cell, theirs) for cell, theirs in common if not _agrees(cell, theirs)]
     return Findings(
         answer=_answer(outcome, len(common), len(differ)),
-        conclusions=[*_where_it_differs(outcome, differ), *_breaking(outcome), *_tuned_text(outcome)],
+        conclusions=[*_where_it_differs(outcome, differ), *_breaking(outcome)],
         limits=_limits(outcome),
         published=_published_table(outcome, common),
         tables=[
-            loss_table(outcome),
+            shared.loss_table(outcome),
             _change_table(outcome),
-            *rates_table(outcome),
-            cost_table(outcome.under(plan.conditions[0]), outcome),
+            *shared.rates_table(outcome),
+            shared.cost_table(outcome.under(plan.conditions[0]), outcome),
         ],
         pictures=[
             _dots(outcome),
-            curves_picture("curves", {condition.title: outcome.under(condition) for condition in plan.conditions}),
+            shared.curves_picture(
+                "curves", {condition.title: outcome.under(condition) for condition in plan.conditions}
+            ),
         ],
     )
 
 
 def _change_table(outcome: Outcome) -> Table:
     plan = outcome.plan
-    rows = [[arm.name, *(change(outcome, arm.name, each) for each in plan.conditions[1:])] for arm in plan.arms]
+    rows = [[arm.name, *(shared.change(outcome, arm.name, each) for each in plan.conditions[1:])] for arm in plan.arms]
     return Table(
         "change",
         "Change from the method's own default run, nats a token",
@@ -165,11 +159,6 @@ def _breaking(outcome: Outcome) -> list[str]:
     return texts
 
 
-def _tuned_text(outcome: Outcome) -> list[str]:
-    edges = [f"{arm}, {condition}" for (arm, condition), grid in outcome.grids.items() if at_edge(grid)]
-    return [f"Still at an end of its extended grid, so not tuned out: {'; '.join(edges)}."] if edges else []
-
-
 def _limits(outcome: Outcome) -> list[str]:
     plan = outcome.plan
     if plan.rates.kind == "common":
@@ -183,28 +172,28 @@ def _limits(outcome: Outcome) -> list[str]:
             "Each cell has the rate that is best for it on seeds and held-out windows which are not reported; “lr x5” "
             "then means nothing and is left out."
         )
-    return [rates, *general_limits(outcome)]
+    return [rates, *shared.edge_limits(outcome), *shared.general_limits(outcome)]
 
 
 def _dots(outcome: Outcome) -> Picture:
     plan = outcome.plan
     series = {each.title: [cell.losses for cell in outcome.under(each)] for each in plan.conditions}
     names = [arm.name for arm in plan.arms]
-    words = [
-        f"{name}: " + ", ".join(f"{title} {Measured(cells[place])}" for title, cells in series.items()) + "."
+    words = {
+        name: [f"{title} {Measured(cells[place])}" for title, cells in series.items()]
         for place, name in enumerate(names)
-    ]
+    }
 
     def draw():
         from sdd.lab.figures import draw_dots
 
-        return draw_dots(names, series, HELD_OUT.axis(), "a seed did not converge")
+        return draw_dots(names, series, shared.HELD_OUT.axis(), "a seed did not converge")
 
     caption = (
         f"Held-out loss at the end under each condition, mean of {seeds_text(plan.request.seeds)}; bars are the "
         "range of the seeds, crosses at the right seeds that did not converge."
     )
-    return Picture("table2", caption, f"Held-out loss in nats a token. {' '.join(words)}", draw)
+    return Picture("table2", caption, f"Held-out loss in nats a token. {described(words)}", draw)
 
 
 DEFINITION = Definition(

@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 
 from sdd.lab.definition import Cell, Condition, Outcome, at_edge, best_rate
-from sdd.lab.findings import Interval, Measured, Picture, Table, listed, seeds_text
+from sdd.lab.findings import Interval, Measured, Picture, Table, described, listed, seeds_text
 from sdd.lab.results import LEARNED_SHARE, RunResult
 from sdd.lab.statistics import Estimate, paired_difference
 from sdd.placement import placements
@@ -130,7 +130,8 @@ def rates_table(outcome: Outcome) -> list[Table]:
 
 def edge_limits(outcome: Outcome) -> list[str]:
     """A warning that names methods whose best rate still lies at an end of the grid; empty if there are none."""
-    edges = [arm for (arm, _), grid in outcome.grids.items() if at_edge(grid)]
+    several = len(outcome.plan.conditions) > 1
+    edges = [f"{arm} ({name})" if several else arm for (arm, name), grid in outcome.grids.items() if at_edge(grid)]
     return [f"The best rate of {listed(edges)} still lies at an end of the extended grid."] if edges else []
 
 
@@ -189,12 +190,9 @@ def curves_picture(
         reference: a horizontal line that is named in the legend.
     """
     seeds = max(len(cell.results) for cells in panels.values() for cell in cells)
-    words = [
-        (f"{title}: " if title else "")
-        + ", ".join(f"{cell.arm.name} ends at {_end(cell, quantity)}" for cell in cells)
-        + "."
-        for title, cells in panels.items()
-    ]
+    ends = {
+        title: [f"{cell.arm.name} ends at {_end(cell, quantity)}" for cell in cells] for title, cells in panels.items()
+    }
 
     def draw():
         from sdd.draw.style import REFERENCE_STYLE
@@ -221,16 +219,7 @@ def curves_picture(
         f"{quantity.name} over training, mean of {seeds_text(seeds)}, the band their range; a line ends where a run "
         "does."
     )
-    return Picture(name, caption, f"{quantity.name} in {quantity.unit} against {x}. {' '.join(words)}", draw)
-
-
-def mean_curve(results: Sequence[RunResult], x: str, quantity: Quantity) -> tuple[np.ndarray, np.ndarray]:
-    """Columns x and the quantity, one row for each seed, as long as the longest; nan where a run ended early."""
-    columns = [quantity.columns(result, x) for result in results]
-    points = max((len(across) for across, _ in columns), default=0)
-    across, values = (np.array([_padded(pair[place], points) for pair in columns], float) for place in (0, 1))
-    longest = np.array(max((across for across, _ in columns), key=len, default=[]), float)
-    return np.where(np.isnan(across), longest, across), values
+    return Picture(name, caption, f"{quantity.name} in {quantity.unit} against {x}. {described(ends)}", draw)
 
 
 def factor_words(factor: Estimate) -> str:
@@ -254,12 +243,11 @@ def _curves(cells: Sequence[Cell], x: str, quantity: Quantity):
     seen: list[str] = []
     for cell in cells:
         placement = cell.arm.placement
-        across, values = mean_curve(cell.results, x, quantity)
+        columns = [quantity.columns(result, x) for result in cell.results]
+        longest = max((xs for xs, _ in columns), key=lambda xs: xs[-1:])
+        # a run that ended early is a gap from there on; one without a point is a gap everywhere
+        values = [np.interp(longest, xs or [0.0], ys or [math.nan], right=math.nan).tolist() for xs, ys in columns]
         style = style_of(cell.arm.name, placement, seen.count(placement))
-        curves.append(Curve(cell.arm.name, style, across.tolist(), values.tolist()))
+        curves.append(Curve(cell.arm.name, style, [longest], values))
         seen.append(placement)
     return curves
-
-
-def _padded(values: Sequence[float], points: int) -> list[float]:
-    return [*values, *[math.nan] * (points - len(values))]
