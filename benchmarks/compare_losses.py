@@ -91,7 +91,7 @@ def main() -> int:
     parser.add_argument("--path", choices=["composed", "recompute"], default="composed")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     if not options.child:
         return compare(options)
     print(json.dumps({name: losses(name, options.dtype, options.path, options.steps) for name in options.names}))

@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sdd import probe_points
-from sdd.functional import apply_rope, cast_once, joint_scaled_norm, swiglu
+from sdd.functional import apply_rope, cast_once, swiglu
+from sdd.kernels import scaled_norm
 from sdd.models.config import ModelConfig
 from sdd.models.kv_cache import Extend
 from sdd.models.moe import MoE, Routing
@@ -160,12 +161,10 @@ class FeedForward(nn.Module):
         gate, up = self.gate_proj, self.up_proj
         assert isinstance(gate, SDDLinear)
         assert isinstance(up, SDDLinear)
-        z_gate, z_up = F.linear(x, gate.weight), F.linear(x, up.weight)
-        y_gate, y_up = joint_scaled_norm(z_gate, z_up, gate.alpha, up.alpha, eps=gate.eps)
-        if probe_points.recording():
-            z = torch.cat([z_gate, z_up], -1)
-            probe_points.projection(gate, z, y_gate)
-            probe_points.projection(up, z, y_up)
+        z = torch.cat([F.linear(x, gate.weight), F.linear(x, up.weight)], -1)
+        y_gate, y_up = scaled_norm(z, torch.cat([gate.alpha, up.alpha]), eps=gate.eps).chunk(2, -1)
+        probe_points.projection(gate, z, y_gate)
+        probe_points.projection(up, z, y_up)
         return y_gate, y_up
 
 
