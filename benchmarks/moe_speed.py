@@ -2,58 +2,28 @@
 
 import argparse
 import statistics
-import time
 from dataclasses import replace
 
 import torch
 
 from _record import write_result
-from sdd.models import LanguageModel, ModelConfig, count_parameters, model_presets
-from sdd.train import OptimConfig
+from _steps import Steps, in_turn, ratio_summary
+from sdd.models import LanguageModel, count_parameters, model_presets
 from sdd.train.config_io import find_placement
-from sdd.train.optim import build_optimizer, clip_gradients
 
 MODELS = {"dense": model_presets["nano"], "moe": model_presets["moe-nano"]}
-UNTIMED = 3
-
-
-class Run:
-    """A model that takes training steps: forward, backward, clipping, AdamW."""
-
-    def __init__(self, config: ModelConfig, batch_size: int) -> None:
-        torch.manual_seed(0)
-        self.model = LanguageModel(config)
-        self.optimizer = build_optimizer(self.model, OptimConfig())
-        self.tokens = torch.randint(config.vocab_size, (batch_size, config.context + 1))
-
-    def step(self) -> float:
-        """Take a step; tokens a second."""
-        began = time.perf_counter()
-        self.model(self.tokens[:, :-1], self.tokens[:, 1:], detailed=True).total.backward()
-        clip_gradients(self.model, 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return self.tokens[:, 1:].numel() / (time.perf_counter() - began)
 
 
 def compare(placement: str, batch_size: int, rounds: int) -> dict[str, float]:
-    """Medians of both, and of the ratios within a round."""
-    configs = {name: replace(config, placement=find_placement(placement)) for name, config in MODELS.items()}
-    runs = {name: Run(config, batch_size) for name, config in configs.items()}
-    found: dict[str, list[float]] = {name: [] for name in runs}
-    for index in range(UNTIMED + rounds):
-        for name in sorted(runs, reverse=bool(index % 2)):  # neither is always the first
-            found[name].append(runs[name].step())
-    dense, moe = (found[name][UNTIMED:] for name in ("dense", "moe"))
-    ratios = [ours / theirs for ours, theirs in zip(moe, dense, strict=True)]
-    low, _, high = statistics.quantiles(ratios, n=4)
-    return {
-        "dense_tokens_per_second": statistics.median(dense),
-        "moe_tokens_per_second": statistics.median(moe),
-        "median_ratio": statistics.median(ratios),
-        "lower_quartile": low,
-        "upper_quartile": high,
-    }
+    """Median tokens/s of both, and the median and quartiles of their ratio within a round."""
+    steps = {}
+    for name, config in MODELS.items():
+        torch.manual_seed(0)
+        steps[name] = Steps(LanguageModel(replace(config, placement=find_placement(placement))), batch_size)
+    tokens = batch_size * MODELS["dense"].context
+    speeds = {name: [tokens / seconds for seconds in values] for name, values in in_turn(steps, rounds).items()}
+    medians = {f"{name}_tokens_per_second": statistics.median(values) for name, values in speeds.items()}
+    return medians | ratio_summary(speeds["moe"], speeds["dense"])
 
 
 def main() -> None:

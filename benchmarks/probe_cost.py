@@ -1,4 +1,4 @@
-"""What a probed step costs beside a plain one, and what that makes on average; steps of the real trainer in turn."""
+"""The cost of a probed step against a plain one, and its average over a run; the trainer's own steps in turn."""
 
 import argparse
 import statistics

@@ -1,4 +1,4 @@
-"""What the tests of `sdd.functional` draw."""
+"""Inputs that the tests of `sdd.functional` draw."""
 
 import torch
 from hypothesis import settings

@@ -163,7 +163,7 @@ def test_rows_of_queries_may_have_an_eps_and_positions_of_their_own():
 @pytest.mark.parametrize("eps", [1e-5, 1e-6])
 @pytest.mark.parametrize("init_scale", [1.0, 0.1])
 def test_a_bare_up_before_sdd_equals_the_normed_one(init_scale, eps):
-    """What the consumer's norm removes need not be computed, if its eps follows."""
+    """A scale that the consumer's norm removes need not be computed, if the consumer's eps follows it."""
     shapes = (5, 16), (24, 16), (24, 16), (16, 24), (24,), (24,), (16,), (5, 16)
     x, v_gate, v_up, v_down, alpha_gate, alpha_up, alpha_down, dy = randn(0, *shapes)
     weights = [init_scale * (2.5 * 16) ** -0.5 * v for v in (v_gate, v_up, v_down)]

@@ -1,4 +1,4 @@
-"""What a command of `sdd` prints, as the page is built."""
+"""Insert the output of an `sdd` command, run when the page is built."""
 
 import shlex
 from contextlib import redirect_stderr, redirect_stdout

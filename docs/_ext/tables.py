@@ -43,7 +43,7 @@ def eps_text(placement: Placement) -> str:
 
 
 def overrides_text(placement: Placement) -> str:
-    """What single blocks do differently, if any does."""
+    """The norms in which single blocks differ, if any do."""
     changes = [
         f"; block {layer}: " + ", ".join(f"{'no ' if norm is None else ''}`{site}`" for site, norm in sites.items())
         for layer, sites in placement.overrides.items()

@@ -114,7 +114,7 @@ def number(value: Any) -> float:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Let an OSError from inside name the file: that of a full disk does not say where."""
+    """Add the file's name to an OSError raised inside: the error of a full disk names no file."""
     try:
         yield
     except OSError as error:

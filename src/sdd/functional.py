@@ -215,7 +215,7 @@ def check_swiglu(
 
 
 def check_shapes(z: Tensor, other: Tensor, *alphas: Tensor | None) -> None:
-    """Raise ValueError if the two tensors differ in shape, or an alpha has not one element for each feature."""
+    """Raise ValueError if the two tensors differ in shape, or an alpha does not have one element per feature."""
     if z.shape != other.shape:
         raise ValueError(f"tensors of shapes {list(z.shape)} and {list(other.shape)} were given, expected one shape")
     for alpha in alphas:
@@ -408,5 +408,5 @@ def product_dtype(x: Tensor) -> torch.dtype:
 
 
 def cast_once(x: Tensor) -> Tensor:
-    """X in the dtype of the products that read it; autocast would cast it for each of them, and keep every copy."""
+    """Cast `x` once for all products that read it; autocast would make, and keep, one copy for each of them."""
     return x.to(product_dtype(x))

@@ -184,7 +184,8 @@ class RMSNorm(nn.Module):
         """Width, initial scale and eps."""
         scale = "scale=False" if self.weight is None else f"weight_init={self.weight_init:.4g}"
         factor = "" if self.factor == 1 else f", factor={self.factor:.4g}"
-        return f"{self.width}, {scale}, eps={self.eps:g}{factor}"
+        group = "" if self.group is None else f", group={self.group}"
+        return f"{self.width}, {scale}, eps={self.eps:g}{group}{factor}"
 
 
 class ExpertLinear(nn.Module):

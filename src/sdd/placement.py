@@ -177,6 +177,10 @@ class Placement:
             norms |= self.overrides.get(layer, {})
         return {site: norm for site, norm in norms.items() if norm is not None}
 
+    def joins_gate_up(self, norms: Mapping[Site, Norm]) -> bool:
+        """Whether gate and up share one norm group in a block with these norms."""
+        return self.joint_gate_up and norms.keys() >= {"gate", "up"}
+
     def check_depth(self, n_layers: int) -> None:
         """Raise ValueError if an override names a block that a model of `n_layers` blocks does not have."""
         outside = [layer for layer in self.overrides if not -n_layers <= layer < n_layers]

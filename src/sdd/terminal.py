@@ -1,4 +1,4 @@
-"""What commands show on a terminal: progress, durations, aligned tables."""
+"""Terminal output of the commands: progress, durations, aligned tables."""
 
 import sys
 import time

@@ -71,7 +71,7 @@ def folder(tmp_path_factory):
     return folder
 
 
-#: What is right for each command, to which drawn words are added. Of train and study it would take too long.
+#: Valid arguments of each command, to which drawn words are added. Train and study would take too long.
 RIGHT = {
     "resume": ["run"],
     "report": ["run"],

@@ -1,4 +1,4 @@
-"""`sdd probe`: what it finds is what a probe beside training finds, before the update."""
+"""`sdd probe` finds what a probe of a training step finds, before the update."""
 
 import json
 from dataclasses import replace

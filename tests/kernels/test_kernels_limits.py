@@ -1,4 +1,4 @@
-"""What the kernels must bear: wide rows, far offsets, zero rows, repetition, and PyTorch's own checks of operations."""
+"""Limits of the kernels: wide rows, far offsets, zero rows, repetition, and PyTorch's own checks of operations."""
 
 from importlib import import_module
 from typing import Any

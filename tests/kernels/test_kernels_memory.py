@@ -1,4 +1,4 @@
-"""What an operation keeps for its backward pass: its inputs and outputs, or half of their bytes, and numbers a row."""
+"""Memory kept for backward: an operation's inputs and outputs, or half of their bytes, and a few numbers per row."""
 
 from typing import Any
 

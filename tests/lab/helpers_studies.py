@@ -1,4 +1,4 @@
-"""Results of studies that nobody ran."""
+"""Made-up results of studies."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -124,5 +124,5 @@ class FakeLab:
 
 
 def wobble(config: RunConfig) -> float:
-    """What a seed does to every method alike."""
+    """The effect of a seed on the loss, the same for every method."""
     return 0.05 * math.sin(1 + config.seed)

@@ -1,4 +1,4 @@
-"""What studies say of results that nobody ran, whichever way they go."""
+"""The sentences of studies about made-up results, for every outcome."""
 
 import csv
 import io

@@ -1,4 +1,4 @@
-"""What a token costs each method."""
+"""The cost of a token for each method."""
 
 import json
 from pathlib import Path

@@ -1,15 +1,18 @@
 """The lean block against its equations: left-out norms change nothing, in float64 and every gradient."""
 
+import copy
 from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.modules.module import register_module_forward_hook
 
 from sdd import kernels
 from sdd.models import LanguageModel, ModelConfig, MoEConfig, lean
 from sdd.models.elimination import left_out_norms
+from sdd.nn import RMSNorm, SDDLinear
 from sdd.placement import Norm, Placement, placements
 from sdd.probing import Probe
 
@@ -184,7 +187,7 @@ def test_it_matters_that_eps_is_taken_along(monkeypatch):
     kept, left_out = pair(config)
     tokens = torch.randint(0, 61, (1, 128))
     product = lean.product
-    monkeypatch.setattr(lean, "product", lambda layer, read: product(layer, read._replace(square=None)))
+    monkeypatch.setattr(lean, "product", lambda layer, read: product(layer, read._replace(s2=None)))
     assert (left_out(tokens) - kept(tokens)).norm() / kept(tokens).norm() > 0.01
 
 
@@ -223,15 +226,47 @@ def spoil_norm(block):
     block.attn_post = torch.nn.LayerNorm(32)
 
 
-def spoil_residual_rule(block):
-    block.ffn_mix.of_f = 0.5
+def spoil_norm_by_its_like(block):
+    block.attn_post = RMSNorm(32)
 
 
-@pytest.mark.parametrize("spoil", [spoil_hook, spoil_adapter, spoil_norm, spoil_residual_rule])
+def spoil_layer_by_its_like(block):
+    block.ffn.down_proj = torch.nn.Linear(48, 32, bias=True)
+
+
+def spoil_class(block):
+    block.attn.v_proj.__class__ = type("Other", (torch.nn.Linear,), {})
+
+
+@pytest.mark.parametrize(
+    "spoil", [spoil_hook, spoil_adapter, spoil_norm, spoil_norm_by_its_like, spoil_layer_by_its_like, spoil_class]
+)
 def test_what_lean_does_not_know_sends_its_block_to_the_equations(spoil):
     _, model = pair(SHAPE)
     spoil(model.blocks[0])
     assert [lean.runs_lean(block, torch.zeros(1, 2, 32)) for block in model.blocks] == [False, True]
+
+
+def test_a_residual_rule_with_a_factor_on_the_branch_is_not_known():
+    _, model = pair(SHAPE)
+    mix = model.blocks[0].ffn_mix
+    assert lean._is_known(mix)
+    mix.c_f = 0.5
+    assert not lean._is_known(mix)
+
+
+def test_a_hook_on_all_modules_sends_every_block_to_the_equations():
+    _, model = pair(SHAPE)
+    seen = []
+    with register_module_forward_hook(lambda module, args, output: seen.append(type(module))):
+        model(torch.randint(0, 61, (1, 4)))
+    assert seen.count(SDDLinear) == 2 * 4  # q, k, o and down of two blocks
+
+
+def test_a_copy_of_a_model_runs_lean():
+    _, model = pair(SHAPE)
+    copied = copy.deepcopy(model)
+    assert all(lean.runs_lean(block, torch.zeros(1, 2, 32)) for block in copied.blocks)
 
 
 def test_a_recording_probe_sends_every_block_to_the_equations():

@@ -11,7 +11,7 @@ BATCH = 2
 
 
 def counted(config: ModelConfig, checkpoint: bool) -> int:
-    """What torch counts of a forward and backward pass, attention as plain matrix products."""
+    """FLOPs of a forward and backward pass as torch counts them, attention as plain matrix products."""
     model = LanguageModel(config)
     model.checkpoint_blocks = checkpoint
     tokens = drawn_tokens(config)

@@ -1,4 +1,4 @@
-"""What a model starts from: matrices, alphas, devices."""
+"""The initial values of a model: matrices, alphas, devices."""
 
 import math
 from dataclasses import replace

@@ -214,6 +214,15 @@ def test_the_chunked_loss_is_the_loss(tied: bool):
     )
 
 
+def test_the_cross_entropy_of_a_step_is_without_its_z_loss():
+    model = tiny_model("sdd")
+    tokens = drawn_tokens(model.config)
+    plain, with_z = (model(tokens, tokens.roll(-1, 1), z_loss=weight, detailed=True) for weight in (0.0, 0.5))
+    z_loss = model(tokens).float().logsumexp(-1).square().mean()
+    torch.testing.assert_close(with_z.cross_entropy, plain.cross_entropy)
+    torch.testing.assert_close(with_z.total, plain.total + 0.5 * z_loss)
+
+
 @pytest.mark.parametrize("settings", [{"chunked": True}, {"reduction": "none"}])
 def test_z_loss_needs_all_logits_and_a_mean(settings: dict):
     x, head = torch.randn(1, 3, 4), torch.randn(5, 4)
@@ -224,7 +233,7 @@ def test_z_loss_needs_all_logits_and_a_mean(settings: dict):
 def test_logits_of_bfloat16_weights_are_turned_into_a_float32_loss():
     x, head = torch.randn(1, 3, 4).bfloat16(), torch.randn(5, 4).bfloat16()
     targets = torch.tensor([[1, 2, 3]])
-    loss = cross_entropy(x, head, targets)
+    loss, _ = cross_entropy(x, head, targets)
     torch.testing.assert_close(loss, F.cross_entropy((x @ head.T).float()[0], targets[0]))
 
 

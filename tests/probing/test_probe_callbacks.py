@@ -1,4 +1,4 @@
-"""One line attaches a probe to the trainers of others; what it finds is what it finds in a plain loop."""
+"""A probe attached to transformers' or Lightning's Trainer finds the same numbers as in a plain loop."""
 
 import json
 import os

@@ -374,7 +374,7 @@ def test_an_optimizer_whose_step_is_compiled():
 
 @pytest.mark.slow
 def test_points_are_no_part_of_a_compiled_graph():
-    """Neither a graph break nor an operation; and whether anything records is no question to it."""
+    """Points add no graph break and no operation, and the graph does not depend on whether a probe records."""
     graphs = []
 
     def keep(graph, _):

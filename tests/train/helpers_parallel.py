@@ -13,7 +13,7 @@ _SPAWN.set_forkserver_preload(
 
 
 def in_world(size, function, *args):
-    """What `function(world, *args)` returns in each of `size` processes, in the order of their ranks.
+    """Call `function(world, *args)` in each of `size` processes and return the answers in rank order.
 
     The processes are forked from one that has imported everything, which takes a fraction of torchrun's time.
     """

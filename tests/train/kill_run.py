@@ -150,7 +150,7 @@ def compare(whole, killed):
 
 
 def read_environment(run):
-    """What bit-equality depends on, as it was recorded."""
+    """The recorded parts of the environment on which bit-equality depends."""
     found = json.loads((run / "environment.json").read_text())
     return {name: found[name] for name in ("torch", "cpu", "device", "precision", "threads")}
 

@@ -324,7 +324,7 @@ def test_settings_and_surroundings_that_changed_are_told(scratch, capsys):
         reopened(run)
         err = capsys.readouterr().err
         assert "settings changed since step 12: optim.lr 0.004 -> 0.001\n" in err
-        assert f"not bit for bit what an uninterrupted run gives: threads {before} -> {before + 1}\n" in err
+        assert f"not bit-identical to an uninterrupted run: threads {before} -> {before + 1}\n" in err
     finally:
         torch.set_num_threads(before)
 

@@ -10,7 +10,7 @@ ROW = {"step": 3, "loss": 1.5, "event": "x", "tokens": 7, "grad_norm": math.inf}
 
 
 def scalars(folder):
-    """What TensorBoard itself reads: (step, value) by name."""
+    """The scalars as TensorBoard itself reads them: (step, value) by name."""
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     events = accumulator.EventAccumulator(str(folder))
     events.Reload()

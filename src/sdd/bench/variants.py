@@ -98,7 +98,7 @@ class Variant:
         self.attempt(steps_and_peak, device)
 
     def attempt(self, call: Callable[[], Any], device: torch.device) -> None:
-        """Call, unless memory did not suffice before; if it does not suffice now, free it and note that."""
+        """Call, unless an earlier call ran out of memory; if this one does, free its memory and record the failure."""
         if not self.failed and runs_out_of_memory(call):
             self.failed = OUT_OF_MEMORY
             self.seconds.clear()

@@ -183,5 +183,5 @@ def _measured(
     return record
 
 
-#: What a benchmark gives: its record, and what makes lines of text of it.
+#: The answer of a benchmark: its record, and the function that turns the record into lines of text.
 _Answer = tuple[Record, Callable[[dict[str, Any]], list[str]]]

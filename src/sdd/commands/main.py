@@ -82,7 +82,7 @@ def _exit_code(args: list[str]) -> int:
 
 
 def _failed(line: str) -> int:
-    """Tell the failure on whichever process of a job meets it, since the others may not."""
+    """Report the failure from the process that meets it, since the others of its job may not meet it."""
     _tell(f"sdd: failed: {line}", int(os.environ.get("RANK", 0)))
     return 3
 

@@ -39,7 +39,7 @@ class Parser(argparse.ArgumentParser):
         return namespace
 
     def _known_spelling(self, word: str) -> str:
-        """`--optim.weight_decay` for `--optim.weight-decay`."""
+        """Turn `--optim.weight-decay` into the known `--optim.weight_decay`."""
         name, equals, value = word.partition("=")
         other = "--" + name[2:].replace("-", "_")
         known = self._option_string_actions

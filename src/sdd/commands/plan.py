@@ -47,7 +47,7 @@ def main(args: list[str]) -> int:
 def _parser() -> Parser:
     parser = Parser(
         "sdd plan",
-        "What a run needs of given GPUs, before anything is run: memory, time and GPU-hours.",
+        "Memory, time and GPU-hours that a run needs on given GPUs, before anything is run.",
         "PRESET --gpu NAME [--gpus N] [OPTIONS]",
     )
     add_preset(parser)

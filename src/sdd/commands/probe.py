@@ -24,7 +24,7 @@ from sdd.train.router_stats import RouterStats
 from sdd.train.sharding import build_model
 from sdd.train.starting import fit_vocabulary
 
-#: What a table shows of one model: by label of the line and name of the statistic.
+#: The numbers of one model in a table, by label of the line and name of the statistic.
 Table = Mapping[str, Mapping[str, Any]]
 
 #: Loads of more experts than fit on a screen are shown by --json only.

@@ -134,7 +134,10 @@ def _checked(path: str) -> Path:
     for known in get_args(Path):
         if path == known:
             return known
-    raise UserError(f"SDD_KERNELS={path!r} is no path of the kernels: choose one of {', '.join(get_args(Path))}")
+    raise UserError(
+        f"{path!r} (from SDD_KERNELS or sdd.kernels.use) is not a path of the kernels: choose one of "
+        f"{', '.join(get_args(Path))}"
+    )
 
 
 def _check_triton(z: Tensor) -> None:

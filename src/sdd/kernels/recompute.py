@@ -67,7 +67,7 @@ def residual_postnorm(z, residual, alpha, post_alpha, *, dtype, **options) -> tu
 
 
 def residual_prenorm(z, residual, alpha, norm_alpha, *, residual_scale, eps, norm_eps, dtype) -> tuple[Tensor, Tensor]:
-    """S and `norm_alpha * norm(s)`."""
+    """Return s and `norm_alpha * norm(s)`."""
     stream = _stream(z, residual, alpha, residual_scale, eps)
     return stream.to(residual.dtype), scaled_norm(stream, norm_alpha, eps=norm_eps, dtype=dtype or residual.dtype)
 

@@ -184,7 +184,7 @@ class Engine:
         )
 
     def _first_rounds(self) -> dict[str, list[NamedRun]]:
-        """The runs that are known beforehand. Of the last round after tuning only their number is: any rate will do."""
+        """The runs to announce beforehand. The last round's rates are not tuned yet: any rate stands in for them."""
         plan, rates = self.plan, self.plan.first_rates
         grid = [self._run(names, rate, seed) for names in self._pairs for rate in rates for seed in plan.grid_seeds]
         last = [self._run(names, rates[len(rates) // 2], seed) for names in self._pairs for seed in plan.seeds]

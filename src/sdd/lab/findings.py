@@ -14,7 +14,7 @@ from sdd.lab.statistics import Estimate, mean_interval
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-#: Stands in tables for a number that there is not.
+#: Placeholder in tables for a missing number.
 NOTHING = "-"
 
 

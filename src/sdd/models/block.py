@@ -23,8 +23,9 @@ from sdd.kernels import scaled_norm
 from sdd.models.config import ModelConfig
 from sdd.models.kv_cache import Extend
 from sdd.models.moe import MoE, Routing
-from sdd.nn import RMSNorm, SDDLinear
-from sdd.placement import DEPTH_FACTORS, RESIDUALS, Norm, Site
+from sdd.models.sites import norm_at, projection_at
+from sdd.nn import SDDLinear
+from sdd.placement import RESIDUALS, Norm, Site
 
 #: Cosine and sine at the tokens' positions, `[T, D]`, or `[B, 1, T, D]` where rows stand at different ones.
 Rope = tuple[Tensor, Tensor]
@@ -38,10 +39,10 @@ class Block(nn.Module):
         norms = config.placement.layer(index, config.n_layers)
 
         def norm(site: Site) -> nn.Module:
-            return norm_at(norms.get(site), config, device, layer=index + 1)
+            return norm_at(norms.get(site), config, device, index + 1)
 
         self.attn_in = norm("attn_in")
-        self.attn = Attention(config, norms, norm("ctx"), device)
+        self.attn = Attention(config, norms, index + 1, device)
         self.attn_mix = Mix(config, 2 * index + 1)
         self.attn_post = norm("attn_post")
         self.ffn_in = norm("ffn_in")
@@ -78,15 +79,15 @@ class Mix(nn.Module):
 
     def __init__(self, config: ModelConfig, sublayer: int) -> None:
         super().__init__()
-        self.of_x, self.of_f = RESIDUALS[config.placement.residual](sublayer, config.n_layers)
+        self.c_x, self.c_f = RESIDUALS[config.placement.residual](sublayer, config.n_layers)
 
     def forward(self, x: Tensor, f: Tensor) -> Tensor:
         """`c_x * x + c_f * f`; a factor of 1 costs no pass over memory."""
-        return (x if self.of_x == 1 else self.of_x * x) + (f if self.of_f == 1 else self.of_f * f)
+        return (x if self.c_x == 1 else self.c_x * x) + (f if self.c_f == 1 else self.c_f * f)
 
     def extra_repr(self) -> str:
         """The two factors."""
-        return f"{self.of_x:.4g} * x + {self.of_f:.4g} * f"
+        return f"{self.c_x:.4g} * x + {self.c_f:.4g} * f"
 
 
 class Attention(nn.Module):
@@ -96,7 +97,7 @@ class Attention(nn.Module):
         self,
         config: ModelConfig,
         norms: dict[Site, Norm],
-        ctx: nn.Module,
+        layer: int,
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
@@ -106,7 +107,7 @@ class Attention(nn.Module):
         self.q_proj = projection_at(C, C, norms.get("q"), config, device)
         self.k_proj = projection_at(C, KD, norms.get("k"), config, device)
         self.v_proj = projection_at(C, KD, norms.get("v"), config, device)
-        self.ctx = ctx
+        self.ctx = norm_at(norms.get("ctx"), config, device, layer)
         self.o_proj = projection_at(C, C, norms.get("attn_out"), config, device)
 
     def forward(self, x_BTC: Tensor, rope: Rope, mask: Tensor | None = None, extend: Extend | None = None) -> Tensor:
@@ -145,7 +146,7 @@ class FeedForward(nn.Module):
     def __init__(self, config: ModelConfig, norms: dict[Site, Norm], device: torch.device | str | None = None) -> None:
         super().__init__()
         C, F_ = config.d_model, config.d_ff
-        self.joint = config.placement.joint_gate_up and {"gate", "up"} <= norms.keys()
+        self.joint = config.placement.joins_gate_up(norms)
         self.gate_proj = projection_at(C, F_, norms.get("gate"), config, device)
         self.up_proj = projection_at(C, F_, norms.get("up"), config, device)
         self.down_proj = projection_at(F_, C, norms.get("ffn_out"), config, device)
@@ -182,47 +183,3 @@ def feed_forward(
     width = config.moe.d_shared
     shared = FeedForward(replace(config, d_ff=width), norms, device) if width else None
     return MoE(config, norms, shared, device)
-
-
-def projection_at(
-    in_features: int, out_features: int, norm: Norm | None, config: ModelConfig, device: torch.device | str | None
-) -> nn.Linear | SDDLinear:
-    """A plain Linear, or an SDDLinear if its site has a norm."""
-    if norm is None:
-        return nn.Linear(in_features, out_features, bias=False, device=device)
-    return SDDLinear(
-        in_features,
-        out_features,
-        bias=False,
-        device=device,
-        group=_group(norm, config),
-        shared_alpha=norm.shared_alpha,
-        alpha_init=norm.alpha(config.n_layers),
-        eps=norm.eps,
-    )
-
-
-def norm_at(norm: Norm | None, config: ModelConfig, device: torch.device | str | None, layer: int = 1) -> nn.Module:
-    """The RMSNorm of a site that is no projection; the identity, which costs nothing, if it has no norm.
-
-    Args:
-        norm: of the site.
-        config: gives the widths and the depth.
-        device: as in every module.
-        layer: the block's number l, from 1, for a factor by depth.
-    """
-    if norm is None:
-        return nn.Identity()
-    return RMSNorm(
-        config.head_dim if norm.shared_alpha else config.d_model,
-        norm.alpha(config.n_layers),
-        norm.eps,
-        device,
-        group=_group(norm, config),
-        scale=norm.scale,
-        factor=DEPTH_FACTORS[norm.depth_factor](layer),
-    )
-
-
-def _group(norm: Norm, config: ModelConfig) -> int | None:
-    return config.head_dim if norm.group == "head" else None

@@ -167,7 +167,7 @@ def _norm_sections(config: ModelConfig) -> list[list[str]]:
             title = "Norms in every block" if len(which) == len(layers) else f"Norms in block {', '.join(which)}"
             sites: list[Site] = [site for site in SITES if site not in MODEL_SITES]
             left_out = left_out_norms(config, layers.index(norms))
-            note = ["left out: all readers of this norm cancel its scale; computed on a CPU; see model.eliminate_norms"]
+            note = ["left out where the fused kernels run: its readers cancel it; see model.eliminate_norms"]
             rows = [*_norms(norms, config, sites, left_out), *(note if left_out else [])]
             sections.append([title, *indented(rows)])
     return sections

@@ -19,7 +19,7 @@ values, `h = z / s`, `s^2 = mean(z^2) + eps`, the reader gets z in place of h an
 
 gradients included, since s^2 is differentiated. A mere floor under the root would be cheaper by one number a token but
 only agrees to eps / mean((V h)^2), which small init scales make large. The statistic is free where a kernel reads the
-producer anyway.
+producer anyway. `sdd.models.lean` computes it: `Read` holds s^2, and `product` gives the reader its eps'.
 
 Source: the observation is this project's own; see docs/design.md.
 """
@@ -34,9 +34,10 @@ def left_out_norms(config: ModelConfig, index: int) -> frozenset[Site]:
         return frozenset()
     placement = config.placement
     norms = placement.layer(index, config.n_layers)
-    joint = placement.joint_gate_up and norms.keys() >= {"gate", "up"}
+    if any(not norm.scale or norm.depth_factor != "one" for norm in norms.values()):
+        return frozenset()  # the lean block does not know these norms
     found: set[Site] = set()
-    if norms.keys() >= {"up", "ffn_out"} and not joint:
+    if norms.keys() >= {"up", "ffn_out"} and not placement.joins_gate_up(norms):
         found.add("up")
     if norms.keys() >= {"ctx", "attn_out"} and norms["ctx"].group == "full":
         found.add("ctx")

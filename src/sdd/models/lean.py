@@ -14,19 +14,20 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules import module as module_globals
 
 from sdd import kernels, probe_points
 from sdd.functional import Eps, cast_once, product_dtype, statistics_dtype
 from sdd.kernels.experts import Order, dispatch
-from sdd.models.block import Attention, Block, FeedForward, Mix, Rope
+from sdd.models.block import Block, FeedForward, Mix, Rope
 from sdd.models.config import ModelConfig
 from sdd.models.elimination import left_out_norms
 from sdd.models.kv_cache import Extend
 from sdd.models.moe import MoE, Routing
-from sdd.nn import ExpertLinear, RMSNorm, SDDExpertLinear, SDDLinear
+from sdd.nn import RMSNorm, SDDExpertLinear, SDDLinear
 
-_KNOWN = (nn.Linear, SDDLinear, ExpertLinear, SDDExpertLinear, RMSNorm, nn.Identity, Mix, Attention, FeedForward, MoE)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_GLOBAL_HOOKS = tuple(f"_global{hooks}" for hooks in _HOOKS)
 
 
 class LeanBlock(Block):
@@ -35,12 +36,16 @@ class LeanBlock(Block):
     Attributes:
         left_out: sites whose norms `lean` does not compute.
         force_lean: run `lean` on every device, as tests do; modules that it does not know still prevent it.
+        known: whether `lean` knows all norms and the residual rule of the placement.
+        built: every module with its name and class, as they were built.
     """
 
     def __init__(self, config: ModelConfig, index: int, device: torch.device | str | None = None) -> None:
         super().__init__(config, index, device)
         self.left_out = left_out_norms(config, index)
         self.force_lean = False
+        self.known = all(_is_known(module) for module in self.modules())
+        self.built = tuple((name, module, type(module)) for name, module in self.named_modules() if name)
 
     def forward(
         self, x_BTC: Tensor, rope: Rope, mask: Tensor | None = None, extend: Extend | None = None
@@ -60,32 +65,40 @@ def runs_lean(block: LeanBlock, x: Tensor) -> bool:
     """
     if not (block.force_lean or kernels.path_of(x) == "triton") or product_dtype(x) == torch.float16:
         return False
-    return not probe_points.recording() and _is_as_built(block) and block.attn_mix.of_f == block.ffn_mix.of_f == 1
+    return block.known and not probe_points.recording() and _is_as_built(block)
 
 
-def _is_as_built(module: nn.Module) -> bool:
-    for child in module._modules.values():
-        if child is None:
-            continue
-        if type(child) not in _KNOWN or any(getattr(child, hooks) for hooks in _HOOKS) or not _is_as_built(child):
-            return False
-        if type(child) is RMSNorm and (child.weight is None or child.factor != 1):
-            return False
-    return True
+def _is_known(module: nn.Module) -> bool:
+    """Whether `lean` can compute what this module does."""
+    if isinstance(module, RMSNorm):
+        return module.weight is not None and module.factor == 1
+    return module.c_f == 1 if isinstance(module, Mix) else True
+
+
+def _is_as_built(block: LeanBlock) -> bool:
+    """Whether the block still holds the modules that it was built with, and nothing looks at them."""
+    if any(getattr(module_globals, hooks) for hooks in _GLOBAL_HOOKS):
+        return False
+    # a module may be another one, or have become another class in its place
+    now = {name: module for name, module in block.named_modules() if name}
+    return all(
+        now.get(name) is module and type(module) is kind and not any(getattr(module, hooks) for hooks in _HOOKS)
+        for name, module, kind in block.built
+    ) and len(now) == len(block.built)
 
 
 class Read(NamedTuple):
-    """What projections read: `gain * x / sqrt(square)`, of which they compute only what does not cancel.
+    """The input `gain * x / s` of projections, factor by factor: they fold gain into V, s^2 into eps.
 
     Attributes:
         x: `[..., N]`; with a norm that was left out, its input.
         gain: alpha `[N]` of the norm that was left out, which the readers take into their columns; None if x has it.
-        square: `mean(z^2) + eps` of the norm that was left out, at least float32 `[...]`; None if none was.
+        s2: `s^2 = mean(z^2) + eps` of the norm that was left out, at least float32 `[...]`; None if none was.
     """
 
     x: Tensor
     gain: Tensor | None = None
-    square: Tensor | None = None
+    s2: Tensor | None = None
 
 
 class Product(NamedTuple):
@@ -126,7 +139,7 @@ def lean(
 
 
 def normed(norm: nn.Module, x: Tensor, left_out: bool) -> Read:
-    """`norm(x)` as the projections read it, or x and what is left of the norm."""
+    """`norm(x)`; or if the norm is left out, x with the gain and the s^2 that its readers need."""
     if left_out:
         assert isinstance(norm, RMSNorm)
         return Read(cast_once(x), weight_of(norm), mean_square(x) + norm.eps)
@@ -136,13 +149,14 @@ def normed(norm: nn.Module, x: Tensor, left_out: bool) -> Read:
 
 
 def product(layer: nn.Module, read: Read) -> Product:
-    """`z = V x`; the gain of a norm that was left out goes into V's columns, its square into eps."""
+    """`z = V x`; the gain of a norm that was left out goes into V's columns, its s^2 into eps."""
     assert isinstance(layer, nn.Linear | SDDLinear)
     weight = layer.weight if read.gain is None else (layer.weight * read.gain).to(layer.weight.dtype)
     z = F.linear(read.x, weight)
     if not isinstance(layer, SDDLinear):
+        assert read.s2 is None, "a norm before a plain layer cannot be left out"
         return Product(z)
-    return Product(z, layer, layer.eps if read.square is None else layer.eps * read.square)
+    return Product(z, layer, layer.eps if read.s2 is None else layer.eps * read.s2)
 
 
 def scaled(p: Product) -> Tensor:
@@ -160,8 +174,8 @@ def gated(gate: Product, up: Product, joint: bool, left_out: bool) -> Read:
     """`silu(alpha_g * norm(z_g)) * (alpha_u * norm(z_u))`, the norm of z_u left out or not."""
     if left_out:
         assert up.alpha is not None
-        h, square = kernels.sdd_swiglu_bare_up(gate.z, up.z, gate.alpha, up.alpha, eps=gate.eps)
-        return Read(h, None, square + up.eps)
+        h, mean_square_up = kernels.sdd_swiglu_bare_up(gate.z, up.z, gate.alpha, up.alpha, eps=gate.eps)
+        return Read(h, None, mean_square_up + up.eps)
     up_eps = None if joint else up.eps
     return Read(kernels.sdd_swiglu(gate.z, up.z, gate.alpha, up.alpha, joint=joint, eps=gate.eps, up_eps=up_eps))
 
@@ -169,7 +183,7 @@ def gated(gate: Product, up: Product, joint: bool, left_out: bool) -> Read:
 def between(p: Product, x: Tensor, stream: Tensor, block: LeanBlock, left_out: bool) -> tuple[Tensor, Read]:
     """The stream after the attention, `attn_post(c * x + alpha * norm(z))`, and what the feed-forward network reads."""
     mix, post, then = block.attn_mix, block.attn_post, block.ffn_in
-    options: dict[str, Any] = {"residual_scale": mix.of_x, "eps": p.eps, "dtype": product_dtype(x)}
+    options: dict[str, Any] = {"residual_scale": mix.c_x, "eps": p.eps, "dtype": product_dtype(x)}
     if isinstance(post, nn.Identity) and isinstance(then, RMSNorm) and not left_out:
         x, h = kernels.residual_prenorm(p.z, x, p.alpha, weight_of(then), norm_eps=then.eps, **options)
         return x, Read(h)
@@ -183,7 +197,7 @@ def between(p: Product, x: Tensor, stream: Tensor, block: LeanBlock, left_out: b
 def added(p: Product, x: Tensor, stream: Tensor, mix: Mix, post: nn.Module) -> Tensor:
     """`post(c * x + alpha * norm(z))`."""
     norm = {"post_alpha": weight_of(post), "post_eps": post.eps} if isinstance(post, RMSNorm) else {}
-    return kernels.residual_norm(p.z, x, p.alpha, residual_scale=mix.of_x, eps=p.eps, kept=stream, **norm)
+    return kernels.residual_norm(p.z, x, p.alpha, residual_scale=mix.c_x, eps=p.eps, kept=stream, **norm)
 
 
 def kept(h: Read, x: Tensor, norm: nn.Module) -> Tensor:
@@ -213,8 +227,8 @@ def experts(moe: MoE, x_MC: Tensor, order: Order, left_out: bool) -> Tensor:
     if left_out:
         assert alpha_up is not None
         assert isinstance(down, SDDExpertLinear)
-        h_MF, square_M = kernels.expert_swiglu_bare_up(z_gate, z_up, alpha_gate, alpha_up, order, eps=eps)
-        return down.scale(down.product(h_MF, order), order, down.eps * (square_M + up_eps))
+        h_MF, mean_square_M = kernels.expert_swiglu_bare_up(z_gate, z_up, alpha_gate, alpha_up, order, eps=eps)
+        return down.scale(down.product(h_MF, order), order, down.eps * (mean_square_M + up_eps))
     norms = {"joint": moe.joint, "eps": eps, "up_eps": None if moe.joint else up_eps}
     return down(kernels.expert_swiglu(z_gate, z_up, alpha_gate, alpha_up, order, **norms), order)
 

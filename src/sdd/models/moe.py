@@ -29,7 +29,8 @@ from sdd import probe_points
 from sdd.functional import cast_once, swiglu
 from sdd.kernels.experts import Order, collect, dispatch, expert_scaled_norm, sort_by_expert
 from sdd.models.config import ModelConfig, MoEConfig
-from sdd.nn import ExpertLinear, SDDExpertLinear
+from sdd.models.sites import experts_at
+from sdd.nn import SDDExpertLinear
 from sdd.placement import Norm, Site
 
 
@@ -82,11 +83,11 @@ class MoE(nn.Module):
         assert config.moe is not None
         C, F = config.d_model, config.d_ff
         self.top_k, self.renormalise = config.moe.top_k, config.moe.renormalise
-        self.joint = config.placement.joint_gate_up and {"gate", "up"} <= norms.keys()
+        self.joint = config.placement.joins_gate_up(norms)
         self.router = nn.Linear(C, config.moe.n_experts, bias=False, device=device)
-        self.gate_proj = _experts_at(C, F, norms.get("gate"), config, device)
-        self.up_proj = _experts_at(C, F, norms.get("up"), config, device)
-        self.down_proj = _experts_at(F, C, norms.get("ffn_out"), config, device)
+        self.gate_proj = experts_at(C, F, norms.get("gate"), config, device)
+        self.up_proj = experts_at(C, F, norms.get("up"), config, device)
+        self.down_proj = experts_at(F, C, norms.get("ffn_out"), config, device)
         self.shared = shared
 
     def forward(self, x_BTC: Tensor) -> tuple[Tensor, Routing]:
@@ -137,17 +138,6 @@ class MoE(nn.Module):
         probe_points.projection(gate, z_M2F, y_gate)
         probe_points.projection(up, z_M2F, y_up)
         return y_gate, y_up
-
-
-def _experts_at(
-    in_features: int, out_features: int, norm: Norm | None, config: ModelConfig, device: torch.device | str | None
-) -> ExpertLinear:
-    """Plain layers, or with a norm at their site SDD layers."""
-    assert config.moe is not None
-    shape = (config.moe.n_experts, in_features, out_features, device)
-    if norm is None:
-        return ExpertLinear(*shape)
-    return SDDExpertLinear(*shape, alpha_init=norm.alpha(config.n_layers), eps=norm.eps)
 
 
 def auxiliary_losses(

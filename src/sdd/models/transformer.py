@@ -14,12 +14,12 @@ from torch.utils.checkpoint import checkpoint
 
 from sdd import functional as sdd_F
 from sdd import probe_points
-from sdd.models.block import norm_at
 from sdd.models.config import ModelConfig
 from sdd.models.init import init_weights
 from sdd.models.kv_cache import KVCache
 from sdd.models.lean import LeanBlock
 from sdd.models.moe import Routing, auxiliary_losses
+from sdd.models.sites import norm_at
 
 
 class TrainingLoss(NamedTuple):
@@ -27,7 +27,7 @@ class TrainingLoss(NamedTuple):
 
     Attributes:
         total: with gradient.
-        cross_entropy: `total` without the auxiliary losses of a mixture of experts, detached.
+        cross_entropy: `total` without the z-loss and the auxiliary losses of a mixture of experts, detached.
         routing: of all layers, detached; None of a dense model, and in evaluation mode.
     """
 
@@ -121,13 +121,13 @@ class LanguageModel(nn.Module):
             logits_BTV = F.linear(x_BTC, self.head_weight)
             probe_points.output("logits", logits_BTV)
             return logits_BTV
-        loss = cross_entropy(
+        loss, penalty = cross_entropy(
             x_BTC, self.head_weight, targets_BT, z_loss=z_loss, reduction=reduction, chunked=self.chunked_loss
         )
-        total, routing = loss, None
+        total, routing = loss if penalty is None else loss + penalty, None
         if self.config.moe is not None and self.training and reduction == "mean":
             auxiliary, routing = auxiliary_losses(layers, self.config.moe, self.sum_counts)
-            total = loss + auxiliary
+            total = total + auxiliary
         return TrainingLoss(total, loss.detach(), routing) if detailed else total
 
     def hidden(
@@ -183,17 +183,20 @@ def cross_entropy(
     z_loss: float = 0.0,
     reduction: str = "mean",
     chunked: bool = False,
-) -> Tensor:
-    """Cross-entropy of `softmax(head x)` in nats a token, in at least float32.
+) -> tuple[Tensor, Tensor | None]:
+    """Cross-entropy of `softmax(head x)` in nats a token, and the z-loss, both in at least float32.
 
     Args:
         x_BTC: the last hidden state.
         head_weight: `[V, C]`.
         targets_BT: int64.
-        z_loss: weight of the mean `logsumexp(logits)^2` added to the loss (arXiv 2204.02311).
+        z_loss: weight of the z-loss, the mean of `logsumexp(logits)^2` (arXiv 2204.02311).
         reduction: "mean", or "none" for `[B, T]` (without z_loss).
         chunked: use torch's chunked `linear_cross_entropy` (torch >= 2.13), which never holds all logits. It has
             neither z_loss nor a second derivative.
+
+    Returns:
+        The cross-entropy, and the z-loss times its weight, which a training step adds; None where the weight is 0.
 
     Raises:
         ValueError: if z_loss is given with reduction "none" or with chunked.
@@ -203,14 +206,14 @@ def cross_entropy(
     x_NC, targets_N = x_BTC.flatten(0, 1), targets_BT.flatten()
     if chunked and reduction == "mean":
         options = nn.LinearCrossEntropyOptions()  # pyright: ignore[reportAttributeAccessIssue]
-        return F.linear_cross_entropy(x_NC, head_weight, targets_N, options=options)  # pyright: ignore[reportAttributeAccessIssue]
+        loss = F.linear_cross_entropy(x_NC, head_weight, targets_N, options=options)  # pyright: ignore[reportAttributeAccessIssue]
+        return loss, None
     logits_NV = F.linear(x_NC, head_weight)
     probe_points.output("logits", logits_NV)
     logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
     loss = F.cross_entropy(logits_NV, targets_N, reduction=reduction)
-    if z_loss:
-        loss = loss + z_loss * logits_NV.logsumexp(-1).square().mean()
-    return loss if reduction == "mean" else loss.view_as(targets_BT)
+    penalty = z_loss * logits_NV.logsumexp(-1).square().mean() if z_loss else None
+    return (loss if reduction == "mean" else loss.view_as(targets_BT)), penalty
 
 
 #: Whether this torch has the chunked loss.

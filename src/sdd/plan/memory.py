@@ -13,7 +13,7 @@ p = (P_m + P_e)/N + P_s parameters. In bytes:
     loss, block  the most that is held on top of these while the loss and its gradient are computed, and before and
                  after that; measured. Gradients of weights on the way to where they are kept belong to it
 
-Parts that are never there together do not add up: the peak counts the larger of loss and block.
+Loss and block are never held at the same time, so the peak counts only the larger of them.
 """
 
 from dataclasses import asdict, dataclass, replace

@@ -11,7 +11,7 @@ Settings = Mapping[str, Any]
 
 
 def advice(kind: Kind, settings: Settings) -> str:
-    """What to try, as one line.
+    """Advice against an alarm, as one line.
 
     Args:
         kind: of the alarm.

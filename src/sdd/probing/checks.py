@@ -67,7 +67,7 @@ TURN_SHARE = 1e-3
 _EARLIER, _FEWEST = 8, 3
 #: A number has left its range beyond this many robust standard deviations of its logarithm and a factor of two.
 _DEVIATIONS, _FACTOR = 6.0, math.log(2)
-# The statistics in the order in which a spike passes them, and which place it passes first.
+# The statistics in the order in which a spike reaches them, and whether its first or its last site is the origin.
 _FORWARD_BACKWARD_UPDATE = (("rms", "logit_max"), min), (("grad_rms", "weight_grad_rms"), max), (("update_ratio",), min)
 _SIGMA_PER_MAD = 1.4826  # of a normal distribution
 _BLOCK = re.compile(r"^((?:.*?\.)?(\d+))(?:\.|$)")
@@ -235,8 +235,8 @@ def origin(reading: Reading, before: Sequence[Reading]) -> tuple[str, str] | Non
     """Find where a spike began: the place whose numbers left their usual range first, and those numbers.
 
     Outputs and attention logits are looked at first, then gradients, then updates. Of the places that left their range
-    by at least the square root of the largest factor, it is the first in the model's order; for gradients the last, as
-    they come from behind.
+    by at least the square root of the largest factor, it is the first in the model's order; for gradients the last,
+    because gradients flow backwards.
 
     Args:
         reading: the step to look at.

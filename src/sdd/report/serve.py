@@ -25,7 +25,7 @@ from sdd.errors import UserError
 from sdd.report import require_report_extra
 
 HOST, PORT = "127.0.0.1", 8765
-#: The next page begins at least so many seconds after the last one did, and so many times as long as that one took.
+#: Least time between the starts of two pages: in seconds, and as a multiple of the time that the last one took.
 SECONDS_BETWEEN, TIMES_THE_LAST = 5.0, 3.0
 #: Seconds that the end of a run waits for a browser to fetch the last page; live.js asks every four seconds.
 LINGER = 12.0

@@ -186,7 +186,7 @@ def prune(folder: Path, keep: int, newest: Path) -> None:
     Args:
         folder: RUN/checkpoints.
         keep: how many of the newest to keep; 0 keeps all.
-        newest: the one just written. Later ones are damaged or given up, and go: the run does their steps again.
+        newest: the checkpoint just written. Those of later steps are damaged or rolled back, and are deleted too.
     """
     there = list_checkpoints(folder)
     kept = [path for path in there if step_of(path) <= step_of(newest)][-keep:]  # [-0:] is all

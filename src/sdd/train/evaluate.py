@@ -70,7 +70,7 @@ def evaluate(
     total = 0.0
     with gathered(model):
         for rows in world.share(len(windows)).split(batch_size):
-            tokens = windows[rows].to(device)  # -1 repeats the last one: every process must make as many passes
+            tokens = windows[rows].to(device)  # -1 repeats the last: all processes must make equally many passes
             with torch.autocast(device.type, autocast_dtype, enabled=autocast_dtype is not None):
                 losses = model(tokens[:, :-1], tokens[:, 1:], document_eos=document_eos, reduction="none")
             total += losses[rows >= 0].double().sum().item()

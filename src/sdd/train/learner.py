@@ -17,7 +17,7 @@ from sdd.train.sharding import average_gradients, build_model, compile_model
 
 
 class Learner:
-    """The parts that `config` names and that learn: data, model and optimiser. It writes no files.
+    """The model of a run with its data and optimiser: gradients, updates and held-out loss. It writes no files.
 
     Args:
         config: the run.
@@ -56,7 +56,7 @@ class Learner:
             compile_model(self.model)
 
     def draw_weights(self) -> None:
-        """Give the model the weights that the seed gives, and the optimiser no state."""
+        """Draw the initial weights from the seed, and clear the optimiser's state."""
         torch.manual_seed(self.config.seed)
         self.model.init_weights()
         self.optimizer.state.clear()
@@ -65,8 +65,8 @@ class Learner:
         """Forward and backward passes of one step (from 0), at its learning rate. The gradients are not yet clipped.
 
         Returns:
-            Loss in nats a token, of the whole batch, without the auxiliary losses of a mixture of experts; still on the
-            device, and the same on every process.
+            Cross-entropy of the whole batch in nats a token, without z-loss and the auxiliary losses of a mixture of
+            experts; still on the device, and the same on every process.
         """
         set_learning_rate(self.optimizer, learning_rate(self.config.optim, step + 1, self.config.steps))
         parts = self._batch(step).chunk(self._passes)

@@ -91,7 +91,7 @@ class RunLog:
             yield
 
     def reset_alarms(self) -> None:
-        """Forget the rows so far: what was an alarm before may be one again."""
+        """Forget the rows so far, so that an alarm raised before can be raised again."""
         self.alarms = Alarms(config_io.flatten(config_io.to_dict(self._config)))
 
     def say(self, line: str) -> None:

@@ -26,13 +26,13 @@ from sdd.errors import RunFailed, SddError, UserError
 
 T = TypeVar("T")
 
-#: How long the processes wait for one of them before they give it up. Tokenising on first use must fit in.
+#: How long the processes wait for a missing one before they give up. Tokenising on first use must take less.
 TIMEOUT = timedelta(minutes=30)
 _PATIENCE = timedelta(seconds=10)
 _ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_MAX_RESTARTS")
 _store: Store | None = None  # shared by the processes of this attempt at the job
-#: torchrun looks every 0.1 seconds whether a process is gone: after these seconds it has surely seen it.
+#: Seconds after which torchrun, which polls every 0.1 seconds, has surely noticed that a process has ended.
 _TORCHRUN_LOOKS = 1.0
 
 
@@ -64,7 +64,7 @@ def pick_autocast(precision: str, device: torch.device) -> torch.dtype | None:
 
 
 class StopSignals:
-    """While entered, the first Ctrl-C or SIGTERM is noted and the step in hand goes on; the second raises.
+    """Context in which the first Ctrl-C or SIGTERM is only noted, so that the step is finished; the second raises.
 
     Attributes:
         received: whether one has come.
@@ -163,7 +163,7 @@ class World:
         return next(n for n in range(1, rows + 1) if rows % n == 0 and n * self.size >= accumulate)
 
     def share(self, n: int) -> Tensor:
-        """The indices (int64) of this rank's part of n items. Every rank gets as many; -1 fills up."""
+        """The indices (int64) of this rank's part of n items. All parts have one length; -1 pads them."""
         each = -(-n // self.size)
         indices = torch.arange(self.rank * each, (self.rank + 1) * each)
         return indices.masked_fill(indices >= n, -1)
@@ -200,7 +200,7 @@ class World:
         return cast("list[T]", self.gather(own))[0]
 
     def in_turn(self, function: Callable[[], T]) -> T:
-        """`together`, on rank 0 first, then on one process a machine, then on the rest, which find caches filled."""
+        """`together` in three turns, so that later ones find caches filled: rank 0, one process a machine, the rest."""
         turn = 0 if self.is_main else 1 if self.local_rank == 0 else 2
         results = [self.together(function if each == turn else _nothing) for each in range(3)]
         return cast("T", results[turn])

@@ -24,7 +24,7 @@ from torch import Tensor
 from sdd.spikes import Usual
 from sdd.train.config import GuardConfig
 
-#: No weight of a healthy model comes near. A weight whose top exponent bit flipped stands at 1e36 or above.
+#: Far above any weight of a healthy model. A flip of the top exponent bit multiplies a weight below 2 by 2^128 (3e38).
 LARGEST_WEIGHT = 1e6
 
 
@@ -33,8 +33,8 @@ class Problem:
     """A fault of a step, or of the weights.
 
     Attributes:
-        kind: which of the tests failed.
-        what: the numbers, for people.
+        kind: the check that failed.
+        what: the measured numbers, as text for messages.
     """
 
     kind: Literal["nonfinite", "loss spike", "gradient spike", "damaged weights"]
@@ -43,7 +43,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Decision:
-    """What to do with a step.
+    """The guard's decision about a step.
 
     Attributes:
         action: see the head of this file.
@@ -60,9 +60,9 @@ class Decision:
 
 
 class Guard:
-    """Judges the steps of a run by the accepted ones before, with the thresholds of `sdd.spikes`.
+    """Judges each step of a run against the accepted steps before it, with the thresholds of `sdd.spikes`.
 
-    All processes of a run are told the same and so decide the same.
+    All processes of a run receive the same numbers, so all reach the same decision.
 
     Args:
         config: thresholds, and what to do.
@@ -100,7 +100,7 @@ class Guard:
         return None
 
     def decide(self, step: int, problem: Problem | None, damage: Problem | None = None) -> Decision:
-        """Decide about a step. The answer depends on the arguments and the guard's state, which stays as it is.
+        """Decide what to do with a step. This reads the guard's state and does not change it.
 
         Args:
             step: steps done before this one.
@@ -156,7 +156,7 @@ class Guard:
         self._worst_step = max(self._worst_step, step)
 
     def note_event(self, step: int) -> bool:
-        """Record an event; True if the step after it is to be probed. Of events within a window, the first counts."""
+        """Record an event; return whether the next step is to be probed: only after the first event of a window."""
         if self.looked_at is not None and abs(step - self.looked_at) < self.config.window:
             return False
         self.looked_at = step
@@ -168,7 +168,7 @@ class Guard:
         return {"skipped_batches": self.skipped, "guard": usual}
 
     def load_state_dict(self, state: dict[str, Any], looked_at: int | None) -> None:
-        """Take up the state of a checkpoint. The count of rollbacks stays as it is, for it counts over them."""
+        """Restore the state that a checkpoint holds. The count of rollbacks is kept, because it spans rollbacks."""
         self.skipped, self.looked_at = sorted(set(state["skipped_batches"])), looked_at
         self._usual = Usual(self.config.window)
         for loss, norm in zip(state["guard"]["losses"], state["guard"]["norms"], strict=True):
@@ -176,7 +176,7 @@ class Guard:
 
 
 def weight_problem(parameters: Iterable[Tensor]) -> Problem | None:
-    """Whether a weight is not finite or absurdly large, as memory faults leave them.
+    """Return the problem if a weight is not finite or absurdly large, as memory faults leave it; None otherwise.
 
     A normalised model can hide such a weight from loss and gradient: the norm divides it away, and the layer is dead.
     """

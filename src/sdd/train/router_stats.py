@@ -23,8 +23,8 @@ class RouterStats:
     """Statistics of the routing of all tokens of a step, kept on the device until they are asked for.
 
     Args:
-        passes: the routing of each forward pass: counts of all processes, the rest of this one.
-        world: the processes; all must make one.
+        passes: the routing of each forward pass. Its counts cover all processes, the rest this one.
+        world: the processes; all of them must create their `RouterStats` at the same point.
     """
 
     def __init__(self, passes: Sequence[Routing], world: World) -> None:

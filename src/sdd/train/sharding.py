@@ -60,6 +60,8 @@ def average_gradients(model: LanguageModel, world: World) -> None:
         return
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     gradients = [gradient for gradient in gradients if not isinstance(gradient, DTensor)]
+    if not gradients:  # a placement without any alpha or norm weight
+        return
     mean = world.mean(torch.cat([gradient.flatten() for gradient in gradients]))
     for gradient, part in zip(gradients, mean.split([gradient.numel() for gradient in gradients]), strict=True):
         gradient.copy_(part.view_as(gradient))
@@ -67,7 +69,7 @@ def average_gradients(model: LanguageModel, world: World) -> None:
 
 @contextmanager
 def gathered(model: LanguageModel) -> Iterator[None]:
-    """Inside the block, every rank holds embedding, final norm and head of a sharded model whole.
+    """Context in which every rank holds the whole embedding, final norm and head of a sharded model.
 
     So all ranks can call parts of the model other than its `forward`. Afterwards each rank holds its part again; a
     forward pass that no backward pass follows would leave them whole.

@@ -157,7 +157,7 @@ def load_newest(folder: Path, load: Callable[[Path], State], say: Callable[[str]
 
 
 def remarks(state: dict[str, Any], config: dict[str, Any], environment: dict[str, Any]) -> Iterator[str]:
-    """A line each for settings and surroundings that may change and are not those of the checkpoint."""
+    """One line on the settings, and one on the environment, that have changed since the checkpoint."""
     settings = [
         f"{name} {before} -> {now}"
         for name, before, now in _changes(state["config"], config)
@@ -172,7 +172,7 @@ def remarks(state: dict[str, Any], config: dict[str, Any], environment: dict[str
         if then.get(name) != environment[name]
     ]
     if around:
-        yield one_line(f"from here on not bit for bit what an uninterrupted run gives: {', '.join(around)}")
+        yield one_line(f"from here on not bit-identical to an uninterrupted run: {', '.join(around)}")
 
 
 def _changes(before: dict[str, Any], now: dict[str, Any]) -> Iterator[tuple[str, str, str]]:

@@ -1,4 +1,4 @@
-"""The training loop of a run: its steps, the files it writes, and acting on what the guard decides."""
+"""The training loop of a run: it takes the steps, writes the files, and carries out the guard's decisions."""
 
 import time
 from dataclasses import replace
@@ -23,7 +23,7 @@ from sdd.train.parallel import ALONE, StopSignals, World
 from sdd.train.recovery import Decision, Guard, Problem, weight_problem
 from sdd.train.run_dir import RunDir, environment
 
-#: Steps between looks at all weights. A look reads each weight once, a tenth of what the optimiser's step moves.
+#: Steps between checks of all weights. A check reads each weight once: a tenth of the bytes that an update moves.
 CHECK_EVERY = 10
 
 
@@ -116,7 +116,7 @@ class Trainer(Learner):
         """
         state = starting.load_newest(self.run_dir.checkpoints, self.resume, self.log.say, self.world)
         if state is None:
-            self.log.say("no checkpoint yet: at step 0 again")
+            self.log.say("no checkpoint yet: starting again at step 0")
             self.begin_again()
             return
         for line in starting.remarks(state, config_io.to_dict(self.config), self.environment()):
@@ -140,7 +140,7 @@ class Trainer(Learner):
         self._stand_at(0, {"guard": {"losses": [], "norms": []}, "skipped_batches": []})
 
     def _stand_at(self, step: int, state: dict[str, Any]) -> None:
-        """Take up the state of guard and probe, and drop the rows of later steps."""
+        """Set the run to `step`: restore guard and probe, and drop the rows of later steps."""
         self.step = step
         looks = state.get("looks") or {"asked": False, "at": None}
         self.probe.asked = looks["asked"]
@@ -233,7 +233,7 @@ class Trainer(Learner):
     # --- one step, and what the guard decides about it
 
     def _take_step(self) -> bool:
-        """Try the present step, and do with it as the guard decides; True if it was taken."""
+        """Compute the present step and do what the guard decides; return whether the step was taken."""
         began = time.perf_counter()
         with self.probe.step(self.optimizer, self.step + 1):
             loss, grad_norm = (value.item() for value in self.gradients(self.step))

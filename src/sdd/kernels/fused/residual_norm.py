@@ -224,7 +224,7 @@ def residual_postnorm(
 
 
 def residual_prenorm(z, residual, alpha, norm_alpha, *, residual_scale, eps, norm_eps, dtype) -> tuple[Tensor, Tensor]:
-    """S and `norm_alpha * norm(s)`."""
+    """Return s and `norm_alpha * norm(s)`."""
     sdd_F.check_shapes(z, residual, alpha, norm_alpha)
     dtype = dtype or residual.dtype
     if z.shape[-1] > MAX_FUSED:

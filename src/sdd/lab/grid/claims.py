@@ -1,4 +1,4 @@
-"""Claims: which of several machines that share a folder has which run.
+"""Claims: which machine does which run, where several machines share a folder.
 
     CLAIMS/NAME/0/owner.json    the first claim on the run NAME
     CLAIMS/NAME/1/owner.json    the next, after the first was given up or its owner was lost; the highest number counts

@@ -2,8 +2,8 @@
 
     OUT/timing.json     seconds a token of each arm; delete it to time them anew
 
-The wall clocks of runs do not compare methods: whatever else the machine did meanwhile is in them. So steps of all
-methods are timed in turn, when no run of the study stands beside them.
+Wall-clock times of runs cannot compare methods, because they include whatever else the machine did. So steps of all
+methods are timed in turn, while no run of the study is going.
 """
 
 import json
