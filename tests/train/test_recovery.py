@@ -336,7 +336,7 @@ SPIKE, NAN, DAMAGE = Problem("loss spike", "a"), Problem("nonfinite", "b"), Prob
 
 
 def test_a_sound_step_is_taken():
-    assert guard_after([]).decide(0, None) == Decision("take")
+    assert guard_after([]).decide(None) == Decision("take")
 
 
 @pytest.mark.parametrize(
@@ -352,14 +352,14 @@ def test_a_sound_step_is_taken():
     ],
 )
 def test_the_config_says_what_is_done_about_a_problem(problem, changes, action):
-    decision = guard_after([], **changes).decide(0, problem)
+    decision = guard_after([], **changes).decide(problem)
     assert (decision.action, decision.problem) == (action, problem)
 
 
 @pytest.mark.parametrize("problem", [None, SPIKE, NAN])
 @pytest.mark.parametrize(("nonfinite", "action"), [("skip", "roll back"), ("stop", "stop")])
 def test_a_damaged_weight_is_never_the_fault_of_the_batch(problem, nonfinite, action):
-    decision = guard_after([], nonfinite=nonfinite).decide(0, problem, DAMAGE)
+    decision = guard_after([], nonfinite=nonfinite).decide(problem, DAMAGE)
     assert (decision.action, decision.problem, decision.skips_batch) == (action, DAMAGE, False)
 
 
@@ -367,25 +367,25 @@ def test_patience_counts_skips_in_a_row():
     guard = guard_after([], patience=2)
     guard.skip(0)
     guard.taken(0, 1.0, 1.0)
-    assert guard.decide(1, NAN).action == "skip"
+    assert guard.decide(NAN).action == "skip"
     guard.skip(2)
-    assert guard.decide(1, NAN) == Decision("roll back", NAN, skips_batch=True)
+    assert guard.decide(NAN) == Decision("roll back", NAN, skips_batch=True)
 
 
 def test_rollbacks_count_until_the_worst_step_is_passed():
     guard = guard_after([], max_rollbacks=1)
     guard.rolled_back(5, [5])
     guard.taken(5, 1.0, 1.0)
-    assert guard.decide(5, None, DAMAGE).action == "stop"
+    assert guard.decide(None, DAMAGE).action == "stop"
     guard.taken(6, 1.0, 1.0)
-    assert guard.decide(7, None, DAMAGE).action == "roll back"
+    assert guard.decide(None, DAMAGE).action == "roll back"
 
 
 @given(QUIET, st.sampled_from([None, SPIKE, NAN]), st.sampled_from([None, DAMAGE]))
 def test_to_decide_changes_nothing(quiet, problem, damage):
     guard = guard_after(quiet)
     before = guard.state_dict()
-    assert guard.decide(99, problem, damage) == guard.decide(99, problem, damage)
+    assert guard.decide(problem, damage) == guard.decide(problem, damage)
     assert guard.state_dict() == before
 
 

@@ -42,7 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _exit_code(args)
     from sdd.train.parallel import speaks, supervised
 
-    logging.basicConfig(level=logging.INFO if speaks() else logging.ERROR, format="%(message)s")
+    logging.basicConfig(level=logging.WARNING if speaks() else logging.ERROR, format="%(message)s")
+    logging.getLogger("sdd").setLevel(logging.INFO if speaks() else logging.ERROR)  # other packages only warn
     return supervised(partial(_exit_code, args))
 
 

@@ -99,18 +99,17 @@ class Guard:
             return Problem("gradient spike", spike.what)
         return None
 
-    def decide(self, step: int, problem: Problem | None, damage: Problem | None = None) -> Decision:
+    def decide(self, problem: Problem | None, damage: Problem | None = None) -> Decision:
         """Decide what to do with a step. This reads the guard's state and does not change it.
 
         Args:
-            step: steps done before this one.
             problem: the answer of `judge`.
             damage: the answer of `weight_problem`, if the weights were looked at.
         """
         if damage is not None:  # the weights are to blame, not the batch
             if self.config.nonfinite == "stop":
                 return Decision("stop", damage, reason="; ".join(each.what for each in (problem, damage) if each))
-            return self._roll_back(step, damage)
+            return self._roll_back_or_stop(damage)
         if problem is None:
             return Decision("take")
         if problem.kind == "nonfinite" and self.config.nonfinite == "stop":
@@ -119,9 +118,9 @@ class Guard:
             return Decision("take", problem)
         if self._skips_in_a_row + 1 < self.config.patience:
             return Decision("skip", problem, skips_batch=True)
-        return self._roll_back(step, problem, skips_batch=True)
+        return self._roll_back_or_stop(problem, skips_batch=True)
 
-    def _roll_back(self, step: int, problem: Problem, *, skips_batch: bool = False) -> Decision:
+    def _roll_back_or_stop(self, problem: Problem, *, skips_batch: bool = False) -> Decision:
         """Decide to roll back, or to stop if that did not help before."""
         if self._rollbacks < self.config.max_rollbacks:
             return Decision("roll back", problem, skips_batch)

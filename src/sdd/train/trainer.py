@@ -220,7 +220,7 @@ class Trainer(Learner):
             stop = self.world.any(self._signals.received)
             saving = last or stop or _due(self.step, self.config.checkpoint_every)
             checking = saving or _due(self.step, CHECK_EVERY)
-            if checking and not self._follow(self.guard.decide(self.step, None, self._damage())):
+            if checking and not self._follow(self.guard.decide(None, self._damage())):
                 continue
             if last or _due(self.step, self.config.eval_every):
                 evaluation = self._log_evaluation()
@@ -238,7 +238,7 @@ class Trainer(Learner):
         with self.probe.step(self.optimizer, self.step + 1):
             loss, grad_norm = (value.item() for value in self.gradients(self.step))
             problem = self.guard.judge(loss, grad_norm)
-            decision = self.guard.decide(self.step, problem, self._damage() if problem else None)
+            decision = self.guard.decide(problem, self._damage() if problem else None)
             if decision.action == "take":
                 self.update()
             elif decision.action != "stop":  # the step that ends a run is recorded like any other
