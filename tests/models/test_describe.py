@@ -31,7 +31,7 @@ def test_one_preset_shows_counts_flops_and_every_norm(placement: Placement) -> N
     for site in placement.norms:
         left_out = ", left out" if site in left_out_norms(config, 0) else ""
         assert re.search(rf"^  {site} +(SDD layer|RMSNorm){left_out}  ", text, re.MULTILINE), site
-    assert ("left out: " in text) == bool(left_out_norms(config, 0))
+    assert ("left out where" in text) == bool(left_out_norms(config, 0))
     if "attn_out" in placement.norms:
         alpha = placement.norms["attn_out"].alpha(8)
         assert re.search(rf"^  attn_out .*{alpha:.4g}", text, re.MULTILINE)
