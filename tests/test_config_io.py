@@ -80,3 +80,29 @@ def test_a_drawn_file_is_refused_in_one_line(tmp_path_factory, content):
     with pytest.raises(UserError) as error:
         config_io.load(file)
     assert "\n" not in str(error.value)
+
+
+def as_written_before(config):
+    """The values of a config as the version before `residual`, `scale` and `depth_factor` wrote them."""
+    values = config_io.to_dict(config)
+    placement = values["model"]["placement"]
+    rule = placement.pop("residual")
+    placement["residual_scale"] = "one" if rule == "x + f" else rule.removesuffix(" x + f")
+    for sites in (placement["norms"], *placement["overrides"].values()):
+        for norm in filter(None, sites.values()):
+            del norm["scale"], norm["depth_factor"]
+    return values
+
+
+@pytest.mark.parametrize("name", placements)
+def test_a_config_of_an_earlier_version_is_the_config_of_today(name):
+    values = config_io.to_dict(preset("nano"))
+    values["model"]["placement"] = name
+    config = config_io.from_dict(values)
+    assert config_io.from_dict(as_written_before(config)) == config
+    assert config_io.with_current_placement(as_written_before(config)) == config_io.to_dict(config)
+
+
+@pytest.mark.parametrize("values", [{}, {"model": 3}, {"model": {}}, {"model": {"placement": {"norms": {"qq": {}}}}}])
+def test_a_config_without_a_valid_placement_is_left_to_others(values):
+    assert config_io.with_current_placement(values) == values

@@ -169,6 +169,21 @@ def _resolve_placement(values: Mapping[str, Any]) -> dict[str, Any]:
     return {**values, "model": model}
 
 
+def with_current_placement(values: dict[str, Any]) -> dict[str, Any]:
+    """A stored config whose placement has every field of today, as an earlier version's lacks some.
+
+    A placement that is not valid stays as it is.
+    """
+    values = _resolve_placement(values)
+    if not isinstance(values.get("model"), Mapping):
+        return values
+    try:
+        placement = TypeAdapter(Placement).validate_python(values["model"].get("placement"))
+    except ValidationError:
+        return values
+    return {**values, "model": {**values["model"], "placement": to_dict(placement)}}
+
+
 def _first_problem(error: ValidationError) -> str:
     """The first problem of a failed validation, in one line."""
     problem = error.errors(include_url=False)[0]

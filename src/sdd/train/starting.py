@@ -177,7 +177,7 @@ def remarks(state: dict[str, Any], config: dict[str, Any], environment: dict[str
 
 def _changes(before: dict[str, Any], now: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
     """Name, old and new value of each field that differs; fields that the checkpoint's version lacked are left out."""
-    then, now = config_io.flatten(before), config_io.flatten(now)
+    then, now = config_io.flatten(config_io.with_current_placement(before)), config_io.flatten(now)
     for name, _, _ in config_io.fields():
         if name in then and then[name] != now.get(name):
             yield name, _word(then[name]), _word(now.get(name))
