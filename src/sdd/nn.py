@@ -29,7 +29,9 @@ class SDDLinear(nn.Module):
 
     It is not a subclass of `nn.Linear`, because code that takes it for a plain matrix would be silently wrong: merging
     a LoRA adapter into V changes the output, a quantiser or serving engine that replaces every `nn.Linear` drops the
-    norm, and a training library may draw its weight again. Such code now leaves the layer alone, or refuses it.
+    norm, and a training library may draw its weight again. Such code now leaves the layer alone, or refuses it. Code
+    that reads `.weight` without asking for the class, as the fused path of `nn.TransformerEncoderLayer`, still sees V
+    alone: `sdd.convert` switches that path off.
 
     A state dict of an `nn.Linear` of the same shape loads into it (strictly): V and b are taken from it, alpha keeps
     its present value. A state dict that an `SDDLinear` wrote must hold alpha.

@@ -36,7 +36,6 @@ class LeanBlock(Block):
     Attributes:
         left_out: sites whose norms `lean` does not compute.
         force_lean: run `lean` on every device, as tests do; modules that it does not know still prevent it.
-        known: whether `lean` knows all norms and the residual rule of the placement.
         built: every module with its name and class, as they were built.
     """
 
@@ -44,7 +43,6 @@ class LeanBlock(Block):
         super().__init__(config, index, device)
         self.left_out = left_out_norms(config, index)
         self.force_lean = False
-        self.known = all(_is_known(module) for module in self.modules())
         self.built = tuple((name, module, type(module)) for name, module in self.named_modules() if name)
 
     def forward(
@@ -65,26 +63,26 @@ def runs_lean(block: LeanBlock, x: Tensor) -> bool:
     """
     if not (block.force_lean or kernels.path_of(x) == "triton") or product_dtype(x) == torch.float16:
         return False
-    return block.known and not probe_points.recording() and _is_as_built(block)
-
-
-def _is_known(module: nn.Module) -> bool:
-    """Whether `lean` can compute what this module does."""
-    if isinstance(module, RMSNorm):
-        return module.weight is not None and module.factor == 1
-    return module.c_f == 1 if isinstance(module, Mix) else True
+    return not probe_points.recording() and _is_as_built(block)
 
 
 def _is_as_built(block: LeanBlock) -> bool:
-    """Whether the block still holds the modules that it was built with, and nothing looks at them."""
+    """Whether the block holds the modules that it was built with, each known to `lean`, and nothing looks at them."""
     if any(getattr(module_globals, hooks) for hooks in _GLOBAL_HOOKS):
         return False
-    # a module may be another one, or have become another class in its place
     now = {name: module for name, module in block.named_modules() if name}
-    return all(
-        now.get(name) is module and type(module) is kind and not any(getattr(module, hooks) for hooks in _HOOKS)
-        for name, module, kind in block.built
-    ) and len(now) == len(block.built)
+    return len(now) == len(block.built) and all(
+        now.get(name) is module and type(module) is kind and _is_known(module) for name, module, kind in block.built
+    )
+
+
+def _is_known(module: nn.Module) -> bool:
+    """Whether `lean` computes what this module does: it has no hook, no bias and no `forward` of its own."""
+    if any(getattr(module, hooks) for hooks in _HOOKS) or "forward" in vars(module):
+        return False
+    if isinstance(module, RMSNorm):
+        return module.weight is not None and module.factor == 1
+    return module.c_f == 1 if isinstance(module, Mix) else module._parameters.get("bias") is None
 
 
 class Read(NamedTuple):
