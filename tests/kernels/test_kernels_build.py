@@ -1,5 +1,6 @@
 """Every kernel compiles to machine code, GPU or not: the interpreter takes Python that the compiler does not."""
 
+import json
 import os
 import re
 import subprocess
@@ -12,24 +13,50 @@ import pytest
 import sdd.kernels
 
 SOURCES = Path(sdd.kernels.__file__).parent / "fused"
+ROOT = Path(__file__).parents[2]
+CHECK = ROOT / "benchmarks" / "compile_kernels.py"
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(find_spec("triton") is None, reason="no Triton")]
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(find_spec("triton") is None, reason="no Triton")
-def test_every_kernel_compiles(tmp_path: Path) -> None:
+def run(cache: Path, *command: str | Path) -> subprocess.CompletedProcess[str]:
+    """Run a script in a process without interpreter."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, Path(__file__).with_name("build_kernels.py")],
-        env=environment | {"TRITON_CACHE_DIR": str(tmp_path)},
-        capture_output=True,
-        text=True,
-    )
+    environment["TRITON_CACHE_DIR"] = str(cache)
+    return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True)
+
+
+def test_every_kernel_compiles(tmp_path: Path) -> None:
+    """The narrowest row and one that takes two passes: together they launch every kernel there is."""
+    done = run(tmp_path, CHECK, "--json", "--widths", "128", "32768")
     assert done.returncode == 0, done.stderr
-    built = {tuple(line.split()[:2]) for line in done.stdout.splitlines()}
+    usages = json.loads(done.stdout)["kernels"]
     written = {
-        (file.stem, name)
+        f"{file.stem}.{name}"
         for file in SOURCES.glob("*.py")
         for name in re.findall(r"@jit\ndef (\w+_kernel)\(", file.read_text(encoding="utf-8"))
     }
     assert len(written) > 8
-    assert built == written
+    assert {usage["kernel"] for usage in usages} == written
+    assert all(0 < usage["registers"] <= 255 and usage["stack"] == 0 for usage in usages)
+    for usage in usages:
+        assert usage["warps"] <= usage["resident"] <= 64
+        assert usage["resident"] * usage["registers"] * 32 <= 65_536  # the registers of a multiprocessor
+
+
+def test_a_kernel_that_spills_must_be_listed(tmp_path: Path) -> None:
+    script = Path(__file__).with_name("spilling_kernel.py")
+    alone, listed = run(tmp_path, script), run(tmp_path, script, "--listed")
+    (usage,) = json.loads(alone.stdout)["kernels"]
+    assert 16 <= usage["registers"] <= 255
+    assert usage["stack"] >= 4 * (512 - 255)  # a thread holds 512 numbers, in at most 255 registers
+    assert alone.returncode == 1
+    assert "held at 2048" in alone.stderr
+    assert "is not on the list of spills" in alone.stderr
+    assert listed.returncode == 0, listed.stderr
+
+
+def test_the_check_is_written_for_the_pinned_triton() -> None:
+    pinned = re.search(r"^triton==([\d.]+)", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.MULTILINE)
+    assert pinned
+    assert f'TRITON = "{pinned[1]}"' in CHECK.read_text(encoding="utf-8")

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from sdd import functional as sdd_F
+from sdd.functional import Eps
 from sdd.kernels import recompute
 from sdd.kernels.fused.common import (
     MAX_BLOCK,
@@ -215,7 +216,7 @@ def residual_postnorm(
         stream = residual_norm(z, residual, alpha, residual_scale=residual_scale, eps=eps)
         y = scaled_norm(stream, post_alpha, eps=post_eps)
         return y, y.to(dtype)
-    (row_eps, eps), narrow = row_eps_of(eps, z), None if dtype == residual.dtype else dtype
+    (row_eps, eps), narrow = _row_eps(eps, alpha, z), None if dtype == residual.dtype else dtype
     _, y, copy, *_ = residual_norm_op(
         z, residual, alpha, row_eps, post_alpha, kept, float(residual_scale), eps, post_eps, False,
         residual.dtype, narrow,
@@ -230,8 +231,12 @@ def residual_prenorm(z, residual, alpha, norm_alpha, *, residual_scale, eps, nor
     if z.shape[-1] > MAX_FUSED:
         stream = residual_norm(z, residual, alpha, residual_scale=residual_scale, eps=eps)
         return stream, scaled_norm(stream, norm_alpha, eps=norm_eps, dtype=dtype)
-    (row_eps, eps), narrow = row_eps_of(eps, z), dtype if narrower(dtype, residual.dtype) else None
+    (row_eps, eps), narrow = _row_eps(eps, alpha, z), dtype if narrower(dtype, residual.dtype) else None
     s, y, *_ = residual_norm_op(
         z, residual, alpha, row_eps, norm_alpha, None, float(residual_scale), eps, norm_eps, True, dtype, narrow
     )
     return s, y
+
+
+def _row_eps(eps: Eps, alpha: Tensor | None, z: Tensor) -> tuple[Tensor | None, float]:
+    return (None, 0.0) if alpha is None else row_eps_of(eps, z)  # no norm of z: its eps gets no gradient

@@ -39,11 +39,10 @@ def forward_kernel(
     there = column < WIDTH
     g = load_row(z_gate_ptr + row * gate_stride, column, there)
     u = load_row(z_up_ptr + row * up_stride, column, there)
-    if not BY_COLUMN:  # a branch without a norm: unwritten memory would break that equal inputs give equal bits
-        if not GATE:
-            tl.store(r_ptr + 2 * row, 1.0)
-        if UP != 2:
-            tl.store(r_ptr + 2 * row + 1, 1.0)
+    if not GATE:  # a branch without a norm: unwritten memory would break that equal inputs give equal bits
+        tl.store(r_ptr + 2 * row, 1.0)
+    if UP != 2:
+        tl.store(r_ptr + 2 * row + 1, 1.0)
     r_gate = 1.0
     if GATE:
         if BY_COLUMN:

@@ -1,0 +1,35 @@
+"""`benchmarks/compile_kernels.py` on a kernel that must spill; --listed allows it. Run by `test_kernels_build.py`."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+import torch
+import triton
+import triton.language as tl
+
+import compile_kernels
+
+jit: Any = triton.jit
+
+
+@jit
+def held(x_ptr, y_ptr, BLOCK: tl.constexpr):
+    """512 numbers a thread, all needed before and after a sum: no thread has more than 255 registers."""
+    column = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + column)
+    tl.store(y_ptr + column, x / tl.sum(x))
+
+
+def launch(*_: Any) -> None:
+    x = torch.empty(16_384)
+    held[(1,)](x, torch.empty_like(x), BLOCK=16_384, num_warps=1)
+
+
+compile_kernels.operations = lambda width: [("held", "", [], {})]
+compile_kernels.run = launch
+listed = [compile_kernels.Spill("__main__.held", 2048, 10_000, "a test")] if "--listed" in sys.argv else []
+compile_kernels.SPILLS = tuple(listed)
+sys.argv = ["compile_kernels", "--json", "--widths", "2048"]
+sys.exit(compile_kernels.main())
