@@ -94,6 +94,9 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         _at_least(0, self, "final_lr", "decay_fraction", "beta1", "beta2", most=1)
+        for name in ("beta1", "beta2"):
+            if getattr(self, name) == 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be less than 1: a mean that never moves")
         _at_least(0, self, "lr", "warmup", "eps", "grad_clip", "z_loss")
         _at_least(0, self, "weight_decay", "alpha_weight_decay", "embedding_weight_decay")
         if self.schedule not in ("cosine", "wsd", "constant"):
