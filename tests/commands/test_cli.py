@@ -54,6 +54,10 @@ def command(line, *more, **options):
         ("train nano --data /no/such/file.txt", ["/no/such/file.txt"]),
         ("train nano --accumulate 3", ["accumulate=3", "data.batch_size=4"]),
         ("train nano --chunked_loss true --optim.z_loss 0.1", ["chunked_loss", "z_loss"]),
+        ("train nano --steps 10 --warmup 10", ["optim.warmup=10", "steps=10", "at most 9"]),
+        ("train nano --steps 10 --optim.schedule wsd --optim.decay_fraction 0", ["optim.decay_fraction=0", "0.1"]),
+        ("train nano --optim.beta2 1", ["beta2=1.0", "less than 1"]),
+        ("study lr --steps 10 --warmup 10", ["optim.warmup=10", "steps=10"]),
         ("train nano --printed-shape", ["--printed-shape", "nano"]),
         ("train nano --model.vocab_size 100", ["model.vocab_size=100"]),
         ("train /no/such/config.json", ["/no/such/config.json"]),
@@ -161,6 +165,27 @@ def test_config_json_feeds_back_in(tmp_path):
     assert run("train", tmp_path / "one" / "config.json", "--out", tmp_path / "two") == 0
     one, two = ((tmp_path / name / "config.json").read_text() for name in ("one", "two"))
     assert one == two
+
+
+@pytest.mark.parametrize(
+    ("options", "warmup", "said"), [("--warmup 2", 2, False), ("", 2, True), ("--optim.schedule wsd", 2, True)]
+)
+def test_a_warm_up_that_nobody_gave_shrinks_to_a_short_run(options, warmup, said, tmp_path, capsys):
+    assert run(f"train nano {TINY} {options} --out", tmp_path / "run") == 0
+    assert ("optim.warmup 40 -> 2" in capsys.readouterr().err) == said
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    rates = [row["lr"] for row in rows if "lr" in row]
+    assert (max(rates), rates[-1]) == pytest.approx((4e-3, 4e-4))
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["optim"]["warmup"] == warmup
+
+
+def test_a_config_json_with_a_schedule_that_does_not_fit_is_run_again_as_it_is(tmp_path, capsys):
+    assert run(f"train nano {TINY} --out", tmp_path / "one") == 0
+    config = json.loads((tmp_path / "one" / "config.json").read_text())
+    config["optim"]["warmup"] = 40
+    (tmp_path / "old.json").write_text(json.dumps(config))
+    assert run("train", tmp_path / "old.json", "--out", tmp_path / "two") == 0
+    assert json.loads((tmp_path / "two" / "config.json").read_text())["optim"]["warmup"] == 40
 
 
 def test_the_vocabulary_grows_to_the_data(tmp_path):

@@ -13,8 +13,12 @@ from sdd.report.serve import LivePage
 from sdd.train import RunConfig, Trainer, config_io
 from sdd.train.config import resolve
 from sdd.train.parallel import World, joined
+from sdd.train.schedule import fit
 from sdd.train.starting import fit_vocabulary
 from sdd.train.trainer import start
+
+#: The fields that decide whether a schedule fits its run.
+_OF_THE_SCHEDULE = {"steps", "optim.warmup", "optim.schedule", "optim.decay_fraction"}
 
 
 def main(args: list[str]) -> int:
@@ -27,11 +31,14 @@ def main(args: list[str]) -> int:
         if getattr(options, "model.vocab_size") is None:
             config = fit_vocabulary(config, world.in_turn(lambda: resolve(config)))
         live = world.together(lambda: live_page(options, world))
-        return finish(start(config, out, world), options, live)
+        trainer = start(config, out, world)
+        if options.fitted:
+            trainer.log.say(options.fitted)
+        return finish(trainer, options, live)
 
 
 def parse(args: list[str]) -> tuple[RunConfig, argparse.Namespace]:
-    """The run that the arguments ask for, and all options."""
+    """The run that the arguments ask for, and all options; `fitted` is the line about its schedule, or None."""
     parser = Parser(
         "sdd train",
         "Train a preset. Every field of the run can be set; what is not set comes from the preset.",
@@ -42,7 +49,12 @@ def parse(args: list[str]) -> tuple[RunConfig, argparse.Namespace]:
     add_shared(parser)
     add_fields(parser)
     options = parser.parse_known(args)
-    return config_io.with_overrides(base_config(options.preset, options.printed_shape), overrides(options)), options
+    given = overrides(options)
+    config, options.fitted = config_io.with_overrides(base_config(options.preset, options.printed_shape), given), None
+    # the schedule of a config.json that is run again stays as it is
+    if Path(options.preset).suffix != ".json" or _OF_THE_SCHEDULE & given.keys():
+        config, options.fitted = fit(config, given)
+    return config, options
 
 
 def add_shared(parser: Parser) -> None:

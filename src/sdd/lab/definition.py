@@ -17,6 +17,7 @@ from sdd.lab.results import RunResult
 from sdd.models import ModelConfig, model_presets
 from sdd.placement import Placement, placements
 from sdd.train import RunConfig, config_io, preset
+from sdd.train.schedule import fit
 
 #: Fields that a study sets itself in every run.
 OWN_FIELDS = ("seed", "model.placement", "guard.nonfinite", "guard.spikes", "sample_tokens", "keep_checkpoints")
@@ -165,6 +166,8 @@ class PlannedStudy:
         self.rates = rates
         self.conditions = _without_rates(definition.conditions) if request.tuned else definition.conditions
         _check_overrides(definition, request)
+        #: One line about the schedule, if it was fitted to a short run.
+        self.fitted: str | None = None
         #: The run without arm, condition and seed; its learning rate is the base rate.
         self.base = self._base()
         if self.base.model.moe is None and any(arm.dense for arm in self.arms):
@@ -207,7 +210,7 @@ class PlannedStudy:
 
     def _base(self) -> RunConfig:
         sized = {**self.definition.sizes.get(self.request.preset, {}), **self.request.overrides}
-        run = config_io.with_overrides(preset(self.request.preset), sized)
+        run, self.fitted = fit(config_io.with_overrides(preset(self.request.preset), sized), self.request.overrides)
         if "eval_every" not in sized:
             run = replace(run, eval_every=max(1, run.steps // _EVALUATIONS))
         guard = replace(run.guard, nonfinite="stop", spikes="observe")  # a study observes

@@ -167,6 +167,8 @@ class Engine:
         missing = [run for runs in rounds.values() for run in runs if not self._has_result(*run)]
         self._say(f"{plan.definition.name}: {plan.definition.question}")
         self._say(_shape(plan))
+        if plan.fitted:
+            self._say(plan.fitted)
         for what, runs in rounds.items():
             tokens = sum(config.steps * config.tokens_per_step for _, config in runs)
             self._say(f"  {what}: {len(runs)} runs, {tokens:,} tokens")

@@ -4,6 +4,11 @@ from dataclasses import dataclass, field
 
 from sdd.placement import Placement, placements
 
+#: Far more blocks than any model has. A larger number is a typing error, and building them would take for ever.
+_MOST_LAYERS = 100_000
+#: A smaller std than float32 can hold becomes 0.
+_LEAST_INIT_SCALE = 1e-38
+
 
 @dataclass(frozen=True)
 class MoEConfig:
@@ -72,6 +77,8 @@ class ModelConfig:
         for name in ("n_layers", "d_model", "d_ff", "n_heads", "n_kv_heads", "vocab_size", "context"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.n_layers > _MOST_LAYERS:
+            raise ValueError(f"n_layers={self.n_layers} must be at most {_MOST_LAYERS}")
         if self.d_model % self.n_heads:
             raise ValueError(f"n_heads={self.n_heads} does not divide d_model={self.d_model}: heads need one width")
         if self.n_heads % self.n_kv_heads:
@@ -82,6 +89,8 @@ class ModelConfig:
             raise ValueError(
                 f"init_scale={self.init_scale} and rope_theta={self.rope_theta} must be positive and finite"
             )
+        if self.init_scale < _LEAST_INIT_SCALE:
+            raise ValueError(f"init_scale={self.init_scale} must be at least {_LEAST_INIT_SCALE}: weights would be 0")
         self.placement.check_depth(self.n_layers)
 
     @property

@@ -12,6 +12,8 @@ from sdd.spikes import ENOUGH
 
 #: More threads than any machine has cores for. A larger number is a typing error, and torch would start them all.
 _MOST_THREADS = 1024
+#: The loader numbers the sequences in 64 bits, which a step of more than these could exhaust.
+_MOST_SEQUENCES = 2**56
 
 
 def _at_least(least: float, owner: object, *names: str, most: float = math.inf) -> None:
@@ -47,7 +49,7 @@ class DataConfig:
     document_mask: bool = False
 
     def __post_init__(self) -> None:
-        _at_least(1, self, "batch_size")
+        _at_least(1, self, "batch_size", most=_MOST_SEQUENCES)
         if self.eos is not None:
             _at_least(0, self, "eos")
 
@@ -94,6 +96,9 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         _at_least(0, self, "final_lr", "decay_fraction", "beta1", "beta2", most=1)
+        for name in ("beta1", "beta2"):
+            if getattr(self, name) == 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be less than 1: a mean that never moves")
         _at_least(0, self, "lr", "warmup", "eps", "grad_clip", "z_loss")
         _at_least(0, self, "weight_decay", "alpha_weight_decay", "embedding_weight_decay")
         if self.schedule not in ("cosine", "wsd", "constant"):

@@ -10,9 +10,10 @@ from sdd.models.moe import Routing
 from sdd.models.transformer import HAS_CHUNKED_LOSS
 from sdd.train.config import RunConfig, resolve
 from sdd.train.evaluate import Evaluation, evaluate
-from sdd.train.optim import build_optimizer, learning_rate, set_learning_rate
+from sdd.train.optim import build_optimizer, set_learning_rate
 from sdd.train.parallel import World, pick_autocast, pick_device
 from sdd.train.router_stats import RouterStats
+from sdd.train.schedule import learning_rate
 from sdd.train.sharding import average_gradients, build_model, compile_model
 
 

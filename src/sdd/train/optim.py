@@ -1,4 +1,4 @@
-"""The learning-rate schedule (cosine, WSD), and AdamW with parameter groups by role."""
+"""AdamW with parameter groups by role, and clipping of gradients."""
 
 import math
 from typing import Any
@@ -9,40 +9,6 @@ from torch.distributed.tensor import DTensor
 
 from sdd.optim_groups import param_groups
 from sdd.train.config import OptimConfig
-
-
-def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
-    """The learning rate of one step, a pure function of the step.
-
-    Warm-up rises linearly and reaches lr at step `warmup`. After it,
-
-        cosine     lr * (f + (1 - f) * (1 + cos(pi * p)) / 2),   p from 0 after warm-up to 1 at the last step
-        wsd        lr, then linear to f * lr over the last decay_fraction of the steps (arXiv 2404.06395)
-        constant   lr
-
-    with f = final_lr.
-
-    Args:
-        config: the optimiser's settings.
-        step: from 1 to `steps`.
-        steps: length of the run.
-    """
-    if step < config.warmup:
-        return config.lr * step / config.warmup
-    match config.schedule:
-        case "constant":
-            return config.lr
-        case "cosine":
-            progress = _ramp(step, config.warmup, steps)
-            return config.lr * (config.final_lr + (1 - config.final_lr) * (1 + math.cos(math.pi * progress)) / 2)
-        case "wsd":  # warm-up, stable, decay
-            progress = _ramp(step, steps - config.decay_fraction * steps, steps)
-            return config.lr * (1 - (1 - config.final_lr) * progress)
-
-
-def _ramp(step: int, start: float, end: float) -> float:
-    """0 up to `start`, 1 from `end` on, linear between."""
-    return min(1.0, max(0.0, (step - start) / max(end - start, 1)))
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
