@@ -84,7 +84,12 @@ def draw(panels: Sequence[Panel], *, columns: int = 2, title: str = "", legend: 
         if title:
             figure.suptitle(title, x=0.01, ha="left", fontsize=9.5)
         if legend:
-            _legend(figure, legend_styles(panels), columns)
+            styles = legend_styles(panels)
+            handles = [
+                Line2D([], [], color=x.color, marker=x.marker, dashes=x.dash or (None, None)) for x in styles.values()
+            ]
+            labels = [f" {label}" for label in styles]  # matplotlib leaves out labels that begin with _
+            figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 3 * columns))
     return figure
 
 
@@ -172,15 +177,6 @@ def _draw_line(axes: Axes, line: Line) -> None:
     if line.alarm is not None:  # a filled triangle that points at the curve from above
         at = line.at(line.alarm)
         axes.annotate("", at, xytext=(0, 9), textcoords="offset points", annotation_clip=False, arrowprops=_TRIANGLE)
-
-
-def _legend(figure: Figure, styles: dict[str, Style], columns: int) -> None:
-    handles = [
-        Line2D([], [], color=style.color, marker=style.marker, dashes=style.dash or (None, None))
-        for style in styles.values()
-    ]
-    labels = [f" {label}" for label in styles]  # matplotlib leaves out labels that begin with _
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 3 * columns))
 
 
 def short_count(value: float) -> str:

@@ -54,23 +54,14 @@ def figure_group(name: str, panels: Sequence[Panel], runs: Sequence[RunHistory])
     return FigureGroup(svgs, legend, _note(panels, runs))
 
 
-@dataclass(frozen=True)
-class MapGroup:
-    """The maps of one statistic.
+def map_group(maps: Sequence[HeatMap]) -> tuple[str, list[tuple[str, Markup]]]:
+    """Draw the maps of one statistic, at least one, each as a picture of its own; their name is unique in the page.
 
-    Attributes:
-        title: of the statistic.
-        maps: (run, picture) for each run.
+    Returns:
+        The statistic's title, and (run, picture) for each run.
     """
-
-    title: str
-    maps: list[tuple[str, Markup]]
-
-
-def map_group(maps: Sequence[HeatMap]) -> MapGroup:
-    """Draw the maps of one statistic, at least one, each as a picture of its own; their name is unique in the page."""
     svgs = [inline_svg(draw_maps([each]), f"map-{each.name}-{i}", each.describe()) for i, each in enumerate(maps)]
-    return MapGroup(maps[0].title, [(each.run, Markup(svg)) for each, svg in zip(maps, svgs, strict=True)])
+    return maps[0].title, [(each.run, Markup(svg)) for each, svg in zip(maps, svgs, strict=True)]
 
 
 def swatch(style: Style) -> Markup:

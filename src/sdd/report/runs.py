@@ -201,7 +201,8 @@ def router_history(rows: Sequence[Mapping[str, Any]]) -> RouterHistory | None:
     last ones.
     """
     steps = [row for row in rows if isinstance(row.get("step"), int)]
-    routed = [(row, _matrix([row["routing"].get(name) for name in _BY_LAYER])) for row in steps if _has_routing(row)]
+    found = [(row, routing) for row in steps if isinstance(routing := row.get("routing"), dict)]
+    routed = [(row, _matrix([routing.get(name) for name in _BY_LAYER])) for row, routing in found]
     routed = [(row, layers) for row, layers in routed if layers is not None]
     routed = [(row, layers) for row, layers in routed if layers.shape == routed[0][1].shape]
     if not routed:
@@ -214,10 +215,6 @@ def router_history(rows: Sequence[Mapping[str, Any]]) -> RouterHistory | None:
         layers={name: by_layer[:, index] for index, name in enumerate(_BY_LAYER)},
         loads={step: load for step, load in loads.items() if load.shape == [*loads.values()][-1].shape},
     )
-
-
-def _has_routing(row: Mapping[str, Any]) -> bool:
-    return isinstance(row.get("routing"), dict)
 
 
 def _matrix(rows: Any) -> np.ndarray | None:

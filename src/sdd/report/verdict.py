@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Literal
 
 from sdd.probing.alarms import Alarm, broke_first
@@ -86,10 +87,6 @@ def _checked(run: RunHistory) -> str:
 
 def _ranges(numbers: Sequence[int]) -> str:
     """Write ascending numbers as ranges: 0, 1, 2, 5 become 0–2, 5."""
-    parts: list[list[int]] = []
-    for value in numbers:
-        if parts and value == parts[-1][-1] + 1:
-            parts[-1].append(value)
-        else:
-            parts.append([value])
+    groups = groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0])  # constant along a range
+    parts = [[value for _, value in group] for _, group in groups]
     return ", ".join(f"{part[0]}–{part[-1]}" if len(part) > 1 else str(part[0]) for part in parts)
