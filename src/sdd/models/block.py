@@ -16,11 +16,13 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 
 from sdd import probe_points
 from sdd.functional import apply_rope, cast_once, swiglu
 from sdd.kernels import scaled_norm
 from sdd.models.config import ModelConfig
+from sdd.models.documents import Mask, as_dense, attend_in_blocks
 from sdd.models.kv_cache import Extend
 from sdd.models.moe import MoE, Routing
 from sdd.models.sites import norm_at, projection_at
@@ -51,14 +53,14 @@ class Block(nn.Module):
         self.ffn_post = norm("ffn_post")
 
     def forward(
-        self, x_BTC: Tensor, rope: Rope, mask: Tensor | None = None, extend: Extend | None = None
+        self, x_BTC: Tensor, rope: Rope, mask: Mask | None = None, extend: Extend | None = None
     ) -> tuple[Tensor, Routing | None]:
         """The block's output, and the routing of a mixture of experts.
 
         Args:
             x_BTC: the residual stream.
             rope: cosine and sine at the tokens' positions.
-            mask: bool `[B, 1, T, S]`, True where attention is allowed; None for causal.
+            mask: bool `[B, 1, T, S]`, True where attention is allowed, or its blocks; None for causal.
             extend: puts the keys and values of earlier tokens before these, which makes T into S.
 
         Returns:
@@ -110,7 +112,7 @@ class Attention(nn.Module):
         self.ctx = norm_at(norms.get("ctx"), config, device, layer)
         self.o_proj = projection_at(C, C, norms.get("attn_out"), config, device)
 
-    def forward(self, x_BTC: Tensor, rope: Rope, mask: Tensor | None = None, extend: Extend | None = None) -> Tensor:
+    def forward(self, x_BTC: Tensor, rope: Rope, mask: Mask | None = None, extend: Extend | None = None) -> Tensor:
         """`[B, T, C]` to `[B, T, C]`; the arguments are those of `Block`."""
         x_BTC = cast_once(x_BTC)
         q_BHTD, k_BKTD, v_BKTD = (self.heads(layer(x_BTC)) for layer in (self.q_proj, self.k_proj, self.v_proj))
@@ -118,14 +120,16 @@ class Attention(nn.Module):
         return self.o_proj(self.ctx(y_BTC))
 
     def attend(
-        self, q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, mask: Tensor | None, extend: Extend | None
+        self, q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, mask: Mask | None, extend: Extend | None
     ) -> Tensor:
         """`softmax(q k^T / sqrt(D)) v`, `[B, T, C]`; q and k are rotated already."""
         if extend is not None:
             k_BKTD, v_BKTD = extend(k_BKTD, v_BKTD)
         else:
-            probe_points.attention(self, q_BHTD, k_BKTD, mask)
-        if q_BHTD.shape[2] == 1 < k_BKTD.shape[2]:
+            self._show(q_BHTD, k_BKTD, mask)
+        if isinstance(mask, BlockMask):
+            y_BHTD = attend_in_blocks(q_BHTD, k_BKTD, v_BKTD, mask)
+        elif q_BHTD.shape[2] == 1 < k_BKTD.shape[2]:
             # One new token: the heads that share keys become the queries of one head, so that no key is repeated.
             q = q_BHTD.reshape(len(k_BKTD), k_BKTD.shape[1], -1, self.head_dim)
             y_BHTD = F.scaled_dot_product_attention(q, k_BKTD, v_BKTD, attn_mask=mask).reshape(q_BHTD.shape)
@@ -134,6 +138,10 @@ class Attention(nn.Module):
                 q_BHTD, k_BKTD, v_BKTD, attn_mask=mask, is_causal=mask is None, enable_gqa=self.grouped
             )
         return y_BHTD.transpose(1, 2).flatten(2)
+
+    def _show(self, q_BHTD: Tensor, k_BKTD: Tensor, mask: Mask | None) -> None:
+        if probe_points.recording():
+            probe_points.attention(self, q_BHTD, k_BKTD, as_dense(mask))
 
     def heads(self, x_BTC: Tensor) -> Tensor:
         """The features of each head, `[B, heads, T, D]`."""

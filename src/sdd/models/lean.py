@@ -21,6 +21,7 @@ from sdd.functional import Eps, cast_once, product_dtype, statistics_dtype
 from sdd.kernels.experts import Order, dispatch
 from sdd.models.block import Block, FeedForward, Mix, Rope
 from sdd.models.config import ModelConfig
+from sdd.models.documents import Mask
 from sdd.models.elimination import left_out_norms
 from sdd.models.kv_cache import Extend
 from sdd.models.moe import MoE, Routing
@@ -46,7 +47,7 @@ class LeanBlock(Block):
         self.built = tuple((name, module, type(module)) for name, module in self.named_modules() if name)
 
     def forward(
-        self, x_BTC: Tensor, rope: Rope, mask: Tensor | None = None, extend: Extend | None = None
+        self, x_BTC: Tensor, rope: Rope, mask: Mask | None = None, extend: Extend | None = None
     ) -> tuple[Tensor, Routing | None]:
         """As `Block.forward`."""
         if runs_lean(self, x_BTC):
@@ -119,7 +120,7 @@ class Product(NamedTuple):
 
 
 def lean(
-    block: LeanBlock, x: Tensor, rope: Rope, mask: Tensor | None, extend: Extend | None
+    block: LeanBlock, x: Tensor, rope: Rope, mask: Mask | None, extend: Extend | None
 ) -> tuple[Tensor, Routing | None]:
     """`Block.forward`, one operation a line."""
     attn, ffn, out = block.attn, block.ffn, block.left_out
