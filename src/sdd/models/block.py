@@ -141,7 +141,8 @@ class Attention(nn.Module):
 
     def _show(self, q_BHTD: Tensor, k_BKTD: Tensor, mask: Mask | None) -> None:
         if probe_points.recording():
-            probe_points.attention(self, q_BHTD, k_BKTD, as_dense(mask))
+            shown = as_dense(mask) if isinstance(mask, BlockMask) else mask
+            probe_points.attention(self, q_BHTD, k_BKTD, shown)
 
     def heads(self, x_BTC: Tensor) -> Tensor:
         """The features of each head, `[B, heads, T, D]`."""

@@ -84,16 +84,14 @@ def block_mask(document_BT: Tensor) -> BlockMask:
 
 
 def _indices(blocks_BNN: Tensor) -> tuple[Tensor, Tensor]:
-    """The number of blocks in each row, int32 `[B, 1, N]`, and their columns before those of the others `[B, 1, N, N]`."""
+    """How many blocks each row has, int32 `[B, 1, N]`, and their columns, before all others, `[B, 1, N, N]`."""
     marked = blocks_BNN[:, None].int()
     columns = marked.argsort(dim=-1, descending=True, stable=True)
     return marked.sum(-1, dtype=torch.int32), columns.int()
 
 
-def as_dense(mask: Mask | None) -> Tensor | None:
-    """A mask as a bool tensor `[B, 1, T, T]`."""
-    if not isinstance(mask, BlockMask):
-        return mask
+def as_dense(mask: BlockMask) -> Tensor:
+    """The mask that the blocks stand for, bool `[B, 1, T, T]`."""
     B, _, T, S = mask.shape
     return create_mask(mask.mask_mod, B, 1, T, S, mask.kv_num_blocks.device)
 
