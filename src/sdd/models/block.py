@@ -12,6 +12,7 @@ Shape suffixes: B batch, T tokens, C d_model, H query heads, K key-value heads, 
 """
 
 from dataclasses import replace
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,7 @@ from sdd.functional import apply_rope, cast_once, swiglu
 from sdd.kernels import scaled_norm
 from sdd.models.config import ModelConfig
 from sdd.models.documents import Mask, as_dense, attend_in_blocks
+from sdd.models.joint import call_jointly
 from sdd.models.kv_cache import Extend
 from sdd.models.moe import MoE, Routing
 from sdd.models.sites import norm_at, projection_at
@@ -168,14 +170,16 @@ class FeedForward(nn.Module):
 
     def _joint(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Gate and up with one norm over the concatenated vector (the released dense code)."""
-        gate, up = self.gate_proj, self.up_proj
-        assert isinstance(gate, SDDLinear)
-        assert isinstance(up, SDDLinear)
-        z = torch.cat([F.linear(x, gate.weight), F.linear(x, up.weight)], -1)
-        y_gate, y_up = scaled_norm(z, torch.cat([gate.alpha, up.alpha]), eps=gate.eps).chunk(2, -1)
-        probe_points.projection(gate, z, y_gate)
-        probe_points.projection(up, z, y_up)
-        return y_gate, y_up
+        gate, up = cast(SDDLinear, self.gate_proj), cast(SDDLinear, self.up_proj)
+
+        def compute(x_gate: Tensor, x_up: Tensor) -> tuple[Tensor, Tensor]:
+            z = torch.cat([F.linear(x_gate, gate.weight), F.linear(x_up, up.weight)], -1)
+            y_gate, y_up = scaled_norm(z, torch.cat([gate.alpha, up.alpha]), eps=gate.eps).chunk(2, -1)
+            probe_points.projection(gate, z, y_gate)
+            probe_points.projection(up, z, y_up)
+            return y_gate, y_up
+
+        return call_jointly(gate, up, SDDLinear, compute, x)
 
 
 def routed(output: Tensor | tuple[Tensor, Routing]) -> tuple[Tensor, Routing | None]:
