@@ -37,8 +37,8 @@ class SDDLinear(nn.Module):
     hand calls `torch.backends.mha.set_fastpath_enabled(False)`.
 
     A state dict of an `nn.Linear` of the same shape loads into it (strictly): V and b are taken from it, alpha keeps
-    its present value. That needs the versions that torch keeps beside a state dict. Without them, as in a dict read from
-    safetensors, and in a state dict that an `SDDLinear` wrote, alpha must be there, or strict loading names it.
+    its present value. That needs the versions that torch keeps beside a state dict. Without them, as in a dict read
+    from safetensors, and in a state dict that an `SDDLinear` wrote, a missing alpha is an error of strict loading.
 
     Args:
         in_features: size of each input token.
