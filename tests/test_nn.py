@@ -202,6 +202,16 @@ def test_an_sdd_state_dict_must_hold_alpha():
         layers.load_state_dict(state)
 
 
+def test_a_state_dict_without_versions_must_hold_alpha():
+    """A dict read from safetensors has none: whose it is cannot be known, so a lost alpha must not pass."""
+    layers = nn.Sequential(SDDLinear(4, 6))
+    state = dict(layers.state_dict())
+    layers.load_state_dict(state)
+    del state["0.alpha"]
+    with pytest.raises(RuntimeError, match=r"Missing key.*0\.alpha"):
+        layers.load_state_dict(state)
+
+
 @pytest.mark.parametrize("missing", ["0.weight", "0.bias"])
 def test_a_linear_state_dict_must_hold_the_rest(missing):
     state = nn.Sequential(nn.Linear(4, 6)).state_dict()
@@ -232,6 +242,46 @@ def test_save_load_and_copy_keep_the_function(group):
     for twin in twins:
         assert torch.equal(twin(x), y)
         assert (twin.group, repr(twin)) == (layer.group, repr(layer))
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_a_layer_pickled_before_it_kept_its_parts_is_the_same(group):
+    layer = SDDLinear(5, 12, group=group)
+    state = vars(copy.deepcopy(layer)).copy()
+    state["group"] = state.pop("_group")
+    del state["parts"]
+    old = SDDLinear.__new__(SDDLinear)
+    old.__setstate__(state)
+    x = randn(3, 5)
+    assert torch.equal(old(x), layer(x))
+    assert vars(old).keys() == vars(layer).keys()
+    assert repr(old) == repr(layer)
+
+
+def test_a_norm_pickled_before_it_kept_its_width_and_factor_is_the_same():
+    norm = RMSNorm(12, weight_init=2.0)
+    state = vars(copy.deepcopy(norm)).copy()
+    del state["width"], state["factor"]
+    old = RMSNorm.__new__(RMSNorm)
+    old.__setstate__(state)
+    x = randn(3, 12)
+    assert torch.equal(old(x), norm(x))
+    assert repr(old) == repr(norm)
+
+
+def test_a_transformer_layer_with_its_fast_path_off_calls_a_layer_placed_by_hand():
+    """The fast path reads `.weight` alone, without asking for a class."""
+    block = nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, batch_first=True)
+    block.linear1, block.linear2 = SDDLinear(8, 12), SDDLinear(12, 8)
+    x = randn(2, 5, 8)
+    expected = block.train()(x)
+    was = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.no_grad():
+            torch.testing.assert_close(block.eval()(x), expected)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(was)
 
 
 # --- transformations ---

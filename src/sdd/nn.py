@@ -4,6 +4,8 @@
 `ExpertLinear` and `SDDExpertLinear` stack one layer for each expert of a mixture.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -30,11 +32,13 @@ class SDDLinear(nn.Module):
     It is not a subclass of `nn.Linear`, because code that takes it for a plain matrix would be silently wrong: merging
     a LoRA adapter into V changes the output, a quantiser or serving engine that replaces every `nn.Linear` drops the
     norm, and a training library may draw its weight again. Such code now leaves the layer alone, or refuses it. Code
-    that reads `.weight` without asking for the class, as the fused path of `nn.TransformerEncoderLayer`, still sees V
-    alone: `sdd.convert` switches that path off.
+    that reads `.weight` without asking for the class still sees V alone. Torch has one such case, the fused inference
+    path of `nn.TransformerEncoder` and its layer: `sdd.convert` switches it off, and who places an `SDDLinear` there by
+    hand calls `torch.backends.mha.set_fastpath_enabled(False)`.
 
     A state dict of an `nn.Linear` of the same shape loads into it (strictly): V and b are taken from it, alpha keeps
-    its present value. A state dict that an `SDDLinear` wrote must hold alpha.
+    its present value. That needs the versions that torch keeps beside a state dict. Without them, as in a dict read
+    from safetensors, and in a state dict that an `SDDLinear` wrote, a missing alpha is an error of strict loading.
 
     Args:
         in_features: size of each input token.
@@ -127,9 +131,16 @@ class SDDLinear(nn.Module):
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
         key = prefix + "alpha"
-        written_by_sdd = local_metadata.get("version", 1) >= 2
-        if key in missing_keys and prefix + "weight" in state_dict and not written_by_sdd:
+        written_by_linear = local_metadata.get("version", 2) < 2  # without versions nobody knows
+        if key in missing_keys and prefix + "weight" in state_dict and written_by_linear:
             missing_keys.remove(key)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Unpickle; a layer from before `parts` was kept resolves its group anew."""
+        super().__setstate__(state)
+        if "parts" not in vars(self):
+            self._group: Group = vars(self).pop("group", None)
+            self.parts = resolve_group(self._group, self.out_features)
 
 
 class RMSNorm(nn.Module):
@@ -169,6 +180,12 @@ class RMSNorm(nn.Module):
         weight = nn.Parameter(torch.empty(width, device=device, dtype=torch.float32)) if scale else None
         self.register_parameter("weight", weight)
         self.reset_parameters()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Unpickle; a norm from before `width` and `factor` were kept gets theirs."""
+        super().__setstate__({"factor": 1.0, **state})
+        if "width" not in vars(self) and self.weight is not None:
+            self.width = len(self.weight)
 
     def reset_parameters(self) -> None:
         """Set the scale, if there is one, to `weight_init`."""

@@ -8,6 +8,7 @@ from sdd import SDDLinear
 from sdd.conversion import convert
 
 transformers = pytest.importorskip("transformers")
+load_model = pytest.importorskip("safetensors.torch").load_model
 
 TINY = {
     "vocab_size": 32,
@@ -50,6 +51,24 @@ def test_a_tied_llama_keeps_its_head():
         "lm_head": "tied: another module owns the same parameter"
     }
     assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_saved_model_loads_into_a_converted_one(tied, tmp_path):
+    """The recipe of docs/api.md; `from_pretrained` alone builds the model without SDD and drops every alpha."""
+    model = llama(tie_word_embeddings=tied)
+    convert(model, eps=1e-4)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("alpha"):
+                parameter.uniform_(0.5, 1.5)
+    model.save_pretrained(tmp_path)
+    config = transformers.AutoConfig.from_pretrained(tmp_path)
+    loaded = transformers.AutoModelForCausalLM.from_config(config)
+    convert(loaded, eps=1e-4)
+    load_model(loaded, tmp_path / "model.safetensors")
+    tokens = torch.randint(32, (2, 9), generator=torch.Generator().manual_seed(1))
+    assert torch.equal(loaded.eval()(input_ids=tokens).logits, model.eval()(input_ids=tokens).logits)
 
 
 def test_a_converted_llama_learns_whatever_the_scale_of_v():

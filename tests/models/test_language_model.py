@@ -4,13 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers_models import drawn_tokens, tiny_config, tiny_model
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor
 
 from sdd import Norm, Placement, SDDLinear, placements
 from sdd.models import LanguageModel
-from sdd.models.transformer import HAS_CHUNKED_LOSS, cross_entropy, document_mask
+from sdd.models.transformer import HAS_CHUNKED_LOSS, cross_entropy
 
 every_placement = pytest.mark.parametrize("name", placements)
 WITH_SDD = [name for name in placements if name not in ("prenorm", "postnorm", "deepnorm")]
@@ -57,14 +55,6 @@ def test_packed_documents_equal_separate_ones(name: str):
     # positions of the second document start at 5 when packed: equal up to the float32 tables of RoPE
     torch.testing.assert_close(model(packed, document_eos=eos), separate, rtol=1e-6, atol=1e-6)
     assert not torch.isclose(model(packed)[:, 5:], separate[:, 5:], atol=1e-3).all(-1).any()
-
-
-@given(st.lists(st.integers(0, 2), min_size=1, max_size=9))
-def test_a_document_runs_from_after_an_eos_to_the_next(row: list[int]):
-    eos = 0
-    document = [row[:t].count(eos) for t in range(len(row))]
-    expected = [[s <= t and document[s] == document[t] for s in range(len(row))] for t in range(len(row))]
-    assert document_mask(torch.tensor([row]), eos).tolist() == [[expected]]
 
 
 # --- training ---

@@ -147,6 +147,22 @@ def test_float32_with_grouped_heads_and_masks_have_no_fused_attention() -> None:
     assert MemoryCase(replace(run, model=ungrouped, precision="float32")).has_fused_attention
 
 
+@pytest.mark.skipif(not HAS_TRITON, reason="no flex attention without Triton")
+def test_a_document_mask_at_length_costs_no_memory() -> None:
+    """Flex attention holds no context x context tensor: neither the mask nor the weights of grouped heads."""
+    case = MemoryCase(replace(preset("1b"), precision="bfloat16"))
+    masked = replace(case, run=replace(case.run, data=replace(case.run.data, document_mask=True)))
+    assert case.model.context == 4096
+    assert measure_memory(masked) == measure_memory(case)
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="no flex attention without Triton")
+def test_flex_attention_is_fused_in_float32_too() -> None:
+    run = replace(preset("1b"), precision="float32")
+    assert not MemoryCase(run).has_fused_attention
+    assert MemoryCase(replace(run, data=replace(run.data, document_mask=True))).has_fused_attention
+
+
 def test_the_peak_counts_the_larger_phase() -> None:
     assert Memory(1, 2, 3, 4, 5, loss=6, block=7).peak == 1 + 2 + 3 + 4 + 5 + 7
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from sdd.block_lists import block_lists, most_of_one_type
 from sdd.conversion.report import KeptLayer
 from sdd.nn import SDDLinear
 
@@ -57,7 +58,7 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 @dataclass(frozen=True)
 class Selection:
-    """The layers to convert by name, the ones that stay, and the lists of blocks with their lengths."""
+    """The layers to convert by name, the ones that stay, and how many blocks of one type each list of blocks has."""
 
     linears: Mapping[str, nn.Linear]
     kept: Sequence[KeptLayer]
@@ -126,7 +127,8 @@ class _Tree:
             id(parameter) for module in self.names for parameter in module._parameters.values() if parameter is not None
         )
         self.heads = {id(head) for head in map(_output_embeddings, self.names) if head is not None}
-        self.blocks = _block_lists(self.modules)
+        lists = block_lists(self.modules, _is_block)
+        self.blocks = {name: most_of_one_type(blocks) for name, blocks in lists.items()}
 
     def obstacle(self, linear: nn.Linear | SDDLinear) -> str | None:
         """The reason why the layer cannot be converted, or why converting it makes no sense."""
@@ -185,20 +187,6 @@ def _output_embeddings(module: nn.Module) -> nn.Module | None:
     getter = getattr(module, "get_output_embeddings", None)
     head = getter() if callable(getter) else None
     return head if isinstance(head, nn.Module) else None
-
-
-def _block_lists(modules: Mapping[str, nn.Module]) -> dict[str, int]:
-    """The outermost lists of blocks, with the number of blocks of the most frequent type.
-
-    A list of experts inside a block is left out: it may be longer than the model is deep.
-    """
-    lists: dict[str, int] = {}
-    for name, module in modules.items():
-        nested = any(name.startswith(f"{outer}.") for outer in lists)
-        if not nested and isinstance(module, (nn.ModuleList, nn.Sequential)):
-            length = max(Counter(type(child) for child in module if _is_block(child)).values(), default=0)
-            lists |= {name: length} if length > 1 else {}
-    return lists
 
 
 def _is_block(module: nn.Module) -> bool:

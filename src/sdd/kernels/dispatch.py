@@ -75,6 +75,16 @@ def path_of(z: Tensor) -> Path:
     return path
 
 
+def may_run() -> bool:
+    """Whether fused kernels may run on a CUDA device now: no other path is forced, and `torch.func` is not at work.
+
+    Raises:
+        UserError: if SDD_KERNELS names no path.
+    """
+    transformed = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+    return HAS_TRITON and not transformed and _checked(_forced) in ("auto", "triton")
+
+
 def dispatched(reference: Callable[P, R]) -> Callable[P, R]:
     """`reference`, with its signature and documentation, run by the path that suits its first argument.
 

@@ -12,15 +12,19 @@ Shape suffixes: B batch, T tokens, C d_model, H query heads, K key-value heads, 
 """
 
 from dataclasses import replace
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 
 from sdd import probe_points
 from sdd.functional import apply_rope, cast_once, swiglu
 from sdd.kernels import scaled_norm
 from sdd.models.config import ModelConfig
+from sdd.models.documents import Mask, as_dense, attend_in_blocks
+from sdd.models.joint import call_jointly
 from sdd.models.kv_cache import Extend
 from sdd.models.moe import MoE, Routing
 from sdd.models.sites import norm_at, projection_at
@@ -51,14 +55,14 @@ class Block(nn.Module):
         self.ffn_post = norm("ffn_post")
 
     def forward(
-        self, x_BTC: Tensor, rope: Rope, mask: Tensor | None = None, extend: Extend | None = None
+        self, x_BTC: Tensor, rope: Rope, mask: Mask | None = None, extend: Extend | None = None
     ) -> tuple[Tensor, Routing | None]:
         """The block's output, and the routing of a mixture of experts.
 
         Args:
             x_BTC: the residual stream.
             rope: cosine and sine at the tokens' positions.
-            mask: bool `[B, 1, T, S]`, True where attention is allowed; None for causal.
+            mask: bool `[B, 1, T, S]`, True where attention is allowed, or its blocks; None for causal.
             extend: puts the keys and values of earlier tokens before these, which makes T into S.
 
         Returns:
@@ -110,7 +114,7 @@ class Attention(nn.Module):
         self.ctx = norm_at(norms.get("ctx"), config, device, layer)
         self.o_proj = projection_at(C, C, norms.get("attn_out"), config, device)
 
-    def forward(self, x_BTC: Tensor, rope: Rope, mask: Tensor | None = None, extend: Extend | None = None) -> Tensor:
+    def forward(self, x_BTC: Tensor, rope: Rope, mask: Mask | None = None, extend: Extend | None = None) -> Tensor:
         """`[B, T, C]` to `[B, T, C]`; the arguments are those of `Block`."""
         x_BTC = cast_once(x_BTC)
         q_BHTD, k_BKTD, v_BKTD = (self.heads(layer(x_BTC)) for layer in (self.q_proj, self.k_proj, self.v_proj))
@@ -118,14 +122,16 @@ class Attention(nn.Module):
         return self.o_proj(self.ctx(y_BTC))
 
     def attend(
-        self, q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, mask: Tensor | None, extend: Extend | None
+        self, q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, mask: Mask | None, extend: Extend | None
     ) -> Tensor:
         """`softmax(q k^T / sqrt(D)) v`, `[B, T, C]`; q and k are rotated already."""
         if extend is not None:
             k_BKTD, v_BKTD = extend(k_BKTD, v_BKTD)
         else:
-            probe_points.attention(self, q_BHTD, k_BKTD, mask)
-        if q_BHTD.shape[2] == 1 < k_BKTD.shape[2]:
+            self._show(q_BHTD, k_BKTD, mask)
+        if isinstance(mask, BlockMask):
+            y_BHTD = attend_in_blocks(q_BHTD, k_BKTD, v_BKTD, mask)
+        elif q_BHTD.shape[2] == 1 < k_BKTD.shape[2]:
             # One new token: the heads that share keys become the queries of one head, so that no key is repeated.
             q = q_BHTD.reshape(len(k_BKTD), k_BKTD.shape[1], -1, self.head_dim)
             y_BHTD = F.scaled_dot_product_attention(q, k_BKTD, v_BKTD, attn_mask=mask).reshape(q_BHTD.shape)
@@ -134,6 +140,11 @@ class Attention(nn.Module):
                 q_BHTD, k_BKTD, v_BKTD, attn_mask=mask, is_causal=mask is None, enable_gqa=self.grouped
             )
         return y_BHTD.transpose(1, 2).flatten(2)
+
+    def _show(self, q_BHTD: Tensor, k_BKTD: Tensor, mask: Mask | None) -> None:
+        if probe_points.recording():
+            shown = as_dense(mask) if isinstance(mask, BlockMask) else mask
+            probe_points.attention(self, q_BHTD, k_BKTD, shown)
 
     def heads(self, x_BTC: Tensor) -> Tensor:
         """The features of each head, `[B, heads, T, D]`."""
@@ -159,14 +170,16 @@ class FeedForward(nn.Module):
 
     def _joint(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Gate and up with one norm over the concatenated vector (the released dense code)."""
-        gate, up = self.gate_proj, self.up_proj
-        assert isinstance(gate, SDDLinear)
-        assert isinstance(up, SDDLinear)
-        z = torch.cat([F.linear(x, gate.weight), F.linear(x, up.weight)], -1)
-        y_gate, y_up = scaled_norm(z, torch.cat([gate.alpha, up.alpha]), eps=gate.eps).chunk(2, -1)
-        probe_points.projection(gate, z, y_gate)
-        probe_points.projection(up, z, y_up)
-        return y_gate, y_up
+        gate, up = cast(SDDLinear, self.gate_proj), cast(SDDLinear, self.up_proj)
+
+        def compute(x_gate: Tensor, x_up: Tensor) -> tuple[Tensor, Tensor]:
+            z = torch.cat([F.linear(x_gate, gate.weight), F.linear(x_up, up.weight)], -1)
+            y_gate, y_up = scaled_norm(z, torch.cat([gate.alpha, up.alpha]), eps=gate.eps).chunk(2, -1)
+            probe_points.projection(gate, z, y_gate)
+            probe_points.projection(up, z, y_up)
+            return y_gate, y_up
+
+        return call_jointly(gate, up, SDDLinear, compute, x)
 
 
 def routed(output: Tensor | tuple[Tensor, Routing]) -> tuple[Tensor, Routing | None]:

@@ -14,20 +14,18 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules import module as module_globals
 
 from sdd import kernels, probe_points
 from sdd.functional import Eps, cast_once, product_dtype, statistics_dtype
 from sdd.kernels.experts import Order, dispatch
 from sdd.models.block import Block, FeedForward, Mix, Rope
 from sdd.models.config import ModelConfig
+from sdd.models.documents import Mask
 from sdd.models.elimination import left_out_norms
+from sdd.models.joint import has_global_hooks, has_hooks
 from sdd.models.kv_cache import Extend
 from sdd.models.moe import MoE, Routing
 from sdd.nn import RMSNorm, SDDExpertLinear, SDDLinear
-
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_GLOBAL_HOOKS = tuple(f"_global{hooks}" for hooks in _HOOKS)
 
 
 class LeanBlock(Block):
@@ -46,7 +44,7 @@ class LeanBlock(Block):
         self.built = tuple((name, module, type(module)) for name, module in self.named_modules() if name)
 
     def forward(
-        self, x_BTC: Tensor, rope: Rope, mask: Tensor | None = None, extend: Extend | None = None
+        self, x_BTC: Tensor, rope: Rope, mask: Mask | None = None, extend: Extend | None = None
     ) -> tuple[Tensor, Routing | None]:
         """As `Block.forward`."""
         if runs_lean(self, x_BTC):
@@ -68,7 +66,7 @@ def runs_lean(block: LeanBlock, x: Tensor) -> bool:
 
 def _is_as_built(block: LeanBlock) -> bool:
     """Whether the block holds the modules that it was built with, each known to `lean`, and nothing looks at them."""
-    if any(getattr(module_globals, hooks) for hooks in _GLOBAL_HOOKS):
+    if has_global_hooks():
         return False
     now = {name: module for name, module in block.named_modules() if name}
     return len(now) == len(block.built) and all(
@@ -78,7 +76,7 @@ def _is_as_built(block: LeanBlock) -> bool:
 
 def _is_known(module: nn.Module) -> bool:
     """Whether `lean` computes what this module does: it has no hook, no bias and no `forward` of its own."""
-    if any(getattr(module, hooks) for hooks in _HOOKS) or "forward" in vars(module):
+    if has_hooks(module) or "forward" in vars(module):
         return False
     if isinstance(module, RMSNorm):
         return module.weight is not None and module.factor == 1
@@ -119,7 +117,7 @@ class Product(NamedTuple):
 
 
 def lean(
-    block: LeanBlock, x: Tensor, rope: Rope, mask: Tensor | None, extend: Extend | None
+    block: LeanBlock, x: Tensor, rope: Rope, mask: Mask | None, extend: Extend | None
 ) -> tuple[Tensor, Routing | None]:
     """`Block.forward`, one operation a line."""
     attn, ffn, out = block.attn, block.ffn, block.left_out

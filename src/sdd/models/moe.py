@@ -20,7 +20,7 @@ L layers.
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,7 @@ from sdd import probe_points
 from sdd.functional import cast_once, swiglu
 from sdd.kernels.experts import Order, collect, dispatch, expert_scaled_norm, sort_by_expert
 from sdd.models.config import ModelConfig, MoEConfig
+from sdd.models.joint import call_jointly
 from sdd.models.sites import experts_at
 from sdd.nn import SDDExpertLinear
 from sdd.placement import Norm, Site
@@ -129,15 +130,17 @@ class MoE(nn.Module):
 
     def _joint(self, x_MC: Tensor, order: Order) -> tuple[Tensor, Tensor]:
         """Gate and up with one norm over the concatenated vector (the released dense code)."""
-        gate, up = self.gate_proj, self.up_proj
-        assert isinstance(gate, SDDExpertLinear)
-        assert isinstance(up, SDDExpertLinear)
-        z_M2F = torch.cat([gate.product(x_MC, order), up.product(x_MC, order)], -1)
-        alpha_E2F = torch.cat([gate.alpha, up.alpha], -1)
-        y_gate, y_up = expert_scaled_norm(z_M2F, alpha_E2F, order, eps=gate.eps).chunk(2, -1)
-        probe_points.projection(gate, z_M2F, y_gate)
-        probe_points.projection(up, z_M2F, y_up)
-        return y_gate, y_up
+        gate, up = cast(SDDExpertLinear, self.gate_proj), cast(SDDExpertLinear, self.up_proj)
+
+        def compute(x_gate: Tensor, x_up: Tensor) -> tuple[Tensor, Tensor]:
+            z_M2F = torch.cat([gate.product(x_gate, order), up.product(x_up, order)], -1)
+            alpha_E2F = torch.cat([gate.alpha, up.alpha], -1)
+            y_gate, y_up = expert_scaled_norm(z_M2F, alpha_E2F, order, eps=gate.eps).chunk(2, -1)
+            probe_points.projection(gate, z_M2F, y_gate)
+            probe_points.projection(up, z_M2F, y_up)
+            return y_gate, y_up
+
+        return call_jointly(gate, up, SDDExpertLinear, compute, x_MC, order)
 
 
 def auxiliary_losses(

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from sdd import functional as sdd_F
 from sdd import probe_points
 from sdd.models.config import ModelConfig
+from sdd.models.documents import Mask, attention_mask
 from sdd.models.init import init_weights
 from sdd.models.kv_cache import KVCache
 from sdd.models.lean import LeanBlock
@@ -114,7 +115,7 @@ class LanguageModel(nn.Module):
         T = tokens_BT.shape[1] + (max(cache.lengths) if cache is not None else 0)
         if self.config.context < T:
             raise ValueError(f"a sequence of {T} tokens was given, the model's context is {self.config.context}")
-        mask = None if document_eos is None else document_mask(tokens_BT, document_eos)
+        mask = None if document_eos is None else self._document_mask(tokens_BT, document_eos)
         layers: list[Routing] = []
         x_BTC = self.hidden(tokens_BT, mask, cache, layers)
         if targets_BT is None:
@@ -133,7 +134,7 @@ class LanguageModel(nn.Module):
     def hidden(
         self,
         tokens_BT: Tensor,
-        mask: Tensor | None = None,
+        mask: Mask | None = None,
         cache: KVCache | None = None,
         layers: list[Routing] | None = None,
     ) -> Tensor:
@@ -141,7 +142,7 @@ class LanguageModel(nn.Module):
 
         Args:
             tokens_BT: int64.
-            mask: bool `[B, 1, T, T]`, True where attention is allowed; None for causal.
+            mask: where attention is allowed; None for causal.
             cache: the tokens come after those that it holds; it makes the mask.
             layers: receives the routing of each mixture of experts.
         """
@@ -161,18 +162,14 @@ class LanguageModel(nn.Module):
                 layers.append(routing)
         return self.final_norm(x_BTC)
 
+    def _document_mask(self, tokens_BT: Tensor, eos: int) -> Mask:
+        dtype = sdd_F.product_dtype(self.embed.weight)
+        return attention_mask(tokens_BT, eos, self.config.head_dim, dtype)
+
     @property
     def head_weight(self) -> Tensor:
         """The matrix that turns the last hidden state into logits, `[V, C]`."""
         return self.embed.weight if self.head is None else self.head.weight
-
-
-def document_mask(tokens_BT: Tensor, eos: int) -> Tensor:
-    """Causal attention within documents: bool `[B, 1, T, T]`, True where allowed; EOS closes its document."""
-    ends = tokens_BT == eos
-    document = ends.cumsum(-1) - ends.long()
-    same = document[:, None, :, None] == document[:, None, None, :]
-    return same.tril()
 
 
 def cross_entropy(

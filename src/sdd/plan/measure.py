@@ -22,6 +22,7 @@ from sdd import kernels
 from sdd.errors import UserError
 from sdd.kernels.dispatch import HAS_TRITON
 from sdd.models import LanguageModel, ModelConfig
+from sdd.models.documents import flex_attends
 from sdd.optim_groups import param_groups
 from sdd.train import RunConfig
 
@@ -61,10 +62,17 @@ class MemoryCase:
         return HAS_TRITON
 
     @property
+    def has_flex_attention(self) -> bool:
+        """Whether attention stops at documents by flex attention, which keeps what flash attention keeps."""
+        dtype = torch.bfloat16 if self.bfloat16 else torch.float32
+        fits = flex_attends(self.model.context, self.model.head_dim, dtype)
+        return self.run.data.document_mask and self.has_kernels and fits
+
+    @property
     def has_fused_attention(self) -> bool:
-        """Whether torch has a fused kernel on GPUs: with grouped heads only its flash kernel, bfloat16 and no mask."""
+        """Whether torch has a fused kernel on GPUs: with grouped heads flex, or flash for bfloat16 without a mask."""
         grouped = self.model.n_kv_heads != self.model.n_heads
-        return not grouped or (self.bfloat16 and not self.run.data.document_mask)
+        return not grouped or self.has_flex_attention or (self.bfloat16 and not self.run.data.document_mask)
 
     def with_model(self, **changes: Any) -> "MemoryCase":
         """The same case with another model."""
@@ -146,7 +154,8 @@ def run_pass(model: LanguageModel, case: MemoryCase) -> PassMemory:
         for module in (model.embed_norm, model.final_norm):
             module.register_forward_hook(memory.end_phase_at)
         tokens = torch.zeros(case.micro_batch, case.model.context + 1, dtype=torch.int64)
-        eos = 0 if run.data.document_mask else None
+        # flex attention has no [T, T] mask: flash attention stands for it, and its blocks of 128 tokens are not counted
+        eos = 0 if run.data.document_mask and not case.has_flex_attention else None
         with torch.autocast("cpu", torch.bfloat16, enabled=case.bfloat16):
             loss = model(tokens[:, :-1], tokens[:, 1:], z_loss=run.optim.z_loss, document_eos=eos)
         memory.end_phase()

@@ -6,6 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from sdd.block_lists import block_lists, has_children
 from sdd.functional import Group, resolve_group, statistics_dtype
 from sdd.nn import SDDExpertLinear, SDDLinear
 
@@ -51,7 +52,7 @@ class WatchedModules:
             if module is not self.root and (any(True for _ in module.parameters(recurse=False)) or is_norm(module))
         ]
         self.parameters: list[WatchedParameter] = []
-        self.blocks = _blocks(self.root)
+        self.blocks = max(block_lists(dict(self.root.named_modules())).values(), key=len, default=[])
         self.reports_attention = False
         order: list[str] = []
         owned: set[nn.Parameter] = set()
@@ -74,7 +75,7 @@ class WatchedModules:
 def is_norm(module: nn.Module) -> bool:
     """Whether a module is a norm over the last dimension: a module without children whose class is named so."""
     named = "norm" in type(module).__name__.lower() and not isinstance(module, _OTHER_NORMS)
-    return named and next(module.children(), None) is None
+    return named and not has_children(module)
 
 
 def norm_ratio(module: nn.Module, z: Tensor) -> Tensor | None:
@@ -136,21 +137,6 @@ def _watched(module: nn.Module, name: str, leaf: str, parameter: nn.Parameter) -
     if leaf != "weight":
         name = f"{name}.{leaf}" if name else leaf
     return WatchedParameter(name, "weight", parameter)
-
-
-def _blocks(root: nn.Module) -> list[nn.Module]:
-    """The children of the longest list of blocks; of nested lists (experts in a block), only the outermost counts."""
-    longest: list[nn.Module] = []
-    seen: list[str] = []
-    for name, module in root.named_modules():
-        nested = any(not outer or name.startswith(f"{outer}.") for outer in seen)
-        if nested or not isinstance(module, (nn.ModuleList, nn.Sequential)):
-            continue
-        blocks = [child for child in module.children() if next(child.children(), None) is not None]
-        if len(blocks) > 1:
-            seen.append(name)
-            longest = max(longest, blocks, key=len)
-    return longest
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

@@ -1,0 +1,112 @@
+"""Attention that stops at the end of a document, `allowed[t, s] = s <= t and document[t] == document[s]`.
+
+A bool mask `[B, 1, T, T]` says it everywhere. It rules out flash attention, and with grouped heads a GPU then holds the
+weights of all heads. So on a GPU the fused kernels of flex attention (arXiv 2412.05496) attend, and skip blocks of
+`BLOCK` x `BLOCK` positions between documents. Either mask is made once for all blocks of the model, on the device, and
+nothing waits for it.
+
+Shape suffixes: B batch, T tokens, N blocks of tokens, H query heads, K key-value heads, D head_dim.
+"""
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_mask, flex_attention
+
+from sdd import probe_points
+from sdd.kernels.dispatch import HAS_TRITON, may_run
+
+#: Bool `[B, 1, T, S]`, True where attention is allowed; or its blocks, for flex attention.
+Mask = Tensor | BlockMask
+
+#: Positions on each side of a block of flex attention.
+BLOCK = 128
+_SMALLEST_HEAD = 16  # of flex attention's kernels
+
+
+def attention_mask(tokens_BT: Tensor, eos: int, head_dim: int, dtype: torch.dtype) -> Mask:
+    """The mask of attention within documents; EOS closes its document.
+
+    Args:
+        tokens_BT: int64.
+        eos: the end-of-document token.
+        head_dim: of the model.
+        dtype: of queries, keys and values.
+    """
+    document_BT = documents(tokens_BT, eos)
+    if tokens_BT.is_cuda and may_run() and flex_attends(tokens_BT.shape[1], head_dim, dtype):
+        return block_mask(document_BT)
+    return dense_mask(document_BT)
+
+
+def flex_attends(T: int, head_dim: int, dtype: torch.dtype) -> bool:
+    """Whether a GPU attends within documents by flex attention: what its kernels take, longer than one block."""
+    return HAS_TRITON and T > BLOCK and head_dim >= _SMALLEST_HEAD and dtype != torch.float64
+
+
+def documents(tokens_BT: Tensor, eos: int) -> Tensor:
+    """The number of each token's document in its row, from 0: int64 `[B, T]`. EOS belongs to the document it closes."""
+    ends = tokens_BT == eos
+    return ends.cumsum(-1) - ends.long()
+
+
+def dense_mask(document_BT: Tensor) -> Tensor:
+    """The mask itself, bool `[B, 1, T, T]`."""
+    same = document_BT[:, None, :, None] == document_BT[:, None, None, :]
+    return same.tril()
+
+
+def block_mask(document_BT: Tensor) -> BlockMask:
+    """The mask as blocks, from the documents at their borders alone: no `[T, T]` tensor is made.
+
+    Documents are numbered in order. So some token of block j stands in a document of a later block i if j's last
+    document is i's first, or after it; and all of them stand in one document if i's last is j's first.
+    """
+    B, T = document_BT.shape
+    N = -(-T // BLOCK)
+    padding = document_BT[:, -1:].expand(B, N * BLOCK - T)
+    borders_BNP = torch.cat([document_BT, padding], 1).unflatten(1, (N, BLOCK))
+    first_BN, last_BN = borders_BNP[..., 0], borders_BNP[..., -1]
+    at_N = torch.arange(N, device=document_BT.device)
+    some = (first_BN[:, :, None] <= last_BN[:, None, :]) & (at_N[:, None] >= at_N)
+    every = (last_BN[:, :, None] == first_BN[:, None, :]) & (at_N[:, None] > at_N)
+    if T % BLOCK:
+        every &= at_N[:, None] < N - 1  # the last rows are not all there
+
+    def allowed(b: Tensor, h: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        return (s <= t) & (document_BT[b, t] == document_BT[b, s])
+
+    return BlockMask.from_kv_blocks(
+        *_indices(some & ~every), *_indices(every), BLOCK_SIZE=BLOCK, mask_mod=allowed, seq_lengths=(T, T)
+    )
+
+
+def _indices(blocks_BNN: Tensor) -> tuple[Tensor, Tensor]:
+    """How many blocks each row has, int32 `[B, 1, N]`, and their columns, before all others, `[B, 1, N, N]`."""
+    marked = blocks_BNN[:, None].int()
+    columns = marked.argsort(dim=-1, descending=True, stable=True)
+    return marked.sum(-1, dtype=torch.int32), columns.int()
+
+
+def as_dense(mask: BlockMask) -> Tensor:
+    """The mask that the blocks stand for, bool `[B, 1, T, T]`."""
+    B, _, T, S = mask.shape
+    return create_mask(mask.mask_mod, B, 1, T, S, mask.kv_num_blocks.device)
+
+
+def attend_in_blocks(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, mask: BlockMask) -> Tensor:
+    """`softmax(q k^T / sqrt(D)) v` by flex attention, `[B, H, T, D]`."""
+    options: dict[str, Any] = {"block_mask": mask, "enable_gqa": q_BHTD.shape[1] != k_BKTD.shape[1]}
+    if torch.compiler.is_compiling():
+        return flex_attention(q_BHTD, k_BKTD, v_BKTD, **options)
+    if not probe_points.recording():
+        return _compiled()(q_BHTD, k_BKTD, v_BKTD, **options)
+    with torch.compiler.set_stance("default"):  # a probe runs the model eagerly, but this operation is slow so
+        return _compiled()(q_BHTD, k_BKTD, v_BKTD, **options)
+
+
+@cache
+def _compiled() -> Any:
+    return torch.compile(flex_attention)  # importing torch's compiler takes seconds
