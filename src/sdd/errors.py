@@ -53,7 +53,7 @@ def nearest(word: str, known: Collection[str]) -> str:
     Dashes before an option do not count, and a dotted name is also known by its last part.
     """
     parts = {part: name for name in known for part in (name.rpartition(".")[2].lstrip("-"), name.lstrip("-"))}
-    found = difflib.get_close_matches(word.lstrip("-"), parts, n=1, cutoff=0.6)
+    found = difflib.get_close_matches(word.lstrip("-"), parts, n=1, cutoff=0.7)
     return f" (did you mean {parts[found[0]]!r}?)" if found else ""
 
 

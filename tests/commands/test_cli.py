@@ -64,6 +64,7 @@ def command(line, *more, **options):
         ("resume /no/such/run", ["/no/such/run", "sdd train PRESET"]),
         ("resume /no/such/run --steps -3", ["--steps", "'-3'"]),
         ("presets nan", ["'nan'", "'nano'"]),
+        ("presets --placement x", ["'x'", "prenorm"]),
         ("presets nano --placement x", ["'x'", "prenorm"]),
         ("study dem", ["'dem'", "'demo'"]),
     ],
@@ -204,6 +205,15 @@ def test_presets_lists_presets_and_placements(capsys):
     assert run("presets") == 0
     text = capsys.readouterr().out
     assert all(name in text for name in (*model_presets, *sdd.placements))
+
+
+def test_presets_are_json_all_together_or_one(capsys):
+    assert run("presets --json --placement prenorm") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert list(found) == list(model_presets)
+    for name in ("nano", "moe-1b-7b"):
+        assert run(f"presets {name} --json --placement prenorm") == 0
+        assert json.loads(capsys.readouterr().out) == found[name]
 
 
 def test_presets_shows_the_parameters_of_one(capsys):

@@ -3,7 +3,7 @@
 Whether it pays is a pure function of the config, the kind of device, and the numbers of threads and processes:
 
     seconds saved    SAVED * training tokens * n_layers * d_model / (threads * processes)
-    seconds taken    (BASE + PER_LAYER * n_layers), the forward pass of evaluations included
+    seconds taken    BASE + PER_LAYER * n_layers, the forward pass of evaluations included
 
 Compiled code saves work between matrix products, so what it saves grows with the elements of the residual stream.
 Compiling pays if it saves at least MARGIN times what it takes. The numbers for a CPU are from
@@ -26,6 +26,7 @@ from sdd.train.parallel import World, pick_autocast, pick_device
 MARGIN = 2.0
 _BASE, _PER_LAYER, _PER_MOE_LAYER = 35.0, 3.0, 6.0  # seconds
 _CPU_SAVED = 45e-9  # seconds an element of one layer
+_CPU_MOE = 4.0  # times as much in a mixture of experts
 _GPU_SAVED = 25e-12
 _GPU_LAYER = 0.5e-3  # the least that a GPU saves in one layer of one pass: the time of launches
 
@@ -62,7 +63,8 @@ def estimate(config: RunConfig, device: str, *, bfloat16: bool = False, threads:
     layers = config.steps * model.n_layers
     elements = layers * config.tokens_per_step * model.d_model / processes
     if device == "cpu":
-        saved = 0.0 if bfloat16 else _CPU_SAVED * elements / threads
+        factor = 0.0 if bfloat16 else 1.0 if model.moe is None else _CPU_MOE
+        saved = factor * _CPU_SAVED * elements / threads
     else:
         saved = max(_GPU_SAVED * elements, _GPU_LAYER * layers * max(1, config.accumulate // processes))
     per_layer = _PER_LAYER if model.moe is None else _PER_MOE_LAYER

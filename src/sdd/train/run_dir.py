@@ -22,9 +22,11 @@ from typing import IO, Any
 import torch
 
 from sdd.errors import UserError
-from sdd.files import finite, lock, naming, number, read_json_lines, sync, write_aside
+from sdd.files import finite, lock, naming, number, read_json_lines, remove_leftovers, sync, write_aside
 
 _log = logging.getLogger(__name__)
+#: The files that are written as a whole, only by the process that has the lock.
+_WHOLE = ("config.json", "environment.json", "metrics.jsonl", "probe.jsonl", "samples.jsonl", "result.json")
 #: What a run leaves that is killed or fails before its first step. A config.json without a lock is a user's own.
 _BEFORE_STEPS = re.compile(r"lock|tensorboard|(\.tmp-)?(config|environment)\.json.*")
 
@@ -78,13 +80,14 @@ class RunDir:
             raise UserError(f"{self.path} is not empty (it holds {other}) and is no run: name a new directory")
 
     def lock(self) -> None:
-        """Keep other processes from writing into this run until this process ends.
+        """Keep other processes from writing into this run until this process ends; delete what killed ones left.
 
         Raises:
             UserError: if another process has it, or it cannot be written.
         """
         try:
             self._lock = lock(self.path / "lock")
+            remove_leftovers(self.path, _WHOLE)
         except OSError as error:
             raise UserError(f"cannot write into {self.path}: {error.strerror}") from None
 

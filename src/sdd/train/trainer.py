@@ -13,7 +13,7 @@ from sdd.files import read_json_object
 from sdd.models import count_parameters
 from sdd.probing import Probe
 from sdd.train import checkpoint as ckpt
-from sdd.train import compiling, config_io, starting
+from sdd.train import compiling, config_io, precision, starting
 from sdd.train.config import RunConfig
 from sdd.train.evaluate import Evaluation, sample
 from sdd.train.learner import Learner
@@ -45,7 +45,7 @@ def start(config: RunConfig, out: Path, world: World = ALONE) -> "Trainer":
     world.on_main(run_dir.check_free)  # before the data are touched
     trainer, lines = _built(config, run_dir, world)
     world.on_main(lambda: starting.claim(run_dir, trainer.config))
-    for line in lines:
+    for line in filter(None, (*lines, precision.hint(config, trainer.device) if world.is_main else None)):
         trainer.log.say(line)
     return trainer
 
