@@ -130,7 +130,7 @@ def test_a_missing_field_is_explained():
 
 
 def test_a_choice_of_words_or_truth():
-    for given, found in {"auto": "auto", "true": True, "false": False, True: True}.items():
-        assert config_io.with_overrides(preset("nano"), {"compile": given}).compile is found
+    for word, found in {"auto": "auto", "true": True, "false": False, True: True}.items():
+        assert config_io.with_overrides(preset("nano"), {"compile": word}).compile == found
     with pytest.raises(UserError, match="compile='maybe' must be auto or true or false"):
         config_io.with_overrides(preset("nano"), {"compile": "maybe"})
