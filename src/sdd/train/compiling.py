@@ -22,8 +22,8 @@ from sdd.terminal import clock
 from sdd.train.config import RunConfig
 from sdd.train.parallel import World, pick_autocast, pick_device
 
-#: Saved over taken, from which on compiling pays: the estimates may be wrong by a factor of two.
-MARGIN = 2.0
+#: Saved over taken, from which on compiling pays: what is saved is not known exactly.
+MARGIN = 1.5
 _BASE, _PER_LAYER, _PER_MOE_LAYER = 35.0, 3.0, 6.0  # seconds
 _CPU_SAVED = 45e-9  # seconds an element of one layer
 _CPU_MOE = 4.0  # times as much in a mixture of experts
