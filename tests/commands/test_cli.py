@@ -230,7 +230,7 @@ def test_presets_gives_the_config_as_json(capsys):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_says_how_to_go_on(tmp_path, number):
     out = tmp_path / "run"
-    process = command(f"train nano {TINY} --steps 100000 --out", out)
+    process = command(f"train nano {TINY} --steps 100000 --compile false --out", out)
     metrics = out / "metrics.jsonl"
     while not metrics.exists() or len(metrics.read_text().splitlines()) < 3:
         assert process.poll() is None, process.communicate()[1]
