@@ -106,3 +106,31 @@ def test_a_config_of_an_earlier_version_is_the_config_of_today(name):
 @pytest.mark.parametrize("values", [{}, {"model": 3}, {"model": {}}, {"model": {"placement": {"norms": {"qq": {}}}}}])
 def test_a_config_without_a_valid_placement_is_left_to_others(values):
     assert config_io.with_current_placement(values) == values
+
+
+@pytest.mark.parametrize("name", [name for name, _, _ in config_io.fields()])
+def test_a_wrong_type_is_told_in_the_words_of_the_field(name):
+    if name == "model.placement":
+        return
+    values = config_io.to_dict(preset("moe-nano"))
+    *path, last = name.split(".")
+    target = values
+    for key in path:
+        target = target[key]
+    target[last] = {"x": 1}
+    with pytest.raises(UserError) as error:
+        config_io.from_dict(values)
+    assert str(error.value).startswith(f"{name}={{'x': 1}} must be ")
+    assert "input should" not in str(error.value).lower()
+
+
+def test_a_missing_field_is_explained():
+    with pytest.raises(UserError, match=r"the field 'model\.moe\.top_k' is missing: experts"):
+        config_io.with_overrides(preset("nano"), {"model.moe.n_experts": "8"})
+
+
+def test_a_choice_of_words_or_truth():
+    for word, found in {"auto": "auto", "true": True, "false": False, True: True}.items():
+        assert config_io.with_overrides(preset("nano"), {"compile": word}).compile == found
+    with pytest.raises(UserError, match="compile='maybe' must be auto or true or false"):
+        config_io.with_overrides(preset("nano"), {"compile": "maybe"})

@@ -48,9 +48,13 @@ class Interrupted(SddError):
 
 
 def nearest(word: str, known: Collection[str]) -> str:
-    """` (did you mean 'x'?)` with the known word most like this one, or an empty string if none is near."""
-    found = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f" (did you mean {found[0]!r}?)" if found else ""
+    """` (did you mean 'x'?)` with the known word most like this one, or an empty string if none is near.
+
+    Dashes before an option do not count, and a dotted name is also known by its last part.
+    """
+    parts = {part: name for name in known for part in (name.rpartition(".")[2].lstrip("-"), name.lstrip("-"))}
+    found = difflib.get_close_matches(word.lstrip("-"), parts, n=1, cutoff=0.7)
+    return f" (did you mean {parts[found[0]]!r}?)" if found else ""
 
 
 def unknown(kind: str, name: str, known: Collection[str]) -> UserError:

@@ -4,8 +4,9 @@ import json
 import logging
 import math
 import os
+import re
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -18,6 +19,7 @@ except ImportError:  # Windows has no flock; there nothing guards a folder again
     fcntl = None
 
 _log = logging.getLogger(__name__)
+_ASIDE = re.compile(r"\.tmp-(?P<name>.+)-(?P<process>[0-9]+)-[0-9]+")
 
 
 def write_aside(path: Path, content: str | bytes, *, durable: bool = True) -> None:
@@ -57,6 +59,33 @@ def aside(path: Path) -> Iterator[Path]:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
+
+
+def remove_leftovers(folder: Path, names: Collection[str]) -> None:
+    """Delete what `aside` was writing in processes that were killed.
+
+    Files of a process that still runs on this machine stay. The caller must know that no other machine writes them.
+
+    Args:
+        folder: where.
+        names: of the files that were to be replaced.
+    """
+    for path in folder.glob(".tmp-*"):
+        found = _ASIDE.fullmatch(path.name)
+        if found and found["name"] in names and not _is_alive(int(found["process"])):
+            with suppress(OSError):
+                path.unlink()
+
+
+def _is_alive(process: int) -> bool:
+    """Whether a process of that number runs on this machine."""
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:  # it belongs to someone else
+        return True
+    return True
 
 
 def read_json_lines(file: Path) -> Iterator[dict[str, Any]]:

@@ -64,6 +64,7 @@ def command(line, *more, **options):
         ("resume /no/such/run", ["/no/such/run", "sdd train PRESET"]),
         ("resume /no/such/run --steps -3", ["--steps", "'-3'"]),
         ("presets nan", ["'nan'", "'nano'"]),
+        ("presets --placement x", ["'x'", "prenorm"]),
         ("presets nano --placement x", ["'x'", "prenorm"]),
         ("study dem", ["'dem'", "'demo'"]),
     ],
@@ -206,6 +207,15 @@ def test_presets_lists_presets_and_placements(capsys):
     assert all(name in text for name in (*model_presets, *sdd.placements))
 
 
+def test_presets_are_json_all_together_or_one(capsys):
+    assert run("presets --json --placement prenorm") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert list(found) == list(model_presets)
+    for name in ("nano", "moe-1b-7b"):
+        assert run(f"presets {name} --json --placement prenorm") == 0
+        assert json.loads(capsys.readouterr().out) == found[name]
+
+
 def test_presets_shows_the_parameters_of_one(capsys):
     assert run("presets 1b --placement sdd-released") == 0
     assert "1,059,274,752" in capsys.readouterr().out
@@ -220,7 +230,7 @@ def test_presets_gives_the_config_as_json(capsys):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_says_how_to_go_on(tmp_path, number):
     out = tmp_path / "run"
-    process = command(f"train nano {TINY} --steps 100000 --out", out)
+    process = command(f"train nano {TINY} --steps 100000 --compile false --out", out)
     metrics = out / "metrics.jsonl"
     while not metrics.exists() or len(metrics.read_text().splitlines()) < 3:
         assert process.poll() is None, process.communicate()[1]

@@ -1,5 +1,6 @@
 """Loading a trained run, its loss on texts, and the loss of token frequencies."""
 
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -48,6 +49,25 @@ def test_own_held_out_text_is_used_whole(run: Path) -> None:
     found = evals.evaluate_run(run)
     assert found["tokens"] == len(data.validation) - 1
     assert 0 < found["loss"] < 10
+
+
+def test_some_sequences_are_those_of_the_runs_own_evaluation(run: Path) -> None:
+    config = config_io.load(run / "config.json")
+    told: list[tuple[int, int]] = []
+    found = evals.evaluate_run(run, None, config.eval_sequences, lambda done, total: told.append((done, total)))
+    result = json.loads((run / "result.json").read_text())
+    assert found["loss"] == pytest.approx(result["eval_loss"], rel=1e-6)
+    assert found["tokens"] == result["eval_tokens"]
+    assert told[-1] == (config.eval_sequences, config.eval_sequences)
+
+
+@pytest.mark.parametrize("sequences", [1, 2, 7, 10**6])
+def test_the_number_of_windows_is_the_number_asked_for_or_all(run: Path, tmp_path: Path, sequences: int) -> None:
+    file = tmp_path / "text.txt"
+    file.write_text(WORDS * 20)
+    ids = len(builtin_tokenizer().encode(WORDS * 20))
+    found = evals.evaluate_run(run, file, sequences)
+    assert found["tokens"] == min(sequences * CONTEXT, ids - 1)
 
 
 def test_the_checkpoint_before_a_damaged_one_is_loaded(run: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 from helpers_studies import FakeLab, made_result, wobble
 from rich.console import Console
 
-from sdd.commands.study import Options, run_study
+from sdd.commands.study import Options, _request, run_study
 from sdd.errors import Interrupted, RunFailed, UserError
 from sdd.lab import results
 from sdd.lab.definition import Definition, Outcome, PlannedStudy, Request, best_rate
@@ -197,7 +197,7 @@ def test_a_study_that_tunes_anyway_has_no_option_for_it(tmp_path: Path) -> None:
 def asked_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A finished study with options of its own."""
     FakeLab(valley).install(monkeypatch)
-    asked = Options(seeds=2, placements=("sdd", "olmo2"), overrides={"steps": "200"})
+    asked = Options(seeds=2, placements=("sdd", "olmo2"), overrides={"steps": "200", "device": "cpu"})
     assert run_study("robustness", tmp_path / "study", asked) == 0
     return tmp_path / "study"
 
@@ -215,8 +215,28 @@ def test_a_folder_alone_draws_the_same_page_again(asked_study: Path, monkeypatch
 
 @pytest.mark.slow
 def test_a_page_has_the_command_that_makes_it(asked_study: Path) -> None:
-    command = f"sdd study robustness --preset nano --seeds 2 --placements sdd,olmo2 --steps 200 --out {asked_study}"
+    command = "sdd study robustness --preset nano --seeds 2 --placements sdd,olmo2 --steps 200 --device cpu"
+    command += f" --precision float32 --out {asked_study}"
     assert command in (asked_study / "README.md").read_text()
+
+
+@pytest.mark.slow
+def test_a_new_study_fixes_what_machines_would_choose_and_an_old_one_keeps_its_own(asked_study: Path) -> None:
+    file = asked_study / "study.json"
+    stored = json.loads(file.read_text())
+    assert stored["overrides"]["precision"] == "float32"
+    configs = [json.loads(path.read_text())["config"] for path in (asked_study / "results").iterdir()]
+    assert {(config["compile"], config["precision"]) for config in configs} == {(False, "float32")}
+    del stored["overrides"]["precision"]
+    file.write_text(json.dumps(stored))
+    assert "precision" not in _request(robustness.DEFINITION, asked_study, Options()).overrides
+
+
+def test_a_study_is_compiled_only_if_asked_to_be(tmp_path: Path) -> None:
+    for asked, compiled in {None: False, "auto": False, "false": False, "true": True}.items():
+        overrides = {} if asked is None else {"compile": asked}
+        plan = PlannedStudy(robustness.DEFINITION, Request(tmp_path, "nano", 1, overrides=overrides))
+        assert plan.base.compile is compiled
 
 
 @pytest.mark.slow
@@ -234,7 +254,7 @@ def test_options_that_change_the_runs_of_a_folder_are_refused(asked_study: Path)
             run_study("robustness", asked_study, other)
     with pytest.raises(UserError, match="holds the study robustness"):
         run_study("lr", asked_study)
-    assert json.loads((asked_study / "study.json").read_text())["overrides"] == {"steps": "200"}
+    assert json.loads((asked_study / "study.json").read_text())["overrides"]["steps"] == "200"
 
 
 def test_result_files_are_small_and_say_what_they_are(tmp_path: Path) -> None:

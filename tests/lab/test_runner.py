@@ -41,6 +41,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
         sample_tokens=0,
         device="cpu",
         threads=1,
+        compile=False,
     )
 
 

@@ -158,7 +158,7 @@ def test_without_triton_the_plan_says_what_was_counted(monkeypatch: pytest.Monke
     ("line", "expected"),
     [
         ("1b", "required: --gpu"),
-        ("1c --gpu A10", "no preset '1c' (did you mean '1b'?)"),
+        ("1bb --gpu A10", "no preset '1bb' (did you mean '1b'?)"),
         ("1b --gpu H10", "did you mean A10"),
         ("1b --gpu A10 --gpus 3", "a batch of 1024 sequences does not divide among 3 GPUs: give --batch-size 1026"),
         ("1b --gpu A10 --gpus 0", "'0' is not a whole number"),

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from sdd.errors import UserError
 from sdd.train.config import OptimConfig, preset
-from sdd.train.schedule import fit, learning_rate
+from sdd.train.schedule import fit, learning_rate, misfit
 
 CONFIG = OptimConfig(lr=2.0, warmup=10, final_lr=0.1)
 
@@ -116,6 +116,7 @@ def test_only_numbers_that_cannot_fit_are_refused(optim, steps):
     config = replace(preset("nano"), optim=optim, steps=steps)
     decay = {"constant": 0, "cosine": 1, "wsd": optim.decay_fraction * steps}[optim.schedule]
     fits = optim.warmup + decay <= steps + 1e-6 and (optim.schedule != "wsd" or decay >= 1 - 1e-6)
+    assert fits == (misfit(config) is None), "a run that keeps its schedule says so"
     if fits:
         assert fit(config, ["optim.warmup", "optim.decay_fraction"]) == (config, None)
     else:

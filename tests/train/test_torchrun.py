@@ -30,6 +30,7 @@ CONFIG = replace(
     checkpoint_every=10,
     keep_checkpoints=2,
     sample_tokens=0,
+    compile=False,  # a million steps would be compiled
 )
 
 

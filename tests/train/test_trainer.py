@@ -8,6 +8,7 @@ from helpers_train import TINY, assert_same_tensors, little, rows, tiny
 from sdd.errors import RunFailed, UserError
 from sdd.placement import placements
 from sdd.report.page import write_report
+from sdd.train import config_io
 from sdd.train.checkpoint import list_checkpoints
 from sdd.train.run_dir import RunDir
 from sdd.train.trainer import Trainer, reopen, start
@@ -267,3 +268,51 @@ def test_every_placement_trains_resumes_and_reports(tmp_path, placement):
     assert before - result["eval_loss"] > 1.2
     write_report([tmp_path / "run"], tmp_path / "report.html")
     assert f"{result['eval_loss']:.3f}" in (tmp_path / "report.html").read_text()
+
+
+def test_a_run_that_ended_before_its_first_step_does_not_block_its_folder(tmp_path):
+    for name in ("whole", "failed"):
+        trainer = start(TINY, tmp_path / name)
+        trainer.run_dir.write_json("environment.json", trainer.environment())
+        with trainer.log.open(0):
+            pass
+        trainer.run_dir.unlock()
+    config = replace(TINY, seed=3, steps=2)
+    again = start(config, tmp_path / "failed")
+    assert again.run()["step"] == 2
+    assert config_io.load(tmp_path / "failed" / "config.json").seed == 3
+    with pytest.raises(UserError, match="holds a run already"):
+        start(config, tmp_path / "failed")
+    assert resume(tmp_path / "whole")["status"] == "done"
+
+
+def test_a_config_that_the_user_wrote_is_not_replaced(tmp_path):
+    config_io.save(TINY, tmp_path / "config.json")
+    with pytest.raises(UserError, match="holds a run already"):
+        start(replace(TINY, seed=1), tmp_path)
+    assert config_io.load(tmp_path / "config.json") == TINY
+
+
+def test_rows_of_a_run_with_z_loss_tell_what_was_minimised_from_the_cross_entropy(tmp_path):
+    train(tmp_path / "z", replace(TINY, steps=2, optim=replace(TINY.optim, z_loss=0.1)))
+    first = next(row for row in rows(tmp_path / "z") if "loss" in row)
+    plain = start(TINY, tmp_path / "plain")
+    loss, _ = plain.train_step(0)
+    plain.run_dir.unlock()
+    assert first["loss"] == pytest.approx(loss.item())
+    assert first["total_loss"] > first["loss"]
+
+
+def test_a_resumed_run_removes_what_a_killed_process_left(tmp_path):
+    train(tmp_path / "run")
+    (tmp_path / "run" / f".tmp-metrics.jsonl-{2**22 + 1}-7").touch()  # more than the largest number of a process
+    resume(tmp_path / "run", 13)
+    assert not list((tmp_path / "run").glob(".tmp-*"))
+
+
+def test_an_old_run_whose_warm_up_does_not_fit_says_so_when_it_goes_on(tmp_path, capsys):
+    config = replace(TINY, steps=4, optim=replace(TINY.optim, warmup=9))
+    train(tmp_path / "run", config)
+    capsys.readouterr()
+    resume(tmp_path / "run", 5)
+    assert "optim.warmup=9 does not fit steps=5" in capsys.readouterr().err

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from sdd.commands.configs import add_fields, overrides
@@ -17,6 +18,7 @@ from sdd.lab.grid.claims import Claims
 from sdd.lab.studies import studies
 from sdd.report import require_report_extra
 from sdd.terminal import stderr_console
+from sdd.train.parallel import pick_autocast, pick_device
 
 
 def main(args: list[str]) -> int:
@@ -123,15 +125,25 @@ def _request(definition: Definition, out: Path, options: Options) -> Request:
         _check_same(out, stored, options)
     elif (out / "reference.json").exists():  # the demo wrote it before it was a study like the others
         raise UserError(f"{out} holds a demo of an earlier version: delete it, or choose another --out")
+    fixed = {} if stored or (out / "results").exists() else {"precision": _precision(options.overrides)}
     return Request(
         out=out,
         preset=options.preset or stored.get("preset", definition.preset),
         seeds=options.seeds or stored.get("seeds", definition.seeds),
         placements=tuple(options.placements or stored.get("placements", ())),
         tuned=options.tuned or stored.get("tuned", False),
-        overrides={**stored.get("overrides", {}), **options.overrides},
+        overrides={**stored.get("overrides", {}), **options.overrides, **fixed},
         workers=options.workers,
     )
+
+
+def _precision(overrides: Mapping[str, Any]) -> str:
+    """The precision of a new study, so that "auto" is the same on every machine that works on it."""
+    asked = str(overrides.get("precision", "auto"))
+    if asked != "auto":
+        return asked
+    dtype = pick_autocast(asked, pick_device(str(overrides.get("device", "auto"))))
+    return str(dtype or torch.float32).removeprefix("torch.")
 
 
 def _check_same(out: Path, stored: Mapping[str, Any], options: Options) -> None:

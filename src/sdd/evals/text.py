@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from sdd.train.parallel import pick_autocast, pick_device
 
 _log = logging.getLogger(__name__)
 _ROWS = 8  # windows a forward pass
-_WINDOWS = 1024  # windows in memory
+_WINDOWS = 128  # windows in memory, and between two reports of progress
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,12 @@ def _find_checkpoint(run: Path, name: str) -> Path:
     return steps[int(name)]
 
 
-def evaluate_run(run: Path, text: Path | None = None) -> dict[str, Any]:
+def evaluate_run(
+    run: Path,
+    text: Path | None = None,
+    sequences: int | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, Any]:
     """Compute the loss and the bits per byte of a run's newest whole checkpoint on held-out text.
 
     The text is cut into windows of the model's context. So every token but the first is predicted once, from at most
@@ -78,6 +83,8 @@ def evaluate_run(run: Path, text: Path | None = None) -> dict[str, Any]:
     Args:
         run: the run directory.
         text: a UTF-8 text file; None for all of the run's own held-out data.
+        sequences: only so many windows, spread evenly as those of a run's own evaluations; None for all of the text.
+        progress: is told the windows done, and all of them, now and then.
 
     Returns:
         step, loss (nats a token), bits_per_byte (None if unknown), tokens (number of predictions), text (its name).
@@ -99,7 +106,10 @@ def evaluate_run(run: Path, text: Path | None = None) -> dict[str, Any]:
         ids, name = np.array(tokenizer.encode(_read(text)), np.int64), str(text)
     if len(ids) < 2:
         raise UserError(f"{name} has {len(ids)} tokens: at least 2 are needed, to predict one from the other")
-    evaluation = _evaluate_ids(trained, ids, tokenizer, data_eos if config.data.document_mask else None)
+    eos = data_eos if config.data.document_mask else None
+    evaluation = _evaluate_ids(
+        trained, ids, tokenizer, eos, _starts(len(ids), config.model.context, sequences), progress
+    )
     return {
         "step": trained.step,
         "loss": evaluation.loss,
@@ -110,29 +120,42 @@ def evaluate_run(run: Path, text: Path | None = None) -> dict[str, Any]:
 
 
 def _evaluate_ids(
-    trained: TrainedRun, ids: np.ndarray, tokenizer: Tokenizer | None, document_eos: int | None
+    trained: TrainedRun,
+    ids: np.ndarray,
+    tokenizer: Tokenizer | None,
+    document_eos: int | None,
+    starts: np.ndarray,
+    progress: Callable[[int, int], None],
 ) -> Evaluation:
     token_bytes = None if tokenizer is None else tokenizer.token_bytes()
     dtype = pick_autocast(trained.config.precision, trained.model.embed.weight.device)
-    nats, n_tokens, n_bytes = 0.0, 0, 0
-    for windows in _windows(ids, trained.config.model.context):
+    nats, n_tokens, n_bytes, done = 0.0, 0, 0, 0
+    for windows in _windows(ids, trained.config.model.context, starts):
         part = evaluate(trained.model, windows, _ROWS, document_eos=document_eos, autocast_dtype=dtype)
         nats += part.loss * part.tokens
         n_tokens += part.tokens
         n_bytes += 0 if token_bytes is None else int(token_bytes[windows[:, 1:].numpy()].sum())
+        done += len(windows)
+        progress(done, len(starts))
     return Evaluation(nats / n_tokens, nats / math.log(2) / n_bytes if n_bytes else None, n_tokens)
 
 
-def _windows(ids: np.ndarray, context: int) -> Iterator[torch.Tensor]:
+def _starts(n_ids: int, context: int, sequences: int | None) -> np.ndarray:
+    """First ids of the windows: of all, the last of which may be shorter, or of some whole ones, spread evenly."""
+    whole = (n_ids - 1) // context
+    if sequences is None or sequences > whole:
+        return np.arange(0, n_ids - 1, context)
+    return np.arange(sequences) * whole // sequences * context
+
+
+def _windows(ids: np.ndarray, context: int, starts: np.ndarray) -> Iterator[torch.Tensor]:
     """Cut the ids into windows that overlap by one token; yields many at a time, and a shorter last one alone."""
-    whole = (len(ids) - 1) // context
-    for first in range(0, whole, _WINDOWS):
-        starts = np.arange(first, min(first + _WINDOWS, whole)) * context
-        part = np.asarray(ids[starts[0] : starts[-1] + context + 1], np.int64)
-        yield torch.from_numpy(part).unfold(0, context + 1, context)
-    rest = np.asarray(ids[whole * context :], np.int64)
-    if len(rest) > 1:
-        yield torch.from_numpy(rest)[None]
+    whole = starts[starts + context < len(ids)]
+    for first in range(0, len(whole), _WINDOWS):
+        places = whole[first : first + _WINDOWS, None] + np.arange(context + 1)
+        yield torch.from_numpy(np.asarray(ids[places], np.int64))
+    if len(whole) < len(starts):
+        yield torch.from_numpy(np.asarray(ids[starts[-1] :], np.int64))[None]
 
 
 def tokenizer_of(config: RunConfig) -> Tokenizer:

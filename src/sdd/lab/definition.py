@@ -214,7 +214,8 @@ class PlannedStudy:
         if "eval_every" not in sized:
             run = replace(run, eval_every=max(1, run.steps // _EVALUATIONS))
         guard = replace(run.guard, nonfinite="stop", spikes="observe")  # a study observes
-        return replace(run, guard=guard, sample_tokens=0, keep_checkpoints=1)
+        compiled = run.compile is True  # "auto" would compile on one machine what is eager on the next
+        return replace(run, guard=guard, sample_tokens=0, keep_checkpoints=1, compile=compiled)
 
 
 @dataclass(frozen=True)

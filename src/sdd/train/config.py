@@ -16,7 +16,7 @@ _MOST_THREADS = 1024
 _MOST_SEQUENCES = 2**56
 
 
-def _at_least(least: float, owner: object, *names: str, most: float = math.inf) -> None:
+def _at_least(least: float, owner: object, *names: str, most: float = math.inf, unit: str = "") -> None:
     """Check that fields are finite and within bounds."""
     for name in names:
         value = getattr(owner, name)
@@ -24,7 +24,7 @@ def _at_least(least: float, owner: object, *names: str, most: float = math.inf) 
             raise ValueError(f"{name}={value} must be finite")
         if not least <= value <= most:
             bounds = f"at least {least}" if most == math.inf else f"between {least} and {most}"
-            raise ValueError(f"{name}={value} must be {bounds}")
+            raise ValueError(f"{name}={value} must be {bounds}{unit}")
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ class GuardConfig:
 
     def __post_init__(self) -> None:
         _at_least(1, self, "patience")
-        _at_least(ENOUGH, self, "window")
+        _at_least(ENOUGH, self, "window", unit=" steps")
         _at_least(0, self, "loss_margin", "grad_factor", "max_rollbacks")
 
 
@@ -149,7 +149,8 @@ class RunConfig:
         accumulate: number of equal parts that a step's batch is cut into, one in memory at a time; divides
             data.batch_size. Several processes share the parts.
         precision: "auto" is bfloat16 autocast on a GPU that has it and float32 elsewhere.
-        compile: torch.compile the model.
+        compile: torch.compile the model. "auto" does where it works and the run is long enough to pay for it; a new run
+            keeps the decision in its config.json.
         activation_checkpointing: recompute each block in the backward pass to save memory.
         chunked_loss: never hold all logits (torch >= 2.13): less memory for a little time.
         eval_every: steps between evaluations on the held-out text; 0 evaluates only at the end.
@@ -171,7 +172,7 @@ class RunConfig:
     seed: int = 0
     accumulate: int = 1
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    compile: bool = False
+    compile: Literal["auto"] | bool = "auto"
     activation_checkpointing: bool = False
     chunked_loss: bool = False
     eval_every: int = 100

@@ -16,6 +16,7 @@ from sdd.files import write_aside
 from sdd.placement import Placement, current_fields, placements
 from sdd.train.config import RunConfig
 
+_SHOWN = 80  # characters of a wrong value in a message
 _LARGEST = 2**63 - 1  # the largest integer that torch can hold
 
 
@@ -189,10 +190,30 @@ def _first_problem(error: ValidationError) -> str:
     problem = error.errors(include_url=False)[0]
     location = ".".join(str(part) for part in problem["loc"])
     message = problem["msg"].removeprefix("Value error, ")
+    known = {name: (hint, about) for name, hint, about in fields()}
     if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        return f"unknown field {location!r}{nearest(location, [name for name, _, _ in fields()])}"
+        return f"unknown field {location!r}{nearest(location, known)}"
     if problem["type"] in ("missing", "missing_argument"):
-        return f"the field {location!r} is missing"
+        about = f": {known[location][1]}" if location in known else ""
+        return f"the field {location!r} is missing{about.rstrip('.')}"
     if problem["type"] == "value_error":
         return f"{location}: {message}" if location else message
-    return f"{location}={problem['input']!r}: {message[:1].lower()}{message[1:]}"
+    given = repr(problem["input"])
+    given = given if len(given) <= _SHOWN else f"{given[:_SHOWN]}..."
+    # the members of a union stand behind the field's own name
+    field = next((name for name in known if f"{location}.".startswith(f"{name}.") and name != "model.placement"), None)
+    if field is not None:
+        return f"{field}={given} must be {_expected(known[field][0])}"
+    if problem["type"] in ("dataclass_type", "dict_type"):
+        return f"{location or 'the config'}={given} must be an object with fields"
+    return f"{location}={given}: {message.replace('Input should be', 'must be')}"
+
+
+def _expected(hint: Any) -> str:
+    """The values of a field's type, in a message."""
+    if get_origin(hint) is Literal:
+        return ", ".join(map(str, get_args(hint)))
+    if get_origin(hint) in (types.UnionType, Union):
+        return " or ".join(_expected(arg) for arg in get_args(hint))
+    words = {types.NoneType: "none", bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+    return words.get(hint, "an object with fields")

@@ -104,7 +104,7 @@ def sample(
     generator = torch.Generator(device).manual_seed(config.seed)
     autocast = torch.autocast(device.type, autocast_dtype, enabled=autocast_dtype is not None)
     # each step of generation has another shape, and compiled blocks would be compiled for every one
-    eager = torch.compiler.set_stance("force_eager") if config.compile else nullcontext()
+    eager = torch.compiler.set_stance("force_eager") if config.compile is True else nullcontext()
     model.eval()
     with gathered(model), autocast, eager:
         whole = generate(model, prompt, config.sample_tokens, temperature=0.8, top_p=0.95, generator=generator)

@@ -1,5 +1,7 @@
 """The computation of a run: model, optimiser and batches, the gradients of a step and the held-out loss."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -7,7 +9,7 @@ from sdd.data import DataSource, Loader, eval_windows
 from sdd.errors import UserError
 from sdd.models import LanguageModel
 from sdd.models.moe import Routing
-from sdd.models.transformer import HAS_CHUNKED_LOSS
+from sdd.models.transformer import HAS_CHUNKED_LOSS, TrainingLoss
 from sdd.train.config import RunConfig, resolve
 from sdd.train.evaluate import Evaluation, evaluate
 from sdd.train.optim import build_optimizer, set_learning_rate
@@ -21,7 +23,7 @@ class Learner:
     """The model of a run with its data and optimiser: gradients, updates and held-out loss. It writes no files.
 
     Args:
-        config: the run.
+        config: the run. Where `compile` is still "auto" (see `sdd.train.compiling`), nothing is compiled.
         world: the processes that share the run.
 
     Attributes:
@@ -29,10 +31,13 @@ class Learner:
         autocast_dtype: bfloat16, or None for float32 throughout.
         data, loader, model, optimizer: the parts.
         router_stats: how the last step's tokens were routed; None without experts.
+        objective: what the last step minimised, z-loss and auxiliary losses included; None without z-loss.
         eval_windows: held-out tokens, int64 `[N, T + 1]`.
     """
 
     def __init__(self, config: RunConfig, world: World) -> None:
+        if config.compile == "auto":
+            config = replace(config, compile=False)
         self.config, self.world = config, world
         self.device = world.together(lambda: world.place(pick_device(config.device)))
         self.autocast_dtype = world.together(lambda: pick_autocast(config.precision, self.device))
@@ -49,12 +54,18 @@ class Learner:
         self.model.sum_counts = world.total if world.size > 1 else None
         self.optimizer = build_optimizer(self.model, config.optim)
         self.router_stats: RouterStats | None = None
+        self.objective: Tensor | None = None
         self.eval_windows = eval_windows(self.data.validation, config.eval_sequences, config.model.context)
         self._passes = world.passes(config.data.batch_size, config.accumulate)
         self._token_bytes = None if self.data.tokenizer is None else self.data.tokenizer.token_bytes()
         self._document_eos = self.data.eos if config.data.document_mask else None
         if config.compile:
             compile_model(self.model)
+
+    def warm_up(self) -> None:
+        """Compute the gradients of the first part of the data and drop them, so that a model is compiled by then."""
+        self._loss(self._batch(0).chunk(self._passes)[0]).total.backward()
+        self.optimizer.zero_grad()
 
     def draw_weights(self) -> None:
         """Draw the initial weights from the seed, and clear the optimiser's state."""
@@ -71,18 +82,18 @@ class Learner:
         """
         set_learning_rate(self.optimizer, learning_rate(self.config.optim, step + 1, self.config.steps))
         parts = self._batch(step).chunk(self._passes)
-        total = torch.zeros((), device=self.device)
+        total, objective = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
         passes: list[Routing] = []
-        eos, z_loss = self._document_eos, self.config.optim.z_loss
         for part in parts:
-            with torch.autocast(self.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
-                loss = self.model(part[:, :-1], part[:, 1:], document_eos=eos, z_loss=z_loss, detailed=True)
+            loss = self._loss(part)
             (loss.total / len(parts)).backward()
             total += loss.cross_entropy / len(parts)
+            objective += loss.total.detach() / len(parts)
             if loss.routing is not None:
                 passes.append(loss.routing)
         average_gradients(self.model, self.world)
         self.router_stats = RouterStats(passes, self.world) if passes else None
+        self.objective = self.world.mean(objective) if self.config.optim.z_loss else None
         return self.world.mean(total)
 
     def update(self) -> None:
@@ -106,6 +117,17 @@ class Learner:
     def precision(self) -> str:
         """The dtype of the matrix products."""
         return str(self.autocast_dtype or torch.float32).removeprefix("torch.")
+
+    def _loss(self, tokens: Tensor) -> TrainingLoss:
+        """The loss of some rows of a batch."""
+        with torch.autocast(self.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
+            return self.model(
+                tokens[:, :-1],
+                tokens[:, 1:],
+                document_eos=self._document_eos,
+                z_loss=self.config.optim.z_loss,
+                detailed=True,
+            )
 
     def _batch(self, step: int) -> Tensor:
         """This process's rows of a batch, on the device."""

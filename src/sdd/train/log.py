@@ -22,6 +22,7 @@ from sdd.terminal import SECONDS_BETWEEN_LINES, Interval, clock, progress_bar, s
 from sdd.train import config_io
 from sdd.train.config import RunConfig
 from sdd.train.run_dir import RunDir
+from sdd.train.schedule import misfit
 
 
 def opening(config: RunConfig, loader: Loader, data: str, place: str, step: int) -> Iterator[str]:
@@ -47,6 +48,8 @@ def opening(config: RunConfig, loader: Loader, data: str, place: str, step: int)
         f"{place}"
     )
     yield from loader.describe(config.steps)
+    if line := misfit(config):
+        yield line
     if step:
         yield f"going on from step {step}"
     if config.chunked_loss and not HAS_CHUNKED_LOSS:

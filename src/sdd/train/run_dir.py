@@ -10,6 +10,7 @@ checkpoints/       see sdd.train.checkpoint
 """
 
 import json
+import logging
 import os
 import platform
 import re
@@ -21,7 +22,13 @@ from typing import IO, Any
 import torch
 
 from sdd.errors import UserError
-from sdd.files import finite, lock, naming, number, read_json_lines, sync, write_aside
+from sdd.files import finite, lock, naming, number, read_json_lines, remove_leftovers, sync, write_aside
+
+_log = logging.getLogger(__name__)
+#: The files that are written as a whole, only by the process that has the lock.
+_WHOLE = ("config.json", "environment.json", "metrics.jsonl", "probe.jsonl", "samples.jsonl", "result.json")
+#: What a run leaves that is killed or fails before its first step. A config.json without a lock is a user's own.
+_BEFORE_STEPS = re.compile(r"lock|tensorboard|(\.tmp-)?(config|environment)\.json.*")
 
 
 class RunDir:
@@ -45,35 +52,42 @@ class RunDir:
         """Make the directory and lock it. The lock may stay after an error: the caller unlocks.
 
         Raises:
-            UserError: if it holds a run or other files already, or cannot be made, or another process has it.
+            UserError: if it is not free (see `check_free`), or cannot be made, or another process has it.
         """
         try:
-            self._check_free()
+            self.check_free()
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"cannot make the run directory {self.path}: {error.strerror}") from None
         self.lock()
-        self._check_free()  # another process may have been faster
-
-    def _check_free(self) -> None:
+        self.check_free()  # another process may have been faster
         if self.config.exists():
-            raise UserError(f"{self.path} holds a run already: go on with it (sdd resume {self.path}), or name another")
+            _log.info("%s holds a run that ended before its first step: its config.json is replaced", self.path)
+
+    def check_free(self) -> None:
+        """Check that a new run may begin here: nothing is there, or a run that ended before its first step.
+
+        Raises:
+            UserError: if the directory holds a run or other files.
+        """
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"{self.path} is a file: name a new directory")
-        # a process that is killed before it has written config.json leaves these, which are not a run yet
-        ours = re.compile(r"lock|\.tmp-config\.json.*")
-        inside = self.path.iterdir() if self.path.exists() else ()
-        if other := next((path.name for path in inside if not ours.fullmatch(path.name)), None):
+        inside = [path.name for path in self.path.iterdir()] if self.path.exists() else []
+        other = next((name for name in inside if not _BEFORE_STEPS.fullmatch(name)), None)
+        if self.config.exists() and (other or "lock" not in inside):
+            raise UserError(f"{self.path} holds a run already: go on with it (sdd resume {self.path}), or name another")
+        if other:
             raise UserError(f"{self.path} is not empty (it holds {other}) and is no run: name a new directory")
 
     def lock(self) -> None:
-        """Keep other processes from writing into this run until this process ends.
+        """Keep other processes from writing into this run until this process ends; delete what killed ones left.
 
         Raises:
             UserError: if another process has it, or it cannot be written.
         """
         try:
             self._lock = lock(self.path / "lock")
+            remove_leftovers(self.path, _WHOLE)
         except OSError as error:
             raise UserError(f"cannot write into {self.path}: {error.strerror}") from None
 

@@ -41,6 +41,15 @@ def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
             return config.lr * (1 - (1 - config.final_lr) * progress)
 
 
+def misfit(config: RunConfig) -> str | None:
+    """One line about numbers that do not fit the length of a run that keeps them; None if all do."""
+    try:
+        fit(config, ("optim.warmup", "optim.decay_fraction"))
+    except UserError as error:
+        return f"{error}; the run keeps its schedule all the same"
+    return None
+
+
 def _ramp(step: int, start: float, end: float) -> float:
     """0 up to `start`, 1 from `end` on, linear between."""
     return min(1.0, max(0.0, (step - start) / max(end - start, 1)))

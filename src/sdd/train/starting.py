@@ -70,7 +70,8 @@ def is_left_by_job(run_dir: RunDir, config: RunConfig, world: World) -> bool:
     before = read_json_object(run_dir.path / "environment.json")
     if not world.restarted and (world.job is None or before.get("job") != world.job):
         return False
-    return config_io.load(run_dir.config) == config
+    there = config_io.load(run_dir.config)
+    return there == (replace(config, compile=there.compile) if config.compile == "auto" else config)
 
 
 def claim(run_dir: RunDir, config: RunConfig) -> None:

@@ -13,7 +13,7 @@ from sdd.files import read_json_object
 from sdd.models import count_parameters
 from sdd.probing import Probe
 from sdd.train import checkpoint as ckpt
-from sdd.train import config_io, starting
+from sdd.train import compiling, config_io, precision, starting
 from sdd.train.config import RunConfig
 from sdd.train.evaluate import Evaluation, sample
 from sdd.train.learner import Learner
@@ -40,13 +40,30 @@ def start(config: RunConfig, out: Path, world: World = ALONE) -> "Trainer":
     """
     run_dir = RunDir(out, world.is_main)
     config = replace(config, data=config.data.absolute())
-    if world.on_main(run_dir.config.exists):
-        if world.on_main(lambda: starting.is_left_by_job(run_dir, config, world)):
-            return reopen(out, world=world)
-        world.on_main(run_dir.create)  # raises, before the data are touched
-    trainer = Trainer(config, run_dir, world)
-    world.on_main(lambda: starting.claim(run_dir, config))
+    if world.on_main(run_dir.config.exists) and world.on_main(lambda: starting.is_left_by_job(run_dir, config, world)):
+        return reopen(out, world=world)
+    world.on_main(run_dir.check_free)  # before the data are touched
+    trainer, lines = _built(config, run_dir, world)
+    world.on_main(lambda: starting.claim(run_dir, trainer.config))
+    for line in filter(None, (*lines, precision.hint(config, trainer.device) if world.is_main else None)):
+        trainer.log.say(line)
     return trainer
+
+
+def _built(asked: RunConfig, run_dir: RunDir, world: World) -> tuple["Trainer", list[str]]:
+    """The trainer of a new run, compiled where that was decided, and what to say about it."""
+    config, line = compiling.decide(asked, world)
+    lines = [line] if line else []
+    trainer = Trainer(config, run_dir, world)
+    if config.compile:
+        trainer.log.say("compiling the model; nothing is written before that is done")
+        reason = compiling.failure(trainer.warm_up, world)
+        if reason and asked.compile is True:
+            raise compiling.refusal(reason)
+        if reason:
+            del trainer
+            trainer, lines = Trainer(replace(config, compile=False), run_dir, world), [f"not compiled: {reason}"]
+    return trainer, lines
 
 
 def reopen(out: Path, steps: int | None = None, world: World = ALONE) -> "Trainer":
@@ -66,12 +83,15 @@ def reopen(out: Path, steps: int | None = None, world: World = ALONE) -> "Traine
         config = world.together(lambda: config_io.load(run_dir.config))
         if steps is not None:
             config = replace(config, steps=steps)
+        config, line = compiling.decide(config, world)
         trainer = Trainer(config, run_dir, world)
         trainer.resume_newest()
         result = read_json_object(out / "result.json")
         if trainer.step >= config.steps and (result.get("status"), result.get("step")) == ("done", trainer.step):
             raise UserError(f"{out} is complete at step {trainer.step}: give more with --steps N to go on")
-        if steps is not None:
+        if line:
+            trainer.log.say(line)
+        if line or steps is not None:
             world.on_main(lambda: config_io.save(config, run_dir.config))
     except BaseException:
         run_dir.unlock()
@@ -333,6 +353,7 @@ class Trainer(Learner):
             "seconds": self.seconds,
             "time": time.time(),
             "tokens_per_second": self.config.tokens_per_step / seconds,
+            **({} if self.objective is None else {"total_loss": self.objective.item()}),
             **(self.router_stats.row() if self.router_stats else {}),
         }
         self.log.record_numbers(row)
@@ -346,7 +367,8 @@ class Trainer(Learner):
 
     def _say_opening(self) -> None:
         where = str(self.device) if self.world.size == 1 else f"{self.world.size} processes ({self.device.type})"
-        place = f"{self.precision} on {where}, into {self.run_dir.path}"
+        how = f"{self.precision}, compiled" if self.config.compile else self.precision
+        place = f"{how} on {where}, into {self.run_dir.path}"
         for line in opening(self.config, self.loader, self.data.name, place, self.step):
             self.log.say(line)
 

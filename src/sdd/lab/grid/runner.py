@@ -58,7 +58,7 @@ class Grid:
         self.workers = max(1, min(wanted, len(runs)))
         # A fixed number of threads a run, so that a result does not depend on how many runs stood beside it.
         self.threads = max(1, cores // wanted)
-        self.jobs = [Job(name, replace(config, threads=config.threads or self.threads)) for name, config in runs]
+        self.jobs = [Job(name, self._fixed(config)) for name, config in runs]
         self._tails = {job.name: _Tail(self.path(job.name) / "metrics.jsonl", job) for job in self.jobs}
         self._active: list[_Process] = []
         self._claims = Claims(out / "claims")
@@ -68,6 +68,10 @@ class Grid:
         for job in self.jobs:
             self._check_settings(job)
             self._find_out(job)
+
+    def _fixed(self, config: RunConfig) -> RunConfig:
+        """The config with what a machine would choose; "auto" would compile on one what is eager on the next."""
+        return replace(config, threads=config.threads or self.threads, compile=config.compile is True)
 
     @property
     def waiting(self) -> list[Job]:
