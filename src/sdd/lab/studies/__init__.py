@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from sdd.lab.definition import Definition
-from sdd.lab.studies import convergence, demo, lr_sensitivity, moe, robustness
+from sdd.lab.studies import convergence, demo, length, lr_sensitivity, moe, robustness
 
 #: The studies by name.
 studies: Mapping[str, Definition] = MappingProxyType(
-    {study.DEFINITION.name: study.DEFINITION for study in (demo, robustness, lr_sensitivity, convergence, moe)}
+    {study.DEFINITION.name: study.DEFINITION for study in (demo, robustness, lr_sensitivity, convergence, length, moe)}
 )
