@@ -44,12 +44,14 @@ class Arm:
         placement: the placement's name.
         changes: fields of the run that this method sets, by dotted name.
         dense: replace the experts of a preset by one feed-forward network, as wide as the experts that a token uses.
+        variant: a placement of the study's own; `placement` then names the one that it is drawn like in figures.
     """
 
     name: str
     placement: str
     changes: Mapping[str, Any] = field(default_factory=dict)
     dense: bool = False
+    variant: Placement | None = None
 
 
 @dataclass(frozen=True)
@@ -233,7 +235,7 @@ class PlannedStudy:
 
     def placement(self, arm: Arm) -> Placement:
         """The arm's placement; in a narrow model, with init std 1/sqrt(2.5 d) in place of 0.02."""
-        found = placements[arm.placement]
+        found = replace(arm.variant, name=arm.name) if arm.variant else placements[arm.placement]
         narrow = self.base.model.d_model < _WIDE
         return replace(found, init="base") if narrow and found.init == "normal-0.02" else found
 

@@ -41,7 +41,7 @@ def write_study(outcome: Outcome, findings: Findings) -> Path:
         findings=findings,
         svgs=svgs,
         command=command(plan),
-        placements=list({arm.placement: plan.placement(arm) for arm in plan.arms}.values()),
+        placements=list({plan.placement(arm).name: plan.placement(arm) for arm in plan.arms}.values()),
         settings=_settings(plan),
         environments=environments(outcome.results),
         runs=len(outcome.results),

@@ -193,7 +193,8 @@ def general_limits(outcome: Outcome) -> list[str]:
 
 def _redrawn(outcome: Outcome) -> list[str]:
     """Name the methods that do not start from the init of their authors."""
-    names = [arm.name for arm in outcome.plan.arms if outcome.plan.placement(arm) != placements[arm.placement]]
+    arms = [arm for arm in outcome.plan.arms if not arm.variant]
+    names = [arm.name for arm in arms if outcome.plan.placement(arm) != placements[arm.placement]]
     if not names:
         return []
     start, their = ("starts", "its") if len(names) == 1 else ("start", "their")
