@@ -22,7 +22,8 @@ from rich.console import Console
 from sdd.errors import RunFailed, UserError
 from sdd.files import write_aside
 from sdd.lab import results
-from sdd.lab.definition import Cell, Condition, Outcome, PlannedStudy, best_rate
+from sdd.lab.arms import Condition
+from sdd.lab.definition import Cell, Outcome, PlannedStudy, best_rate
 from sdd.lab.grid.job import FINISHED
 from sdd.lab.grid.runner import Grid
 from sdd.lab.grid.timing import grid_seconds, seconds_per_token

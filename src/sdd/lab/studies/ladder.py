@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from sdd.lab.definition import DEFAULT, Arm, Cell, Condition, Definition, Outcome, Rates, short_length
+from sdd.lab.arms import DEFAULT, Arm, Condition, Rates
+from sdd.lab.definition import Cell, Definition, Outcome, short_length
 from sdd.lab.findings import Findings, Interval, Measured, Picture, Table, described, listed, seeds_text
 from sdd.lab.statistics import Estimate, mean_interval
 from sdd.lab.studies import shared

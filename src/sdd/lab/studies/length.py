@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sdd.lab.definition import DEFAULT, Arm, Cell, Definition, Outcome, Rates, short_length
+from sdd.lab.arms import DEFAULT, Arm, Rates
+from sdd.lab.definition import Cell, Definition, Outcome, short_length
 from sdd.lab.findings import Findings, Interval, Measured, Picture, Range, Table, described, listed, seeds_text
 from sdd.lab.statistics import Estimate, first_reach, mean_factor, mean_interval, paired_difference
 from sdd.lab.studies import shared

@@ -7,7 +7,8 @@ from typing import Literal
 
 import numpy as np
 
-from sdd.lab.definition import Cell, Condition, Outcome, at_edge, best_rate
+from sdd.lab.arms import Condition
+from sdd.lab.definition import Cell, Outcome, at_edge, best_rate
 from sdd.lab.findings import Interval, Measured, Picture, Table, described, listed, seeds_text
 from sdd.lab.results import LEARNED_SHARE, RunResult
 from sdd.lab.search import Search
