@@ -147,7 +147,7 @@ def test_from_a_command_to_a_page_and_on_from_a_clone(tmp_path: Path, capsys: py
     monkey = pytest.MonkeyPatch()
     with monkey.context() as patched:
         from sdd.commands import study
-        from sdd.lab.definition import Rates
+        from sdd.lab.arms import Rates
         from sdd.lab.studies import lr_sensitivity
 
         few = replace(lr_sensitivity.DEFINITION, rates=Rates("sweep", (0.5, 1.0)))

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from sdd.errors import UserError
-from sdd.lab.definition import DEFAULT, Definition, PlannedStudy, Request
+from sdd.lab.arms import DEFAULT
+from sdd.lab.definition import Definition, PlannedStudy, Request
 from sdd.lab.engine import Engine
 from sdd.lab.figures import Axis, draw_dots
 from sdd.lab.findings import Findings, Measured, Table

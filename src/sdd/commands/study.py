@@ -1,5 +1,6 @@
 """`sdd study`: studies by name, and how one is run."""
 
+import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,6 +37,8 @@ def main(args: list[str]) -> int:
     about = "runs at once (default: one a GPU, or a core, at most four)"
     parser.add_argument("--workers", type=positive_int, help=about)
     parser.add_argument("--placements", metavar="A,B", default="", help="methods to compare (default: the study's)")
+    about = "tokens of a run, for a study by length, such as 0.3M,1M,3M (default: the study's)"
+    parser.add_argument("--lengths", metavar="N,N", type=_lengths, default=(), help=about)
     parser.add_argument("--tuned", action="store_true", help="robustness: tune the learning rate of every cell")
     add_fields(parser)
     options = parser.parse_known(args)
@@ -47,6 +50,7 @@ def main(args: list[str]) -> int:
         preset=options.preset,
         placements=tuple(filter(None, options.placements.split(","))),
         tuned=options.tuned,
+        lengths=options.lengths,
         overrides=overrides(options),
     )
     return run_study(options.name, options.out or Path("studies") / options.name, asked)
@@ -62,6 +66,7 @@ class Options:
         preset: of the model and its run.
         placements: the methods to compare.
         tuned: tune the learning rate of every cell.
+        lengths: tokens of a run, for a study by length.
         overrides: fields of the run, by dotted name.
     """
 
@@ -70,6 +75,7 @@ class Options:
     preset: str | None = None
     placements: Sequence[str] = ()
     tuned: bool = False
+    lengths: tuple[int, ...] = ()
     overrides: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -132,6 +138,7 @@ def _request(definition: Definition, out: Path, options: Options) -> Request:
         seeds=options.seeds or stored.get("seeds", definition.seeds),
         placements=tuple(options.placements or stored.get("placements", ())),
         tuned=options.tuned or stored.get("tuned", False),
+        lengths=options.lengths or tuple(stored.get("lengths", ())),
         overrides={**stored.get("overrides", {}), **options.overrides, **fixed},
         workers=options.workers,
     )
@@ -168,3 +175,16 @@ def _print_answer(findings: Findings, console: Console) -> None:
     answer.print(findings.tables[0].markdown(padded=True), markup=False)
     for sentence in (findings.answer, *findings.conclusions):
         console.print(sentence, markup=False)
+
+
+def _lengths(text: str) -> tuple[int, ...]:
+    """Read `0.3M,1M,3000000`."""
+    units = {"K": 1e3, "M": 1e6, "B": 1e9}
+    try:
+        parts = [part.strip().upper() for part in text.split(",")]
+        found = sorted({round(float(part.rstrip("KMB")) * units.get(part[-1:], 1)) for part in parts})
+    except (ValueError, OverflowError):
+        found = [0]
+    if min(found) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} are no numbers of tokens such as 0.3M,1M,3M")
+    return tuple(found)

@@ -7,13 +7,15 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from sdd.errors import UserError
+from sdd.lab.arms import DEFAULT, Arm, Condition, Rates
 from sdd.lab.findings import Findings
 from sdd.lab.results import RunResult
+from sdd.lab.search import Lattice, Search, Setting, round_rate
 from sdd.models import ModelConfig, model_presets
 from sdd.placement import Placement, placements
 from sdd.train import RunConfig, config_io, preset
@@ -24,68 +26,14 @@ OWN_FIELDS = ("seed", "model.placement", "guard.nonfinite", "guard.spikes", "sam
 #: The first of the seeds on which learning rates are chosen; reported seeds start at 0.
 TUNING_SEED = 1000
 _EVALUATIONS = 20
+#: The most evaluations of a run in a study by length, whose curves are read at shorter lengths too, and the most steps
+#: between two of them in short runs, where so many would cost more than the training.
+_MOST_EVALUATIONS, _STEPS_BETWEEN = 40, 50
+#: Of a run of a study by length.
+_WARMUP_SHARE = 0.05
 #: Methods whose authors draw every matrix at std 0.02 do so at widths of 2048 and more. Below this width 0.02 is less
 #: than the 1/sqrt(2.5 d) of the others, down to a quarter of it at d = 64, where block 0 then hides below eps.
 _WIDE = 1000
-
-
-@dataclass(frozen=True)
-class Arm:
-    """One method of a comparison.
-
-    Attributes:
-        name: in tables, figures and run names.
-        placement: the placement's name.
-        changes: fields of the run that this method sets, by dotted name.
-        dense: replace the experts of a preset by one feed-forward network, as wide as the experts that a token uses.
-    """
-
-    name: str
-    placement: str
-    changes: Mapping[str, Any] = field(default_factory=dict)
-    dense: bool = False
-
-
-@dataclass(frozen=True)
-class Condition:
-    """A training setting: the default one, or one that makes training harder.
-
-    Attributes:
-        name: in run names.
-        title: in tables.
-        changes: fields of the run that it sets, by dotted name.
-        rate_factor: multiplies the learning rate.
-    """
-
-    name: str
-    title: str
-    changes: Mapping[str, Any] = field(default_factory=dict)
-    rate_factor: float = 1.0
-
-
-DEFAULT = Condition("default", "default")
-
-
-@dataclass(frozen=True)
-class Rates:
-    """How learning rates are decided.
-
-    Attributes:
-        kind: "common" gives all arms the base rate; "tuned" takes for each arm and condition the rate that is best on
-            seeds and held-out windows of their own; "sweep" reports every rate.
-        factors: of the base rate, evenly spaced in their logarithm, ascending; while a best rate lies at an end, the
-            grid is extended by its own spacing.
-        tuning_seeds: number of seeds that rates are tuned on.
-    """
-
-    kind: Literal["common", "tuned", "sweep"]
-    factors: tuple[float, ...] = (1.0,)
-    tuning_seeds: int = 2
-
-    @property
-    def spacing(self) -> float:
-        """The ratio of neighbouring rates."""
-        return (self.factors[-1] / self.factors[0]) ** (1 / (len(self.factors) - 1))
 
 
 @dataclass(frozen=True)
@@ -106,6 +54,7 @@ class Definition:
         tuned_rates: how rates are decided with `--tuned`; None if the study has no such option.
         preset: the default one.
         seeds: the default number.
+        lengths: the default lengths of its runs in tokens; each is a condition. Empty if the preset has the length.
     """
 
     name: str
@@ -120,6 +69,7 @@ class Definition:
     tuned_rates: Rates | None = None
     preset: str = "nano"
     seeds: int = 3
+    lengths: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -134,6 +84,7 @@ class Request:
         tuned: tune the rate under every condition anew.
         overrides: fields of the run, by dotted name; `optim.lr` is the base rate.
         workers: runs at once on this machine; None for the default.
+        lengths: of the runs in tokens, for studies by length; empty for the study's own.
     """
 
     out: Path
@@ -143,6 +94,7 @@ class Request:
     tuned: bool = False
     overrides: Mapping[str, Any] = field(default_factory=dict)
     workers: int | None = None
+    lengths: tuple[int, ...] = ()
 
 
 class PlannedStudy:
@@ -159,17 +111,18 @@ class PlannedStudy:
         if rates is None:
             why = {
                 "tuned": "it tunes every rate anyway",
+                "searched": "it tunes every rate anyway",
                 "sweep": "it reports every rate",
                 "common": "its methods share one rate",
             }
             raise UserError(f"the study {definition.name} has no --tuned: {why[definition.rates.kind]}")
         self.rates = rates
-        self.conditions = _without_rates(definition.conditions) if request.tuned else definition.conditions
         _check_overrides(definition, request)
         #: One line about the schedule, if it was fitted to a short run.
         self.fitted: str | None = None
         #: The run without arm, condition and seed; its learning rate is the base rate.
         self.base = self._base()
+        self.conditions = self._conditions()
         if self.base.model.moe is None and any(arm.dense for arm in self.arms):
             mixtures = [name for name, shape in model_presets.items() if shape.moe]
             raise UserError(
@@ -186,36 +139,70 @@ class PlannedStudy:
     def grid_seeds(self) -> range:
         """The seeds of the runs at every rate of the grid; none if all arms share the base rate."""
         tuning = range(TUNING_SEED, TUNING_SEED + self.rates.tuning_seeds)
-        return {"tuned": tuning, "sweep": self.seeds, "common": range(0)}[self.rates.kind]
+        return {"tuned": tuning, "searched": tuning, "sweep": self.seeds, "common": range(0)}[self.rates.kind]
 
     @property
     def first_rates(self) -> tuple[float, ...]:
         """The rates of the grid before it is extended."""
         return tuple(round_rate(self.base.optim.lr * factor) for factor in self.rates.factors)
 
-    def run(self, arm: Arm, condition: Condition, rate: float, seed: int) -> tuple[str, RunConfig]:
-        """Name and config of a run; `rate` is before the condition's factor."""
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of the runs, ascending; empty if the study is not one by length."""
+        return tuple(sorted(self.request.lengths or self.definition.lengths))
+
+    @property
+    def lattice(self) -> Lattice:
+        """The settings that a search may come to."""
+        return Lattice(self.first_rates[len(self.first_rates) // 2], self.rates.spacing, self.rates.inits)
+
+    def run(self, arm: Arm, condition: Condition, rate: float, seed: int, init: float = 1.0) -> tuple[str, RunConfig]:
+        """Name and config of a run; `rate` is before the condition's factor, `init` multiplies the initial draw."""
         rate = round_rate(rate * condition.rate_factor)
         config = replace(self.base, model=_dense(self.base.model)) if arm.dense else self.base
         own = {"model.placement": self.placement(arm), "optim.lr": rate, "seed": seed}
         for name, value in {**arm.changes, **condition.changes, **own}.items():
             config = _replaced(config, name, value)
-        return f"{arm.name}-{condition.name}-lr{rate:g}-seed{seed}", config
+        drawn = ""
+        if self.rates.kind == "searched":
+            config = _replaced(config, "model.init_scale", round_rate(init * config.model.init_scale))
+            drawn = f"-init{init:g}"
+        return f"{arm.name}-{condition.name}-lr{rate:g}{drawn}-seed{seed}", config
 
     def placement(self, arm: Arm) -> Placement:
         """The arm's placement; in a narrow model, with init std 1/sqrt(2.5 d) in place of 0.02."""
-        found = placements[arm.placement]
+        found = replace(arm.variant, name=arm.name) if arm.variant else placements[arm.placement]
         narrow = self.base.model.d_model < _WIDE
         return replace(found, init="base") if narrow and found.init == "normal-0.02" else found
 
     def _base(self) -> RunConfig:
         sized = {**self.definition.sizes.get(self.request.preset, {}), **self.request.overrides}
+        if self.lengths:
+            plain = config_io.with_overrides(preset(self.request.preset), sized)
+            sized |= by_length(plain, self.lengths[-1])
         run, self.fitted = fit(config_io.with_overrides(preset(self.request.preset), sized), self.request.overrides)
         if "eval_every" not in sized:
             run = replace(run, eval_every=max(1, run.steps // _EVALUATIONS))
         guard = replace(run.guard, nonfinite="stop", spikes="observe")  # a study observes
         compiled = run.compile is True  # "auto" would compile on one machine what is eager on the next
         return replace(run, guard=guard, sample_tokens=0, keep_checkpoints=1, compile=compiled)
+
+    def _conditions(self) -> tuple[Condition, ...]:
+        own = self.definition.conditions
+        if self.request.tuned:
+            own = _without_rates(own)
+        if not self.lengths:
+            return own
+        return tuple(
+            Condition(
+                short_length(tokens) if condition is DEFAULT else f"{condition.name}-{short_length(tokens)}",
+                f"{short_length(tokens)} tokens" + ("" if condition is DEFAULT else f", {condition.title}"),
+                {**by_length(self.base, tokens), **condition.changes},
+                condition.rate_factor,
+            )
+            for tokens in self.lengths
+            for condition in own
+        )
 
 
 @dataclass(frozen=True)
@@ -225,12 +212,14 @@ class Cell:
     Attributes:
         rate: the learning rate, the condition's factor included.
         results: one for each seed.
+        init: multiplies the std of the initial draw.
     """
 
     arm: Arm
     condition: Condition
     rate: float
     results: tuple[RunResult, ...]
+    init: float = 1.0
 
     @property
     def losses(self) -> dict[int, float]:
@@ -264,17 +253,20 @@ class Outcome:
         cells: the reported runs, by names of arm and condition; empty for a sweep.
         grids: where rates were tuned or swept, the cells of every rate (before the condition's factor), ascending.
         seconds_per_token: of each arm, from steps of all of them timed in turn, see `sdd.lab.grid.timing`.
+        searches: where settings were searched, the path of the search and the cells of every setting on it.
     """
 
     plan: PlannedStudy
     cells: Mapping[tuple[str, str], Cell]
     grids: Mapping[tuple[str, str], Mapping[float, Cell]]
     seconds_per_token: Mapping[str, float] = field(default_factory=dict)
+    searches: Mapping[tuple[str, str], tuple[Search, Mapping[Setting, Cell]]] = field(default_factory=dict)
 
     @property
     def results(self) -> list[RunResult]:
         """Every run, once."""
         cells = [*self.cells.values(), *(cell for grid in self.grids.values() for cell in grid.values())]
+        cells += [cell for _, tried in self.searches.values() for cell in tried.values()]
         return list({result.name: result for cell in cells for result in cell.results}.values())
 
     def under(self, condition: Condition) -> list[Cell]:
@@ -292,9 +284,16 @@ def at_edge(grid: Mapping[float, Cell]) -> bool:
     return best_rate(grid) in (min(grid), max(grid))
 
 
-def round_rate(rate: float) -> float:
-    """Round a rate to three digits, so that names and tables show the very rate that is used."""
-    return float(f"{rate:.3g}")
+def by_length(base: RunConfig, tokens: int) -> dict[str, Any]:
+    """The fields of a run of so many tokens: warm-up is a fixed share of its steps, and so is all else."""
+    steps = max(1, round(tokens / base.tokens_per_step))
+    every = max(1, steps // _MOST_EVALUATIONS, min(_STEPS_BETWEEN, steps // 10))
+    return {"steps": steps, "optim.warmup": round(_WARMUP_SHARE * steps), "eval_every": every}
+
+
+def short_length(tokens: int) -> str:
+    """Write a number of tokens as `0.3M`."""
+    return f"{tokens / 1e6:g}M"
 
 
 def _dense(model: ModelConfig) -> ModelConfig:
@@ -324,10 +323,16 @@ def _check_overrides(definition: Definition, request: Request) -> None:
     if request.preset not in model_presets:
         near = config_io.nearest(request.preset, list(model_presets))
         raise UserError(f"no preset {request.preset!r}{near}; choose one of {', '.join(model_presets)}")
+    if request.lengths and not definition.lengths:
+        raise UserError(f"the study {definition.name} has no --lengths: give --steps")
+    own = (*OWN_FIELDS, *(("steps", "optim.warmup", "eval_every") if definition.lengths else ()))
+    own += ("model.init_scale",) if definition.rates.kind == "searched" else ()
     for name in request.overrides:
-        if name in OWN_FIELDS:
-            instead = "name methods with --placements" if name == "model.placement" else "leave it out"
-            raise UserError(f"the study {definition.name} sets {name} itself: {instead}")
+        if name in own:
+            instead = {"model.placement": "name methods with --placements", "steps": "leave it out"}
+            if definition.lengths:
+                instead["steps"] = "give --lengths"
+            raise UserError(f"the study {definition.name} sets {name} itself: {instead.get(name, 'leave it out')}")
 
 
 def _without_rates(conditions: tuple[Condition, ...]) -> tuple[Condition, ...]:

@@ -11,8 +11,9 @@ of results, so an interrupted study that goes on, and several machines on one fo
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +22,24 @@ from rich.console import Console
 from sdd.errors import RunFailed, UserError
 from sdd.files import write_aside
 from sdd.lab import results
-from sdd.lab.definition import Cell, Outcome, PlannedStudy, best_rate, round_rate
+from sdd.lab.arms import Condition
+from sdd.lab.definition import Cell, Outcome, PlannedStudy, best_rate
 from sdd.lab.grid.job import FINISHED
 from sdd.lab.grid.runner import Grid
 from sdd.lab.grid.timing import grid_seconds, seconds_per_token
 from sdd.lab.results import HeldOut, RunResult
+from sdd.lab.search import Search, Setting, round_rate, search
 from sdd.models import count_parameters
 from sdd.train import RunConfig
 
 #: A grid is extended beyond each of its first ends by at most so many rates.
 MOST_EXTENSIONS = 4
+
+#: Why there may be more runs than were announced.
+_MORE = {
+    **dict.fromkeys(("tuned", "sweep"), "; more if a best rate lies at the end of its grid"),
+    "searched": "; more as long as a search moves on",
+}
 
 NamedRun = tuple[str, RunConfig]
 #: The names of an arm and of a condition.
@@ -64,13 +73,17 @@ class Engine:
         """
         self._announce()
         plan = self.plan
+        if plan.rates.kind == "searched":
+            return self._searched()
         grids = {} if plan.rates.kind == "common" else self._grids()
         cells = {}
         if plan.rates.kind != "sweep":
             rates = {names: best_rate(grids[names]) if names in grids else plan.base.optim.lr for names in self._pairs}
             # Seeds outermost: a study that is interrupted has whole tables of fewer seeds.
-            self._ensure([self._run(names, rate, seed) for seed in plan.seeds for names, rate in rates.items()])
-            cells = {names: self._cell(names, rate, plan.seeds) for names, rate in rates.items()}
+            self._ensure(
+                [self._run(names, Setting(rate), seed) for seed in plan.seeds for names, rate in rates.items()]
+            )
+            cells = {names: self._cell(names, Setting(rate), plan.seeds) for names, rate in rates.items()}
         return Outcome(plan, cells, grids, self._clock())
 
     def _ensure(self, runs: Sequence[NamedRun]) -> None:
@@ -82,6 +95,55 @@ class Engine:
                 _ = self._held_out.source  # tokenises the corpus once, before several runs would at the same time
             grid.run()
             self._harvest(grid)
+
+    def _searched(self) -> Outcome:
+        """Search and report one condition after the other, all arms of it together.
+
+        Reported seeds of a condition come before the next condition's search: a study by length that is interrupted is
+        whole up to some length.
+        """
+        plan = self.plan
+        starts = dict.fromkeys((arm.name for arm in plan.arms), Setting(plan.lattice.rate, plan.rates.inits[0]))
+        cells: dict[Names, Cell] = {}
+        searches: dict[Names, tuple[Search, dict[Setting, Cell]]] = {}
+        for condition in plan.conditions:
+            found = self._search(condition, starts)
+            starts = {arm: one.best for arm, one in found.items()}
+            best = {(arm, condition.name): setting for arm, setting in starts.items()}
+            self._ensure([self._run(names, setting, seed) for seed in plan.seeds for names, setting in best.items()])
+            cells |= {names: self._cell(names, setting, plan.seeds) for names, setting in best.items()}
+            for arm, one in found.items():
+                names = arm, condition.name
+                tried = {setting: self._cell(names, setting, plan.grid_seeds) for setting in one.visited}
+                searches[names] = one, tried
+        return Outcome(plan, cells, {}, self._clock(), searches)
+
+    def _search(self, condition: Condition, starts: Mapping[str, Setting]) -> dict[str, Search]:
+        """The ended search of every arm under a condition, by arm."""
+        while True:
+            found = {
+                arm: search(partial(self._tuning_loss, (arm, condition.name)), start, self.plan.lattice)
+                for arm, start in starts.items()
+            }
+            missing = [(arm, setting) for arm, one in found.items() for setting in one.missing]
+            if not missing:
+                return found
+            text = "; ".join(f"{arm} at {setting.rate:g}, init x{setting.init:g}" for arm, setting in missing)
+            self._say(f"{condition.title}, to compare: {text}.")
+            self._ensure(
+                [
+                    self._run((arm, condition.name), setting, seed)
+                    for arm, setting in missing
+                    for seed in self.plan.grid_seeds
+                ]
+            )
+
+    def _tuning_loss(self, names: Names, setting: Setting) -> float | None:
+        seeds = self.plan.grid_seeds
+        runs = [self._run(names, setting, seed) for seed in seeds]
+        if sum(self._is_known(*run) for run in runs) < len(runs):  # looks at every one, to have read them all
+            return None
+        return self._cell(names, setting, seeds).tuning_loss
 
     def _clock(self) -> dict[str, float]:
         """Seconds a token of each arm; steps are timed when the runs are over."""
@@ -98,8 +160,10 @@ class Engine:
         first, seeds = self.plan.first_rates, self.plan.grid_seeds
         rates = {names: list(first) for names in self._pairs}
         while True:
-            self._ensure([self._run(names, rate, seed) for names in rates for rate in rates[names] for seed in seeds])
-            grids = {names: {rate: self._cell(names, rate, seeds) for rate in rates[names]} for names in rates}
+            self._ensure(
+                [self._run(names, Setting(rate), seed) for names in rates for rate in rates[names] for seed in seeds]
+            )
+            grids = {names: {rate: self._cell(names, Setting(rate), seeds) for rate in rates[names]} for names in rates}
             wanted = {
                 names: extension(rates[names], best_rate(grids[names]), first, self.plan.rates.spacing)
                 for names in rates
@@ -115,13 +179,13 @@ class Engine:
             arms = ", ".join(dict.fromkeys(arm for arm, _ in added))
             self._say(f"A best rate lies at the end of its grid: {more} added ({arms}).")
 
-    def _cell(self, names: Names, rate: float, seeds: Iterable[int]) -> Cell:
+    def _cell(self, names: Names, setting: Setting, seeds: Iterable[int]) -> Cell:
         arm, condition = self._pairs[names]
-        found = tuple(self._known[self._run(names, rate, seed)[0]] for seed in seeds)
-        return Cell(arm, condition, round_rate(rate * condition.rate_factor), found)
+        found = tuple(self._known[self._run(names, setting, seed)[0]] for seed in seeds)
+        return Cell(arm, condition, round_rate(setting.rate * condition.rate_factor), found, setting.init)
 
-    def _run(self, names: Names, rate: float, seed: int) -> NamedRun:
-        return self.plan.run(*self._pairs[names], rate, seed)
+    def _run(self, names: Names, setting: Setting, seed: int) -> NamedRun:
+        return self.plan.run(*self._pairs[names], setting.rate, seed, setting.init)
 
     def _is_known(self, name: str, config: RunConfig) -> bool:
         if name in self._known:
@@ -178,7 +242,7 @@ class Engine:
         grid = Grid(missing, self.out, plan.request.workers)
         waiting = [job.config for job in grid.waiting]
         minutes = math.ceil(grid_seconds(waiting, grid.threads, grid.workers) / 60)
-        open_end = "" if plan.rates.kind == "common" else "; more if a best rate lies at the end of its grid"
+        open_end = _MORE.get(plan.rates.kind, "")
         self._say(
             f"{len(waiting)} of them still to do, {grid.workers} at once with {grid.threads} CPU "
             f"thread{'s' if grid.threads > 1 else ''} each: about {minutes} minute{'s' if minutes != 1 else ''}, from "
@@ -188,18 +252,26 @@ class Engine:
     def _first_rounds(self) -> dict[str, list[NamedRun]]:
         """The runs to announce beforehand. The last round's rates are not tuned yet: any rate stands in for them."""
         plan, rates = self.plan, self.plan.first_rates
-        grid = [self._run(names, rate, seed) for names in self._pairs for rate in rates for seed in plan.grid_seeds]
-        last = [self._run(names, rates[len(rates) // 2], seed) for names in self._pairs for seed in plan.seeds]
+        grid = [
+            self._run(names, Setting(rate), seed) for names in self._pairs for rate in rates for seed in plan.grid_seeds
+        ]
+        last = [self._run(names, Setting(rates[len(rates) // 2]), seed) for names in self._pairs for seed in plan.seeds]
         tuned = {"arm x condition x learning rate, tuning seeds": grid, "at the best rates, fresh seeds": last}
+        first = Setting(plan.lattice.rate, plan.rates.inits[0]) if plan.rates.kind == "searched" else None
+        around = [first, *plan.lattice.neighbours(first)] if first else []
+        steps = [self._run(names, near, seed) for names in self._pairs for near in around for seed in plan.grid_seeds]
         rounds = {
             "common": {"arm x condition x seed": last},
             "tuned": tuned,
+            "searched": {"first steps of arm x condition, tuning seeds": steps, "at the best settings": last},
             "sweep": {"arm x learning rate x seed": grid},
         }
         return rounds[plan.rates.kind]
 
     def _has_result(self, name: str, config: RunConfig) -> bool:
-        if self.plan.rates.kind == "tuned" and config.seed in self.plan.seeds:  # its rate is not known yet
+        if (
+            self.plan.rates.kind in ("tuned", "searched") and config.seed in self.plan.seeds
+        ):  # its rate is not known yet
             rateless, _, _ = name.rpartition("-lr")
             return any((self.out / "results").glob(f"{rateless}-lr*-seed{config.seed}.json"))
         return self._is_known(name, config)
@@ -253,13 +325,16 @@ def write_request(plan: PlannedStudy) -> None:
 def _shape(plan: PlannedStudy) -> str:
     base, model = plan.base, plan.base.model
     parameters = count_parameters(model).total
-    tuned = f"; tuned on {', '.join(map(str, plan.grid_seeds))}" if plan.rates.kind == "tuned" else ""
+    chosen = plan.rates.kind in ("tuned", "searched")
+    tuned = f"; tuned on {', '.join(map(str, plan.grid_seeds))}" if chosen else ""
+    inits = f"Init scales: {', '.join(f'{init:g}' for init in plan.rates.inits)}. " if len(plan.rates.inits) > 1 else ""
+    upto = "up to " if len(plan.lengths) > 1 else ""
     return (
         f"{plan.request.preset}: {model.n_layers} layers, d_model {model.d_model}, {parameters / 1e6:.2f}M parameters; "
-        f"{base.steps:,} steps of {base.data.batch_size} x {model.context} tokens, base rate {base.optim.lr:g}, "
+        f"{upto}{base.steps:,} steps of {base.data.batch_size} x {model.context} tokens, base rate {base.optim.lr:g}, "
         f"{base.optim.warmup} warm-up steps.\n"
         f"Arms: {', '.join(arm.name for arm in plan.arms)}.\n"
         f"Conditions: {'; '.join(condition.title for condition in plan.conditions)}.\n"
-        f"Rates: {', '.join(f'{rate:g}' for rate in plan.first_rates)}. "
+        f"Rates: {', '.join(f'{rate:g}' for rate in plan.first_rates)}. {inits}"
         f"Seeds: {', '.join(map(str, plan.seeds))}{tuned}."
     )

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sdd.lab.definition import Outcome, PlannedStudy
+from sdd.lab.definition import Outcome, PlannedStudy, short_length
 from sdd.lab.findings import Findings, Table, write_tables
 from sdd.lab.results import RunResult
 from sdd.train import config_io
@@ -41,7 +41,7 @@ def write_study(outcome: Outcome, findings: Findings) -> Path:
         findings=findings,
         svgs=svgs,
         command=command(plan),
-        placements=list({arm.placement: plan.placement(arm) for arm in plan.arms}.values()),
+        placements=list({plan.placement(arm).name: plan.placement(arm) for arm in plan.arms}.values()),
         settings=_settings(plan),
         environments=environments(outcome.results),
         runs=len(outcome.results),
@@ -57,6 +57,8 @@ def command(plan: PlannedStudy) -> str:
     words = ["sdd", "study", plan.definition.name, "--preset", request.preset, "--seeds", str(request.seeds)]
     if request.placements:
         words += ["--placements", ",".join(request.placements)]
+    if plan.lengths:
+        words += ["--lengths", ",".join(map(short_length, plan.lengths))]
     if request.tuned:
         words.append("--tuned")
     for name, value in request.overrides.items():
@@ -112,6 +114,7 @@ def _settings(plan: PlannedStudy) -> dict[str, Any]:
     changed = {"model.placement", "optim.lr", "seed", "threads"}
     changed |= {name for condition in plan.conditions for name in condition.changes}
     changed |= {name for arm in plan.arms for name in arm.changes}
+    changed |= {"model.init_scale"} if plan.rates.kind == "searched" else set[str]()
     fields = config_io.flatten(config_io.to_dict(plan.base))
     return {name: value for name, value in fields.items() if name not in changed}
 

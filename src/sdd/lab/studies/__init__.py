@@ -4,9 +4,8 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from sdd.lab.definition import Definition
-from sdd.lab.studies import convergence, demo, lr_sensitivity, moe, robustness
+from sdd.lab.studies import convergence, demo, ladder, length, lr_sensitivity, moe, robustness
 
+_MODULES = (demo, robustness, lr_sensitivity, convergence, length, ladder, moe)
 #: The studies by name.
-studies: Mapping[str, Definition] = MappingProxyType(
-    {study.DEFINITION.name: study.DEFINITION for study in (demo, robustness, lr_sensitivity, convergence, moe)}
-)
+studies: Mapping[str, Definition] = MappingProxyType({study.DEFINITION.name: study.DEFINITION for study in _MODULES})

@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from sdd.lab.definition import DEFAULT, Arm, Cell, Definition, Outcome, Rates
+from sdd.lab.arms import DEFAULT, Arm, Rates
+from sdd.lab.definition import Cell, Definition, Outcome
 from sdd.lab.findings import Findings, Interval, Measured, Picture, Range, Table, listed, seeds_text
 from sdd.lab.results import RunResult
 from sdd.lab.statistics import Estimate, bootstrap_factor, first_reach, mean_factor, paired_difference

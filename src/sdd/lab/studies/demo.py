@@ -2,7 +2,8 @@
 
 import math
 
-from sdd.lab.definition import Arm, Cell, Condition, Definition, Outcome, Rates
+from sdd.lab.arms import Arm, Condition, Rates
+from sdd.lab.definition import Cell, Definition, Outcome
 from sdd.lab.findings import Findings, Measured, Table, listed
 from sdd.lab.studies import shared
 

@@ -3,7 +3,8 @@
 import math
 from collections.abc import Iterator, Mapping
 
-from sdd.lab.definition import DEFAULT, Arm, Cell, Definition, Outcome, Rates, best_rate
+from sdd.lab.arms import DEFAULT, Arm, Rates
+from sdd.lab.definition import Cell, Definition, Outcome, best_rate
 from sdd.lab.findings import Findings, Interval, Measured, Picture, Table, described, listed, seeds_text
 from sdd.lab.results import RunResult
 from sdd.lab.statistics import lr_sensitivity, paired_difference

@@ -6,7 +6,8 @@ The dense models have as many active parameters as the mixtures, apart from the 
 import math
 from dataclasses import replace
 
-from sdd.lab.definition import DEFAULT, Arm, Definition, Outcome, Rates
+from sdd.lab.arms import DEFAULT, Arm, Rates
+from sdd.lab.definition import Definition, Outcome
 from sdd.lab.findings import Findings, Interval, Measured, Range, Table
 from sdd.lab.studies import convergence
 from sdd.lab.studies.convergence import Comparison, clocked_cells

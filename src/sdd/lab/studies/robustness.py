@@ -2,7 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 
-from sdd.lab.definition import DEFAULT, Arm, Cell, Condition, Definition, Outcome, Rates
+from sdd.lab.arms import DEFAULT, Arm, Condition, Rates
+from sdd.lab.definition import Cell, Definition, Outcome
 from sdd.lab.findings import Findings, Measured, Picture, Table, described, listed, seeds_text
 from sdd.lab.studies import shared
 

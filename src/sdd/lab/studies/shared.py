@@ -7,9 +7,11 @@ from typing import Literal
 
 import numpy as np
 
-from sdd.lab.definition import Cell, Condition, Outcome, at_edge, best_rate
+from sdd.lab.arms import Condition
+from sdd.lab.definition import Cell, Outcome, at_edge, best_rate
 from sdd.lab.findings import Interval, Measured, Picture, Table, described, listed, seeds_text
 from sdd.lab.results import LEARNED_SHARE, RunResult
+from sdd.lab.search import Search
 from sdd.lab.statistics import Estimate, paired_difference
 from sdd.placement import placements
 from sdd.report.runs import CONVERGENCE_SHARE
@@ -128,6 +130,41 @@ def rates_table(outcome: Outcome) -> list[Table]:
     ]
 
 
+def settings_table(outcome: Outcome) -> Table:
+    """The settings that a search found for each method, with the number it compared."""
+    rows = []
+    for (arm, condition), (found, _) in outcome.searches.items():
+        rates = sorted({setting.rate for setting in found.visited})
+        ended = " and ".join(_ends(outcome, found)) or "no"
+        rate, init = found.best
+        tried = f"{rates[0]:g} to {rates[-1]:g}"
+        rows.append([arm, condition, f"{rate:g}", f"x{init:g}", len(found.visited), tried, ended])
+    seeds = listed([str(seed) for seed in outcome.plan.grid_seeds])
+    return Table(
+        "settings",
+        "Learning rates and init scales that were found",
+        ["method", "tokens", "rate", "init", "settings compared", "rates compared", "at an end"],
+        rows,
+        "Every method was searched alike: from one setting to its best neighbour, until no neighbour had a lower loss "
+        f"on the tuning segment of the held-out text. Seeds {seeds}, which are not reported. The search at a length "
+        "starts from the setting that was found at the length before.",
+    )
+
+
+def search_limits(outcome: Outcome) -> list[str]:
+    """A warning that names methods whose search stopped at an end; empty if there are none."""
+    ends = {names: _ends(outcome, found) for names, (found, _) in outcome.searches.items()}
+    texts = [f"{arm} at {condition} ({' and '.join(end)})" for (arm, condition), end in ends.items() if end]
+    return [f"These searches stopped at an end of what was tried: {listed(texts)}."] if texts else []
+
+
+def _ends(outcome: Outcome, found: Search) -> list[str]:
+    inits = outcome.plan.rates.inits
+    limit = {min(inits): "smallest init", max(inits): "largest init"} if len(inits) > 1 else {}
+    ends = [limit[found.best.init]] if found.best.init in limit else []
+    return [*ends, *(["number of moves"] if found.ended_by == "moves" else [])]
+
+
 def edge_limits(outcome: Outcome) -> list[str]:
     """A warning that names methods whose best rate still lies at an end of the grid; empty if there are none."""
     several = len(outcome.plan.conditions) > 1
@@ -157,7 +194,8 @@ def general_limits(outcome: Outcome) -> list[str]:
 
 def _redrawn(outcome: Outcome) -> list[str]:
     """Name the methods that do not start from the init of their authors."""
-    names = [arm.name for arm in outcome.plan.arms if outcome.plan.placement(arm) != placements[arm.placement]]
+    arms = [arm for arm in outcome.plan.arms if not arm.variant]
+    names = [arm.name for arm in arms if outcome.plan.placement(arm) != placements[arm.placement]]
     if not names:
         return []
     start, their = ("starts", "its") if len(names) == 1 else ("start", "their")
