@@ -54,6 +54,15 @@ def test_a_program_covers_its_row_and_fits_its_multiprocessor(width: int, sums: 
     assert programs * shape.warps * 32 * shape.registers <= common.REGISTERS
 
 
+def test_only_nvidia_takes_a_limit_of_registers(monkeypatch: pytest.MonkeyPatch) -> None:
+    common = import_module("sdd.kernels.fused.common")
+    shape = common.row_shape(2048, 2)
+    monkeypatch.setattr(torch.version, "hip", None)
+    assert shape.options["maxnreg"] == shape.registers
+    monkeypatch.setattr(torch.version, "hip", "6.3")
+    assert "maxnreg" not in shape.options
+
+
 @given(width=st.integers(1, 16_384), sums=st.integers(1, 2), n_rows=st.integers(1, 10_000), n_blocks=st.integers(1, 64))
 def test_no_more_programs_than_rows_or_than_fit_at_once(width: int, sums: int, n_rows: int, n_blocks: int) -> None:
     common = import_module("sdd.kernels.fused.common")

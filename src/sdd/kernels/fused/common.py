@@ -27,7 +27,7 @@ COLUMN_BLOCK = 2048
 #: The widest row that a backward kernel holds in registers. Of a wider one it reads blocks of `LOOP_BLOCK` features,
 #: twice, and holds no more than `MAX_SUMS` blocks of partial sums.
 HELD_BLOCK, LOOP_BLOCK, MAX_SUMS = 4096, 2048, 14
-#: Registers of a multiprocessor, of NVIDIA's since compute capability 3.0.
+#: Registers of a multiprocessor, the same on NVIDIA's since compute capability 5.0.
 REGISTERS = 65_536
 #: `triton.jit`, whose declared type lacks the launch options.
 jit: Any = triton.jit
@@ -158,7 +158,7 @@ def n_programs(x: Tensor, n_rows: int, shape: Shape, n_blocks: int = 1) -> int:
 
 
 def programs_an_sm(n_warps: int, registers: int) -> int:
-    """Programs whose registers a multiprocessor holds at once: `./dev kernels` compares them."""
+    """Programs that a multiprocessor holds at once by their registers. `./dev kernels` fails if it holds fewer."""
     return max(1, REGISTERS // (32 * n_warps * registers))
 
 
@@ -240,7 +240,7 @@ def add_to_first(sums, x):
 
 
 @jit
-def n_blocks(WIDTH, BLOCK: tl.constexpr, BLOCKS: tl.constexpr):
+def block_count(WIDTH, BLOCK: tl.constexpr, BLOCKS: tl.constexpr):
     """BLOCKS, as a number that the compiler knows only if it is 1: then both reads of a row become one."""
     return tl.cdiv(WIDTH, BLOCK) if BLOCKS > 1 else 1
 

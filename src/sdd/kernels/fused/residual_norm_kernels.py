@@ -2,7 +2,7 @@
 
 import triton.language as tl
 
-from sdd.kernels.fused.common import add_to_first, jit, load_row, n_blocks, zeros
+from sdd.kernels.fused.common import add_to_first, block_count, jit, load_row, zeros
 
 
 @jit
@@ -143,60 +143,32 @@ def backward_kernel(
         z_row = z_ptr + row * z_stride if ALPHA or SAVED == "residual" else dy_row
         r = tl.load(r_ptr + row) if ALPHA else 1.0
         post_r = tl.load(post_r_ptr + row)
+        post_total = tl.full((BLOCK,), 0, tl.float32)
         total = tl.full((BLOCK,), 0, tl.float32)
-        one = tl.full((BLOCK,), 0, tl.float32)
-        two = tl.full((BLOCK,), 0, tl.float32)
-        for block in range(n_blocks(WIDTH, BLOCK, BLOCKS)):
+        along = tl.full((BLOCK,), 0, tl.float32)
+        for block in range(block_count(WIDTH, BLOCK, BLOCKS)):
             column = block * BLOCK + tl.arange(0, BLOCK)
             n, post_n, dy, ds, alpha, post_alpha = block_of(
-                dy_row,
-                dcopy_row,
-                ds_row,
-                z_row,
-                saved_row,
-                alpha_ptr,
-                post_alpha_ptr,
-                r,
-                post_r,
-                scale,
-                column,
-                WIDTH,
-                ALPHA,
-                SAVED,
-                HAS_DCOPY,
-                HAS_DS,
-            )
-            total += dy * post_alpha * post_n
+                dy_row, dcopy_row, ds_row, z_row, saved_row, alpha_ptr, post_alpha_ptr, r, post_r, scale,
+                column, WIDTH, ALPHA, SAVED, HAS_DCOPY, HAS_DS,
+            )  # fmt: skip
+            post_total += dy * post_alpha * post_n
             if ALPHA:
-                one += alpha * n * ds
-                two += alpha * n * post_n
-        post_mean = post_r * (tl.sum(total) / WIDTH)
+                total += alpha * n * ds
+                along += alpha * n * post_n
+        post_mean = post_r * (tl.sum(post_total) / WIDTH)
         mean = 0.0
         if ALPHA:
-            mean = tl.sum(one) / WIDTH - post_mean * (tl.sum(two) / WIDTH)
+            mean = (tl.sum(total) - post_mean * tl.sum(along)) / WIDTH  # ds above is still without -post_mean*n2
             if STORE_MEAN:
                 tl.store(mean_ptr + row, mean)
-        for block in range(n_blocks(WIDTH, BLOCK, BLOCKS)):
+        for block in range(block_count(WIDTH, BLOCK, BLOCKS)):
             column = block * BLOCK + tl.arange(0, BLOCK)
             there = column < WIDTH
             n, post_n, dy, ds, alpha, post_alpha = block_of(
-                dy_row,
-                dcopy_row,
-                ds_row,
-                z_row,
-                saved_row,
-                alpha_ptr,
-                post_alpha_ptr,
-                r,
-                post_r,
-                scale,
-                column,
-                WIDTH,
-                ALPHA,
-                SAVED,
-                HAS_DCOPY,
-                HAS_DS,
-            )
+                dy_row, dcopy_row, ds_row, z_row, saved_row, alpha_ptr, post_alpha_ptr, r, post_r, scale,
+                column, WIDTH, ALPHA, SAVED, HAS_DCOPY, HAS_DS,
+            )  # fmt: skip
             dpost_alpha = add_to_first(dpost_alpha, dy * post_n)
             ds -= post_n * post_mean
             dalpha = add_to_first(dalpha, ds * n)

@@ -15,12 +15,12 @@ from sdd.kernels.fused.common import (
     WIDE_BLOCK,
     Shape,
     add_to_first,
+    block_count,
     cdiv,
     fits,
     jit,
     load_row,
     mean_square_kernel,
-    n_blocks,
     n_programs,
     next_power_of_2,
     row_shape,
@@ -166,7 +166,7 @@ def backward_kernel(
             mean = tl.load(mean_ptr + row * mean_stride + head)
         else:
             total = tl.full((BLOCK_H, BLOCK_D), 0, tl.float32)
-            for block in range(n_blocks(WIDTH, BLOCK_D, BLOCKS)):
+            for block in range(block_count(WIDTH, BLOCK_D, BLOCKS)):
                 n, dy, scaled = block_of(
                     dy_row, z_row, alpha_ptr, r, head, start + block * BLOCK_D, HEADS, WIDTH, SHARED, HAS_N
                 )
@@ -174,7 +174,7 @@ def backward_kernel(
             mean = tl.sum(total, 1)[:, None] / WIDTH
             if STORE_MEAN:
                 tl.store(mean_ptr + row * mean_stride + head, mean, mask=head < HEADS)
-        for block in range(n_blocks(WIDTH, BLOCK_D, BLOCKS)):
+        for block in range(block_count(WIDTH, BLOCK_D, BLOCKS)):
             column = start + block * BLOCK_D
             n, dy, scaled = block_of(dy_row, z_row, alpha_ptr, r, head, column, HEADS, WIDTH, SHARED, HAS_N)
             dalpha = add_to_first(dalpha, dy * n)

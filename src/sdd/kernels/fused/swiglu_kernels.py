@@ -7,7 +7,7 @@ expert alone.
 
 import triton.language as tl
 
-from sdd.kernels.fused.common import add_to_first, jit, load_row, n_blocks, zeros
+from sdd.kernels.fused.common import add_to_first, block_count, jit, load_row, zeros
 
 
 @jit
@@ -114,7 +114,7 @@ def means(
     """The means of alpha_g*dg*n_g and alpha_u*du*n_u over a row of one block (BLOCKS is 1) or of any number."""
     gate_total = tl.full((BLOCK,), 0, tl.float32)
     up_total = tl.full((BLOCK,), 0, tl.float32)
-    for block in range(n_blocks(WIDTH, BLOCK, BLOCKS)):
+    for block in range(block_count(WIDTH, BLOCK, BLOCKS)):
         column = block * BLOCK + tl.arange(0, BLOCK)
         n_gate, n_up, dg, du, a_gate, a_up = gradients(
             gate_ptr, up_ptr, dh_ptr, alpha_gate_ptr, alpha_up_ptr, alpha, r_gate, r_up, column, WIDTH, GATE, UP
@@ -208,24 +208,13 @@ def backward_kernel(
                 mean_up = tl.load(mean_ptr + 2 * row + 1)
         elif GATE or UP == 2:
             mean_gate, mean_up = means(
-                gate_row,
-                up_row,
-                dh_row,
-                alpha_gate_ptr,
-                alpha_up_ptr,
-                alpha,
-                r_gate,
-                r_up,
-                WIDTH,
-                GATE,
-                UP,
-                BLOCK,
+                gate_row, up_row, dh_row, alpha_gate_ptr, alpha_up_ptr, alpha, r_gate, r_up, WIDTH, GATE, UP, BLOCK,
                 BLOCKS,
-            )
+            )  # fmt: skip
         if JOINT:
             mean_gate = (mean_gate + mean_up) / 2
             mean_up = mean_gate
-        for block in range(n_blocks(WIDTH, BLOCK, BLOCKS)):
+        for block in range(block_count(WIDTH, BLOCK, BLOCKS)):
             column = start + block * BLOCK
             there = column < WIDTH
             n_gate, n_up, dg, du, a_gate, a_up = gradients(
