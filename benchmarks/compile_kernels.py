@@ -6,7 +6,8 @@
 
 Operations are called on CPU tensors, forward and backward, and what they would launch is compiled instead. Stack bytes
 are registers that did not fit and spill to memory. The exit code is 1 if a kernel spills and `SPILLS` does not list it,
-or if the list names a kernel that no longer spills; 2 if the check cannot run.
+if the list names a kernel that no longer spills, or if an SM holds fewer programs than a launch counts on; 2 if the
+check cannot run.
 """
 
 import argparse
@@ -46,8 +47,8 @@ from sdd.terminal import aligned
 #: The release whose private parts are used here, the one in constraints.txt.
 TRITON = "3.7.1"
 TARGET = GPUTarget("cuda", 90, 32)
-#: The last one is wider than any program holds, for the kernels that read such rows twice.
-WIDTHS = (2048, 4096, 8192, 16_384, 32_768)
+#: 14,336 is the widest row of which a program holds two sums. The last one is wider than any program holds.
+WIDTHS = (2048, 4096, 8192, 14_336, 16_384, 32_768)
 #: Rows of an activation. A multiple of 16, which the compiler is told, as it is in training.
 ROWS = 64
 #: Of an H100: registers, shared memory, warps and programs of a multiprocessor; multiprocessors.
@@ -71,29 +72,8 @@ class Spill:
     reason: str
 
 
-#: Every kernel that may spill.
-SPILLS = (
-    Spill(
-        "residual_norm_kernels.backward_kernel", 4096, 16,
-        "one alpha and a float32 stream: 16 warps of at most 128 registers, four of which do not fit",
-    ),
-    Spill(
-        "residual_norm_kernels.backward_kernel", 8192, 104,
-        "two alphas and two sums of dalpha are held through the loop, by 32 warps of at most 64 registers",
-    ),
-    Spill(
-        "scaled_norm_kernels.backward_kernel", 8192, 32,
-        "only from float32 to bfloat16, where dz is written in float32: 32 warps of at most 64 registers",
-    ),
-    Spill(
-        "scaled_norm_kernels.backward_kernel", 16_384, 200,
-        "16 features a thread, each with alpha and its sum of dalpha: 32 warps of at most 64 registers",
-    ),
-    Spill(
-        "swiglu_kernels.backward_kernel", 8192, 160,
-        "two alphas and two sums of dalpha are held through the loop, by 32 warps of at most 64 registers",
-    ),
-)  # fmt: skip
+#: Every kernel that may spill: none does.
+SPILLS: tuple[Spill, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -114,7 +94,10 @@ class Launch:
 
 @dataclass(frozen=True)
 class Usage:
-    """The resources of a compiled kernel: registers and bytes of stack a thread, warps of a program and of an SM."""
+    """The resources of a compiled kernel: registers and bytes of stack a thread, warps of a program and of an SM.
+
+    `counted_on` are the warps of an SM for which the launch makes programs, 0 where it makes one for each row.
+    """
 
     kernel: str
     operation: str
@@ -123,6 +106,7 @@ class Usage:
     registers: int
     stack: int
     resident: int
+    counted_on: int
 
 
 def operations(width: int) -> Iterator[tuple[str, str, list[Tensor | None], dict[str, Any]]]:
@@ -212,7 +196,9 @@ def compiled(launch: Launch) -> Usage:
     registers, stack = read_resources(binary.asm["cubin"])
     warps = launch.options.num_warps
     resident = warps * resident_programs(registers, warps, binary.metadata.shared)
-    return Usage(launch.name, launch.operation, launch.width, warps, registers, stack, resident)
+    limit = launch.options.maxnreg
+    counted_on = warps * common.programs_an_sm(warps, limit) if limit else 0
+    return Usage(launch.name, launch.operation, launch.width, warps, registers, stack, resident, counted_on)
 
 
 def read_resources(cubin: bytes) -> tuple[int, int]:
@@ -241,16 +227,18 @@ def resident_programs(registers: int, warps: int, shared: int) -> int:
 
 
 def faults(usages: list[Usage], spills: tuple[Spill, ...]) -> list[str]:
-    """One line for each spill that is not listed or exceeds its entry, and for each entry that no kernel needs."""
+    """One line for each spill beyond the list, each entry that no kernel needs, each launch that overfills an SM."""
     listed = {(spill.kernel, spill.width): spill for spill in spills}
     found, widths = [], {usage.width for usage in usages}
     for usage in usages:
+        where = f"{usage.kernel} at {usage.width} ({usage.operation})"
+        if usage.resident < usage.counted_on:
+            found.append(f"{where}: an SM holds {usage.resident} warps, and its launch counts on {usage.counted_on}")
         if usage.stack == 0:
             continue
         spill = listed.get((usage.kernel, usage.width))
         if spill is None or usage.stack > spill.most:
             allowed = "is not on the list of spills" if spill is None else f"may spill {spill.most} bytes at most"
-            where = f"{usage.kernel} at {usage.width} ({usage.operation})"
             found.append(f"{where} spills {usage.stack} bytes a thread, and {allowed}")
     spilling = {(usage.kernel, usage.width) for usage in usages if usage.stack}
     for kernel, width in listed:

@@ -86,9 +86,12 @@ def test_values_and_gradients(path, seed, rows, width, gate, kind, dtype, layout
 
 @pytest.mark.skipif(not HAS_TRITON, reason="no Triton")
 @pytest.mark.parametrize("kind", ["normed", "joint", "bare"])
-def test_rows_wider_than_a_program_holds(kind, monkeypatch):
-    for module, constant in (("common", "COLUMN_BLOCK"), ("swiglu", "MAX_PAIR"), ("swiglu", "WIDE_BLOCK")):
-        monkeypatch.setattr(import_module(f"sdd.kernels.fused.{module}"), constant, 8)
+@pytest.mark.parametrize(
+    "constants", ["common.COLUMN_BLOCK swiglu.MAX_PAIR swiglu.WIDE_BLOCK", "common.HELD_BLOCK common.LOOP_BLOCK"]
+)
+def test_rows_wider_than_a_program_holds(constants, kind, monkeypatch):
+    for constant in constants.split():
+        monkeypatch.setattr(f"sdd.kernels.fused.{constant}", 8)
     name, expected, arguments = arguments_of([3, 0, 1], 20, kind, True, lambda i: drawn(i, 4, 20))
     check("triton", name, expected, arguments, 9, "contiguous")
 

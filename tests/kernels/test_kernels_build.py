@@ -56,6 +56,15 @@ def test_a_kernel_that_spills_must_be_listed(tmp_path: Path) -> None:
     assert listed.returncode == 0, listed.stderr
 
 
+def test_a_launch_must_not_count_on_more_programs_than_fit(tmp_path: Path) -> None:
+    crowded = run(tmp_path, Path(__file__).with_name("spilling_kernel.py"), "--crowded")
+    (usage,) = json.loads(crowded.stdout)["kernels"]
+    assert usage["registers"] <= 128
+    assert (usage["counted_on"], usage["resident"]) == (16, 8)
+    assert crowded.returncode == 1
+    assert "an SM holds 8 warps, and its launch counts on 16" in crowded.stderr
+
+
 def test_the_check_is_written_for_the_pinned_triton() -> None:
     pinned = re.search(r"^triton==([\d.]+)", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.MULTILINE)
     assert pinned

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers_kernels import DEVICE, EXAMPLES, check, drawn, seeds
+from helpers_kernels import DEVICE, EXAMPLES, check, drawn, dtypes, seeds
 from helpers_operations import ACTIVATIONS, OPERATIONS, arguments_of, outputs_of, tables
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -21,19 +21,58 @@ CHECKED = ["scaled_norm", "narrow norm", "sdd_swiglu", "bare up", "qk", "rope"]
 CHECKED += ["post-norm", "post-norm, copy", "plain post-norm", "narrow pre-norm", "plain pre-norm"]
 
 
+TWO_KERNELS = {"MAX_BLOCK": 16, "MAX_FUSED": 16, "MAX_PAIR": 16, "WIDE_BLOCK": 8, "COLUMN_BLOCK": 8}
+BLOCKS_IN_TURN = {"HELD_BLOCK": 8, "LOOP_BLOCK": 8}
+#: One sum of such a row fits into a program, two do not.
+ONE_SUM_FITS = BLOCKS_IN_TURN | {"MAX_SUMS": 4, "WIDE_BLOCK": 8, "COLUMN_BLOCK": 8}
+
+
+@pytest.mark.parametrize("sizes", [TWO_KERNELS, BLOCKS_IN_TURN, ONE_SUM_FITS], ids=["two kernels", "blocks", "one sum"])
 @pytest.mark.parametrize("name", OPERATIONS)
 @settings(max_examples=max(1, EXAMPLES // 30))
-@given(seed=seeds, quarter=st.integers(5, 8))
-def test_rows_wider_than_a_program_holds(name: str, seed: int, quarter: int) -> None:
-    sizes = {"MAX_BLOCK": 16, "MAX_FUSED": 16, "MAX_PAIR": 16, "WIDE_BLOCK": 8, "COLUMN_BLOCK": 8}
+@given(seed=seeds, quarter=st.integers(5, 8), dtype=dtypes)
+def test_rows_wider_than_a_program_holds(
+    name: str, sizes: dict[str, int], seed: int, quarter: int, dtype: torch.dtype
+) -> None:
     with pytest.MonkeyPatch.context() as patch:
         for module in ("common", "scaled_norm_kernels", "swiglu", "residual_norm", "qk_norm_rope"):
             for constant, value in sizes.items():
                 module_ = import_module(f"sdd.kernels.fused.{module}")
                 if hasattr(module_, constant):
                     patch.setattr(module_, constant, value)
-        function, arguments = arguments_of(name, 4 * quarter, lambda i: drawn(seed + i, 2, 4 * quarter))
-        check("triton", function, getattr(sdd_F, function), arguments, seed + 9, "contiguous", "dtype" in arguments)
+        function, arguments = arguments_of(name, 4 * quarter, lambda i: drawn(seed + i, 2, 4 * quarter, dtype=dtype))
+        rounded = "dtype" in arguments or dtype != torch.float32  # two kernels round what they hand on
+        check("triton", function, getattr(sdd_F, function), arguments, seed + 9, "contiguous", rounded)
+
+
+@given(width=st.integers(1, 16_384), sums=st.integers(1, 2))
+def test_a_program_covers_its_row_and_fits_its_multiprocessor(width: int, sums: int) -> None:
+    common = import_module("sdd.kernels.fused.common")
+    shape = common.row_shape(width, sums)
+    assert width <= shape.block * shape.blocks < 2 * width + common.LOOP_BLOCK
+    programs = common.programs_an_sm(shape.warps, shape.registers)
+    assert programs * shape.warps * 32 * shape.registers <= common.REGISTERS
+
+
+def test_only_nvidia_takes_a_limit_of_registers(monkeypatch: pytest.MonkeyPatch) -> None:
+    common = import_module("sdd.kernels.fused.common")
+    shape = common.row_shape(2048, 2)
+    monkeypatch.setattr(torch.version, "hip", None)
+    assert shape.options["maxnreg"] == shape.registers
+    monkeypatch.setattr(torch.version, "hip", "6.3")
+    assert "maxnreg" not in shape.options
+
+
+@given(width=st.integers(1, 16_384), sums=st.integers(1, 2), n_rows=st.integers(1, 10_000), n_blocks=st.integers(1, 64))
+def test_no_more_programs_than_rows_or_than_fit_at_once(width: int, sums: int, n_rows: int, n_blocks: int) -> None:
+    common = import_module("sdd.kernels.fused.common")
+    shape = common.row_shape(width, sums)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common, "_n_multiprocessors", lambda device: 132)
+        programs = common.n_programs(torch.empty(0), n_rows, shape, n_blocks)
+    assert 1 <= programs <= n_rows
+    at_once = 132 * common.programs_an_sm(shape.warps, shape.registers)
+    assert programs * n_blocks <= max(at_once, n_blocks)
 
 
 @pytest.mark.parametrize("name", OPERATIONS if DEVICE == "cuda" else ["scaled_norm", "swiglu", "residual", "qk"])

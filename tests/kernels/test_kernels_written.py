@@ -18,6 +18,7 @@ from sdd.kernels.experts import sort_by_expert
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="no Triton")
 WIDTH = 24
 SMALL = {"MAX_BLOCK": 16, "MAX_FUSED": 16, "MAX_PAIR": 16, "WIDE_BLOCK": 8, "COLUMN_BLOCK": 8}
+IN_TURN = {"HELD_BLOCK": 8, "LOOP_BLOCK": 8}
 
 
 class FindUnwritten(TorchDispatchMode):
@@ -48,12 +49,11 @@ def _filled() -> Iterator[None]:
         torch.use_deterministic_algorithms(False)
 
 
-@pytest.fixture(params=[False, True], ids=["one block", "several blocks"])
+@pytest.fixture(params=[{}, IN_TURN, SMALL], ids=["one block", "blocks in turn", "several blocks"])
 def _blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    if request.param:
-        for module in ("common", "scaled_norm_kernels", "swiglu", "residual_norm", "qk_norm_rope"):
-            for constant, value in SMALL.items():
-                monkeypatch.setattr(f"sdd.kernels.fused.{module}.{constant}", value, raising=False)
+    for module in ("common", "scaled_norm_kernels", "swiglu", "residual_norm", "qk_norm_rope"):
+        for constant, value in request.param.items():
+            monkeypatch.setattr(f"sdd.kernels.fused.{module}.{constant}", value, raising=False)
 
 
 def calls() -> dict[str, tuple[str, dict[str, Any]]]:

@@ -24,6 +24,11 @@ MAX_BLOCK = 16_384
 WIDE_BLOCK = 4096
 #: Features in a block of columns of an operation on two tensors.
 COLUMN_BLOCK = 2048
+#: The widest row that a backward kernel holds in registers. Of a wider one it reads blocks of `LOOP_BLOCK` features,
+#: twice, and holds no more than `MAX_SUMS` blocks of partial sums.
+HELD_BLOCK, LOOP_BLOCK, MAX_SUMS = 4096, 2048, 14
+#: Registers of a multiprocessor, the same on NVIDIA's since compute capability 5.0.
+REGISTERS = 65_536
 #: `triton.jit`, whose declared type lacks the launch options.
 jit: Any = triton.jit
 
@@ -97,14 +102,64 @@ def warps(block: int, numbers_a_thread: int) -> int:
     return max(1, min(16 if torch.version.hip else 32, block // (32 * numbers_a_thread)))
 
 
-def n_programs(x: Tensor, n_rows: int, block: int, n_blocks: int = 1) -> int:
+@dataclass(frozen=True)
+class Shape:
+    """What a program of a backward kernel holds.
+
+    Attributes:
+        block: features that it works on at once.
+        blocks: blocks of a row. Several are read twice, the second time from a cache.
+        warps: of the program.
+        registers: of a thread, at most. `./dev kernels` fails if a kernel does not fit into them.
+    """
+
+    block: int
+    blocks: int
+    warps: int
+    registers: int
+
+    @property
+    def options(self) -> dict[str, int]:
+        """The launch options."""
+        return {"BLOCK": self.block, "BLOCKS": self.blocks} | self.resources
+
+    @property
+    def resources(self) -> dict[str, int]:
+        """The launch options without blocks. The compiler for AMD takes no limit of registers."""
+        return {"num_warps": self.warps} | ({} if torch.version.hip else {"maxnreg": self.registers})
+
+
+def fits(width: int, sums: int) -> bool:
+    """Whether one program holds `sums` partial sums of a row of `width` features."""
+    return cdiv(width, LOOP_BLOCK) * sums <= MAX_SUMS
+
+
+def row_shape(width: int, sums: int) -> Shape:
+    """Of a program that has a whole row at a time and holds `sums` partial sums of its width.
+
+    Up to four features a thread, with all that is computed from them, fit into 64 registers, and so do 16 sums a thread
+    with what a block of a longer row needs. More take 128.
+    """
+    whole = next_power_of_2(width)
+    if whole <= HELD_BLOCK:
+        return Shape(whole, 1, warps(whole, 4), 64)
+    blocks = cdiv(width, LOOP_BLOCK)
+    return Shape(LOOP_BLOCK, blocks, warps(LOOP_BLOCK, 4), 64 if sums * blocks <= 4 else 128)
+
+
+def n_programs(x: Tensor, n_rows: int, shape: Shape, n_blocks: int = 1) -> int:
     """Programs of a backward kernel for each of `n_blocks` blocks of columns; each writes one partial sum of dalpha.
 
-    Together they hold about 8192 features on each multiprocessor: enough to keep its memory pipe full, and few enough
-    to bound the partial sums.
+    As many as the multiprocessors hold at once, up to 16 on each: more would wait for the first to end, and each adds
+    to the partial sums.
     """
-    an_sm = min(16, 8192 // block)
-    return min(n_rows, max(1, _n_multiprocessors(x.device) * max(1, an_sm) // n_blocks))
+    an_sm = min(16, programs_an_sm(shape.warps, shape.registers))
+    return min(n_rows, max(1, _n_multiprocessors(x.device) * an_sm // n_blocks))
+
+
+def programs_an_sm(n_warps: int, registers: int) -> int:
+    """Programs that a multiprocessor holds at once by their registers. `./dev kernels` fails if it holds fewer."""
+    return max(1, REGISTERS // (32 * n_warps * registers))
 
 
 def on_device(x: Tensor) -> AbstractContextManager[object]:
@@ -163,6 +218,31 @@ def tile(BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, BY_COLUMN: tl.constexpr):
 def load_row(ptr, column, there):
     """A block of a row in float32."""
     return tl.load(ptr + column, mask=there, other=0).to(tl.float32)
+
+
+@jit
+def zeros(SHAPE: tl.constexpr, BLOCKS: tl.constexpr):
+    """The partial sums of BLOCKS blocks."""
+    sums = ()
+    for _ in tl.static_range(BLOCKS):
+        sums = sums + (tl.zeros(SHAPE, tl.float32),)  # noqa: RUF005 - the compiler takes no starred tuple
+    return sums
+
+
+@jit
+def add_to_first(sums, x):
+    """Add x to the first block of sums and make it the last. After all blocks their order is the first one again.
+
+    So a loop over blocks finds its sum without an index, which registers do not have, and need not be unrolled, which
+    would let the compiler load several blocks at once and run out of registers.
+    """
+    return sums[1:] + (sums[0] + x,)  # noqa: RUF005
+
+
+@jit
+def block_count(WIDTH, BLOCK: tl.constexpr, BLOCKS: tl.constexpr):
+    """BLOCKS, as a number that the compiler knows only if it is 1: then both reads of a row become one."""
+    return tl.cdiv(WIDTH, BLOCK) if BLOCKS > 1 else 1
 
 
 @jit

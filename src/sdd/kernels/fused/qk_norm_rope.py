@@ -21,6 +21,7 @@ from torch import Tensor
 from sdd import functional as sdd_F
 from sdd.kernels.fused.common import (
     WIDE_BLOCK,
+    Shape,
     cast,
     cdiv,
     dense,
@@ -217,12 +218,13 @@ def qk_norm_rope_backward_op(outputs, dout, z, alpha, cos, sin, r, full, dtype) 
     z, cos, sin = rows(dz if z is None else z), rows(cos), rows(sin)
     grid, blocks = _launch(z, heads, full)
     block = 2 * blocks["BLOCK_H"] * blocks["BLOCK_D"]
-    programs = n_programs(dout, n_rows, block, grid[0])
+    shape = Shape(block, 1, warps(block, 8), 40 if alpha is None else 64)
+    programs = n_programs(dout, n_rows, shape, grid[0])
     partial = r.new_empty(0 if alpha is None else programs, width)
     backward_kernel[(programs, *grid)](
         dout, z, dense(alpha), cos, sin, r, dz, partial, n_rows, length, cos.shape[0], heads, head_dim // 2,
         *dout.stride()[:3], z.stride(0), cos.stride(0), sin.stride(0),
-        NORM=alpha is not None, FULL=full, SHARED=_shared(z, alpha), **blocks, num_warps=warps(block, 8),
+        NORM=alpha is not None, FULL=full, SHARED=_shared(z, alpha), **blocks, **shape.resources,
     )  # fmt: skip
     if alpha is not None:
         torch.sum(partial.sum(0).view(-1, alpha.shape[0]), 0, out=dalpha)

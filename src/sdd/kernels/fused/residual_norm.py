@@ -35,9 +35,9 @@ from sdd.kernels.fused.common import (
     launched_as,
     mean_square_kernel,
     n_programs,
-    next_power_of_2,
     row_blocks,
     row_eps_of,
+    row_shape,
     rows,
     warps,
 )
@@ -129,14 +129,14 @@ def residual_norm_backward_op(
     dz, dresidual, dalpha, dpost_alpha, deps = outputs
     read = [None if x is None else rows(x) for x in (dy, dcopy, ds, z, saved)]
     n_rows, width = rows(dy).shape
-    block = next_power_of_2(width)
-    programs = n_programs(dy, n_rows, block)
+    shape = row_shape(width, 1 if alpha is None else 2)
+    programs = n_programs(dy, n_rows, shape)
     partial = dy.new_empty(1 if alpha is None else 2, programs, width, dtype=torch.float32)
     backward_kernel[(programs,)](
         *read, dense(alpha), dense(post_alpha), r, post_r, dz, dresidual, partial[-1], partial[0], deps,
         n_rows, width, *(0 if x is None else x.stride(0) for x in read), scale,
         ALPHA=alpha is not None, SAVED=saved_as, HAS_DCOPY=dcopy is not None, HAS_DS=ds is not None,
-        STORE_MEAN=row_eps, BLOCK=block, num_warps=warps(block, 8),
+        STORE_MEAN=row_eps, **shape.options,
     )  # fmt: skip
     torch.sum(partial[0], 0, out=dpost_alpha)
     if alpha is not None:

@@ -2,7 +2,7 @@
 
 import triton.language as tl
 
-from sdd.kernels.fused.common import jit, load_row
+from sdd.kernels.fused.common import add_to_first, block_count, jit, load_row, zeros
 
 
 @jit
@@ -60,6 +60,47 @@ def forward_kernel(
 
 
 @jit
+def block_of(
+    dy_ptr,
+    dcopy_ptr,
+    ds_ptr,
+    z_ptr,
+    saved_ptr,
+    alpha_ptr,
+    post_alpha_ptr,
+    r,
+    post_r,
+    scale,
+    column,
+    WIDTH,
+    ALPHA: tl.constexpr,
+    SAVED: tl.constexpr,
+    HAS_DCOPY: tl.constexpr,
+    HAS_DS: tl.constexpr,
+):
+    """A block of n, n2 and dy, of ds without the part along n2, and of both alphas."""
+    there = column < WIDTH
+    n, alpha = 0.0, 1.0
+    if ALPHA or SAVED == "residual":
+        n = load_row(z_ptr, column, there) * r
+    if ALPHA:
+        alpha = load_row(alpha_ptr, column, there)
+    post_n = load_row(saved_ptr, column, there)
+    if SAVED == "residual":
+        post_n = scale * post_n + alpha * n
+    if SAVED != "norm":
+        post_n *= post_r
+    dy = load_row(dy_ptr, column, there)
+    if HAS_DCOPY:
+        dy += load_row(dcopy_ptr, column, there)
+    post_alpha = load_row(post_alpha_ptr, column, there)
+    ds = post_r * (post_alpha * dy)
+    if HAS_DS:
+        ds += load_row(ds_ptr, column, there)
+    return n, post_n, dy, ds, alpha, post_alpha
+
+
+@jit
 def backward_kernel(
     dy_ptr,
     dcopy_ptr,
@@ -89,45 +130,55 @@ def backward_kernel(
     HAS_DS: tl.constexpr,
     STORE_MEAN: tl.constexpr,
     BLOCK: tl.constexpr,
+    BLOCKS: tl.constexpr,
 ):
     """Every N_PROGRAMS-th row with a norm of s, so that each dalpha needs one partial sum a program."""
     program, N_PROGRAMS = tl.program_id(0), tl.num_programs(0)
-    column = tl.arange(0, BLOCK)
-    there = column < WIDTH
-    if ALPHA:
-        alpha = load_row(alpha_ptr, column, there)
-    post_alpha = load_row(post_alpha_ptr, column, there)
-    dalpha = tl.full((BLOCK,), 0, tl.float32)
-    dpost_alpha = tl.full((BLOCK,), 0, tl.float32)
+    dalpha, dpost_alpha = zeros((BLOCK,), BLOCKS), zeros((BLOCK,), BLOCKS)
     for i in range(tl.cdiv(N_ROWS - program, N_PROGRAMS)):
         row = program.to(tl.int64) + i * N_PROGRAMS
+        dy_row, saved_row = dy_ptr + row * dy_stride, saved_ptr + row * saved_stride
+        dcopy_row = dcopy_ptr + row * dcopy_stride if HAS_DCOPY else dy_row
+        ds_row = ds_ptr + row * ds_stride if HAS_DS else dy_row
+        z_row = z_ptr + row * z_stride if ALPHA or SAVED == "residual" else dy_row
+        r = tl.load(r_ptr + row) if ALPHA else 1.0
         post_r = tl.load(post_r_ptr + row)
-        post_n = load_row(saved_ptr + row * saved_stride, column, there)
+        post_total = tl.full((BLOCK,), 0, tl.float32)
+        total = tl.full((BLOCK,), 0, tl.float32)
+        along = tl.full((BLOCK,), 0, tl.float32)
+        for block in range(block_count(WIDTH, BLOCK, BLOCKS)):
+            column = block * BLOCK + tl.arange(0, BLOCK)
+            n, post_n, dy, ds, alpha, post_alpha = block_of(
+                dy_row, dcopy_row, ds_row, z_row, saved_row, alpha_ptr, post_alpha_ptr, r, post_r, scale,
+                column, WIDTH, ALPHA, SAVED, HAS_DCOPY, HAS_DS,
+            )  # fmt: skip
+            post_total += dy * post_alpha * post_n
+            if ALPHA:
+                total += alpha * n * ds
+                along += alpha * n * post_n
+        post_mean = post_r * (tl.sum(post_total) / WIDTH)
+        mean = 0.0
         if ALPHA:
-            r = tl.load(r_ptr + row)
-            n = load_row(z_ptr + row * z_stride, column, there) * r
-        if SAVED == "residual":
-            post_n *= scale
-            post_n += alpha * n if ALPHA else load_row(z_ptr + row * z_stride, column, there)
-        if SAVED != "norm":
-            post_n *= post_r
-        dy = load_row(dy_ptr + row * dy_stride, column, there)
-        if HAS_DCOPY:
-            dy += load_row(dcopy_ptr + row * dcopy_stride, column, there)
-        dpost_alpha += dy * post_n
-        dy *= post_alpha
-        ds = post_r * (dy - post_n * (tl.sum(dy * post_n) / WIDTH))
-        if HAS_DS:
-            ds += load_row(ds_ptr + row * ds_stride, column, there)
-        tl.store(dresidual_ptr + row * WIDTH + column, (scale * ds).to(dresidual_ptr.dtype.element_ty), mask=there)
-        if ALPHA:
-            dalpha += ds * n
-            ds *= alpha
-            mean = tl.sum(ds * n) / WIDTH
+            mean = (tl.sum(total) - post_mean * tl.sum(along)) / WIDTH  # ds above is still without -post_mean*n2
             if STORE_MEAN:
                 tl.store(mean_ptr + row, mean)
-            ds = r * (ds - n * mean)
-        tl.store(dz_ptr + row * WIDTH + column, ds.to(dz_ptr.dtype.element_ty), mask=there)
-    if ALPHA:
-        tl.store(dalpha_ptr + program * WIDTH + column, dalpha, mask=there)
-    tl.store(dpost_alpha_ptr + program * WIDTH + column, dpost_alpha, mask=there)
+        for block in range(block_count(WIDTH, BLOCK, BLOCKS)):
+            column = block * BLOCK + tl.arange(0, BLOCK)
+            there = column < WIDTH
+            n, post_n, dy, ds, alpha, post_alpha = block_of(
+                dy_row, dcopy_row, ds_row, z_row, saved_row, alpha_ptr, post_alpha_ptr, r, post_r, scale,
+                column, WIDTH, ALPHA, SAVED, HAS_DCOPY, HAS_DS,
+            )  # fmt: skip
+            dpost_alpha = add_to_first(dpost_alpha, dy * post_n)
+            ds -= post_n * post_mean
+            dalpha = add_to_first(dalpha, ds * n)
+            tl.store(dresidual_ptr + row * WIDTH + column, (scale * ds).to(dresidual_ptr.dtype.element_ty), mask=there)
+            if ALPHA:
+                ds = r * (alpha * ds - n * mean)
+            tl.store(dz_ptr + row * WIDTH + column, ds.to(dz_ptr.dtype.element_ty), mask=there)
+    for block in tl.static_range(BLOCKS):
+        column = block * BLOCK + tl.arange(0, BLOCK)
+        there = column < WIDTH
+        if ALPHA:
+            tl.store(dalpha_ptr + program * WIDTH + column, dalpha[block], mask=there)
+        tl.store(dpost_alpha_ptr + program * WIDTH + column, dpost_alpha[block], mask=there)

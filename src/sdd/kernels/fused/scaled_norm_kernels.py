@@ -13,13 +13,20 @@ from torch import Tensor
 from sdd.kernels.fused.common import (
     MAX_BLOCK,
     WIDE_BLOCK,
+    Shape,
+    add_to_first,
+    block_count,
     cdiv,
+    fits,
     jit,
+    load_row,
     mean_square_kernel,
     n_programs,
     next_power_of_2,
+    row_shape,
     tile,
     warps,
+    zeros,
 )
 
 
@@ -107,6 +114,18 @@ def backward_mean_kernel(
 
 
 @jit
+def block_of(dy_ptr, z_ptr, alpha_ptr, r, head, column, HEADS, WIDTH, SHARED: tl.constexpr, HAS_N: tl.constexpr):
+    """A block of n, of dy and of alpha*dy."""
+    there = (head < HEADS) & (column < WIDTH)
+    feature = head * WIDTH + column
+    dy = load_row(dy_ptr, feature, there)
+    n = load_row(z_ptr, feature, there)
+    if not HAS_N:
+        n *= r
+    return n, dy, dy * load_row(alpha_ptr, column if SHARED else feature, there)
+
+
+@jit
 def backward_kernel(
     dy_ptr,
     z_ptr,
@@ -131,39 +150,45 @@ def backward_kernel(
     STORE_MEAN: tl.constexpr,
     BY_COLUMN: tl.constexpr,
     BLOCK_H: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCKS: tl.constexpr,
 ):
     """Every N_PROGRAMS-th row of a tile, so that dalpha needs one partial sum a program; z is n with HAS_N."""
     program, N_PROGRAMS = tl.program_id(0), tl.num_programs(0)
-    head, column = tile(BLOCK_H, BLOCK_D, BY_COLUMN)
-    there = (head < HEADS) & (column < WIDTH)
-    feature = head * WIDTH + column
-    alpha = tl.load(alpha_ptr + (column if SHARED else feature), mask=there, other=0).to(tl.float32)
-    dalpha = tl.full((BLOCK_H, BLOCK_D), 0, tl.float32)
-    dbias = tl.full((BLOCK_H, BLOCK_D), 0, tl.float32)
+    BLOCK_D: tl.constexpr = BLOCK // BLOCK_H
+    head, start = tile(BLOCK_H, BLOCK_D, BY_COLUMN)
+    dalpha, dbias = zeros((BLOCK_H, BLOCK_D), BLOCKS), zeros((BLOCK_H, BLOCK_D), BLOCKS)
     for i in range(tl.cdiv(N_ROWS - program, N_PROGRAMS)):
         row = program.to(tl.int64) + i * N_PROGRAMS
-        dy = tl.load(dy_ptr + row * dy_stride + feature, mask=there, other=0).to(tl.float32)
-        n = tl.load(z_ptr + row * z_stride + feature, mask=there, other=0).to(tl.float32)
+        dy_row, z_row = dy_ptr + row * dy_stride, z_ptr + row * z_stride
         r = tl.load(r_ptr + row * r_stride + head, mask=head < HEADS, other=0)
-        if not HAS_N:
-            n *= r
-        scaled = alpha * dy
         if BY_COLUMN:
             mean = tl.load(mean_ptr + row * mean_stride + head)
         else:
-            mean = tl.sum(scaled * n, 1)[:, None] / WIDTH
+            total = tl.full((BLOCK_H, BLOCK_D), 0, tl.float32)
+            for block in range(block_count(WIDTH, BLOCK_D, BLOCKS)):
+                n, dy, scaled = block_of(
+                    dy_row, z_row, alpha_ptr, r, head, start + block * BLOCK_D, HEADS, WIDTH, SHARED, HAS_N
+                )
+                total += scaled * n
+            mean = tl.sum(total, 1)[:, None] / WIDTH
             if STORE_MEAN:
                 tl.store(mean_ptr + row * mean_stride + head, mean, mask=head < HEADS)
-        dz = r * (scaled - n * mean)
-        tl.store(dz_ptr + row * dz_stride + feature, dz.to(dz_ptr.dtype.element_ty), mask=there)
-        dalpha += dy * n
+        for block in range(block_count(WIDTH, BLOCK_D, BLOCKS)):
+            column = start + block * BLOCK_D
+            n, dy, scaled = block_of(dy_row, z_row, alpha_ptr, r, head, column, HEADS, WIDTH, SHARED, HAS_N)
+            dalpha = add_to_first(dalpha, dy * n)
+            dbias = add_to_first(dbias, dy)
+            dz = r * (scaled - n * mean)
+            there = (head < HEADS) & (column < WIDTH)
+            tl.store(dz_ptr + row * dz_stride + head * WIDTH + column, dz.to(dz_ptr.dtype.element_ty), mask=there)
+    for block in tl.static_range(BLOCKS):
+        column = start + block * BLOCK_D
+        there = (head < HEADS) & (column < WIDTH)
+        partial = program * partial_stride + head * WIDTH + column
+        tl.store(dalpha_ptr + partial, dalpha[block], mask=there)
         if HAS_BIAS:
-            dbias += dy
-    partial = program * partial_stride + feature
-    tl.store(dalpha_ptr + partial, dalpha, mask=there)
-    if HAS_BIAS:
-        tl.store(dbias_ptr + partial, dbias, mask=there)
+            tl.store(dbias_ptr + partial, dbias[block], mask=there)
 
 
 def normalise(
@@ -219,32 +244,41 @@ def differentiate(
     """
     n_rows, width = z.shape
     heads, shared = width // group, alpha.shape[0] != width
-    grid, blocks = launch(n_rows, heads, group)
-    block = blocks["BLOCK_H"] * blocks["BLOCK_D"]
+    n_sums = 2 if bias else 1
+    grid, blocks = launch(n_rows, heads, group, n_sums)
+    by_column, block_h = blocks["BY_COLUMN"], blocks["BLOCK_H"]
     store_mean = mean is not None
-    if blocks["BY_COLUMN"]:
+    if by_column:
         mean = r.new_empty(r.shape) if mean is None else mean
         backward_mean_kernel[(n_rows, heads)](
             dy, z, alpha, r, mean, group, dy.stride(0), z.stride(0), r.stride(0), mean.stride(0),
             SHARED=shared, HAS_N=has_n, BLOCK=WIDE_BLOCK, num_warps=8,
         )  # fmt: skip
-    programs = n_programs(z, n_rows, block, grid[1] * grid[2])
+    if by_column or block_h > 1:
+        block = block_h * blocks["BLOCK_D"]
+        shape = Shape(block, 1, warps(block, 8), 64)
+    else:
+        shape = row_shape(group, n_sums)
+    programs = n_programs(z, n_rows, shape, grid[1] * grid[2])
     partial = z.new_empty(2 if bias else 1, programs, width, dtype=torch.float32)
     backward_kernel[(programs, *grid[1:])](
         dy, z, alpha, r, mean, dz, partial[0], partial[-1], n_rows, heads, group,
         dy.stride(0), z.stride(0), r.stride(0), 0 if mean is None else mean.stride(0),
         dz.stride(0), width,
-        SHARED=shared, HAS_BIAS=bias, HAS_N=has_n, STORE_MEAN=store_mean,
-        **blocks, num_warps=warps(block, 8),
+        SHARED=shared, HAS_BIAS=bias, HAS_N=has_n, STORE_MEAN=store_mean, BY_COLUMN=by_column, BLOCK_H=block_h,
+        **shape.options,
     )  # fmt: skip
     total = partial.sum(1)
     dalpha = total[0].view(heads, group).sum(0) if shared else total[0]
     return dalpha, total[1] if bias else None
 
 
-def launch(n_rows: int, heads: int, group: int) -> tuple[tuple[int, int, int], dict[str, Any]]:
-    """Grid and block sizes: a row in one program, its heads in several, or a wide group in blocks of columns."""
-    if group > MAX_BLOCK:
+def launch(n_rows: int, heads: int, group: int, n_sums: int = 0) -> tuple[tuple[int, int, int], dict[str, Any]]:
+    """Grid and block sizes: a row in one program, its heads in several, or a wide group in blocks of columns.
+
+    `n_sums` are the sums over rows that a program holds.
+    """
+    if group > MAX_BLOCK or not fits(group, n_sums):
         return (n_rows, cdiv(group, WIDE_BLOCK), heads), {"BLOCK_H": 1, "BLOCK_D": WIDE_BLOCK, "BY_COLUMN": True}
     block_d = next_power_of_2(group)
     block_h = min(next_power_of_2(heads), max(1, WIDE_BLOCK // block_d))

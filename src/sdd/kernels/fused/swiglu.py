@@ -27,11 +27,13 @@ from sdd.kernels.fused.common import (
     cast,
     cdiv,
     dense,
+    fits,
     forbid_double_backward,
     launched_as,
     mean_square_kernel,
     n_programs,
     row_blocks,
+    row_shape,
     rows,
     warps,
 )
@@ -40,7 +42,7 @@ from sdd.kernels.fused.swiglu_kernels import backward_kernel, backward_mean_kern
 from sdd.kernels.recompute import gate_and_up
 
 #: The most features of gate and of up that one program holds at once.
-MAX_PAIR = 8192
+MAX_PAIR = 16_384
 #: The kind of the up projection: plain, scaled by its alpha (its norm left out), or normed.
 PLAIN, BARE, NORMED = range(3)
 
@@ -79,7 +81,7 @@ def swiglu_op(outputs, gate, up, alpha_gate, alpha_up, kind, joint, eps, up_eps,
         gate, up, dense(alpha_gate), dense(alpha_up), experts, h, r, q, width,
         gate.stride(0), up.stride(0), eps, up_eps,
         GATE=alpha_gate is not None, UP=kind, JOINT=joint, EXPERTS=experts is not None, BY_COLUMN=n_blocks > 1,
-        BLOCK=block, num_warps=warps(block, 16),
+        BLOCK=block, num_warps=warps(block, 8),
     )  # fmt: skip
 
 
@@ -110,22 +112,24 @@ def swiglu_backward_op(
     n_rows, width = read[0].shape
     alphas, strides = (dense(alpha_gate), dense(alpha_up)), [x.stride(0) for x in read]
     flags = {"GATE": alpha_gate is not None, "UP": kind, "EXPERTS": experts is not None}
-    reduces = alpha_gate is not None or kind == NORMED
-    block, n_blocks = row_blocks(width, reduces, MAX_PAIR)
-    mean = torch.empty_like(r) if reduces and n_blocks > 1 else None
+    reduces, n_sums = alpha_gate is not None or kind == NORMED, (alpha_gate is not None) + (kind != PLAIN)
+    whole = reduces and width <= MAX_PAIR and fits(width, n_sums)
+    block, n_blocks = (width, 1) if whole else row_blocks(width, False, MAX_PAIR)
+    shape = row_shape(block, n_sums)
+    mean = torch.empty_like(r) if reduces and not whole else None
     if mean is not None:
         backward_mean_kernel[(n_rows,)](
             *read, *alphas, experts, r, mean, width, *strides, **flags, BLOCK=2048, num_warps=8
         )
     n_experts = 1 if ends is None else len(ends)
-    an_expert = n_programs(dh, n_rows, block, n_blocks)
+    an_expert = n_programs(dh, n_rows, shape, n_blocks)
     if ends is not None:  # twice as many programs in all, as experts have unlike numbers of rows
         an_expert = cdiv(2 * an_expert, n_experts)
-    shape = n_experts, an_expert, width
-    partial = [dh.new_empty(shape if a is not None else (0,), dtype=torch.float32) for a in alphas]
+    each = n_experts, an_expert, width
+    partial = [dh.new_empty(each if a is not None else (0,), dtype=torch.float32) for a in alphas]
     backward_kernel[(n_experts * an_expert, n_blocks)](
         *read, dense(dq), *alphas, ends, r, mean, *outputs[:2], *partial, n_rows, width, *strides, an_expert, **flags,
-        JOINT=joint, HAS_DQ=dq is not None, BY_COLUMN=n_blocks > 1, BLOCK=block, num_warps=warps(block, 8),
+        JOINT=joint, HAS_DQ=dq is not None, BY_COLUMN=not whole, **shape.options,
     )  # fmt: skip
     for sums, dalpha in zip(partial, outputs[2:], strict=True):
         if dalpha.numel():

@@ -7,7 +7,7 @@ expert alone.
 
 import triton.language as tl
 
-from sdd.kernels.fused.common import jit, load_row
+from sdd.kernels.fused.common import add_to_first, block_count, jit, load_row, zeros
 
 
 @jit
@@ -70,12 +70,58 @@ def forward_kernel(
 
 
 @jit
-def gradients(z_gate, z_up, dh, alpha_gate, alpha_up, r_gate, r_up):
-    """`n_g`, `n_u` (z times r, which is 1 without a norm), dg and du; alpha is 1 for a plain branch."""
-    n_gate, n_up = z_gate * r_gate, z_up * r_up
+def gradients(
+    gate_ptr,
+    up_ptr,
+    dh_ptr,
+    alpha_gate_ptr,
+    alpha_up_ptr,
+    alpha,
+    r_gate,
+    r_up,
+    column,
+    WIDTH,
+    GATE: tl.constexpr,
+    UP: tl.constexpr,
+):
+    """`n_g`, `n_u` (z times r, which is 1 without a norm), dg, du and both alphas (1 for a plain branch) of a block."""
+    there = column < WIDTH
+    n_gate, n_up = load_row(gate_ptr, column, there) * r_gate, load_row(up_ptr, column, there) * r_up
+    dh = load_row(dh_ptr, column, there)
+    alpha_gate = load_row(alpha_gate_ptr + alpha, column, there) if GATE else 1.0
+    alpha_up = load_row(alpha_up_ptr + alpha, column, there) if UP else 1.0
     g, u = alpha_gate * n_gate, alpha_up * n_up
     sigma = 1 / (1 + tl.exp(-g))
-    return n_gate, n_up, dh * u * sigma * (1 + g * (1 - sigma)), dh * g * sigma
+    return n_gate, n_up, dh * u * sigma * (1 + g * (1 - sigma)), dh * g * sigma, alpha_gate, alpha_up
+
+
+@jit
+def means(
+    gate_ptr,
+    up_ptr,
+    dh_ptr,
+    alpha_gate_ptr,
+    alpha_up_ptr,
+    alpha,
+    r_gate,
+    r_up,
+    WIDTH,
+    GATE: tl.constexpr,
+    UP: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
+    """The means of alpha_g*dg*n_g and alpha_u*du*n_u over a row of one block (BLOCKS is 1) or of any number."""
+    gate_total = tl.full((BLOCK,), 0, tl.float32)
+    up_total = tl.full((BLOCK,), 0, tl.float32)
+    for block in range(block_count(WIDTH, BLOCK, BLOCKS)):
+        column = block * BLOCK + tl.arange(0, BLOCK)
+        n_gate, n_up, dg, du, a_gate, a_up = gradients(
+            gate_ptr, up_ptr, dh_ptr, alpha_gate_ptr, alpha_up_ptr, alpha, r_gate, r_up, column, WIDTH, GATE, UP
+        )
+        gate_total += a_gate * dg * n_gate
+        up_total += a_up * du * n_up
+    return tl.sum(gate_total) / WIDTH, tl.sum(up_total) / WIDTH
 
 
 @jit
@@ -100,26 +146,14 @@ def backward_mean_kernel(
     """The means of alpha_g*dg*n_g and alpha_u*du*n_u over one wide row."""
     row = tl.program_id(0).to(tl.int64)
     alpha = tl.load(experts_ptr + row) * WIDTH if EXPERTS else 0
-    alpha_gate, alpha_up, r_gate, r_up = 1.0, 1.0, 1.0, 1.0
-    if GATE:
-        r_gate = tl.load(r_ptr + 2 * row)
-    if UP == 2:
-        r_up = tl.load(r_ptr + 2 * row + 1)
-    gate_total = tl.full((BLOCK,), 0, tl.float32)
-    up_total = tl.full((BLOCK,), 0, tl.float32)
-    for start in range(0, WIDTH, BLOCK):
-        column = start + tl.arange(0, BLOCK)
-        there = column < WIDTH
-        z_gate = load_row(z_gate_ptr + row * gate_stride, column, there)
-        z_up = load_row(z_up_ptr + row * up_stride, column, there)
-        dh = load_row(dh_ptr + row * dh_stride, column, there)
-        a_gate = load_row(alpha_gate_ptr + alpha, column, there) if GATE else alpha_gate
-        a_up = load_row(alpha_up_ptr + alpha, column, there) if UP else alpha_up
-        n_gate, n_up, dg, du = gradients(z_gate, z_up, dh, a_gate, a_up, r_gate, r_up)
-        gate_total += a_gate * dg * n_gate
-        up_total += a_up * du * n_up
-    tl.store(mean_ptr + 2 * row, tl.sum(gate_total) / WIDTH)
-    tl.store(mean_ptr + 2 * row + 1, tl.sum(up_total) / WIDTH)
+    r_gate = tl.load(r_ptr + 2 * row) if GATE else 1.0
+    r_up = tl.load(r_ptr + 2 * row + 1) if UP == 2 else 1.0
+    mean_gate, mean_up = means(
+        z_gate_ptr + row * gate_stride, z_up_ptr + row * up_stride, dh_ptr + row * dh_stride,
+        alpha_gate_ptr, alpha_up_ptr, alpha, r_gate, r_up, WIDTH, GATE, UP, BLOCK, 2,
+    )  # fmt: skip
+    tl.store(mean_ptr + 2 * row, mean_gate)
+    tl.store(mean_ptr + 2 * row + 1, mean_up)
 
 
 @jit
@@ -150,6 +184,7 @@ def backward_kernel(
     HAS_DQ: tl.constexpr,
     BY_COLUMN: tl.constexpr,
     BLOCK: tl.constexpr,
+    BLOCKS: tl.constexpr,
 ):
     """Every STRIDE-th row (of an expert), or its block of columns, so that dalpha needs one partial sum a program."""
     program = tl.program_id(0)
@@ -158,43 +193,49 @@ def backward_kernel(
         expert, STRIDE = program // AN_EXPERT, AN_EXPERT
         first = tl.load(ends_ptr + expert - 1, mask=expert > 0, other=0) + program % AN_EXPERT
         end, alpha = tl.load(ends_ptr + expert), expert.to(tl.int64) * WIDTH
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    there = column < WIDTH
-    alpha_gate, alpha_up, r_gate, r_up = 1.0, 1.0, 1.0, 1.0
-    if GATE:
-        alpha_gate = load_row(alpha_gate_ptr + alpha, column, there)
-    if UP:
-        alpha_up = load_row(alpha_up_ptr + alpha, column, there)
-    dalpha_gate = tl.full((BLOCK,), 0, tl.float32)
-    dalpha_up = tl.full((BLOCK,), 0, tl.float32)
+    start = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    dalpha_gate, dalpha_up = zeros((BLOCK,), BLOCKS), zeros((BLOCK,), BLOCKS)
     for i in range(tl.cdiv(end - first, STRIDE)):
         row = first.to(tl.int64) + i * STRIDE
-        z_gate = load_row(z_gate_ptr + row * gate_stride, column, there)
-        z_up = load_row(z_up_ptr + row * up_stride, column, there)
-        dh = load_row(dh_ptr + row * dh_stride, column, there)
-        r_g = tl.load(r_ptr + 2 * row) if GATE else r_gate
-        r_u = tl.load(r_ptr + 2 * row + 1) if UP == 2 else r_up
-        n_gate, n_up, dg, du = gradients(z_gate, z_up, dh, alpha_gate, alpha_up, r_g, r_u)
-        dz_gate, dz_up = alpha_gate * dg, alpha_up * du
+        gate_row, up_row, dh_row = z_gate_ptr + row * gate_stride, z_up_ptr + row * up_stride, dh_ptr + row * dh_stride
+        r_gate = tl.load(r_ptr + 2 * row) if GATE else 1.0
+        r_up = tl.load(r_ptr + 2 * row + 1) if UP == 2 else 1.0
+        mean_gate, mean_up = 0.0, 0.0
+        if BY_COLUMN:
+            if GATE:
+                mean_gate = tl.load(mean_ptr + 2 * row)
+            if UP == 2:
+                mean_up = tl.load(mean_ptr + 2 * row + 1)
+        elif GATE or UP == 2:
+            mean_gate, mean_up = means(
+                gate_row, up_row, dh_row, alpha_gate_ptr, alpha_up_ptr, alpha, r_gate, r_up, WIDTH, GATE, UP, BLOCK,
+                BLOCKS,
+            )  # fmt: skip
+        if JOINT:
+            mean_gate = (mean_gate + mean_up) / 2
+            mean_up = mean_gate
+        for block in range(block_count(WIDTH, BLOCK, BLOCKS)):
+            column = start + block * BLOCK
+            there = column < WIDTH
+            n_gate, n_up, dg, du, a_gate, a_up = gradients(
+                gate_row, up_row, dh_row, alpha_gate_ptr, alpha_up_ptr, alpha, r_gate, r_up, column, WIDTH, GATE, UP
+            )
+            dalpha_gate = add_to_first(dalpha_gate, dg * n_gate)
+            dalpha_up = add_to_first(dalpha_up, du * n_up)
+            dz_gate, dz_up = a_gate * dg, a_up * du
+            if GATE:
+                dz_gate = r_gate * (dz_gate - n_gate * mean_gate)
+            if UP == 2:
+                dz_up = r_up * (dz_up - n_up * mean_up)
+            if HAS_DQ:
+                dz_up += tl.load(dq_ptr + row) * 2 / WIDTH * n_up
+            tl.store(dz_gate_ptr + row * WIDTH + column, dz_gate.to(dz_gate_ptr.dtype.element_ty), mask=there)
+            tl.store(dz_up_ptr + row * WIDTH + column, dz_up.to(dz_up_ptr.dtype.element_ty), mask=there)
+    for block in tl.static_range(BLOCKS):
+        column = start + block * BLOCK
+        there = column < WIDTH
+        partial = program * WIDTH + column
         if GATE:
-            mean_gate = tl.load(mean_ptr + 2 * row) if BY_COLUMN else tl.sum(dz_gate * n_gate) / WIDTH
-            dalpha_gate += dg * n_gate
-        if UP == 2:
-            mean_up = tl.load(mean_ptr + 2 * row + 1) if BY_COLUMN else tl.sum(dz_up * n_up) / WIDTH
-            if JOINT:
-                mean_gate = (mean_gate + mean_up) / 2
-                mean_up = mean_gate
-            dz_up = r_u * (dz_up - n_up * mean_up)
-        if GATE:
-            dz_gate = r_g * (dz_gate - n_gate * mean_gate)
+            tl.store(dalpha_gate_ptr + partial, dalpha_gate[block], mask=there)
         if UP:
-            dalpha_up += du * n_up
-        if HAS_DQ:
-            dz_up += tl.load(dq_ptr + row) * 2 / WIDTH * z_up
-        tl.store(dz_gate_ptr + row * WIDTH + column, dz_gate.to(dz_gate_ptr.dtype.element_ty), mask=there)
-        tl.store(dz_up_ptr + row * WIDTH + column, dz_up.to(dz_up_ptr.dtype.element_ty), mask=there)
-    partial = program * WIDTH + column
-    if GATE:
-        tl.store(dalpha_gate_ptr + partial, dalpha_gate, mask=there)
-    if UP:
-        tl.store(dalpha_up_ptr + partial, dalpha_up, mask=there)
+            tl.store(dalpha_up_ptr + partial, dalpha_up[block], mask=there)
