@@ -17,3 +17,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if torch.cuda.is_available() and Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.gpu)
+
+
+#: The most features that a program holds at once, and the widths of its blocks of columns, small for narrow tests.
+SMALL = {"MAX_BLOCK": 16, "MAX_FUSED": 16, "MAX_PAIR": 16, "MAX_EXPERT": 16, "WIDE_BLOCK": 8, "COLUMN_BLOCK": 8}
+MODULES = ("common", "scaled_norm_kernels", "swiglu", "residual_norm", "qk_norm_rope", "expert_norm")
+
+
+@pytest.fixture(params=[False, True], ids=["one block", "several blocks"])
+def _one_block_and_several(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of more than 16 features in one block, then in several."""
+    if request.param:
+        for module in MODULES:
+            for constant, value in SMALL.items():
+                monkeypatch.setattr(f"sdd.kernels.fused.{module}.{constant}", value, raising=False)

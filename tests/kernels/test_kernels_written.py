@@ -6,18 +6,16 @@ from typing import Any
 
 import pytest
 import torch
-from helpers_kernels import DEVICE, drawn, run
-from helpers_operations import OPERATIONS, arguments_of, outputs_of
+from helpers_kernels import drawn, run
+from helpers_operations import every_call, outputs_of
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sdd import kernels
 from sdd.kernels.dispatch import HAS_TRITON
-from sdd.kernels.experts import sort_by_expert
 
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="no Triton")
 WIDTH = 24
-SMALL = {"MAX_BLOCK": 16, "MAX_FUSED": 16, "MAX_PAIR": 16, "WIDE_BLOCK": 8, "COLUMN_BLOCK": 8}
 
 
 class FindUnwritten(TorchDispatchMode):
@@ -48,39 +46,10 @@ def _filled() -> Iterator[None]:
         torch.use_deterministic_algorithms(False)
 
 
-@pytest.fixture(params=[False, True], ids=["one block", "several blocks"])
-def _blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    if request.param:
-        for module in ("common", "scaled_norm_kernels", "swiglu", "residual_norm", "qk_norm_rope"):
-            for constant, value in SMALL.items():
-                monkeypatch.setattr(f"sdd.kernels.fused.{module}.{constant}", value, raising=False)
+CALLS = every_call(WIDTH)
 
 
-def calls() -> dict[str, tuple[str, dict[str, Any]]]:
-    """Every operation, and every kind of gate and up projection, of a block and of experts of which one has no rows."""
-    found = {name: arguments_of(name, WIDTH, lambda i: drawn(i, 2, WIDTH)) for name in OPERATIONS}
-    shared = {"z_gate": drawn(0, 2, WIDTH), "z_up": drawn(1, 2, WIDTH)}
-    order = sort_by_expert(torch.tensor([[0], [2]], device=DEVICE), 3)
-    for name, shape, others in (("sdd_swiglu", (WIDTH,), {}), ("expert_swiglu", (3, WIDTH), {"order": order})):
-        gate, up = {"alpha_gate": drawn(2, *shape)}, {"alpha_up": drawn(3, *shape)}
-        no_gate, no_up = {"alpha_gate": None}, {"alpha_up": None}
-        for label, alphas in {
-            "both": gate | up,
-            "gate": gate | no_up,
-            "up": no_gate | up,
-            "none": no_gate | no_up,
-        }.items():
-            found[f"{name}, {label}"] = name, shared | alphas | others
-        found[f"{name}, joint"] = name, shared | gate | up | others | {"joint": True}
-        for label, alphas in {"bare up": no_gate | up, "gate, bare up": gate | up}.items():
-            found[f"{name}, {label}"] = f"{name}_bare_up", shared | alphas | others
-    return found
-
-
-CALLS = calls() if HAS_TRITON else {}
-
-
-@pytest.mark.usefixtures("_filled", "_blocks")
+@pytest.mark.usefixtures("_filled", "_one_block_and_several")
 @pytest.mark.parametrize("name", CALLS)
 def test_no_output_is_unwritten(name: str) -> None:
     function, arguments = CALLS[name]

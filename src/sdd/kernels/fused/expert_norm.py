@@ -97,7 +97,7 @@ def expert_norm_backward_op(outputs, dy, z, alpha, weights, r, experts, ends, ro
     backward_kernel[(n_experts * an_expert, n_blocks)](
         dy, z, alpha_flat, weights, ends, r, mean, dz, partial, width, dy.stride(0), z.stride(0), an_expert,
         WEIGHTS=weights is not None, STORE_MEAN=wants_mean, BY_COLUMN=n_blocks > 1,
-        BLOCK=block, num_warps=warps(block, 8),
+        BLOCK=block, num_warps=warps(block, 4),
     )  # fmt: skip
     torch.sum(partial, 1, out=dalpha)
     if mean is None:

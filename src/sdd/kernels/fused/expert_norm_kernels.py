@@ -94,20 +94,18 @@ def backward_kernel(
         row = first.to(tl.int64) + i * AN_EXPERT
         r = tl.load(r_ptr + row)
         dy = load_row(dy_ptr + row * dy_stride, column, there)
-        n = load_row(z_ptr + row * z_stride, column, there) * r
+        z = load_row(z_ptr + row * z_stride, column, there)
         scaled = alpha * dy
         if BY_COLUMN:
             mean = tl.load(mean_ptr + row)
         else:
-            mean = tl.sum(scaled * n) / WIDTH
+            mean = r * tl.sum(scaled * z) / WIDTH
             if STORE_MEAN:
                 tl.store(mean_ptr + row, mean)
-        dz = r * (scaled - n * mean)
-        product = dy * n
+        wr = r  # n = r*z is not formed: z as it was loaded takes fewer registers
         if WEIGHTS:
-            w = tl.load(weights_ptr + row).to(tl.float32)
-            dz *= w
-            product *= w
+            wr *= tl.load(weights_ptr + row).to(tl.float32)
+        dz = wr * scaled - z * (wr * r * mean)
         tl.store(dz_ptr + row * WIDTH + column, dz.to(dz_ptr.dtype.element_ty), mask=there)
-        dalpha += product
+        dalpha += dy * z * wr
     tl.store(dalpha_ptr + program * WIDTH + column, dalpha, mask=there)
