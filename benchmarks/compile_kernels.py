@@ -155,8 +155,11 @@ def operations(width: int) -> Iterator[tuple[str, str, list[Tensor | None], dict
 
     yield "expert norm", "expert_scaled_norm", [z(), alpha(4, width)], {"order": order}
     yield "expert norm, weights", "expert_scaled_norm", [z(), alpha(4, width)], {"order": order, "weights": eps["eps"]}
-    yield "expert norm, weights, eps of rows", "expert_scaled_norm", [z(), alpha(4, width)], (
-        {"order": order, "weights": eps["eps"]} | eps
+    yield (
+        "expert norm, weights, eps of rows",
+        "expert_scaled_norm",
+        [z(), alpha(4, width)],
+        ({"order": order, "weights": eps["eps"]} | eps),
     )
 
     yield "residual", "residual_norm", [z(), z(), alpha()], {}

@@ -57,7 +57,11 @@ def test_widths_of_models(width, dtype):
 @given(seeds, counts, st.booleans(), st.booleans(), st.integers(17, 40))
 def test_rows_wider_than_a_program_holds(seed, rows, weighted, row_eps, width):
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in {"expert_norm.MAX_EXPERT": 16, "expert_norm.WIDE_BLOCK": 8, "common.COLUMN_BLOCK": 8}.items():
+        for name, value in {
+            "expert_norm.MAX_EXPERT": 16,
+            "expert_norm.WIDE_BLOCK": 8,
+            "common.COLUMN_BLOCK": 8,
+        }.items():
             patch.setattr(f"sdd.kernels.fused.{name}", value)
         arguments = arguments_of(rows, drawn(seed, sum(rows), width), seed, weighted, row_eps)
         check("triton", "expert_scaled_norm", plain, arguments, seed + 4, "contiguous")

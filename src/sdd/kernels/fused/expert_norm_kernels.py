@@ -49,7 +49,7 @@ def forward_kernel(
 def backward_mean_kernel(
     dy_ptr, z_ptr, alpha_ptr, experts_ptr, r_ptr, mean_ptr, WIDTH, dy_stride, z_stride, BLOCK: tl.constexpr
 ):
-    """m of one wide row."""
+    """M of one wide row."""
     row = tl.program_id(0).to(tl.int64)
     alpha_ptr += tl.load(experts_ptr + row) * WIDTH
     total = tl.full((BLOCK,), 0, tl.float32)
