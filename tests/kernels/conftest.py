@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -31,3 +32,15 @@ def _one_block_and_several(request: pytest.FixtureRequest, monkeypatch: pytest.M
         for module in MODULES:
             for constant, value in SMALL.items():
                 monkeypatch.setattr(f"sdd.kernels.fused.{module}.{constant}", value, raising=False)
+
+
+@pytest.fixture
+def _deterministic() -> Iterator[None]:
+    """Operations without a fixed order raise, and new memory is filled with NaN."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+        assert torch.empty(1).isnan()
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)

@@ -1,6 +1,5 @@
 """Fused operations return no memory that they have not written: with every new tensor filled with NaN, none is left."""
 
-from collections.abc import Iterator
 from importlib import import_module
 from typing import Any
 
@@ -35,21 +34,10 @@ class FindUnwritten(TorchDispatchMode):
         return outputs
 
 
-@pytest.fixture
-def _filled() -> Iterator[None]:
-    torch.use_deterministic_algorithms(True)
-    try:
-        assert torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
-        assert torch.empty(1).isnan()
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
-
-
 CALLS = every_call(WIDTH)
 
 
-@pytest.mark.usefixtures("_filled", "_one_block_and_several")
+@pytest.mark.usefixtures("_deterministic", "_one_block_and_several")
 @pytest.mark.parametrize("name", CALLS)
 def test_no_output_is_unwritten(name: str) -> None:
     function, arguments = CALLS[name]
@@ -64,7 +52,7 @@ def test_no_output_is_unwritten(name: str) -> None:
     assert not any(result.isnan().any() for result in results)
 
 
-@pytest.mark.usefixtures("_filled")
+@pytest.mark.usefixtures("_deterministic")
 def test_an_unwritten_output_is_found() -> None:
     """The mode sees what an operation returns, forward and backward."""
     common = import_module("sdd.kernels.fused.common")
