@@ -137,6 +137,15 @@ def operations(width: int) -> Iterator[tuple[str, str, list[Tensor | None], dict
             bare = "bare up" if gate is None else "gate, bare up"
             yield f"{label}, {bare}", f"{name}_bare_up", [z(), z(), gate, alpha(*experts)], others
 
+    yield "expert norm", "expert_scaled_norm", [z(), alpha(4, width)], {"order": order}
+    yield "expert norm, weights", "expert_scaled_norm", [z(), alpha(4, width)], {"order": order, "weights": eps["eps"]}
+    yield (
+        "expert norm, weights, eps of rows",
+        "expert_scaled_norm",
+        [z(), alpha(4, width)],
+        ({"order": order, "weights": eps["eps"]} | eps),
+    )
+
     yield "residual", "residual_norm", [z(), z(), alpha()], {}
     yield "residual, float32 stream, eps of rows", "residual_norm", [z(), z(wide), alpha()], eps
     for stream in (torch.bfloat16, wide):

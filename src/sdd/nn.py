@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from sdd import probe_points
 from sdd.functional import Eps, Group, alpha_size, norm, resolve_group
-from sdd.kernels import scaled_norm
-from sdd.kernels.experts import Order, expert_scaled_norm, grouped_linear
+from sdd.kernels import expert_scaled_norm, scaled_norm
+from sdd.kernels.experts import Order, grouped_linear
 
 Device = torch.device | str | None
 
@@ -296,9 +296,9 @@ class SDDExpertLinear(ExpertLinear):
         probe_points.projection(self, z, y)
         return y
 
-    def scale(self, z_MO: Tensor, order: Order, eps: Eps | None = None) -> Tensor:
-        """`alpha_e * norm(z)`; with the layer's own eps unless another is given."""
-        return expert_scaled_norm(z_MO, self.alpha, order, eps=self.eps if eps is None else eps)
+    def scale(self, z_MO: Tensor, order: Order, weights_M: Tensor | None = None, eps: Eps | None = None) -> Tensor:
+        """`alpha_e * norm(z)`, times each row's weight; with the layer's own eps unless another is given."""
+        return expert_scaled_norm(z_MO, self.alpha, order, weights_M, eps=self.eps if eps is None else eps)
 
     def extra_repr(self) -> str:
         """The shape of the weight, and the arguments of the norm."""

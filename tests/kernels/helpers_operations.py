@@ -8,6 +8,7 @@ from helpers_kernels import DEVICE, drawn
 from torch import Tensor
 
 from sdd import functional as sdd_F
+from sdd.kernels.experts import Order, sort_by_expert
 
 
 def tables(length: int, head_dim: int) -> tuple[Tensor, Tensor]:
@@ -57,6 +58,40 @@ def arguments_of(name: str, width: int, activation: Callable[[int], Tensor]) -> 
     """The function of an operation, and all its arguments."""
     function, others = operations(width)[name]
     return function, {key: activation(i) for i, key in enumerate(ACTIVATIONS[function])} | others
+
+
+def order_of(rows: list[int]) -> Order:
+    """The order of that many rows of each expert."""
+    experts = torch.repeat_interleave(torch.arange(len(rows)), torch.tensor(rows))
+    return sort_by_expert(experts.unsqueeze(1).to(DEVICE), len(rows))
+
+
+def every_call(width: int) -> dict[str, tuple[str, dict[str, Any]]]:
+    """The function and arguments of every operation, for two rows: of a block, or of experts of which one has none.
+
+    SwiGLU is there with every kind of gate and up projection.
+    """
+    found = {name: arguments_of(name, width, lambda i: drawn(i, 2, width)) for name in OPERATIONS}
+    shared = {"z_gate": drawn(0, 2, width), "z_up": drawn(1, 2, width)}
+    order = order_of([1, 0, 1])
+    for name, shape, others in (("sdd_swiglu", (width,), {}), ("expert_swiglu", (3, width), {"order": order})):
+        gate, up = {"alpha_gate": drawn(2, *shape)}, {"alpha_up": drawn(3, *shape)}
+        no_gate, no_up = {"alpha_gate": None}, {"alpha_up": None}
+        for label, alphas in {
+            "both": gate | up,
+            "gate": gate | no_up,
+            "up": no_gate | up,
+            "none": no_gate | no_up,
+        }.items():
+            found[f"{name}, {label}"] = name, shared | alphas | others
+        found[f"{name}, joint"] = name, shared | gate | up | others | {"joint": True}
+        for label, alphas in {"bare up": no_gate | up, "gate, bare up": gate | up}.items():
+            found[f"{name}, {label}"] = f"{name}_bare_up", shared | alphas | others
+    expert = {"z": drawn(0, 2, width), "alpha": drawn(1, 3, width), "order": order}
+    weights, eps = {"weights": drawn(2, 2)}, {"eps": drawn(3, 2).square()}
+    for label, more in {"": {}, ", weights": weights, ", eps": eps, ", weights, eps": weights | eps}.items():
+        found[f"expert_scaled_norm{label}"] = "expert_scaled_norm", expert | more
+    return found
 
 
 def outputs_of(y: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:

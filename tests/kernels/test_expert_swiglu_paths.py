@@ -6,23 +6,19 @@ from typing import Any
 
 import pytest
 import torch
-from helpers_kernels import DEVICE, EXAMPLES, HAS_TRITON, PATHS, check, drawn, dtypes, layouts, seeds
+from helpers_kernels import EXAMPLES, HAS_TRITON, PATHS, check, drawn, dtypes, layouts, seeds
+from helpers_operations import order_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from sdd import functional as sdd_F
 from sdd import kernels
-from sdd.kernels.experts import Order, sort_by_expert
+from sdd.kernels.experts import Order
 
 # rows of each of up to four experts: many have none, and sometimes one has all
 counts = st.lists(st.sampled_from([0, 0, 1, 2, 5]), min_size=1, max_size=4)
 kinds = st.sampled_from(["plain", "normed", "joint", "bare"])
-
-
-def order_of(rows: list[int]) -> Order:
-    experts = torch.repeat_interleave(torch.arange(len(rows)), torch.tensor(rows))
-    return sort_by_expert(experts.unsqueeze(1).to(DEVICE), len(rows))
 
 
 def normed(z: Tensor, alpha: Tensor | None, order: Order, eps: float) -> Tensor:

@@ -5,21 +5,23 @@ from typing import Any
 
 import pytest
 import torch
-from helpers_kernels import DEVICE, drawn
-from helpers_operations import OPERATIONS, arguments_of, outputs_of
+from helpers_kernels import drawn
+from helpers_operations import OPERATIONS, arguments_of, order_of, outputs_of
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 from sdd import kernels
 from sdd.kernels.dispatch import HAS_TRITON
-from sdd.kernels.experts import sort_by_expert
 
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="no Triton")
-EXPERTS = ["expert_swiglu", "expert_swiglu_bare_up"]
+EXPERTS = ["expert_scaled_norm", "expert_swiglu", "expert_swiglu_bare_up"]
 
 
-def expert_arguments() -> dict[str, Any]:
-    order = sort_by_expert(torch.tensor([[0], [0], [2], [2]], device=DEVICE), 3)
+def expert_arguments(name: str) -> dict[str, Any]:
+    order = order_of([2, 0, 2])
+    if name == "expert_scaled_norm":
+        z, weights = drawn(0, 4, 8).requires_grad_(), drawn(2, 4).requires_grad_()
+        return {"z": z, "alpha": drawn(1, 3, 8), "order": order, "weights": weights}
     arguments = {name: drawn(i, 4, 8).requires_grad_() for i, name in enumerate(("z_gate", "z_up"))}
     return arguments | {name: drawn(i, 3, 8) for i, name in enumerate(("alpha_gate", "alpha_up"))} | {"order": order}
 
@@ -35,7 +37,7 @@ def forward_and_backward(function: str, arguments: dict[str, Any]) -> list[Tenso
 @pytest.mark.parametrize("name", [*OPERATIONS, *EXPERTS])
 def test_fake_tensors_give_the_layouts_of_real_ones(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if name in EXPERTS:
-        function, arguments = name, expert_arguments()
+        function, arguments = name, expert_arguments(name)
     else:
         function, arguments = arguments_of(name, 8, lambda i: drawn(i, 2, 8, dtype=torch.bfloat16).requires_grad_())
     real = forward_and_backward(function, arguments)

@@ -65,6 +65,15 @@ def test_a_launch_must_not_count_on_more_programs_than_fit(tmp_path: Path) -> No
     assert "an SM holds 8 warps, and its launch counts on 16" in crowded.stderr
 
 
+def test_the_norm_of_experts_outputs_never_spills(tmp_path: Path) -> None:
+    done = run(tmp_path, Path(__file__).with_name("compile_expert_norm.py"))
+    assert done.returncode == 0, done.stderr
+    usages = [usage for usage in json.loads(done.stdout)["kernels"] if usage["kernel"].startswith("expert_norm")]
+    assert {usage["width"] for usage in usages} == {2048, 4096, 8192, 16_384}
+    assert not any(usage["stack"] for usage in usages)
+    assert all(usage["resident"] >= 32 for usage in usages)  # half of what a multiprocessor holds
+
+
 def test_the_check_is_written_for_the_pinned_triton() -> None:
     pinned = re.search(r"^triton==([\d.]+)", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.MULTILINE)
     assert pinned

@@ -1,24 +1,20 @@
 """Fused operations return no memory that they have not written: with every new tensor filled with NaN, none is left."""
 
-from collections.abc import Iterator
 from importlib import import_module
 from typing import Any
 
 import pytest
 import torch
-from helpers_kernels import DEVICE, drawn, run
-from helpers_operations import OPERATIONS, arguments_of, outputs_of
+from helpers_kernels import drawn, run
+from helpers_operations import every_call, outputs_of
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sdd import kernels
 from sdd.kernels.dispatch import HAS_TRITON
-from sdd.kernels.experts import sort_by_expert
 
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="no Triton")
 WIDTH = 24
-SMALL = {"MAX_BLOCK": 16, "MAX_FUSED": 16, "MAX_PAIR": 16, "WIDE_BLOCK": 8, "COLUMN_BLOCK": 8}
-IN_TURN = {"HELD_BLOCK": 8, "LOOP_BLOCK": 8}
 
 
 class FindUnwritten(TorchDispatchMode):
@@ -38,49 +34,10 @@ class FindUnwritten(TorchDispatchMode):
         return outputs
 
 
-@pytest.fixture
-def _filled() -> Iterator[None]:
-    torch.use_deterministic_algorithms(True)
-    try:
-        assert torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
-        assert torch.empty(1).isnan()
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
+CALLS = every_call(WIDTH)
 
 
-@pytest.fixture(params=[{}, IN_TURN, SMALL], ids=["one block", "blocks in turn", "several blocks"])
-def _blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("common", "scaled_norm_kernels", "swiglu", "residual_norm", "qk_norm_rope"):
-        for constant, value in request.param.items():
-            monkeypatch.setattr(f"sdd.kernels.fused.{module}.{constant}", value, raising=False)
-
-
-def calls() -> dict[str, tuple[str, dict[str, Any]]]:
-    """Every operation, and every kind of gate and up projection, of a block and of experts of which one has no rows."""
-    found = {name: arguments_of(name, WIDTH, lambda i: drawn(i, 2, WIDTH)) for name in OPERATIONS}
-    shared = {"z_gate": drawn(0, 2, WIDTH), "z_up": drawn(1, 2, WIDTH)}
-    order = sort_by_expert(torch.tensor([[0], [2]], device=DEVICE), 3)
-    for name, shape, others in (("sdd_swiglu", (WIDTH,), {}), ("expert_swiglu", (3, WIDTH), {"order": order})):
-        gate, up = {"alpha_gate": drawn(2, *shape)}, {"alpha_up": drawn(3, *shape)}
-        no_gate, no_up = {"alpha_gate": None}, {"alpha_up": None}
-        for label, alphas in {
-            "both": gate | up,
-            "gate": gate | no_up,
-            "up": no_gate | up,
-            "none": no_gate | no_up,
-        }.items():
-            found[f"{name}, {label}"] = name, shared | alphas | others
-        found[f"{name}, joint"] = name, shared | gate | up | others | {"joint": True}
-        for label, alphas in {"bare up": no_gate | up, "gate, bare up": gate | up}.items():
-            found[f"{name}, {label}"] = f"{name}_bare_up", shared | alphas | others
-    return found
-
-
-CALLS = calls() if HAS_TRITON else {}
-
-
-@pytest.mark.usefixtures("_filled", "_blocks")
+@pytest.mark.usefixtures("_deterministic", "_one_block_and_several")
 @pytest.mark.parametrize("name", CALLS)
 def test_no_output_is_unwritten(name: str) -> None:
     function, arguments = CALLS[name]
@@ -95,7 +52,7 @@ def test_no_output_is_unwritten(name: str) -> None:
     assert not any(result.isnan().any() for result in results)
 
 
-@pytest.mark.usefixtures("_filled")
+@pytest.mark.usefixtures("_deterministic")
 def test_an_unwritten_output_is_found() -> None:
     """The mode sees what an operation returns, forward and backward."""
     common = import_module("sdd.kernels.fused.common")

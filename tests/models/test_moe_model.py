@@ -1,13 +1,16 @@
 """Language models of experts: counts, FLOPs, initial weights, compiled, checkpointed, decoding, probed."""
 
 import math
+import re
 from dataclasses import replace
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from helpers_models import drawn_tokens
 from helpers_moe import drawn_model, moe_config
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -146,6 +149,23 @@ def test_a_compiled_model_has_the_same_loss_and_gradients(name: str, d_ff: int, 
     model.compile(backend="aot_eager", fullgraph=True)
     tolerance = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 1e-7, "atol": 1e-9}
     torch.testing.assert_close(loss_and_gradients(model, tokens), eager, **tolerance)
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_a_compiled_model_adds_rows_in_a_fixed_order():
+    """Inductor would make `index_add_` and its like atomic additions."""
+    found: list[str] = []
+
+    def record(graph: torch.fx.GraphModule, _inputs: object) -> torch.fx.GraphModule:
+        found.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return make_boxed_func(graph.forward)
+
+    torch._dynamo.reset()
+    model = drawn_model(moe_config("sdd-paper", MOE, n_layers=1), dtype=torch.float32)
+    model.compile(backend=aot_autograd(fw_compiler=record), fullgraph=True)
+    loss_and_gradients(model, drawn_tokens(model.config))
+    assert "sdd.expert_sums.default" in found
+    assert not [name for name in found if re.search("index_add|scatter_add|scatter_reduce", name)]
 
 
 @pytest.mark.parametrize("name", ["sdd-paper", "sdd-prenorm"])

@@ -5,6 +5,7 @@
 
 from sdd.kernels.dispatch import (
     Path,
+    expert_scaled_norm,
     expert_swiglu,
     expert_swiglu_bare_up,
     path_of,
@@ -21,6 +22,7 @@ from sdd.kernels.dispatch import (
 
 __all__ = [
     "Path",
+    "expert_scaled_norm",
     "expert_swiglu",
     "expert_swiglu_bare_up",
     "path_of",

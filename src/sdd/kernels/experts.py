@@ -54,6 +54,11 @@ def dispatch(x_NI: Tensor, order: Order) -> Tensor:
     return _Dispatch.apply(x_NI, order.pairs_M, order.tokens_M, order.top_k)  # pyright: ignore[reportReturnType]
 
 
+def by_row(pairs_NK: Tensor, order: Order) -> Tensor:
+    """Put one number for each pair of a token and an expert into the order of rows: `[N, K]` to `[M]`."""
+    return _Permute.apply(pairs_NK.flatten(), order.pairs_M)  # pyright: ignore[reportReturnType]
+
+
 def collect(y_MO: Tensor, order: Order) -> Tensor:
     """Sum the rows of each token: `[M, O]` to `[N, O]`, in the dtype of y."""
     return _Collect.apply(y_MO, order.pairs_M, order.tokens_M, order.top_k)  # pyright: ignore[reportReturnType]
@@ -78,23 +83,36 @@ def grouped_linear(x_MI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
 
 
 def rows_of(alpha_EO: Tensor, order: Order) -> Tensor:
-    """The alpha of each row's expert, `[M, O]`."""
-    return alpha_EO.index_select(0, order.experts_M)
+    """The alpha of each row's expert, `[M, O]`. It can be differentiated once."""
+    return _RowsOf.apply(alpha_EO, order.experts_M, order.ends_E)  # pyright: ignore[reportReturnType]
 
 
-def expert_scaled_norm(z_MO: Tensor, alpha_EO: Tensor, order: Order, *, eps: Eps = 1e-6) -> Tensor:
-    """`alpha_e * norm(z)` for each row, e being its expert; see `sdd.functional.scaled_norm`.
+def expert_scaled_norm(
+    z: Tensor, alpha: Tensor, order: Order, weights: Tensor | None = None, *, eps: Eps = 1e-6
+) -> Tensor:
+    """`y = w * alpha_e * norm(z)` for each row, e being its expert and w the row's weight, 1 unless given.
+
+    With n = norm(z) = r*z, and m = mean(alpha_e*dy*n) over the O features of a row,
+
+        dz = w * r * (alpha_e*dy - n*m)          dalpha_e = sum over the expert's rows of w*dy*n
+        dw = O * m                               deps     = -r^2/2 * w*dw
 
     Args:
-        z_MO: rows sorted by expert.
-        alpha_EO: the experts' scales.
+        z: rows sorted by expert, `[M, O]`.
+        alpha: the experts' scales, `[E, O]`.
         order: the expert of each row.
+        weights: `[M]`, at least float32, one for each row: the router's weights in this order; or None.
         eps: added to the mean square, inside the root; a number, or `[M]` with one value for each row.
 
     Returns:
-        `[M, O]` in the dtype of z. It can be differentiated once.
+        `[M, O]` in the dtype of z; alpha and w are applied in at least float32 before the cast. It can be
+        differentiated once.
+
+    Raises:
+        ValueError: if shapes do not fit.
     """
-    return _ExpertScaledNorm.apply(z_MO, alpha_EO, order.experts_M, eps)  # pyright: ignore[reportReturnType]
+    check_expert_norm(z, alpha, order, weights)
+    return _ExpertScaledNorm.apply(z, alpha, weights, order.experts_M, order.ends_E, eps)  # pyright: ignore[reportReturnType]
 
 
 def expert_swiglu(
@@ -149,6 +167,13 @@ def expert_swiglu_bare_up(
     return swiglu(gate, (rows_of(alpha_up, order) * wide).to(z_up.dtype)), wide.square().mean(-1)
 
 
+def check_expert_norm(z: Tensor, alpha: Tensor, order: Order, weights: Tensor | None = None) -> None:
+    """Raise ValueError if shapes do not fit."""
+    _check_rows(z, alpha, order)
+    if weights is not None and weights.shape != z.shape[:1]:
+        raise ValueError(f"weights have shape {list(weights.shape)}, expected {list(z.shape[:1])}")
+
+
 def check_expert_swiglu(
     z_gate: Tensor,
     z_up: Tensor,
@@ -161,37 +186,77 @@ def check_expert_swiglu(
 ) -> None:
     """Raise ValueError if shapes do not fit, or a joint group lacks an alpha or has two eps."""
     for alpha in (alpha_gate, alpha_up):
-        if alpha is not None and alpha.shape != (expected := (len(order.ends_E), z_gate.shape[-1])):
-            raise ValueError(f"alpha has shape {list(alpha.shape)}, expected {list(expected)}")
-    if z_gate.shape[:-1] != order.experts_M.shape:
-        raise ValueError(f"{len(z_gate)} rows were given in an order of {len(order.experts_M)}")
+        _check_rows(z_gate, alpha, order)
     gate, up = (None if alpha is None else alpha[0] for alpha in (alpha_gate, alpha_up))
     check_swiglu(z_gate, z_up, gate, up, joint, eps, up_eps)
 
 
-class _ExpertScaledNorm(torch.autograd.Function):
-    """The equations of `sdd.functional.sdd_linear`. It saves z, and r with one number for each row."""
+def _check_rows(z: Tensor, alpha: Tensor | None, order: Order) -> None:
+    if alpha is not None and alpha.shape != (expected := (len(order.ends_E), z.shape[-1])):
+        raise ValueError(f"alpha has shape {list(alpha.shape)}, expected {list(expected)}")
+    if z.shape[:-1] != order.experts_M.shape:
+        raise ValueError(f"{len(z)} rows were given in an order of {len(order.experts_M)}")
 
+
+class _RowsOf(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, z: Tensor, alpha: Tensor, experts: Tensor, eps: Eps) -> Tensor:
-        wide = z.to(torch.promote_types(z.dtype, torch.float32))
-        square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(z.shape[1])
-        r = square.add_(eps.unsqueeze(-1) if isinstance(eps, Tensor) else eps).rsqrt_()
-        ctx.save_for_backward(z, alpha, experts, r)
-        return (wide * r).mul_(alpha.index_select(0, experts)).to(z.dtype)
+    def forward(ctx: Any, alpha: Tensor, experts: Tensor, ends: Tensor) -> Tensor:
+        ctx.save_for_backward(experts, ends)
+        return alpha.index_select(0, experts)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        z, alpha, experts, r = ctx.saved_tensors
+        return _sum_by_expert(gradients[0], *ctx.saved_tensors), None, None
+
+
+class _ExpertScaledNorm(torch.autograd.Function):
+    """It saves z, and r with one number for each row."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, z: Tensor, alpha: Tensor, weights: Tensor | None, experts: Tensor, ends: Tensor, eps: Eps
+    ) -> Tensor:
+        wide = z.to(statistics_dtype(z.dtype))
+        square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(z.shape[1])
+        r = square.add_(eps.unsqueeze(-1) if isinstance(eps, Tensor) else eps).rsqrt_()
+        ctx.save_for_backward(z, alpha, weights, experts, ends, r)
+        y = (wide * r).mul_(alpha.index_select(0, experts))
+        return (y if weights is None else y.mul_(weights.unsqueeze(1))).to(z.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        z, alpha, weights, experts, ends, r = ctx.saved_tensors
         n = z.to(r.dtype) * r
+        w = None if weights is None else weights.unsqueeze(1)
         product = gradients[0] * n
-        dalpha = torch.zeros_like(alpha).index_add_(0, experts, product.to(alpha.dtype))
+        if w is not None:
+            product.mul_(w)
+        dalpha = _sum_by_expert(product.to(alpha.dtype), experts, ends)
         scaled = gradients[0] * alpha.index_select(0, experts)
         mean = torch.linalg.vecdot(scaled.to(n.dtype), n).div_(z.shape[1]).unsqueeze(-1)
-        dz = scaled.to(r.dtype).addcmul(n, mean, value=-1).mul_(r).to(z.dtype)
-        deps = (mean * r.square()).mul_(-z.shape[1] / 2).squeeze(-1) if ctx.needs_input_grad[3] else None
-        return dz, dalpha, None, deps
+        dz = scaled.to(r.dtype).addcmul(n, mean, value=-1).mul_(r)
+        if w is not None:
+            dz.mul_(w)
+        dw, deps = (mean * z.shape[1]).squeeze(-1), None
+        if ctx.needs_input_grad[5]:
+            deps = (dw if weights is None else dw * weights) * r.squeeze(-1).square() / -2
+        return dz.to(z.dtype), dalpha, None if weights is None else dw.to(weights.dtype), None, None, deps
+
+
+class _Permute(torch.autograd.Function):
+    """A gather whose derivative writes every number once, where that of index_select adds to zeros."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, places: Tensor) -> Tensor:
+        ctx.save_for_backward(places)
+        return x.index_select(0, places)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (places,) = ctx.saved_tensors
+        return torch.empty_like(gradients[0]).scatter_(0, places, gradients[0]), None
 
 
 class _Dispatch(torch.autograd.Function):
@@ -222,10 +287,27 @@ class _Collect(torch.autograd.Function):
 def _sum_by_token(rows: Tensor, pairs: Tensor, tokens: Tensor, top_k: int) -> Tensor:
     """The derivative of a gather, with the same order of summation on every device."""
     n_tokens = len(pairs) // top_k
-    if rows.device.type == "cpu":  # index_add_ adds one row after the other there
+    if _adds_in_order(rows):
         return rows.new_zeros(n_tokens, rows.shape[1]).index_add_(0, tokens, rows)
     places = torch.empty_like(pairs).scatter_(0, pairs, torch.arange(len(pairs), device=pairs.device))
     return rows[places.view(n_tokens, top_k)].sum(1)
+
+
+def _sum_by_expert(rows_MO: Tensor, experts_M: Tensor, ends_E: Tensor) -> Tensor:
+    """The sum of each expert's rows, `[E, O]`, with the same order of summation on every device."""
+    return (_sums_op if _has_no_numbers(rows_MO) else _sums)(rows_MO, experts_M, ends_E)
+
+
+def _sums(rows: Tensor, experts: Tensor, ends: Tensor) -> Tensor:
+    if _adds_in_order(rows):
+        return rows.new_zeros(len(ends), rows.shape[1]).index_add_(0, experts, rows)
+    counts = ends.diff(prepend=ends.new_zeros(1))
+    return torch.segment_reduce(rows, "sum", lengths=counts, unsafe=True)  # the safe one reads counts on the host
+
+
+def _adds_in_order(rows: Tensor) -> bool:
+    """Whether `index_add_` adds one row after the other: on a CPU, where torch.compile does not make it atomic."""
+    return rows.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 class _GroupedLinear(torch.autograd.Function):
@@ -273,8 +355,8 @@ def _takes_grouped_mm(x: Tensor, width: int) -> bool:
 
 
 def _has_no_numbers(x: Tensor) -> bool:
-    """Whether the numbers of x cannot be read: under torch.compile, or on fake tensors (`sdd plan`)."""
-    return torch.compiler.is_compiling() or isinstance(x, FakeTensor)
+    """Whether the numbers of x cannot be read: under torch.compile, on fake (`sdd plan`) and on meta tensors."""
+    return torch.compiler.is_compiling() or x.is_meta or isinstance(x, FakeTensor)
 
 
 def _rows(x: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
@@ -302,6 +384,8 @@ def _slices(ends: Tensor) -> Iterator[slice]:
 # torch.compile cannot trace a loop whose length depends on the data, but it can call an operation whose shapes it knows
 _rows_op = torch.library.custom_op("sdd::expert_rows", _rows, mutates_args=())
 _groups_op = torch.library.custom_op("sdd::expert_groups", _groups, mutates_args=())
+# which torch.compile would make atomic additions
+_sums_op = torch.library.custom_op("sdd::expert_sums", _sums, mutates_args=())
 
 
 @_rows_op.register_fake
@@ -312,3 +396,8 @@ def _(x: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
 @_groups_op.register_fake
 def _(y: Tensor, x: Tensor, ends: Tensor) -> Tensor:
     return x.new_empty(len(ends), y.shape[1], x.shape[1])
+
+
+@_sums_op.register_fake
+def _(rows: Tensor, experts: Tensor, ends: Tensor) -> Tensor:
+    return rows.new_empty(len(ends), rows.shape[1])

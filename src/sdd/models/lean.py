@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from sdd import kernels, probe_points
 from sdd.functional import Eps, cast_once, product_dtype, statistics_dtype
-from sdd.kernels.experts import Order, dispatch
+from sdd.kernels.experts import Order, by_row, collect, dispatch
 from sdd.models.block import Block, FeedForward, Mix, Rope
 from sdd.models.config import ModelConfig
 from sdd.models.documents import Mask
@@ -205,7 +205,9 @@ def mixture(moe: MoE, x_BTC: Tensor, left_out: bool) -> tuple[Tensor, Routing]:
     """`MoE.forward`, its experts with fused operations."""
     x_NC = x_BTC.flatten(0, -2)
     weights_NK, order, routing = moe.route(x_NC)
-    y_BTC = moe.combine(experts(moe, dispatch(x_NC, order), order, left_out), weights_NK, order).view_as(x_BTC)
+    weights_M = by_row(weights_NK, order)
+    y_MC = experts(moe, dispatch(x_NC, order), weights_M, order, left_out)
+    y_BTC = collect(y_MC, order).to(x_BTC.dtype).view_as(x_BTC)
     if moe.shared is not None:
         ffn, h = moe.shared, Read(x_BTC)
         assert isinstance(ffn, FeedForward)
@@ -214,19 +216,25 @@ def mixture(moe: MoE, x_BTC: Tensor, left_out: bool) -> tuple[Tensor, Routing]:
     return y_BTC, routing
 
 
-def experts(moe: MoE, x_MC: Tensor, order: Order, left_out: bool) -> Tensor:
-    """`MoE.experts`: each row through its expert, `[M, C]` to `[M, C]`."""
+def experts(moe: MoE, x_MC: Tensor, weights_M: Tensor, order: Order, left_out: bool) -> Tensor:
+    """Each row through its expert, times the router's weight: `[M, C]` to `[M, C]`."""
     gate, up, down = moe.gate_proj, moe.up_proj, moe.down_proj
     z_gate, z_up = gate.product(x_MC, order), up.product(x_MC, order)
     alpha_gate, alpha_up = (layer.alpha if isinstance(layer, SDDExpertLinear) else None for layer in (gate, up))
     eps, up_eps = (layer.eps if isinstance(layer, SDDExpertLinear) else 0.0 for layer in (gate, up))
+    down_eps = None
     if left_out:
         assert alpha_up is not None
         assert isinstance(down, SDDExpertLinear)
         h_MF, mean_square_M = kernels.expert_swiglu_bare_up(z_gate, z_up, alpha_gate, alpha_up, order, eps=eps)
-        return down.scale(down.product(h_MF, order), order, down.eps * (mean_square_M + up_eps))
-    norms = {"joint": moe.joint, "eps": eps, "up_eps": None if moe.joint else up_eps}
-    return down(kernels.expert_swiglu(z_gate, z_up, alpha_gate, alpha_up, order, **norms), order)
+        down_eps = down.eps * (mean_square_M + up_eps)
+    else:
+        norms = {"joint": moe.joint, "eps": eps, "up_eps": None if moe.joint else up_eps}
+        h_MF = kernels.expert_swiglu(z_gate, z_up, alpha_gate, alpha_up, order, **norms)
+    y_MC = down.product(h_MF, order)
+    if isinstance(down, SDDExpertLinear):
+        return down.scale(y_MC, order, weights_M, down_eps)
+    return y_MC * weights_M.unsqueeze(1)
 
 
 def weight_of(norm: RMSNorm) -> Tensor:

@@ -27,7 +27,8 @@ from torch import Tensor, nn
 
 from sdd import probe_points
 from sdd.functional import cast_once, swiglu
-from sdd.kernels.experts import Order, collect, dispatch, expert_scaled_norm, sort_by_expert
+from sdd.kernels import expert_scaled_norm
+from sdd.kernels.experts import Order, by_row, collect, dispatch, sort_by_expert
 from sdd.models.config import ModelConfig, MoEConfig
 from sdd.models.joint import call_jointly
 from sdd.models.sites import experts_at
@@ -122,8 +123,7 @@ class MoE(nn.Module):
 
     def combine(self, y_MC: Tensor, weights_NK: Tensor, order: Order) -> Tensor:
         """The sum of each token's experts with their weights: `[M, C]` to `[N, C]`, in the dtype of y."""
-        weights_M = weights_NK.flatten().index_select(0, order.pairs_M)
-        return collect(y_MC * weights_M.unsqueeze(1), order).to(y_MC.dtype)
+        return collect(y_MC * by_row(weights_NK, order).unsqueeze(1), order).to(y_MC.dtype)
 
     def _separate(self, x_MC: Tensor, order: Order) -> tuple[Tensor, Tensor]:
         return self.gate_proj(x_MC, order), self.up_proj(x_MC, order)

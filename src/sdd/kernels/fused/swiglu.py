@@ -224,4 +224,6 @@ def _statistics(
         mean_square(up, q.view(-1))
     if joint:
         r[:] = r.mean(-1, keepdim=True)
-    r.add_(torch.tensor([eps, up_eps], device=r.device)).rsqrt_()
+    r[:, 0].add_(eps)  # as numbers: a tensor of them would be a copy that waits for the device
+    r[:, 1].add_(up_eps)
+    r.rsqrt_()
