@@ -223,7 +223,7 @@ def test_what_is_written_is_told(source: Path, out: Path):
         ({"validation_fraction": 0.2}, r"was begun with validation fraction 0\.1, now it is 0\.2: give the same"),
         ({"text_field": "body"}, "was begun with text field text, now it is body"),
         ({"dtype": "uint32"}, "was begun with dtype uint16, now it is uint32"),
-        ({"eos": "5"}, "was begun with eos 0, now it is 5"),
+        ({"eos": "300"}, "was begun with eos 0, now it is 300"),
     ],
 )
 def test_other_settings_are_refused(source: Path, out: Path, change: dict, message: str):
@@ -438,9 +438,9 @@ def test_little_text_is_encoded_at_once(tmp_path: Path, out: Path, workers: int,
     batches: list[int] = []
     encode = Tokenizer.encode_batch
 
-    def record(self: Tokenizer, texts: list[str]) -> list[list[int]]:
+    def record(self: Tokenizer, texts: list[str], begins: list[bool] | None = None) -> list[list[int]]:
         batches.append(sum(map(len, texts)))
-        return encode(self, texts)
+        return encode(self, texts, begins)
 
     monkeypatch.setattr(Tokenizer, "encode_batch", record)
     tokenize([str(tmp_path / "long.txt")], out, whole_documents(workers=workers))
