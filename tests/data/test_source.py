@@ -192,9 +192,8 @@ def test_files_of_others_are_read_given_dtype_eos_and_vocabulary(tmp_path: Path)
     assert [*source.train[0].tokens, *source.validation.tokens] == ids.tolist()
     with pytest.raises(UserError, match="eos 50000 is outside its vocabulary of 50000 tokens"):
         resolve_data(tmp_path, context=8, dtype="uint16", eos=50_000, vocab_size=50_000)
-    wrong = resolve_data(tmp_path, context=8, dtype="uint16", vocab_size=40_000)
     with pytest.raises(UserError, match=r"token id 4\d{4}, but its vocabulary has 40000 tokens: wrong dtype"):
-        [Loader(wrong.parts, 8, 8).batch(step) for step in range(20)]
+        resolve_data(tmp_path, context=8, dtype="uint16", vocab_size=40_000)
 
 
 def test_dtype_and_eos_may_not_contradict(tokens: Path, prose: Path):

@@ -132,6 +132,8 @@ def resolve_data(
     for source in sources:
         check_length(f"training part of {source.name}", source.train, context)
         check_length(f"validation part of {source.name}", [source.validation], context)
+        for file in (*source.train, source.validation):
+            file.check_ids()
     return sources[0] if len(sources) == 1 else _mixed(named, sources, context)
 
 

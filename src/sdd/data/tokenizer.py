@@ -187,8 +187,8 @@ class Tokenizer:
             sizes[index] = len(token)  # in the byte-level alphabet one character is one byte
         for index, added in self._backend.get_added_tokens_decoder().items():  # these are kept as plain text
             sizes[index] = 0 if added.special else len(added.content.encode())
-        silent = {self.eos, self._ids.get(spec_of.unknown_token(self._spec["model"]) or "")} - {None}
-        sizes[list(silent)] = 0
+        silent = (self.eos, self._ids.get(spec_of.unknown_token(self._spec["model"]) or ""))
+        sizes[[index for index in silent if index is not None]] = 0
         return sizes
 
     def writable(self, vocab_size: int) -> np.ndarray:
