@@ -20,6 +20,7 @@ BUILTIN = Path(__file__).parent / "assets" / "classics-bpe.json"
 EOS_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]")
 _log = logging.getLogger(__name__)
 _LOOK_AHEAD = 256  # characters: more than any token has
+_NEAR = 4096
 _MOST_CUTS = 8
 # Places to cut a document, best first: before a single space inside a line, and after a line. Each pattern is matched
 # once from the start of the text; searching would try every start, in quadratic time.
@@ -266,22 +267,32 @@ class Tokenizer:
             places = [found.end() for found in _last_matches(pattern, text[: most + 1])]
             if (place := next((place for place in places if self._may_cut(text, place)), None)) is not None:
                 return place
-        return self._cut_between_tokens(text, most) or len(text)
+        near = len(text) - _NEAR
+        return (near > 0 and self._cut_in(text, near, most)) or self._cut_in(text, 0, most) or len(text)
 
-    def _cut_between_tokens(self, text: str, most: int) -> int | None:
+    def _cut_in(self, text: str, start: int, most: int) -> int | None:
+        """The last place to cut in a text from `start` on; None if its tokens depend on what is before `start`."""
+        ids, places = self._with_places(text[start:])
+        # Tokens that depend on where the text starts, as of digits in threes, differ if it starts one later.
+        later_ids, later_places = self._with_places(text[start + 1 :]) if start else (ids, places)
+        tried = 0
+        for index in range(len(ids) - 1, 0, -1):
+            place, others = start + places[index], later_ids[index - len(ids) :]
+            if place > most or places[index] == places[index - 1]:  # of a character of several tokens
+                continue
+            tried += 1
+            if tried > _MOST_CUTS:
+                break
+            same = others == ids[index:] and later_places[index - len(ids)] + (start > 0) == places[index]
+            if same and ids[index:] == self._inner(text[place:]) and ids[:index] == self._inner(text[start:place]):
+                return place
+        return None
+
+    def _with_places(self, text: str) -> tuple[list[int], list[int]]:
+        """The tokens of a text, and the number of characters before each."""
         with self._refusing():
             encoding = self._text.encode(text, add_special_tokens=False)
-        ids, offsets, tried = encoding.ids, encoding.offsets, 0
-        for index in range(len(ids) - 1, 0, -1):
-            place = offsets[index][0]
-            if not 0 < place <= most or offsets[index - 1][1] > place:  # a character of several tokens
-                continue
-            if ids[index:] == self._inner(text[place:]) and ids[:index] == self._inner(text[:place]):
-                return place
-            tried += 1
-            if tried == _MOST_CUTS:
-                break
-        return None
+        return encoding.ids, [start for start, _ in encoding.offsets]
 
     def _may_cut(self, text: str, place: int) -> bool:
         before, after = text[max(0, place - _LOOK_AHEAD) : place], text[place : place + _LOOK_AHEAD]
