@@ -1,6 +1,5 @@
 """The content of a tokenizer.json: a copy that reads every spelling as text, and what it cannot give back."""
 
-import copy
 import functools
 import secrets
 import string
@@ -62,20 +61,28 @@ def text_only(spec: Spec, controls: set[str]) -> Spec:
     The library itself would take a control token from the text if it is not marked special, or if the model's own
     vocabulary has its spelling as a piece or word. So the copy gives control tokens names that nobody can guess.
     """
-    spec = copy.deepcopy(spec)
     secret = secrets.token_hex(16)
     renamed = {name: f"\ufdd0{secret}-{number}" for number, name in enumerate(sorted(controls))}
-    for added in spec["added_tokens"]:
-        if added["content"] in renamed:
-            added.update(content=renamed[added["content"]], special=True, normalized=False)
-    _rename(spec["model"], renamed)
-    spec["normalizer"] = _without_prefix(spec["normalizer"])
-    spec["pre_tokenizer"] = _without_prefix(spec["pre_tokenizer"])
+    hidden = {"special": True, "normalized": False}
+    added_tokens = [
+        {**added, "content": renamed[added["content"]], **hidden} if added["content"] in renamed else added
+        for added in spec["added_tokens"]
+    ]
+    pre_tokenizer = _without_prefix(spec["pre_tokenizer"])
     if spec["model"].get("byte_fallback") and (_is_unigram(spec) or spec["model"].get("ignore_merges")):
         # the spelling of a byte token is text as well: cut it, so that it is not found as a whole
         cut = {"type": "Split", "pattern": {"Regex": _BYTE_TOKEN}, "behavior": "Isolated", "invert": False}
-        spec["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [*parts(spec["pre_tokenizer"]), cut]}
-    return {**spec, "post_processor": None, "truncation": None, "padding": None}
+        pre_tokenizer = {"type": "Sequence", "pretokenizers": [*parts(pre_tokenizer), cut]}
+    return {
+        **spec,
+        "added_tokens": added_tokens,
+        "normalizer": _without_prefix(spec["normalizer"]),
+        "pre_tokenizer": pre_tokenizer,
+        "post_processor": None,
+        "model": _renamed(spec["model"], renamed),
+        "truncation": None,
+        "padding": None,
+    }
 
 
 def exact_decoder(spec: Spec) -> Spec:
@@ -95,21 +102,22 @@ def _is_unigram(spec: Spec) -> bool:
     return isinstance(spec["model"]["vocab"], list)
 
 
-def _rename(model: Spec, renamed: dict[str, str]) -> None:
-    vocabulary = model["vocab"]
+def _renamed(model: Spec, renamed: dict[str, str]) -> Spec:
+    vocabulary, unknown = model["vocab"], model.get("unk_token")
     if isinstance(vocabulary, list):
-        model["vocab"] = [[renamed.get(token, token), score] for token, score in vocabulary]
+        changed = {"vocab": [[renamed.get(token, token), score] for token, score in vocabulary]}
     else:
-        model["vocab"] = {renamed.get(token, token): index for token, index in vocabulary.items()}
-    if model.get("unk_token") is not None:
-        model["unk_token"] = renamed.get(model["unk_token"], model["unk_token"])
+        changed = {"vocab": {renamed.get(token, token): index for token, index in vocabulary.items()}}
+    if unknown is not None:
+        changed["unk_token"] = renamed.get(unknown, unknown)
     if model.get("merges"):
         prefix = model.get("continuing_subword_prefix") or ""
-        model["merges"] = [
+        changed["merges"] = [
             [left, right]
             for left, right in model["merges"]
             if not {left, right, left + right.removeprefix(prefix)} & renamed.keys()
         ]
+    return {**model, **changed}
 
 
 def _without_prefix(step: Spec | None) -> Spec | None:
