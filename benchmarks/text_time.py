@@ -142,7 +142,7 @@ def main() -> None:
     file = write_result(
         "text_time",
         {
-            "what": "CPU time of cutting a document into pieces and encoding them; exponent k of a fit time = c * bytes^k",
+            "what": "CPU time of cutting a document and encoding the pieces; exponent k of a fit time = c * bytes^k",
             "tokenizers": importlib.metadata.version("tokenizers"),
             "rounds": rounds,
             "largest_exponent": max(exponents),
