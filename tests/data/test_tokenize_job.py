@@ -447,6 +447,30 @@ def test_little_text_is_encoded_at_once(tmp_path: Path, out: Path, workers: int,
     assert max(batches) < {0: 32_000, 1: 4000}[workers] + 1100  # the last piece goes beyond
 
 
+def test_work_that_an_earlier_version_began_goes_on_and_is_known_when_complete(
+    tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "long.txt").write_text("中文没有空格" * 2000)
+    settings = TokenizeSettings(builtin_tokenizer(), chunk_bytes=2000)
+    monkeypatch.setattr("sdd.data.inputs.PART_BYTES", 2000)
+    with monkeypatch.context() as earlier:
+        earlier.setattr("sdd.data.chunks.FORMAT", 1)
+        earlier.setattr("sdd.data.tokenize_job.FORMAT", 1)
+        earlier.setattr("sdd.data.tokenize_job._SECONDS_BETWEEN_COMMITS", 0)
+        tokenize([str(tmp_path / "long.txt")], tmp_path / "whole", settings)
+
+        def stop(status: Status) -> None:
+            if status.total.n_bytes > 10_000:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            tokenize([str(tmp_path / "long.txt")], out, settings, stop)
+    assert json.loads((out / "manifest.json").read_text())["format"] == 1
+    for _ in range(2):
+        tokenize([str(tmp_path / "long.txt")], out, settings)
+        assert contents(out) == contents(tmp_path / "whole")
+
+
 @pytest.mark.parametrize("stop_after", [3000, 20_000])
 def test_whole_documents_go_on_where_they_were(source: Path, tmp_path: Path, stop_after: int):
     settings = whole_documents(chunk_bytes=2000, shard_tokens=3000)
