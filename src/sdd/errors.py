@@ -41,6 +41,10 @@ class Diverged(RunFailed):
     """A run whose loss, gradient or weights are no longer sound: the training failed, not the machine."""
 
 
+class BadData(RunFailed):
+    """Training data that can no longer be read, or hold what they must not: model and optimiser are sound."""
+
+
 class Interrupted(SddError):
     """A run that Ctrl-C or SIGTERM ended after saving."""
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sdd.data import Loader, TokenFile, TokenInfo, eval_windows, permute
-from sdd.errors import UserError
+from sdd.errors import BadData, UserError
 
 
 def token_file(n_tokens: int, first: int = 0) -> TokenFile:
@@ -131,7 +131,7 @@ def test_errors():
     with pytest.raises(UserError, match=r"drawn\.npy: too little data, a context of 7 needs 8 tokens"):
         eval_windows(token_file(7), None, 7)
     wrong = TokenFile(Path("x"), np.full(20, 9, np.uint16), TokenInfo(dtype="uint16", vocab_size=9))
-    with pytest.raises(UserError, match="token id 9"):
+    with pytest.raises(BadData, match="token id 9"):
         Loader([wrong], 1, 7).batch(0)
 
 

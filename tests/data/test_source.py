@@ -14,6 +14,7 @@ from sdd.data import (
     DataSource,
     Loader,
     TokenInfo,
+    Tokenizer,
     TokenizeSettings,
     builtin_tokenizer,
     resolve_data,
@@ -191,9 +192,8 @@ def test_files_of_others_are_read_given_dtype_eos_and_vocabulary(tmp_path: Path)
     assert [*source.train[0].tokens, *source.validation.tokens] == ids.tolist()
     with pytest.raises(UserError, match="eos 50000 is outside its vocabulary of 50000 tokens"):
         resolve_data(tmp_path, context=8, dtype="uint16", eos=50_000, vocab_size=50_000)
-    wrong = resolve_data(tmp_path, context=8, dtype="uint16", vocab_size=40_000)
     with pytest.raises(UserError, match=r"token id 4\d{4}, but its vocabulary has 40000 tokens: wrong dtype"):
-        [Loader(wrong.parts, 8, 8).batch(step) for step in range(20)]
+        resolve_data(tmp_path, context=8, dtype="uint16", vocab_size=40_000)
 
 
 def test_dtype_and_eos_may_not_contradict(tokens: Path, prose: Path):
@@ -201,7 +201,7 @@ def test_dtype_and_eos_may_not_contradict(tokens: Path, prose: Path):
         resolve_data(tokens, context=8, dtype="uint32")
     with pytest.raises(UserError, match=r"eos 3 was given, but .*json says 0"):
         resolve_data(tokens, context=8, eos=3)
-    with pytest.raises(UserError, match="prose is text: its end-of-text token is that of the tokenizer, 0, not 3"):
+    with pytest.raises(UserError, match="text needs the token '3', it cannot end a text"):
         resolve_data(prose, context=8, eos=3)
 
 
@@ -269,14 +269,35 @@ def test_tokens_of_text_and_their_place_in_the_cache_stay_as_they_were(tmp_path:
     assert [entry["file"] for entry in data.listing] == ["old+1/train.npy", "held out/validation.npy"]
 
 
-def test_a_tokenizer_without_end_of_text_is_enough(tmp_path: Path, prose: Path):
+def test_the_end_of_text_is_named_where_a_tokenizer_has_none_of_the_usual(tmp_path: Path, prose: Path):
     spec = json.loads(builtin_tokenizer().path.read_bytes())
     spec["added_tokens"][0]["content"] = "<|stop|>"
     spec["model"]["vocab"] = {name.replace("endoftext", "stop"): i for name, i in spec["model"]["vocab"].items()}
     (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
-    data = resolve_data(prose, tmp_path / "tokenizer.json", context=32)
+    with pytest.raises(UserError, match=r"none of the usual end-of-text tokens .* with --data\.eos TOKEN"):
+        resolve_data(prose, tmp_path / "tokenizer.json", context=32)
+    with pytest.raises(UserError, match=r"has no token '<\|halt\|>' to end a text with"):
+        resolve_data(prose, tmp_path / "tokenizer.json", context=32, eos="<|halt|>")
+    usual = resolve_data(prose, context=32)
+    for named in ("<|stop|>", 0):
+        data = resolve_data(prose, tmp_path / "tokenizer.json", context=32, eos=named)
+        assert data.eos == 0
+        assert [*data.train[0].tokens] == [*usual.train[0].tokens]
+
+
+def test_runs_go_on_with_text_that_was_tokenised_without_an_end(tmp_path: Path, prose: Path, monkeypatch):
+    spec = json.loads(builtin_tokenizer().path.read_bytes())
+    spec["added_tokens"][0]["content"] = "<|stop|>"
+    spec["model"]["vocab"] = {name.replace("endoftext", "stop"): i for name, i in spec["model"]["vocab"].items()}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    with monkeypatch.context() as earlier:  # a version that asked for none
+        earlier.setattr(Tokenizer, "ending_with", lambda self, *_: self)
+        before = resolve_data(prose, tmp_path / "tokenizer.json", context=32)
+    said: list[str] = []
+    data = resolve_data(prose, tmp_path / "tokenizer.json", context=32, notify=said.append)
     assert data.eos is None
-    assert [*data.train[0].tokens, *data.validation.tokens] == builtin_tokenizer().encode(PROSE * 400)
+    assert data.fingerprint() == before.fingerprint()
+    assert "joined without an end-of-text token" in said[0]
 
 
 def test_a_dataset_is_to_be_tokenised_first():

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from sdd.data import Loader, TokenFile, TokenInfo, TokenizerRef, resolve_data, write_tokens
 from sdd.data.token_file import smallest_dtype
-from sdd.errors import UserError
+from sdd.errors import BadData, UserError
 
 EOS = 0
 
@@ -120,8 +120,33 @@ def test_a_bad_json_is_refused(file: TokenFile, text: str):
 def test_ids_beyond_the_vocabulary_are_found_when_read(file: TokenFile):
     small = TokenFile(file.path, file.tokens, file.info.model_copy(update={"vocab_size": 59}))
     assert small.read([0], 58).max() == 58
-    with pytest.raises(UserError, match="holds token id 59, but its vocabulary has 59 tokens"):
+    with pytest.raises(BadData, match=r"holds token id 59, but its vocabulary has 59 tokens: .*position 58, counted"):
         small.read([0, 1], 59)
+
+
+@given(st.integers(0, 2999), st.integers(1, 2999), st.sampled_from([7, 100, 4096]))
+def test_one_bad_id_anywhere_is_found_with_its_position(place: int, first: int, block: int):
+    tokens = np.zeros(3000, np.uint16)
+    tokens[place] = 60_000
+    info = TokenInfo(dtype="uint16", vocab_size=60_000)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sdd.data.token_file._CHECKED_TOKENS", block)
+        part = TokenFile(Path("x.npy"), tokens, info).slice(first, 3000)
+        if place < first:
+            part.check_ids()
+            return
+        with pytest.raises(UserError, match=rf"token id 60000, .* \(position {place:,}, counted from 0\)"):
+            part.check_ids()
+
+
+def test_of_a_long_file_as_many_tokens_are_looked_at_from_end_to_end(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("sdd.data.token_file._CHECKED_TOKENS", 10)
+    monkeypatch.setattr("sdd.data.token_file._CHECKED_BLOCKS", 5)
+    for place in (0, 999):
+        tokens = np.zeros(1000, np.uint16)
+        tokens[place] = 9
+        with pytest.raises(UserError, match=f"position {place},"):
+            TokenFile(Path("x.npy"), tokens, TokenInfo(dtype="uint16", vocab_size=9)).check_ids()
 
 
 @pytest.mark.parametrize("dtype", ["uint16", "uint32", ">u4"])

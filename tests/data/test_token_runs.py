@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from sdd.commands.main import main
+from sdd.data import TokenFile
 from sdd.errors import RunFailed, UserError
 from sdd.models import ModelConfig
 from sdd.placement import placements
@@ -75,12 +76,27 @@ def test_a_file_cut_off_in_mid_run_ends_it_with_its_name_and_it_goes_on_when_the
     content = (tokens / "train.bin").read_bytes()
     at_step(trainer, 6, lambda: os.truncate(tokens / "train.bin", 1000))
     with pytest.raises(
-        RunFailed, match=r"step 6: .*train\.bin was cut off .* had 12,000 bytes, now it has 1,000; .*4$"
+        RunFailed, match=r"step 6: .*train\.bin was cut off .* had 12,000 bytes, now it has 1,000; .*6$"
     ):
         trainer.run()
     assert json.loads((tmp_path / "run" / "result.json").read_text())["status"] == "failed"
     with pytest.raises(UserError, match=r"train\.bin had 6000 tokens, has 500\): bring those back, or start a new run"):
         reopen(tmp_path / "run")
+    (tokens / "train.bin").write_bytes(content)
+    reopen(tmp_path / "run").run()
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+
+
+def test_a_bad_id_that_was_not_seen_at_the_start_ends_the_run_after_saving(tmp_path: Path, tokens: Path, monkeypatch):
+    monkeypatch.setattr(TokenFile, "check_ids", lambda self: None)  # as of a file too long to look at every token
+    start(config(tokens), tmp_path / "whole").run()
+    content = (tokens / "train.bin").read_bytes()
+    trainer = start(config(tokens), tmp_path / "run")
+    at_step(trainer, 6, lambda: (tokens / "train.bin").write_bytes(b"\xff\xff" * 6000))
+    with pytest.raises(RunFailed, match=r"step 6: .*holds token id 65535, .*position [\d,]+, counted from 0\); .*6$"):
+        trainer.run()
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert (result["status"], result["cause"], result["step"]) == ("failed", "stopped", 6)
     (tokens / "train.bin").write_bytes(content)
     reopen(tmp_path / "run").run()
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")

@@ -223,7 +223,7 @@ def test_what_is_written_is_told(source: Path, out: Path):
         ({"validation_fraction": 0.2}, r"was begun with validation fraction 0\.1, now it is 0\.2: give the same"),
         ({"text_field": "body"}, "was begun with text field text, now it is body"),
         ({"dtype": "uint32"}, "was begun with dtype uint16, now it is uint32"),
-        ({"eos": "5"}, "was begun with eos 0, now it is 5"),
+        ({"eos": "300"}, "was begun with eos 0, now it is 300"),
     ],
 )
 def test_other_settings_are_refused(source: Path, out: Path, change: dict, message: str):
@@ -438,13 +438,37 @@ def test_little_text_is_encoded_at_once(tmp_path: Path, out: Path, workers: int,
     batches: list[int] = []
     encode = Tokenizer.encode_batch
 
-    def record(self: Tokenizer, texts: list[str]) -> list[list[int]]:
+    def record(self: Tokenizer, texts: list[str], begins: list[bool] | None = None) -> list[list[int]]:
         batches.append(sum(map(len, texts)))
-        return encode(self, texts)
+        return encode(self, texts, begins)
 
     monkeypatch.setattr(Tokenizer, "encode_batch", record)
     tokenize([str(tmp_path / "long.txt")], out, whole_documents(workers=workers))
     assert max(batches) < {0: 32_000, 1: 4000}[workers] + 1100  # the last piece goes beyond
+
+
+def test_work_that_an_earlier_version_began_goes_on_and_is_known_when_complete(
+    tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "long.txt").write_text("中文没有空格" * 2000)
+    settings = TokenizeSettings(builtin_tokenizer(), chunk_bytes=2000)
+    monkeypatch.setattr("sdd.data.inputs.PART_BYTES", 2000)
+    with monkeypatch.context() as earlier:
+        earlier.setattr("sdd.data.chunks.FORMAT", 1)
+        earlier.setattr("sdd.data.tokenize_job.FORMAT", 1)
+        earlier.setattr("sdd.data.tokenize_job._SECONDS_BETWEEN_COMMITS", 0)
+        tokenize([str(tmp_path / "long.txt")], tmp_path / "whole", settings)
+
+        def stop(status: Status) -> None:
+            if status.total.n_bytes > 10_000:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            tokenize([str(tmp_path / "long.txt")], out, settings, stop)
+    assert json.loads((out / "manifest.json").read_text())["format"] == 1
+    for _ in range(2):
+        tokenize([str(tmp_path / "long.txt")], out, settings)
+        assert contents(out) == contents(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("stop_after", [3000, 20_000])

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from sdd.commands.main import main
@@ -76,12 +77,14 @@ def test_a_stop_string_ends_its_text_only_and_is_cut_off(run: Path) -> None:
 
 def test_the_end_of_text_ends_a_text(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = builtin_tokenizer()
+    # another end of text changes which ids may be drawn, and so the draws
+    monkeypatch.setattr(type(tokenizer), "writable", lambda self, vocab_size: np.ones(vocab_size, bool))
     [free] = continued(run, PROMPTS[:1])
     drawn: list[int] = []
-    monkeypatch.setattr(generation.TextStream, "push", lambda self, token: drawn.append(token) or "x")
-    continued(run, PROMPTS[:1])
+    with monkeypatch.context() as listening:
+        listening.setattr(generation.TextStream, "push", lambda self, token: drawn.append(token) or "x")
+        continued(run, PROMPTS[:1])
     assert len(drawn) == 12
-    monkeypatch.undo()
     monkeypatch.setattr(tokenizer, "eos", drawn[5])  # undone: the tokenizer is shared by all who ask for it
     monkeypatch.setattr(generation, "tokenizer_of", lambda config: tokenizer)
     [ended] = continued(run, PROMPTS[:1])

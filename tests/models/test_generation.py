@@ -155,6 +155,25 @@ def test_a_row_ends_at_eos_and_all_rows_end_the_generation(model: LanguageModel,
         assert torch.equal(generate(model, prompt, 40, temperature=0, eos=eos), expected)
 
 
+@given(st.sets(st.integers(0, 16), min_size=1), st.sampled_from([0, 0.7, 5.0]), st.sampled_from([None, 3, 17]))
+@settings(max_examples=25)
+def test_only_allowed_ids_are_drawn(allowed: set[int], temperature: float, top_k: int | None):
+    model, mask = tiny_model("sdd", vocab_size=17), torch.zeros(17, dtype=torch.bool)
+    mask[list(allowed)] = True
+    prompt = drawn_tokens(model.config, 4, batch=3)
+    made = generate(model, prompt, 6, temperature=temperature, top_k=top_k, allowed=mask, generator=seeded(1, 2, 3))
+    assert set(made[:, 4:].unique().tolist()) <= allowed
+    if len(allowed) == 17:
+        free = generate(model, prompt, 6, temperature=temperature, top_k=top_k, generator=seeded(1, 2, 3))
+        assert torch.equal(made, free)
+
+
+def test_allowed_ids_are_those_of_the_model(model: LanguageModel, prompt: Tensor):
+    for mask in (torch.ones(16, dtype=torch.bool), torch.zeros(17, dtype=torch.bool)):
+        with pytest.raises(ValueError, match="are allowed, expected at least one"):
+            generate(model, prompt, 1, allowed=mask)
+
+
 def test_eos_in_the_prompt_does_not_end_a_row(model: LanguageModel, prompt: Tensor):
     expected = rollout(model, prompt, 1)
     assert torch.equal(generate(model, prompt, 1, temperature=0, eos=int(prompt[0, -1])), expected)

@@ -113,7 +113,9 @@ def _raise_on_sigterm() -> Any:
 def _in_words(result: dict[str, Any]) -> str:
     speed = f", {result['mb_per_second']:.1f} MB/s" if result["mb_per_second"] else ""
     skipped = f", {result['skipped']:,} records skipped" if result["skipped"] else ""
+    lost = f", {result['lost_bytes']:,} bytes without a token left out" if result["lost_bytes"] else ""
     return (
         f"done: {result['tokens']:,} tokens of {result['documents']:,} documents, {result['validation_tokens']:,} held "
-        f"out ({result['text_bytes'] / 1e6:,.1f} MB of text{speed}{skipped}); use them with: --data {result['out']}"
+        f"out ({result['text_bytes'] / 1e6:,.1f} MB of text{speed}{skipped}{lost}); use them with: --data "
+        f"{result['out']}"
     )

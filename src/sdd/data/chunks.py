@@ -7,13 +7,14 @@ so the result is the same with any number of workers, and however often the work
 import io
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import pydantic
 
 from sdd.data.inputs import PART_BYTES, Input, Record, documents, place, records, text_of
 from sdd.data.shards import SHARD_TOKENS, Counts, Position, Tokens
-from sdd.data.text import PIECE_BYTES, SMALLEST_TAIL, Document, TailSplit
+from sdd.data.text import PIECE_BYTES, SMALLEST_TAIL, Cut, Document, TailSplit
 from sdd.data.token_file import DtypeName
 from sdd.data.tokenizer import Tokenizer
 from sdd.errors import UserError
@@ -21,14 +22,15 @@ from sdd.errors import UserError
 _BATCH_PIECES = 4  # enough for one thread; the tokenizer's own records take some 100 times as much memory as the text
 _THREADED_BATCH_PIECES = 32
 _HELD_OUT_BYTES = 32 * SMALLEST_TAIL
-_FORMAT = 1  # to be raised when the same manifest gives other tokens
+FORMAT = 2  # to be raised when the same manifest gives other tokens
+PLAIN_CUTS = 1  # the format in which long texts were cut without asking the tokenizer
 
 
 class Manifest(pydantic.BaseModel, frozen=True):
     """All that the tokens depend on; manifest.json in a folder of tokens.
 
     Attributes:
-        format: of the tokens, see `_FORMAT`.
+        format: of the tokens, see `FORMAT`.
         tokenizer: the hash that identifies it.
         eos: the token after each document; None if there is none.
         dtype: of the tokens.
@@ -42,7 +44,7 @@ class Manifest(pydantic.BaseModel, frozen=True):
         inputs: whose records the chunks consist of.
     """
 
-    format: int = _FORMAT
+    format: int = FORMAT
     tokenizer: str
     eos: int | None
     dtype: DtypeName
@@ -78,12 +80,12 @@ class ChunkTokens:
     skipped: int
 
 
-def chunks(manifest: Manifest, start: Position) -> Iterator[Chunk]:
-    """All chunks after `start`."""
+def chunks(manifest: Manifest, start: Position, cut: Cut | None = None) -> Iterator[Chunk]:
+    """All chunks after `start`; `cut` says where long texts are cut."""
     pending: list[tuple[int, Record]] = []
     before = after = start
     sizes = np.cumsum([0, *(source.size for source in manifest.inputs)]).tolist()
-    for index, record in (_whole_documents if manifest.whole_documents else _records)(manifest, start):
+    for index, record in (_whole_documents if manifest.whole_documents else _records)(manifest, start, cut):
         pending.append((index, record))
         n_bytes = after.n_bytes + len(record.data)
         after = Position(input=index, record=record.number, done=sizes[index] + record.done, n_bytes=n_bytes)
@@ -94,14 +96,14 @@ def chunks(manifest: Manifest, start: Position) -> Iterator[Chunk]:
         yield Chunk(pending, before, after)
 
 
-def _records(manifest: Manifest, start: Position) -> Iterator[tuple[int, Record]]:
+def _records(manifest: Manifest, start: Position, cut: Cut | None) -> Iterator[tuple[int, Record]]:
     for index in range(start.input, len(manifest.inputs)):
         first = start.record if index == start.input else 0
-        for record in records(manifest.inputs[index], manifest.text_field, first):
+        for record in records(manifest.inputs[index], manifest.text_field, first, cut):
             yield index, record
 
 
-def _whole_documents(manifest: Manifest, start: Position) -> Iterator[tuple[int, Record]]:
+def _whole_documents(manifest: Manifest, start: Position, cut: Cut | None) -> Iterator[tuple[int, Record]]:
     """Pieces of documents as records, each to train on or held out.
 
     How much a document gives depends on all documents before it, so these are read even if the work on them is done.
@@ -110,12 +112,14 @@ def _whole_documents(manifest: Manifest, start: Position) -> Iterator[tuple[int,
     for index, source in enumerate(manifest.inputs):
         number = 0
         for done, document in documents(source, manifest.text_field):
-            cut = split.cut(document)
-            for held_out, region in ((False, (0, cut)), (True, (cut, document.size))):
-                for data, last in document.pieces(*region):
+            tail = split.cut(document)
+            for held_out, region in ((False, (0, tail)), (True, (tail, document.size))):
+                continued = False
+                for data, last in document.pieces(*region, cut):
                     number += 1
                     if (index, number) > (start.input, start.record):
-                        yield index, Record(number, done, data, goes_on=not last, held_out=held_out)
+                        yield index, Record(number, done, data, continued, goes_on=not last, held_out=held_out)
+                    continued = True
 
 
 class ChunkTokenizer:
@@ -143,24 +147,40 @@ class ChunkTokenizer:
         """
         if self._manifest.whole_documents:
             sides = (
-                [(record.data, not record.goes_on) for _, record in chunk.records if record.held_out == side]
+                [
+                    _Piece(record.data, begins=not record.continued, ends=not record.goes_on)
+                    for _, record in chunk.records
+                    if record.held_out == side
+                ]
                 for side in (False, True)
             )
             return ChunkTokens(*map(self._encoded, sides), skipped=0)
         found = [
-            (document, record.goes_on)
+            (document, record)
             for index, record in chunk.records
             if (document := self._document(self._manifest.inputs[index], record))
         ]
         split = self._split(chunk, sum(document.size for document, _ in found))
-        cuts = [(document, split.cut(document), goes_on) for document, goes_on in found]
+        tails = [split.cut(document) for document, _ in found]
         heads = (
-            (piece, last and (cut < document.size or not goes_on))
-            for document, cut, goes_on in cuts
-            for piece, last in document.pieces(0, cut)
+            piece
+            for (document, record), tail in zip(found, tails, strict=True)
+            for piece in self._pieces(
+                document, 0, tail, begins=not record.continued, ends=tail < document.size or not record.goes_on
+            )
         )
-        tails = (piece for document, cut, _ in cuts for piece in document.pieces(cut, document.size))
-        return ChunkTokens(self._encoded(heads), self._encoded(tails), skipped=len(chunk.records) - len(found))
+        held_out = (
+            piece
+            for (document, _), tail in zip(found, tails, strict=True)
+            for piece in self._pieces(document, tail, document.size, begins=True, ends=True)
+        )
+        return ChunkTokens(self._encoded(heads), self._encoded(held_out), skipped=len(chunk.records) - len(found))
+
+    def _pieces(self, document: Document, start: int, stop: int, *, begins: bool, ends: bool) -> Iterator["_Piece"]:
+        """The text of bytes [start, stop), with whether a document begins and ends with it."""
+        for data, last in document.pieces(start, stop, cut_of(self._tokenizer, self._manifest)):
+            yield _Piece(data, begins, last and ends)
+            begins = False
 
     def _document(self, source: Input, record: Record) -> Document | None:
         try:
@@ -178,28 +198,43 @@ class ChunkTokenizer:
         due = unit * (fraction * chunk.after.n_bytes // unit - fraction * chunk.before.n_bytes // unit)
         return TailSplit(min(1.0, due / max(1, stored)), text_bytes)
 
-    def _encoded(self, pieces: Iterable[tuple[bytes, bool]]) -> Tokens:
-        """The tokens of pieces of text, each with whether a document ends after it."""
+    def _encoded(self, pieces: Iterable["_Piece"]) -> Tokens:
+        """The tokens of pieces of text, an end-of-text token after each that ends a document."""
         end = [] if self._manifest.eos is None else [self._manifest.eos]
         dtype = np.dtype(self._manifest.dtype).newbyteorder("<")
         counts, blocks = Counts(), []
         for batch in _batches(pieces, self._batch_bytes):
-            encoded = self._tokenizer.encode_batch([data.decode() for data, _ in batch])
-            for (data, ends), ids in zip(batch, encoded, strict=True):
-                ids += end * ends
+            texts = [piece.data.decode() for piece in batch]
+            encoded = self._tokenizer.encode_batch(texts, [piece.begins for piece in batch])
+            for piece, text, ids in zip(batch, texts, encoded, strict=True):
+                ids += end * piece.ends
                 blocks.append(np.array(ids, dtype).tobytes())
-                counts.n_tokens += len(ids)
-                counts.n_bytes += len(data)
-                counts.n_documents += ends
+                lost = self._tokenizer.lost_bytes(text)
+                counts.add(
+                    Counts(n_tokens=len(ids), n_bytes=len(piece.data) - lost, n_documents=piece.ends, n_lost=lost)
+                )
         return Tokens(b"".join(blocks), counts)
 
 
-def _batches(pieces: Iterable[tuple[bytes, bool]], batch_bytes: int) -> Iterator[list[tuple[bytes, bool]]]:
+class _Piece(NamedTuple):
+    """Text, and whether a document begins and ends with it."""
+
+    data: bytes
+    begins: bool
+    ends: bool
+
+
+def cut_of(tokenizer: Tokenizer, manifest: Manifest) -> Cut | None:
+    """Where long texts are cut under a manifest, see `piece_end`."""
+    return None if manifest.format <= PLAIN_CUTS else tokenizer.last_cut
+
+
+def _batches(pieces: Iterable[_Piece], batch_bytes: int) -> Iterator[list[_Piece]]:
     """The pieces in lists of at least so many bytes; the last list may have less."""
     batch, n_bytes = [], 0
     for piece in pieces:
         batch.append(piece)
-        n_bytes += len(piece[0])
+        n_bytes += len(piece.data)
         if n_bytes >= batch_bytes:
             yield batch
             batch, n_bytes = [], 0

@@ -20,7 +20,7 @@ from typing import Any, Literal
 import pydantic
 
 from sdd.data.spec import HUB, existing
-from sdd.data.text import ARCHIVES, Document, blocks, check_utf8, lines, piece_end
+from sdd.data.text import ARCHIVES, Cut, Document, blocks, check_utf8, lines, piece_end
 from sdd.errors import UserError, require_extra
 
 Kind = Literal["text", "json lines", "parquet", "dataset", "tokens"]
@@ -78,6 +78,7 @@ class Record:
         number: of the record in its input, from 1.
         done: how much of the input's size has been read with it.
         data: a JSON line as it was stored, or the text itself.
+        continued: whether the same document's part before precedes.
         goes_on: whether the same document's next part follows.
         held_out: whether the record is for validation; None leaves that to the `ChunkTokenizer`.
     """
@@ -85,6 +86,7 @@ class Record:
     number: int
     done: int
     data: bytes
+    continued: bool = False
     goes_on: bool = False
     held_out: bool | None = None
 
@@ -113,15 +115,15 @@ def find_inputs(names: Sequence[str], field: str = "text") -> list[Input]:
         raise UserError(f"cannot read {error.filename}: {error.strerror}") from None
 
 
-def records(source: Input, field: str, start: int = 0) -> Iterator[Record]:
-    """The records of an input after the first `start`, read in bounded memory.
+def records(source: Input, field: str, start: int = 0, cut: Cut | None = None) -> Iterator[Record]:
+    """The records of an input after the first `start`, read in bounded memory; `cut` says where long texts are cut.
 
     Raises:
         UserError: a damaged file, or one without the field.
     """
-    read = {"text": _text, "json lines": _json_lines, "parquet": _parquet, "dataset": _dataset}[source.kind]
+    read = {"json lines": _json_lines, "parquet": _parquet, "dataset": _dataset}
     with _reading(source):
-        yield from read(source, field, start)
+        yield from _text(source, start, cut) if source.kind == "text" else read[source.kind](source, field, start)
 
 
 def documents(source: Input, field: str) -> Iterator[tuple[int, Document]]:
@@ -223,19 +225,19 @@ def _json_lines(source: Input, _field: str, start: int) -> Iterator[Record]:
                 yield Record(number, file.tell(), line)
 
 
-def _text(source: Input, _field: str, start: int) -> Iterator[Record]:
+def _text(source: Input, start: int, cut: Cut | None) -> Iterator[Record]:
     path = Path(source.name)
     number, data = 1, b""
     with path.open("rb") as file:
         for block in blocks(path, file):
             data += block
             while len(data) > PART_BYTES:
-                end = piece_end(data[:PART_BYTES])
+                end = piece_end(data[:PART_BYTES], cut)
                 if number > start:
-                    yield Record(number, file.tell(), data[:end], goes_on=True)
+                    yield Record(number, file.tell(), data[:end], continued=number > 1, goes_on=True)
                 number, data = number + 1, data[end:]
         if data and number > start:
-            yield Record(number, file.tell(), data)
+            yield Record(number, file.tell(), data, continued=number > 1)
 
 
 def _pyarrow(name: str) -> Any:

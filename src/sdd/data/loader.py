@@ -132,8 +132,7 @@ class Loader:
             int64 [batch_size / world_size, context + 1]: input is [:, :-1], target [:, 1:].
 
         Raises:
-            UserError: a token id that the file's vocabulary does not have.
-            RunFailed: a file has been cut off since it was opened.
+            BadData: a token id that the file's vocabulary does not have, or a file that was cut off meanwhile.
         """
         windows = self.windows(step)
         which = np.searchsorted(self._first_window, windows, side="right") - 1
@@ -166,7 +165,8 @@ def eval_windows(file: TokenFile, n: int | None, context: int) -> torch.Tensor:
         int64 [n, context + 1]: input is [:, :-1], target [:, 1:].
 
     Raises:
-        UserError: the file has no full window, or a token id outside its vocabulary.
+        UserError: the file has no full window.
+        BadData: a token id outside its vocabulary.
     """
     check_length(str(file.path), [file], context)
     count = file.n_windows(context)

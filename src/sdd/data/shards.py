@@ -24,17 +24,22 @@ SHARD_TOKENS = 2**30
 
 
 class Counts(pydantic.BaseModel):
-    """The contents of a token file so far, in numbers."""
+    """The contents of a token file so far, in numbers.
+
+    `n_bytes` counts the text that has tokens, `n_lost` the bytes for which the tokenizer has none.
+    """
 
     n_tokens: int = pydantic.Field(default=0, ge=0)
     n_bytes: int = pydantic.Field(default=0, ge=0)
     n_documents: int = pydantic.Field(default=0, ge=0)
+    n_lost: int = pydantic.Field(default=0, ge=0)
 
     def add(self, other: "Counts") -> None:
         """Add what was appended."""
         self.n_tokens += other.n_tokens
         self.n_bytes += other.n_bytes
         self.n_documents += other.n_documents
+        self.n_lost += other.n_lost
 
 
 class Position(pydantic.BaseModel, frozen=True):

@@ -86,7 +86,7 @@ class _Given:
     tokenizer: Tokenizer | None
     context: int
     dtype: str | None
-    eos: int | None
+    eos: int | str | None
     vocab_size: int | None
     notify: Notify | None
 
@@ -97,7 +97,7 @@ def resolve_data(
     *,
     context: int,
     dtype: str | None = None,
-    eos: int | None = None,
+    eos: int | str | None = None,
     vocab_size: int | None = None,
     notify: Notify | None = None,
 ) -> DataSource:
@@ -117,7 +117,8 @@ def resolve_data(
         tokenizer: path of a tokenizer.json; by default the token files' own, or the built-in one for text.
         context: tokens of input in a sample; both parts must have room for one.
         dtype: of token files without a json.
-        eos: id of the end-of-text token, for token files whose json does not say.
+        eos: id or text of the end-of-text token, for text whose tokenizer has none of the usual names and for token
+            files whose json does not say.
         vocab_size: of token files whose json does not say and whose tokenizer is not known.
         notify: receives one line before work that takes a while; by default it is logged.
 
@@ -131,6 +132,8 @@ def resolve_data(
     for source in sources:
         check_length(f"training part of {source.name}", source.train, context)
         check_length(f"validation part of {source.name}", [source.validation], context)
+        for file in (*source.train, source.validation):
+            file.check_ids()
     return sources[0] if len(sources) == 1 else _mixed(named, sources, context)
 
 
@@ -165,12 +168,13 @@ def _cached_tokens(
         tokenizer,
         workers=0,
         validation_fraction=VALIDATION_FRACTION,
-        eos_needed=False,
+        eos=None if tokenizer.eos is None else str(tokenizer.eos),
         whole_documents=True,
         shard_tokens=_ONE_FILE,
     )
 
     def build(folder: Path) -> None:
+        tokenizer.ending_with(None, "--data.eos TOKEN")
         size = sum(source.size for source in inputs) / 1e6
         notify(f"tokenising {name} ({size:.1f} MB on disk) into {folder.parent}, once")
         names = [source.name for source in inputs]
@@ -182,7 +186,7 @@ def _cached_tokens(
     def load(folder: Path) -> tuple[TokenFile, TokenFile]:
         return TokenFile.open(folder / "train.npy"), TokenFile.open(folder / "validation.npy")
 
-    key = hashlib.sha256(f"{_CACHE_FORMAT} {VALIDATION_FRACTION} {tokenizer.sha256}".encode())
+    key = hashlib.sha256(f"{_CACHE_FORMAT} {VALIDATION_FRACTION} {tokenizer.identity}".encode())
     for source in inputs:
         key.update(f"{source.reading} {source.content_hash()}".encode())
     return cached(f"{name}-{key.hexdigest()[:16]}", build, load, notify)
@@ -199,9 +203,12 @@ def _resolve(named: Sequence[Entry], given: _Given) -> DataSource:
     if tokens:
         return _token_source(name, tokens, given)
     own = given.tokenizer or builtin_tokenizer()
-    if given.eos not in (None, own.eos):
-        raise UserError(f"{name} is text: its end-of-text token is that of the tokenizer, {own.eos}, not {given.eos}")
+    if given.eos is not None:
+        own = own.ending_with(given.eos, "--data.eos TOKEN")
     train, validation = _cached_tokens(name, texts, own, given.notify)
+    if own.eos is None:  # tokenised by an earlier version
+        notify = given.notify or logging.getLogger(__name__).info
+        notify(f"{name}: its documents are joined without an end-of-text token, as an earlier version did")
     return DataSource(name, (MixturePart(name, (train,)),), validation, own, own.vocab_size, own.eos)
 
 
@@ -248,8 +255,9 @@ def _token_source(name: str, paths: Sequence[Path], given: _Given) -> DataSource
     if not any(path.stem in _VALIDATION_STEMS for path in paths):
         beside = (paths[-1].with_stem(stem) for stem in _VALIDATION_STEMS)
         paths = [*paths, *(path for path in beside if path.is_file())]
-    files = [TokenFile.open(path, given.dtype, given.eos) for path in paths]
+    files = [TokenFile.open(path, given.dtype) for path in paths]
     tokenizer = given.tokenizer or _tokenizer_of(files[0])
+    files = [file.knowing(_eos_id(given.eos, files[0], tokenizer), None) for file in files]
     for file in files:
         _check_same_tokens(file, files[0], tokenizer)
     vocab_size = files[0].vocab_size or (tokenizer and tokenizer.vocab_size) or given.vocab_size
@@ -260,6 +268,7 @@ def _token_source(name: str, paths: Sequence[Path], given: _Given) -> DataSource
         )
     eos = files[0].eos if files[0].eos is not None else tokenizer and tokenizer.eos
     files = [file.knowing(eos, vocab_size) for file in files]
+    tokenizer = tokenizer and tokenizer.with_end(eos)
     validation = [file for file in files if file.path.stem in _VALIDATION_STEMS]
     train = [file for file in files if file not in validation]
     if not train or len(validation) > 1:
@@ -270,6 +279,16 @@ def _token_source(name: str, paths: Sequence[Path], given: _Given) -> DataSource
         cut = max(0, len(last) - windows * given.context - 1)
         train[-1], validation = last.slice(0, cut), [last.slice(cut, len(last))]
     return DataSource(name, (MixturePart(name, tuple(train)),), validation[0], tokenizer, vocab_size, eos)
+
+
+def _eos_id(named: int | str | None, file: TokenFile, tokenizer: Tokenizer | None) -> int | None:
+    if not isinstance(named, str):
+        return named
+    found = tokenizer and tokenizer.token_id(named)
+    if found is None:
+        why = f"{tokenizer.path} has no such token" if tokenizer else "the tokenizer is not known"
+        raise UserError(f"{file.path}: the end-of-text token {named!r} was given, but {why}: give its id")
+    return found
 
 
 def _check_same_tokens(file: TokenFile, first: TokenFile, tokenizer: Tokenizer | None) -> None:

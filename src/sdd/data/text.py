@@ -6,7 +6,7 @@ Positions are bytes. All cuts lie between characters, so the pieces of a documen
 import gzip
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -15,6 +15,8 @@ import zstandard
 
 from sdd.errors import UserError
 
+#: Where to cut a piece off a text that goes on, in characters: `Tokenizer.last_cut`.
+Cut = Callable[[str], int]
 ARCHIVES = (".gz", ".zst")
 PIECE_BYTES = 1 << 16
 SMALLEST_TAIL = 2048
@@ -36,8 +38,13 @@ class Document:
     file: BinaryIO
     size: int
 
-    def pieces(self, start: int, stop: int) -> Iterator[tuple[bytes, bool]]:
+    def pieces(self, start: int, stop: int, cut: Cut | None = None) -> Iterator[tuple[bytes, bool]]:
         """The text of bytes [start, stop) in pieces of about 64 KiB, each with whether it is the last.
+
+        Args:
+            start: first byte.
+            stop: byte after the last.
+            cut: see `piece_end`.
 
         Raises:
             UserError: bytes that are not UTF-8.
@@ -46,7 +53,7 @@ class Document:
         rest = b""
         while data := rest + self.file.read(min(PIECE_BYTES, stop - start - len(rest))):
             last = start + len(data) == stop
-            end = len(data) if last else piece_end(data)
+            end = len(data) if last else piece_end(data, cut)
             check_utf8(data[:end], self.name, start)
             yield data[:end], last
             start, rest = start + end, data[end:]
@@ -148,6 +155,26 @@ def split_point(file: BinaryIO, size: int, tail: int) -> int:
     return size - tail + found
 
 
-def piece_end(data: bytes) -> int:
-    """Where to end a piece of a text that starts with `data` and goes on: late, and where no token is cut in two."""
-    return next((found.end() for pattern in _PIECE_ENDS if (found := re.match(pattern, data))), len(data))
+def piece_end(data: bytes, cut: Cut | None = None) -> int:
+    """Where to end a piece of a text that starts with `data` and goes on: late, and where no token is cut in two.
+
+    Without `cut` that holds for pre-tokenizers of the GPT family, if spaces or lines' ends stand near the end. With it,
+    the place is looked for in the last 64 KiB of `data`, as far as they are UTF-8.
+    """
+    if cut is None:
+        return next((found.end() for pattern in _PIECE_ENDS if (found := re.match(pattern, data))), len(data))
+    first = max(0, len(data) - PIECE_BYTES)
+    while first > 0 and data[first] & 0xC0 == 0x80:  # not in the middle of a character
+        first -= 1
+    last = _whole_characters(data[first:])
+    try:
+        text = last.decode()
+    except UnicodeDecodeError:  # told with its place when the text is read
+        return piece_end(data)
+    return first + len(text[: cut(text)].encode())
+
+
+def _whole_characters(data: bytes) -> bytes:
+    """The beginning of a text without its last character, which may go on."""
+    found = re.match(rb"(?s).+(?=[\x00-\x7f\xc0-\xff])", data)
+    return data[: found.end()] if found else data

@@ -14,13 +14,14 @@ from typing import Literal, TypeVar
 import numpy as np
 import pydantic
 
-from sdd.errors import RunFailed, UserError
+from sdd.errors import BadData, UserError
 from sdd.files import aside, write_aside
 
 FORMAT = 1
 DtypeName = Literal["uint16", "uint32"]
 _Model = TypeVar("_Model", bound=pydantic.BaseModel)
 _FINGERPRINT_BLOCKS, _FINGERPRINT_TOKENS = 16, 4096
+_CHECKED_BLOCKS, _CHECKED_TOKENS = 1024, 2**19
 
 
 def smallest_dtype(vocab_size: int) -> DtypeName:
@@ -109,7 +110,7 @@ class OpenTokens:
         """A copy of some consecutive tokens.
 
         Raises:
-            RunFailed: the file is no longer as long as it was when it was opened, or cannot be read any more.
+            BadData: the file is no longer as long as it was when it was opened, or cannot be read any more.
         """
         start, stop, _ = wanted.indices(self._n_tokens)
         if not hasattr(os, "pread"):  # Windows, which does not let a mapped file be cut off
@@ -120,7 +121,7 @@ class OpenTokens:
             try:
                 block = os.pread(self._descriptor, missing, place)
             except OSError as error:
-                raise RunFailed(f"cannot read {self._path} any more: {error.strerror}") from None
+                raise BadData(f"cannot read {self._path} any more: {error.strerror}") from None
             if not block:
                 raise self._cut_off()
             blocks.append(block)
@@ -131,7 +132,7 @@ class OpenTokens:
         """All tokens as one memory-mapped, read-only array; do not use it where the file may be cut off meanwhile.
 
         Raises:
-            RunFailed: the file is no longer as long as it was when it was opened.
+            BadData: the file is no longer as long as it was when it was opened.
         """
         if os.fstat(self._descriptor).st_size < self._size:
             raise self._cut_off()
@@ -144,8 +145,8 @@ class OpenTokens:
     def _size(self) -> int:
         return self._offset + self._n_tokens * self._dtype.itemsize
 
-    def _cut_off(self) -> RunFailed:
-        return RunFailed(
+    def _cut_off(self) -> BadData:
+        return BadData(
             f"{self._path} was cut off while in use: it had {self._size:,} bytes, now it has "
             f"{os.fstat(self._descriptor).st_size:,}; bring the whole file back and go on from the last checkpoint"
         )
@@ -250,18 +251,40 @@ class TokenFile:
             int64 [len(starts), length].
 
         Raises:
-            UserError: an id that the vocabulary does not have.
-            RunFailed: the file has been cut off since it was opened.
+            BadData: an id that the vocabulary does not have, or the file has been cut off since it was opened.
         """
         out = np.empty((len(starts), length), np.int64)
         for row, start in zip(out, starts, strict=True):
             row[:] = self._block(int(start), int(start) + length)
-        if self.vocab_size is not None and out.size and (worst := int(out.max())) >= self.vocab_size:
-            raise UserError(
-                f"{self.path} holds token id {worst}, but its vocabulary has {self.vocab_size} tokens: "
-                "wrong dtype, wrong vocab_size, or a damaged file"
-            )
+            if (bad := self._bad_id(row, int(start))) is not None:
+                raise BadData(bad)
         return out
+
+    def check_ids(self) -> None:
+        """Look for ids that the vocabulary does not have: at all tokens of up to 2**29, of more at as many of them.
+
+        Raises:
+            UserError: there is one.
+        """
+        if self.vocab_size is None or self.vocab_size > np.iinfo(self.info.dtype).max:
+            return
+        starts = np.arange(0, len(self), _CHECKED_TOKENS)
+        if len(starts) > _CHECKED_BLOCKS:
+            starts = np.linspace(0, len(self) - _CHECKED_TOKENS, _CHECKED_BLOCKS, dtype=np.int64)
+        for start in starts.tolist():
+            if (bad := self._bad_id(self._block(start, start + _CHECKED_TOKENS), start)) is not None:
+                raise UserError(bad)
+
+    def _bad_id(self, tokens: np.ndarray, start: int) -> str | None:
+        """What is wrong with consecutive tokens, the first of which is token `start` of this part."""
+        if self.vocab_size is None or not tokens.size or int(tokens.max()) < self.vocab_size:
+            return None
+        place = int(np.argmax(tokens >= self.vocab_size))
+        where = f"position {self._part.start + start + place:,}, counted from 0"
+        return (
+            f"{self.path} holds token id {tokens[place]}, but its vocabulary has {self.vocab_size} tokens: "
+            f"wrong dtype, wrong vocab_size, or a damaged file ({where})"
+        )
 
     def fingerprint(self) -> str:
         """Hash of the number of tokens and of 16 blocks spread over them: cheap, and any ordinary change alters it."""

@@ -7,15 +7,15 @@ on only under the same manifest, so that old and new parts fit together.
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any, Literal
 
-from sdd.data.chunks import Manifest, chunks
+from sdd.data.chunks import FORMAT, Manifest, chunks, cut_of
 from sdd.data.inputs import PART_BYTES, find_inputs
 from sdd.data.shards import PROGRESS_FILE, SHARD_TOKENS, SUMMARY_FILE, Counts, Progress, Shards
 from sdd.data.token_file import TokenFile, TokenInfo, TokenizerRef, read_model, smallest_dtype
-from sdd.data.tokenizer import EOS_NAMES, Tokenizer
+from sdd.data.tokenizer import Tokenizer
 from sdd.data.workers import tokenized
 from sdd.errors import RunFailed, UserError
 from sdd.files import lock, write_aside
@@ -36,7 +36,6 @@ class TokenizeSettings:
         workers: processes that tokenise, see `sdd.data.workers.tokenized`; the result does not depend on it.
         dtype: of the tokens; "auto" is the smallest that holds the vocabulary.
         eos: the token that ends a document, its text or its id; None finds the tokenizer's own.
-        eos_needed: refuse a tokenizer in which none is found.
     """
 
     tokenizer: Tokenizer
@@ -45,7 +44,6 @@ class TokenizeSettings:
     text_field: str = "text"
     dtype: Literal["auto", "uint16", "uint32"] = "auto"
     eos: str | None = None
-    eos_needed: bool = True
     skip_bad: bool = False
     whole_documents: bool = False
     chunk_bytes: int = PART_BYTES
@@ -94,10 +92,12 @@ def tokenize(names: Sequence[str], out: Path, settings: TokenizeSettings, watch:
         UserError: inputs that cannot be read, settings that do not fit, or a folder with something else in it.
         RunFailed: the folder cannot be written, or a worker was killed.
     """
+    settings = replace(settings, tokenizer=settings.tokenizer.ending_with(settings.eos, "--eos TOKEN"))
     manifest = _manifest(names, settings)
     began = time.monotonic()
     try:
         with _locked(out):
+            manifest = manifest.model_copy(update={"format": _format_of(out)})
             progress = _begin(out, manifest, settings.tokenizer)
             text_bytes = _work(out, manifest, settings, progress, watch) if progress else 0
             return _summary(out, manifest, text_bytes, time.monotonic() - began)
@@ -116,26 +116,18 @@ def _manifest(names: Sequence[str], settings: TokenizeSettings) -> Manifest:
         raise UserError(f"{tokenizer.path} has {tokenizer.vocab_size} tokens, more than uint16 holds: take uint32")
     changed = {
         "tokenizer": tokenizer.sha256,
-        "eos": _eos(settings),
+        "eos": tokenizer.eos,
         "dtype": dtype if settings.dtype == "auto" else settings.dtype,
         "inputs": find_inputs(names, settings.text_field),
     }
     return Manifest(**{**vars(settings), **changed})
 
 
-def _eos(settings: TokenizeSettings) -> int | None:
-    tokenizer, named = settings.tokenizer, settings.eos
-    if named is None:
-        if tokenizer.eos is None and settings.eos_needed:
-            raise UserError(
-                f"{tokenizer.path} has none of the usual end-of-text tokens ({', '.join(EOS_NAMES)}): name its own "
-                "with --eos TOKEN"
-            )
-        return tokenizer.eos
-    found = int(named) if named.isdecimal() else tokenizer.token_id(named)  # nobody ends a text with a digit
-    if found is None or found >= tokenizer.vocab_size:
-        raise UserError(f"{tokenizer.path} has no token {named!r} to end a text with")
-    return found
+def _format_of(out: Path) -> int:
+    """The format in which work on a folder goes on: an earlier one if it was begun so."""
+    file = out / MANIFEST_FILE
+    begun = read_model(file, Manifest, f"it is damaged: delete {out} and start again").format if file.is_file() else 0
+    return begun if 0 < begun < FORMAT else FORMAT
 
 
 def _begin(out: Path, manifest: Manifest, tokenizer: Tokenizer) -> Progress | None:
@@ -210,7 +202,7 @@ def _fill(shards: Shards, manifest: Manifest, settings: TokenizeSettings, watch:
             watch(Status(progress.position.done, manifest.size, total, total.n_bytes - text_before, seconds))
 
     tell()
-    work = chunks(manifest, progress.position)
+    work = chunks(manifest, progress.position, cut_of(settings.tokenizer, manifest))
     for chunk, tokens in tokenized(work, settings.tokenizer, manifest, settings.workers):
         shards.append(tokens.train, tokens.validation, chunk.after, tokens.skipped)
         progress.seconds = seconds_before + time.monotonic() - began
@@ -230,6 +222,7 @@ def _summary(out: Path, manifest: Manifest, text_bytes: int, seconds: float) -> 
         "validation_tokens": done.validation.n_tokens,
         "documents": total.n_documents - done.validation.n_documents,
         "text_bytes": total.n_bytes,
+        "lost_bytes": total.n_lost,
         "skipped": done.skipped,
         "dtype": manifest.dtype,
         "eos": manifest.eos,

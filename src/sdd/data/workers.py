@@ -80,7 +80,7 @@ def _start_worker(path: Path, data: bytes, manifest: Manifest) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ[_PARALLELISM] = "false"
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    _work = ChunkTokenizer(Tokenizer(path, data), manifest)
+    _work = ChunkTokenizer(Tokenizer(path, data, manifest.eos), manifest)
 
 
 def _end_with_parent() -> None:

@@ -87,7 +87,7 @@ def continue_texts(
     """Continue each prompt with text that the model draws.
 
     Sample j of a prompt has a random generator of its own, seeded with `seed + j`. So up to rounding it does not depend
-    on the other prompts and samples.
+    on the other prompts and samples. Only ids with text and the end of text are drawn.
 
     Args:
         trained: the run.
@@ -109,6 +109,7 @@ def continue_texts(
         FloatingPointError: if the model's logits are not finite.
     """
     tokenizer = tokenizer_of(trained.config)
+    allowed = torch.from_numpy(tokenizer.writable(trained.config.model.vocab_size))
     rows = []
     for prompt in prompts:
         ids = _encode(tokenizer, prompt, trained.config.model.context)
@@ -118,7 +119,7 @@ def continue_texts(
         ]
     for first in range(0, len(rows), batch_size):
         batch = rows[first : first + batch_size]
-        _run_batch(trained, batch, first, max_new_tokens, tokenizer.eos, listener, sampling)
+        _run_batch(trained, batch, first, max_new_tokens, tokenizer.eos, listener, {**sampling, "allowed": allowed})
         for row in batch:
             assert row.finish_reason is not None
             yield Continuation(row.prompt, row.sample, row.seed, row.text, row.tokens, row.finish_reason)

@@ -78,7 +78,9 @@ def evaluate_run(
     """Compute the loss and the bits per byte of a run's newest whole checkpoint on held-out text.
 
     The text is cut into windows of the model's context. So every token but the first is predicted once, from at most
-    `context` tokens before it.
+    `context` tokens before it. Bits per byte are the code length of all predicted tokens, ends of text included, over
+    the bytes of those with text: an end of text, a special token and a byte without a token count no bytes. Each
+    prediction is over the model's whole vocabulary, ids without text included.
 
     Args:
         run: the run directory.
@@ -103,7 +105,10 @@ def evaluate_run(
     else:
         tokenizer = tokenizer_of(config)
         data_eos = tokenizer.eos
-        ids, name = np.array(tokenizer.encode(_read(text)), np.int64), str(text)
+        content = _read(text)
+        if lost := tokenizer.lost_bytes(content):
+            _log.warning("%s: %s bytes have no token and do not count", text, f"{lost:,}")
+        ids, name = np.array(tokenizer.encode(content), np.int64), str(text)
     if len(ids) < 2:
         raise UserError(f"{name} has {len(ids)} tokens: at least 2 are needed, to predict one from the other")
     eos = data_eos if config.data.document_mask else None
@@ -127,7 +132,7 @@ def _evaluate_ids(
     starts: np.ndarray,
     progress: Callable[[int, int], None],
 ) -> Evaluation:
-    token_bytes = None if tokenizer is None else tokenizer.token_bytes()
+    token_bytes = None if tokenizer is None else tokenizer.token_bytes(trained.config.model.vocab_size)
     dtype = pick_autocast(trained.config.precision, trained.model.embed.weight.device)
     nats, n_tokens, n_bytes, done = 0.0, 0, 0, 0
     for windows in _windows(ids, trained.config.model.context, starts):
@@ -165,7 +170,8 @@ def tokenizer_of(config: RunConfig) -> Tokenizer:
         UserError: if the run was trained on tokens without a known tokenizer.
     """
     if config.data.tokenizer:
-        return Tokenizer.load(config.data.tokenizer)
+        tokenizer, eos = Tokenizer.load(config.data.tokenizer), config.data.eos
+        return tokenizer.with_end(tokenizer.token_id(eos) if isinstance(eos, str) else eos)
     if config.data.path is None:
         return builtin_tokenizer()
     tokenizer = resolve(config).tokenizer

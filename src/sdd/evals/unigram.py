@@ -34,6 +34,6 @@ def token_frequencies(data: DataSource, eval_sequences: int, context: int) -> Re
         counts += np.bincount(file.tokens, minlength=data.vocab_size)
     targets = eval_windows(data.validation, eval_sequences, context)[:, 1:].numpy()
     nats = float(-np.log(counts / counts.sum())[targets].sum())
-    token_bytes = None if data.tokenizer is None else data.tokenizer.token_bytes()
+    token_bytes = None if data.tokenizer is None else data.tokenizer.token_bytes(data.vocab_size)
     bits = None if token_bytes is None else nats / math.log(2) / int(token_bytes[targets].sum())
     return Reference(nats / targets.size, bits)

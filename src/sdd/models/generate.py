@@ -29,6 +29,7 @@ def generate(
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
+    allowed: Tensor | None = None,
     eos: int | None = None,
     generator: Generators = None,
     use_cache: bool = True,
@@ -42,6 +43,7 @@ def generate(
         temperature: see `generate_stream`, also for the arguments below.
         top_k: sample among the k most likely tokens only.
         top_p: sample among the smallest set of tokens whose probabilities sum to p.
+        allowed: see `generate_stream`.
         eos: after it a row repeats it, and sampling stops once every row has it.
         generator: for reproducible draws.
         use_cache: keep keys and values.
@@ -61,6 +63,7 @@ def generate(
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
+        allowed=allowed,
         eos=eos,
         generator=generator,
         use_cache=use_cache,
@@ -79,6 +82,7 @@ def generate_stream(
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
+    allowed: Tensor | None = None,
     eos: int | None = None,
     stop: Callable[[int, int], bool] | None = None,
     generator: Generators = None,
@@ -98,6 +102,7 @@ def generate_stream(
         top_k: sample among the k most likely tokens only.
         top_p: sample among the smallest set of tokens, of those that top_k leaves, whose probabilities sum to p
             (nucleus, arXiv 1904.09751).
+        allowed: bool `[V]`, the ids that may be drawn; all by default.
         eos: ends its row.
         stop: called with a row and each of its new tokens; True ends the row.
         generator: for reproducible draws. With one a row, a row's draws do not depend on the others.
@@ -116,12 +121,19 @@ def generate_stream(
     if isinstance(generator, Sequence) and len(generator) != len(prompts):
         raise ValueError(f"{len(generator)} generators were given for {len(prompts)} prompts: give one, or one each")
 
+    if allowed is not None and (allowed.shape != (model.config.vocab_size,) or not allowed.any()):
+        found = f"{int(allowed.sum())} of {list(allowed.shape)} ids"
+        raise ValueError(f"{found} are allowed, expected at least one of [{model.config.vocab_size}]")
+
     def steps() -> Iterator[dict[int, int]]:
         windows = [list(prompt[-model.config.context :]) for prompt in prompts]
         reader = _Reader(model, windows, max_new_tokens if use_cache else None)
         rows = list(range(len(prompts)))
+        barred_V = None if allowed is None or bool(allowed.all()) else ~allowed.to(model.embed.weight.device)
         for _ in range(max_new_tokens):
             logits_BV = reader.next_logits()
+            if barred_V is not None:
+                logits_BV = logits_BV.masked_fill(barred_V, -torch.inf)
             if temperature == 0:
                 next_B = logits_BV.argmax(-1)
             else:

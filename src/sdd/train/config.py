@@ -36,7 +36,8 @@ class DataConfig:
             PATH:WEIGHT,PATH:WEIGHT or a mixture.json.
         tokenizer: a tokenizer.json for plain text; none for the built-in one.
         dtype: number type of token files that have no json.
-        eos: id of the end-of-document token, for token files whose json does not say.
+        eos: id or text of the end-of-document token, for token files whose json does not say and for tokenizers that
+            have none of the usual names.
         batch_size: sequences a step, over all accumulation steps and processes.
         document_mask: whether attention stops at the end of a document.
     """
@@ -44,13 +45,15 @@ class DataConfig:
     path: str | None = None
     tokenizer: str | None = None
     dtype: Literal["uint16", "uint32"] | None = None
-    eos: int | None = None
+    eos: int | str | None = None
     batch_size: int = 8
     document_mask: bool = False
 
     def __post_init__(self) -> None:
         _at_least(1, self, "batch_size", most=_MOST_SEQUENCES)
-        if self.eos is not None:
+        if isinstance(self.eos, str) and self.eos.lstrip("-").isdecimal():
+            object.__setattr__(self, "eos", int(self.eos))
+        if isinstance(self.eos, int):
             _at_least(0, self, "eos")
 
     def absolute(self) -> "DataConfig":

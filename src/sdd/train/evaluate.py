@@ -53,7 +53,9 @@ def evaluate(
 ) -> Evaluation:
     """Compute the loss of a model on fixed windows, which the processes of a run share.
 
-    `loss = sum(nll) / n_tokens` and `bits_per_byte = sum(nll) / (ln 2 * bytes of the predicted tokens)`.
+    `loss = sum(nll) / n_tokens` and `bits_per_byte = sum(nll) / (ln 2 * bytes of the predicted tokens)`. Each nll is
+    over the model's whole vocabulary, ids without text included. An end of text is predicted like any token and has 0
+    bytes.
 
     Args:
         model: the model; left in the mode it was in.
@@ -107,7 +109,15 @@ def sample(
     eager = torch.compiler.set_stance("force_eager") if config.compile is True else nullcontext()
     model.eval()
     with gathered(model), autocast, eager:
-        whole = generate(model, prompt, config.sample_tokens, temperature=0.8, top_p=0.95, generator=generator)
+        whole = generate(
+            model,
+            prompt,
+            config.sample_tokens,
+            temperature=0.8,
+            top_p=0.95,
+            generator=generator,
+            allowed=torch.from_numpy(tokenizer.writable(config.model.vocab_size)),
+        )
     model.train()
     tokens, cut = whole[0].tolist(), prompt.shape[1]
     return {"prompt": tokenizer.decode(tokens[:cut]), "text": tokenizer.decode(tokens[cut:])}

@@ -57,7 +57,8 @@ class Learner:
         self.objective: Tensor | None = None
         self.eval_windows = eval_windows(self.data.validation, config.eval_sequences, config.model.context)
         self._passes = world.passes(config.data.batch_size, config.accumulate)
-        self._token_bytes = None if self.data.tokenizer is None else self.data.tokenizer.token_bytes()
+        tokenizer = self.data.tokenizer
+        self._token_bytes = None if tokenizer is None else tokenizer.token_bytes(config.model.vocab_size)
         self._document_eos = self.data.eos if config.data.document_mask else None
         if config.compile:
             compile_model(self.model)

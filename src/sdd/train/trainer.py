@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sdd.errors import Diverged, Interrupted, RunFailed, UserError
+from sdd.errors import BadData, Diverged, Interrupted, RunFailed, UserError
 from sdd.files import read_json_object
 from sdd.models import count_parameters
 from sdd.probing import Probe
@@ -219,6 +219,8 @@ class Trainer(Learner):
                 reason = f"step {self.step}: {error}"
                 cause = "diverged" if isinstance(error, Diverged) else "stopped"
                 self._save_result("failed", cause=cause, reason=reason)
+                if isinstance(error, BadData) and self.world.size == 1:  # of several, the others do not know of it
+                    self.save()
                 failure = type(error)(f"{reason}; the last checkpoint is {self._newest()}")
                 failure.rank = error.rank
                 raise failure from None
