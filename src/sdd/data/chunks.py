@@ -5,18 +5,19 @@ so the result is the same with any number of workers, and however often the work
 """
 
 import io
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import pydantic
 
+from sdd.data.fields import BadRecord
 from sdd.data.inputs import PART_BYTES, Input, Record, documents, place, records, text_of
 from sdd.data.shards import SHARD_TOKENS, Counts, Position, Tokens
 from sdd.data.text import PIECE_BYTES, SMALLEST_TAIL, Document, TailSplit
 from sdd.data.token_file import DtypeName
 from sdd.data.tokenizer import Tokenizer
-from sdd.errors import UserError
 
 _BATCH_PIECES = 4  # enough for one thread; the tokenizer's own records take some 100 times as much memory as the text
 _THREADED_BATCH_PIECES = 32
@@ -55,6 +56,11 @@ class Manifest(pydantic.BaseModel, frozen=True):
     inputs: tuple[Input, ...]
 
     @property
+    def held_out_by_name(self) -> bool:
+        """Whether files are held out by their names; then nothing is held out of the others."""
+        return any(source.held_out for source in self.inputs)
+
+    @property
     def size(self) -> int:
         """The size of all inputs."""
         return sum(source.size for source in self.inputs)
@@ -71,11 +77,19 @@ class Chunk:
 
 @dataclass(frozen=True)
 class ChunkTokens:
-    """A chunk's tokens, to train on and held out, and how many records were no text."""
+    """A chunk's tokens, to train on and held out.
+
+    Attributes:
+        train: to train on.
+        validation: held out.
+        skipped: why each record that is no text was passed over.
+        without_text: records whose field is null or missing.
+    """
 
     train: Tokens
     validation: Tokens
-    skipped: int
+    skipped: list[str]
+    without_text: int
 
 
 def chunks(manifest: Manifest, start: Position) -> Iterator[Chunk]:
@@ -86,7 +100,14 @@ def chunks(manifest: Manifest, start: Position) -> Iterator[Chunk]:
     for index, record in (_whole_documents if manifest.whole_documents else _records)(manifest, start):
         pending.append((index, record))
         n_bytes = after.n_bytes + len(record.data)
-        after = Position(input=index, record=record.number, done=sizes[index] + record.done, n_bytes=n_bytes)
+        checksum = zlib.crc32(record.data, after.checksum if index == after.input else 0)
+        after = Position(
+            input=index,
+            record=record.number,
+            done=sizes[index] + record.done,
+            n_bytes=n_bytes,
+            checksum=checksum,
+        )
         if n_bytes - before.n_bytes >= manifest.chunk_bytes:
             yield Chunk(pending, before, after)
             pending, before = [], after
@@ -110,12 +131,23 @@ def _whole_documents(manifest: Manifest, start: Position) -> Iterator[tuple[int,
     for index, source in enumerate(manifest.inputs):
         number = 0
         for done, document in documents(source, manifest.text_field):
-            cut = split.cut(document)
+            if document is None:
+                number += 1
+                yield index, Record(number, done, b"", held_out=False, missing=1)
+                continue
+            cut = _cut(manifest, split, index, document)
             for held_out, region in ((False, (0, cut)), (True, (cut, document.size))):
                 for data, last in document.pieces(*region):
                     number += 1
                     if (index, number) > (start.input, start.record):
                         yield index, Record(number, done, data, goes_on=not last, held_out=held_out)
+
+
+def _cut(manifest: Manifest, split: TailSplit, index: int, document: Document) -> int:
+    """Where the held-out part of a document of input `index` starts."""
+    if not manifest.held_out_by_name:
+        return split.cut(document)
+    return 0 if manifest.inputs[index].held_out else document.size
 
 
 class ChunkTokenizer:
@@ -139,37 +171,53 @@ class ChunkTokenizer:
         """The tokens of a chunk.
 
         Raises:
-            UserError: a record that is no text, unless those are to be skipped.
+            BadRecord: a record that is no text, unless those are to be skipped.
         """
         if self._manifest.whole_documents:
             sides = (
-                [(record.data, not record.goes_on) for _, record in chunk.records if record.held_out == side]
+                [
+                    (record.data, not record.goes_on)
+                    for _, record in chunk.records
+                    if record.held_out == side and not record.missing
+                ]
                 for side in (False, True)
             )
-            return ChunkTokens(*map(self._encoded, sides), skipped=0)
-        found = [
-            (document, record.goes_on)
-            for index, record in chunk.records
-            if (document := self._document(self._manifest.inputs[index], record))
-        ]
-        split = self._split(chunk, sum(document.size for document, _ in found))
-        cuts = [(document, split.cut(document), goes_on) for document, goes_on in found]
+            missing = sum(record.missing for _, record in chunk.records)
+            return ChunkTokens(*map(self._encoded, sides), skipped=[], without_text=missing)
+        found, skipped, missing = self._documents(chunk)
+        split = self._split(chunk, sum(document.size for _, document, _ in found))
+        cuts = [(document, _cut(self._manifest, split, index, document), goes_on) for index, document, goes_on in found]
         heads = (
             (piece, last and (cut < document.size or not goes_on))
             for document, cut, goes_on in cuts
             for piece, last in document.pieces(0, cut)
         )
-        tails = (piece for document, cut, _ in cuts for piece in document.pieces(cut, document.size))
-        return ChunkTokens(self._encoded(heads), self._encoded(tails), skipped=len(chunk.records) - len(found))
+        by_name = self._manifest.held_out_by_name  # a file that is held out goes on in the next part
+        tails = (
+            (piece, last and not (by_name and goes_on))
+            for document, cut, goes_on in cuts
+            for piece, last in document.pieces(cut, document.size)
+        )
+        return ChunkTokens(self._encoded(heads), self._encoded(tails), skipped, missing)
 
-    def _document(self, source: Input, record: Record) -> Document | None:
-        try:
-            data = text_of(source, record, self._manifest.text_field)
-        except UserError:
-            if not self._manifest.skip_bad:
-                raise
-            return None
-        return Document(place(source, record.number), io.BytesIO(data), len(data))
+    def _documents(self, chunk: Chunk) -> tuple[list[tuple[int, Document, bool]], list[str], int]:
+        """The documents with their inputs and whether they go on; why records are no text; how many have none."""
+        found, skipped, missing = [], [], 0
+        for index, record in chunk.records:
+            source = self._manifest.inputs[index]
+            try:
+                data = text_of(source, record, self._manifest.text_field)
+            except BadRecord as error:
+                if not self._manifest.skip_bad:
+                    raise
+                skipped.append(str(error))
+                continue
+            if data is None:
+                missing += record.missing or 1
+            else:
+                document = Document(place(source, record.number), io.BytesIO(data), len(data))
+                found.append((index, document, record.goes_on))
+        return found, skipped, missing
 
     def _split(self, chunk: Chunk, text_bytes: int) -> TailSplit:
         """How this chunk is split: of a small fraction most chunks hold out nothing, the others whole tails."""
