@@ -20,6 +20,9 @@ except ImportError:  # Windows has no flock; there nothing guards a folder again
 
 _log = logging.getLogger(__name__)
 _ASIDE = re.compile(r"\.tmp-(?P<name>.+)-(?P<process>[0-9]+)-[0-9]+")
+_STRAY = re.compile(
+    r"#.*#|.*\.(swp|swo|bak|orig)|thumbs\.db|desktop\.ini|__macosx|__pycache__", re.IGNORECASE | re.DOTALL
+)
 
 
 def write_aside(path: Path, content: str | bytes, *, durable: bool = True) -> None:
@@ -181,3 +184,8 @@ def lock(path: Path) -> IO[str]:
     except OSError as error:  # some file systems of clusters
         _log.warning("%s cannot be locked (%s): take care that only one process writes there", path, error.strerror)
     return file
+
+
+def is_stray(name: str) -> bool:
+    """Whether a file or folder of this name is hidden, or left behind by a system or an editor: never content."""
+    return name.startswith((".", "~$")) or name.endswith("~") or bool(_STRAY.fullmatch(name))

@@ -50,6 +50,11 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
+def counted(number: int, noun: str) -> str:
+    """A number with its noun: "1 document", "2,000 documents"."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
 class Interval:
     """A clock for what is done now and then: `due()` once every so many seconds.
 

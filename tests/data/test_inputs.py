@@ -10,7 +10,8 @@ import zstandard
 from helpers_data import some_documents, texts_of
 
 from sdd.data import builtin_tokenizer
-from sdd.data.inputs import _load_dataset, documents, find_inputs, records, token_files
+from sdd.data.inputs import documents, find_inputs, records, token_files
+from sdd.data.tables import load_dataset
 from sdd.data.tokenize_job import TokenizeSettings, tokenize
 from sdd.errors import UserError
 
@@ -49,9 +50,9 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict]:
         return stored[key]
 
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load, load_from_disk=load))
-    _load_dataset.cache_clear()
+    load_dataset.cache_clear()
     yield stored
-    _load_dataset.cache_clear()
+    load_dataset.cache_clear()
 
 
 def test_datasets_of_the_hub(hub: dict, tmp_path: Path):
@@ -60,8 +61,10 @@ def test_datasets_of_the_hub(hub: dict, tmp_path: Path):
     tokenize(["hf:org/name", "hf:org/name:part:test[:9]"], tmp_path / "out", WHOLE)
     assert texts_of([tmp_path / "out" / "train-00000.npy"]) == [*DOCUMENTS, *DOCUMENTS[:9]]
     (source,) = find_inputs(["hf:org/name"], "text")
-    assert [record.number for record in records(source, "text", start=590)] == [*range(591, 601)]
-    with pytest.raises(UserError, match=r"hf:org/name has no field 'txt': choose with --text-field, e.g. text"):
+    assert [record.number for record in records(source, "text", start=590)] == [*range(591, 602)]
+    with pytest.raises(
+        UserError, match=r"hf:org/name has no field 'txt': choose with sdd tokenize --text-field, e.g. text"
+    ):
         find_inputs(["hf:org/name"], "txt")
     with pytest.raises(UserError, match=r"cannot load the dataset hf:org/other: no dataset \('org/other', 'train'\)$"):
         find_inputs(["hf:org/other"], "text")
@@ -90,7 +93,7 @@ def test_a_missing_package_is_named_with_its_extra(
     (tmp_path / "x.parquet").write_bytes(b"x")
     monkeypatch.setitem(sys.modules, package, None)
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
-    _load_dataset.cache_clear()
+    load_dataset.cache_clear()
     with pytest.raises(UserError, match=f"{package}: pip install '{extra}'"):
         find_inputs([name], "text")
 
@@ -125,7 +128,7 @@ def test_reading_goes_on_at_any_record(tmp_path: Path, kind: str, monkeypatch: p
 
 def test_a_module_without_the_right_shape_is_not_taken_for_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "datasets", ModuleType("datasets"))
-    _load_dataset.cache_clear()
+    load_dataset.cache_clear()
     with pytest.raises(UserError, match="cannot load the dataset hf:x: module 'datasets' has no attribute"):
         find_inputs(["hf:x"], "text")
 
@@ -135,7 +138,7 @@ COMPRESS = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress}
 
 def whole(path: Path) -> list[bytes]:
     (source,) = find_inputs([str(path)])
-    return [b"".join(data for data, _ in doc.pieces(0, doc.size)) for _, doc in documents(source, "text")]
+    return [b"".join(data for data, _ in doc.pieces(0, doc.size)) for _, doc in documents(source, "text") if doc]
 
 
 @pytest.mark.parametrize("archive", COMPRESS)

@@ -218,7 +218,7 @@ def test_text_and_the_built_in_corpus_can_be_mixed(tmp_path: Path):
         ("{a}:1,{folder}/nothing.npy:1", "no data at .*nothing.npy: expected classics"),
         ("{a}:1e999,{b}:1", "weight 1e999 must be above 0 and below"),
         ("{folder}/bad.json", "bad.json: sources.0.weight: Input should be greater than 0; expected e.g."),
-        ("{folder}/empty.json", "empty.json: the file: Invalid JSON"),
+        ("{folder}/empty.json", "empty.json: no text to train on"),
     ],
 )
 def test_mixtures_that_cannot_be_are_one_line(tmp_path: Path, spec: str, message: str):

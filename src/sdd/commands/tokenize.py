@@ -13,8 +13,8 @@ from sdd.commands.parser import Parser, positive_int
 from sdd.data import Tokenizer, TokenizeSettings, builtin_tokenizer, tokenize
 from sdd.data.tokenize_job import VALIDATION_FRACTION, Status
 from sdd.data.workers import available_cpus
-from sdd.errors import Interrupted, UserError
-from sdd.terminal import SECONDS_BETWEEN_LINES, Interval, clock, progress_bar, stderr_console
+from sdd.errors import Interrupted, UserError, one_line
+from sdd.terminal import SECONDS_BETWEEN_LINES, Interval, clock, counted, progress_bar, stderr_console
 
 _ABOUT = """Turn text into token files, a folder that `--data DIR` takes.
 
@@ -29,7 +29,7 @@ def main(args: list[str]) -> int:
     settings, display, before = _settings(options), Display(), _raise_on_sigterm()
     try:
         with display.bar:
-            result = tokenize(options.inputs, options.out, settings, display.show)
+            result = tokenize(options.inputs, options.out, settings, display.show, display.say)
     except KeyboardInterrupt:
         raise Interrupted(f"interrupted; the same command goes on where it was, into {options.out}") from None
     finally:
@@ -52,6 +52,10 @@ class Display:
         self._task = self.bar.add_task("tokenize", total=None, numbers="")
         self._line = Interval(SECONDS_BETWEEN_LINES)
         self._first: int | None = None
+
+    def say(self, line: str) -> None:
+        """Print a line that stays."""
+        self.console.print(one_line(line), markup=False)
 
     def show(self, status: Status) -> None:
         """Show how far the work has come."""
@@ -112,10 +116,12 @@ def _raise_on_sigterm() -> Any:
 
 def _in_words(result: dict[str, Any]) -> str:
     speed = f", {result['mb_per_second']:.1f} MB/s" if result["mb_per_second"] else ""
-    skipped = f", {result['skipped']:,} records skipped" if result["skipped"] else ""
-    lost = f", {result['lost_bytes']:,} bytes without a token left out" if result["lost_bytes"] else ""
+    skipped = f", {counted(result['skipped'], 'record')} skipped" if result["skipped"] else ""
+    if result["without_text"]:
+        skipped += f", {counted(result['without_text'], 'record')} without text"
+    lost = f", {counted(result['lost_bytes'], 'byte')} without a token left out" if result["lost_bytes"] else ""
     return (
-        f"done: {result['tokens']:,} tokens of {result['documents']:,} documents, {result['validation_tokens']:,} held "
-        f"out ({result['text_bytes'] / 1e6:,.1f} MB of text{speed}{skipped}{lost}); use them with: --data "
-        f"{result['out']}"
+        f"done: {counted(result['tokens'], 'token')} of {counted(result['documents'], 'document')}, "
+        f"{result['validation_tokens']:,} held out "
+        f"({result['text_bytes'] / 1e6:,.1f} MB of text{speed}{skipped}{lost}); use them with: --data {result['out']}"
     )

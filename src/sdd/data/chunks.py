@@ -5,6 +5,7 @@ so the result is the same with any number of workers, and however often the work
 """
 
 import io
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -12,12 +13,12 @@ from typing import NamedTuple
 import numpy as np
 import pydantic
 
+from sdd.data.fields import BadRecord
 from sdd.data.inputs import PART_BYTES, Input, Record, documents, place, records, text_of
 from sdd.data.shards import SHARD_TOKENS, Counts, Position, Tokens
 from sdd.data.text import PIECE_BYTES, SMALLEST_TAIL, Cut, Document, TailSplit
 from sdd.data.token_file import DtypeName
 from sdd.data.tokenizer import Tokenizer
-from sdd.errors import UserError
 
 _BATCH_PIECES = 4  # enough for one thread; the tokenizer's own records take some 100 times as much memory as the text
 _THREADED_BATCH_PIECES = 32
@@ -57,6 +58,11 @@ class Manifest(pydantic.BaseModel, frozen=True):
     inputs: tuple[Input, ...]
 
     @property
+    def held_out_by_name(self) -> bool:
+        """Whether files are held out by their names; then nothing is held out of the others."""
+        return any(source.held_out for source in self.inputs)
+
+    @property
     def size(self) -> int:
         """The size of all inputs."""
         return sum(source.size for source in self.inputs)
@@ -73,11 +79,19 @@ class Chunk:
 
 @dataclass(frozen=True)
 class ChunkTokens:
-    """A chunk's tokens, to train on and held out, and how many records were no text."""
+    """A chunk's tokens, to train on and held out.
+
+    Attributes:
+        train: to train on.
+        validation: held out.
+        skipped: why each record that is no text was passed over.
+        without_text: records whose field is null or missing.
+    """
 
     train: Tokens
     validation: Tokens
-    skipped: int
+    skipped: list[str]
+    without_text: int
 
 
 def chunks(manifest: Manifest, start: Position, cut: Cut | None = None) -> Iterator[Chunk]:
@@ -88,7 +102,14 @@ def chunks(manifest: Manifest, start: Position, cut: Cut | None = None) -> Itera
     for index, record in (_whole_documents if manifest.whole_documents else _records)(manifest, start, cut):
         pending.append((index, record))
         n_bytes = after.n_bytes + len(record.data)
-        after = Position(input=index, record=record.number, done=sizes[index] + record.done, n_bytes=n_bytes)
+        checksum = zlib.crc32(record.data, after.checksum if index == after.input else 0)
+        after = Position(
+            input=index,
+            record=record.number,
+            done=sizes[index] + record.done,
+            n_bytes=n_bytes,
+            checksum=checksum,
+        )
         if n_bytes - before.n_bytes >= manifest.chunk_bytes:
             yield Chunk(pending, before, after)
             pending, before = [], after
@@ -112,7 +133,11 @@ def _whole_documents(manifest: Manifest, start: Position, cut: Cut | None) -> It
     for index, source in enumerate(manifest.inputs):
         number = 0
         for done, document in documents(source, manifest.text_field):
-            tail = split.cut(document)
+            if document is None:
+                number += 1
+                yield index, Record(number, done, b"", held_out=False, missing=1)
+                continue
+            tail = _tail(manifest, split, index, document)
             for held_out, region in ((False, (0, tail)), (True, (tail, document.size))):
                 continued = False
                 for data, last in document.pieces(*region, cut):
@@ -120,6 +145,13 @@ def _whole_documents(manifest: Manifest, start: Position, cut: Cut | None) -> It
                     if (index, number) > (start.input, start.record):
                         yield index, Record(number, done, data, continued, goes_on=not last, held_out=held_out)
                     continued = True
+
+
+def _tail(manifest: Manifest, split: TailSplit, index: int, document: Document) -> int:
+    """Where the held-out part of a document of input `index` starts."""
+    if not manifest.held_out_by_name:
+        return split.cut(document)
+    return 0 if manifest.inputs[index].held_out else document.size
 
 
 class ChunkTokenizer:
@@ -143,38 +175,42 @@ class ChunkTokenizer:
         """The tokens of a chunk.
 
         Raises:
-            UserError: a record that is no text, unless those are to be skipped.
+            BadRecord: a record that is no text, unless those are to be skipped.
         """
         if self._manifest.whole_documents:
             sides = (
                 [
                     _Piece(record.data, begins=not record.continued, ends=not record.goes_on)
                     for _, record in chunk.records
-                    if record.held_out == side
+                    if record.held_out == side and not record.missing
                 ]
                 for side in (False, True)
             )
-            return ChunkTokens(*map(self._encoded, sides), skipped=0)
-        found = [
-            (document, record)
-            for index, record in chunk.records
-            if (document := self._document(self._manifest.inputs[index], record))
-        ]
-        split = self._split(chunk, sum(document.size for document, _ in found))
-        tails = [split.cut(document) for document, _ in found]
+            missing = sum(record.missing for _, record in chunk.records)
+            return ChunkTokens(*map(self._encoded, sides), skipped=[], without_text=missing)
+        found, skipped, missing = self._documents(chunk)
+        split = self._split(chunk, sum(document.size for _, document, _ in found))
+        tails = [_tail(self._manifest, split, index, document) for index, document, _ in found]
         heads = (
             piece
-            for (document, record), tail in zip(found, tails, strict=True)
+            for (_, document, record), tail in zip(found, tails, strict=True)
             for piece in self._pieces(
                 document, 0, tail, begins=not record.continued, ends=tail < document.size or not record.goes_on
             )
         )
+        by_name = self._manifest.held_out_by_name  # a file that is held out goes on in the next part
         held_out = (
             piece
-            for (document, _), tail in zip(found, tails, strict=True)
-            for piece in self._pieces(document, tail, document.size, begins=True, ends=True)
+            for (_, document, record), tail in zip(found, tails, strict=True)
+            for piece in self._pieces(
+                document,
+                tail,
+                document.size,
+                begins=not (by_name and record.continued),
+                ends=not (by_name and record.goes_on),
+            )
         )
-        return ChunkTokens(self._encoded(heads), self._encoded(held_out), skipped=len(chunk.records) - len(found))
+        return ChunkTokens(self._encoded(heads), self._encoded(held_out), skipped, missing)
 
     def _pieces(self, document: Document, start: int, stop: int, *, begins: bool, ends: bool) -> Iterator["_Piece"]:
         """The text of bytes [start, stop), with whether a document begins and ends with it."""
@@ -182,14 +218,24 @@ class ChunkTokenizer:
             yield _Piece(data, begins, last and ends)
             begins = False
 
-    def _document(self, source: Input, record: Record) -> Document | None:
-        try:
-            data = text_of(source, record, self._manifest.text_field)
-        except UserError:
-            if not self._manifest.skip_bad:
-                raise
-            return None
-        return Document(place(source, record.number), io.BytesIO(data), len(data))
+    def _documents(self, chunk: Chunk) -> tuple[list[tuple[int, Document, Record]], list[str], int]:
+        """The documents with their inputs and records; why records are no text; how many have none."""
+        found, skipped, missing = [], [], 0
+        for index, record in chunk.records:
+            source = self._manifest.inputs[index]
+            try:
+                data = text_of(source, record, self._manifest.text_field)
+            except BadRecord as error:
+                if not self._manifest.skip_bad:
+                    raise
+                skipped.append(str(error))
+                continue
+            if data is None:
+                missing += record.missing or 1
+            else:
+                document = Document(place(source, record.number), io.BytesIO(data), len(data))
+                found.append((index, document, record))
+        return found, skipped, missing
 
     def _split(self, chunk: Chunk, text_bytes: int) -> TailSplit:
         """How this chunk is split: of a small fraction most chunks hold out nothing, the others whole tails."""

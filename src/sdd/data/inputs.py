@@ -3,38 +3,32 @@
 A record is a document, or a part of a long text. Its place in its input is a number, so that reading can go on there.
 """
 
-import difflib
 import hashlib
 import io
-import json
+import logging
 import os
-import re
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pydantic
 
-from sdd.data.spec import HUB, existing
-from sdd.data.text import ARCHIVES, Cut, Document, blocks, check_utf8, lines, piece_end
-from sdd.errors import UserError, require_extra
+from sdd.data import tables
+from sdd.data.cache import Notify
+from sdd.data.fields import ABSENT, BadRecord, kind_of_value, lookup, parse_json, text_in_json
+from sdd.data.folders import Folder, named, part_of, search, what_we_wrote
+from sdd.data.kinds import TEXT_KINDS, Kind, kind_of, refuse_other_kinds, suffix_of
+from sdd.data.spec import HUB, existing, is_mixture
+from sdd.data.text import Cut, Document, check_utf8, piece_end
+from sdd.data.unpack import BOM, blocks, lines, packing
+from sdd.errors import UserError
 
-Kind = Literal["text", "json lines", "parquet", "dataset", "tokens"]
-_KINDS: dict[str, Kind] = {
-    **dict.fromkeys((".txt", ".md", ".txt.gz", ".md.gz", ".txt.zst", ".md.zst"), "text"),
-    **dict.fromkeys((".jsonl", ".jsonl.gz", ".jsonl.zst", ".ndjson", ".ndjson.gz", ".ndjson.zst"), "json lines"),
-    **dict.fromkeys((".json", ".json.gz", ".json.zst"), "json lines"),
-    ".parquet": "parquet",
-    ".npy": "tokens",
-    ".bin": "tokens",
-}
-_AS_IT_IS = ("", ".txt", ".md")  # suffixes of text that is no archive
+_AS_IT_IS = ("", ".txt", ".md")  # suffixes of text that is not packed
+_LINES_WITHOUT_FIELD = 10_000  # after so many, a field is taken to be misspelt
 PART_BYTES = 1 << 21
-_ROWS = 256
 
 
 class Input(pydantic.BaseModel, frozen=True):
@@ -45,18 +39,26 @@ class Input(pydantic.BaseModel, frozen=True):
         kind: how it is read.
         size: of the file in bytes, or as a dataset states it; only ratios of it matter.
         stamp: time of the last change, or a dataset's fingerprint; another stamp may mean another content.
+        held_out: whether all of it is for validation.
+        taken: records that were read before it was taken away in mid-work; None if it is there.
     """
 
     name: str
     kind: Kind
     size: int
     stamp: str
+    held_out: bool = False
+    taken: int | None = None
 
     @property
     def reading(self) -> str:
         """How the bytes become text: two inputs with the same content and reading have the same text."""
-        suffix = _suffix(Path(self.name))
-        return "text" if suffix in _AS_IT_IS else suffix
+        path = Path(self.name)
+        suffix = suffix_of(path)
+        if suffix not in _AS_IT_IS:
+            return suffix
+        marked = self.kind == "text" and not packing(path) and _begins_with_mark(path)
+        return "text after a byte order mark" if marked else "text"
 
     def content_hash(self) -> str:
         """Hash of a file's bytes, or a dataset's own fingerprint.
@@ -81,6 +83,8 @@ class Record:
         continued: whether the same document's part before precedes.
         goes_on: whether the same document's next part follows.
         held_out: whether the record is for validation; None leaves that to the `ChunkTokenizer`.
+        missing: rows without text, up to this one, that it stands for; it holds none then.
+        fault: what the record is, if it is known to be no text.
     """
 
     number: int
@@ -89,30 +93,48 @@ class Record:
     continued: bool = False
     goes_on: bool = False
     held_out: bool | None = None
+    missing: int = 0
+    fault: str = ""
 
 
-def token_files(path: Path, any_name: bool = False) -> list[Path]:
+def token_files(path: Path, any_name: bool = False, notify: Notify | None = None) -> list[Path]:
     """The token files that a path names: itself, or all in a folder; none if there is only text.
 
     Args:
         path: of a file or folder.
         any_name: take a file whose name does not say its kind for tokens.
+        notify: receives a line if a folder holds text beside them.
     """
     if path.is_file():
-        return [path] if _KINDS.get(_suffix(path), "tokens" if any_name else "text") == "tokens" else []
-    return [file for file in _files_in(path) if _KINDS.get(_suffix(file)) == "tokens" and file.stat().st_size]
+        return [path] if (kind_of(path) or ("tokens" if any_name else "text")) == "tokens" else []
+    if not path.is_dir():
+        return []
+    found = search(path)
+    if notify and found.tokens and found.texts:
+        texts = [str(text.relative_to(path)) for text in found.texts]
+        notify(f"{path}: left out, text beside token files: {named(texts)}")
+    return found.tokens
 
 
-def find_inputs(names: Sequence[str], field: str = "text") -> list[Input]:
+def find_inputs(names: Sequence[str], field: str = "text", notify: Notify | None = None) -> list[Input]:
     """All inputs that are named or lie in a folder that is named, in order.
+
+    Args:
+        names: files, folders and datasets.
+        field: of datasets, which must have it.
+        notify: receives a line for each kind of files that are left out or held out; by default it is logged.
 
     Raises:
         UserError: nothing there, nothing readable inside, or a package that is needed is not installed.
     """
+    notify = notify or logging.getLogger(__name__).info
     try:
-        return [source for name in names for source in _find(name, field)]
+        found = [source for name in names for source in _find(name, field, notify)]
     except OSError as error:
         raise UserError(f"cannot read {error.filename}: {error.strerror}") from None
+    if plain := [source.name for source in found if source.kind == "text" and not suffix_of(Path(source.name))]:
+        notify(f"read as plain text, as it stands: {named(plain)}")
+    return _held_out_if_named_so(found, names, notify)
 
 
 def records(source: Input, field: str, start: int = 0, cut: Cut | None = None) -> Iterator[Record]:
@@ -121,13 +143,17 @@ def records(source: Input, field: str, start: int = 0, cut: Cut | None = None) -
     Raises:
         UserError: a damaged file, or one without the field.
     """
-    read = {"json lines": _json_lines, "parquet": _parquet, "dataset": _dataset}
+    read = {"json lines": _json_lines, "parquet": _rows, "dataset": _rows}
+    if source.taken is not None:
+        return
     with _reading(source):
         yield from _text(source, start, cut) if source.kind == "text" else read[source.kind](source, field, start)
 
 
-def documents(source: Input, field: str) -> Iterator[tuple[int, Document]]:
+def documents(source: Input, field: str) -> Iterator[tuple[int, Document | None]]:
     """The documents of an input, each as a whole, with how much of the input's size has been read after it.
+
+    A record without text gives None.
 
     Raises:
         UserError: see `records` and `text_of`.
@@ -135,31 +161,40 @@ def documents(source: Input, field: str) -> Iterator[tuple[int, Document]]:
     if source.kind != "text":
         for record in records(source, field):
             data = text_of(source, record, field)
-            yield record.done, Document(place(source, record.number), io.BytesIO(data), len(data))
+            yield (
+                record.done,
+                None if data is None else Document(place(source, record.number), io.BytesIO(data), len(data)),
+            )
         return
     path = Path(source.name)
     with _reading(source), path.open("rb") as stored, tempfile.TemporaryFile() as unpacked:
         file = stored
-        if path.suffix in ARCHIVES:
+        if packing(path) or _begins_with_mark(path):
             file = unpacked
-            unpacked.writelines(blocks(path, stored))
+            unpacked.writelines(_without_mark(blocks(path, stored)))
+        else:
+            refuse_other_kinds(path, stored.read(1 << 16))
         yield source.size, Document(source.name, file, file.seek(0, os.SEEK_END))
 
 
-def text_of(source: Input, record: Record, field: str) -> bytes:
-    """The UTF-8 text of a record.
+def text_of(source: Input, record: Record, field: str) -> bytes | None:
+    """The UTF-8 text of a record; None if it has none.
 
     Raises:
-        UserError: it holds none.
+        BadRecord: it holds something else.
     """
     name = place(source, record.number)
-    if source.kind != "json lines":
-        check_utf8(record.data, name)
-        return record.data
+    if record.missing:
+        return None
+    if record.fault:
+        raise BadRecord(f'{name}: expected a text in "{field}", found {record.fault}')
+    if source.kind == "json lines":
+        return text_in_json(record.data, field, name)
     try:
-        return json.loads(record.data)[field].encode()
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        raise UserError(f'{name}: expected a JSON object with a string "{field}"') from None
+        check_utf8(record.data, name)
+    except UserError as error:
+        raise BadRecord(str(error)) from None
+    return record.data.removeprefix(BOM) if source.kind == "text" and record.number == 1 else record.data
 
 
 def place(source: Input, number: int) -> str:
@@ -169,27 +204,33 @@ def place(source: Input, number: int) -> str:
     return f"{source.name}, {'line' if source.kind == 'json lines' else 'row'} {number}"
 
 
+def _begins_with_mark(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(BOM)) == BOM
+
+
+def _without_mark(data: Iterator[bytes]) -> Iterator[bytes]:
+    start = b""
+    for block in data:  # the first may be shorter than a mark
+        start += block
+        if len(start) >= len(BOM):
+            break
+    yield start.removeprefix(BOM)
+    yield from data
+
+
 @contextmanager
 def _reading(source: Input) -> Iterator[None]:
     """Turn what goes wrong while an input is read into one line."""
     try:
         yield
     except OSError as error:
-        raise UserError(f"cannot read {source.name}: {error.strerror or _first_line(error)}") from None
+        raise UserError(f"cannot read {source.name}: {error.strerror or tables.first_line(error)}") from None
     except UnicodeError as error:
-        raise UserError(f"{source.name} is not UTF-8 text: {_first_line(error)}") from None
+        raise UserError(f"{source.name} is not UTF-8 text: {tables.first_line(error)}") from None
 
 
-def _suffix(path: Path) -> str:
-    """The end of a name that says its kind; empty if it says none."""
-    return next((suffix for suffix in _KINDS if path.name.endswith(suffix)), "")
-
-
-def _files_in(folder: Path) -> list[Path]:
-    return sorted(file for file in folder.rglob("*") if file.is_file())
-
-
-def _find(name: str, field: str) -> list[Input]:
+def _find(name: str, field: str, notify: Notify) -> list[Input]:
     path = Path(name).expanduser()
     if name.startswith(HUB) and not path.exists():
         return [_dataset_input(name, field)]
@@ -197,32 +238,83 @@ def _find(name: str, field: str) -> list[Input]:
         path = existing(name, f"text files, or {HUB}NAME[:SPLIT] for a dataset of the hub")
     if path.is_file():
         return [_file_input(path)]
-    if _is_saved(path):
+    if tables.is_saved(path):
         return [_dataset_input(f"{HUB}{path}", field)]
-    # A .json in a folder of data is seldom JSON lines.
-    known = [suffix for suffix, kind in _KINDS.items() if kind != "tokens" and suffix != ".json"]
-    found = [_file_input(file) for file in _files_in(path) if _suffix(file) in known]
-    if not found:
-        raise UserError(f"{path} holds neither token files (.npy, .bin) nor text ({', '.join(known)})")
-    return found
+    if (ours := what_we_wrote(path)) and ours != "token files":
+        raise UserError(f"{path} is {ours} that sdd wrote, no data: name the data, or a file inside")
+    found = search(path)
+    if not found.texts:
+        raise _nothing_in(found)
+    for line in found.lines():
+        notify(line)
+    held_out = set(found.held_out)
+    return [_file_input(file, held_out=file in held_out) for file in found.texts]
 
 
-def _file_input(path: Path) -> Input:
-    kind = _KINDS.get(_suffix(path), "text")
+def _nothing_in(found: Folder) -> UserError:
+    if found.tokens:
+        return UserError(f"{found.path} holds token files, expected text: give it to sdd train --data as it is")
+    there = "; ".join(line.removeprefix(f"{found.path}: ") for line in found.lines())
+    return UserError(
+        f"{found.path} holds no data, expected {TEXT_KINDS}, or token files, .npy or .bin, to train on"
+        + (f" ({there})" if there else "")
+    )
+
+
+def _file_input(path: Path, held_out: bool = False) -> Input:
+    kind = kind_of(path)
     if kind == "tokens":
         raise UserError(f"{path} is a token file, expected text: give it to sdd train --data as it is")
     if kind == "parquet":
-        _pyarrow(str(path))
+        tables.pyarrow_for(str(path))
+    if kind is None:
+        with path.open("rb") as file:
+            next(blocks(path, file), None)  # refuses what is no text
+    if kind == "json lines" and is_mixture(path):
+        raise UserError(f"{path} is a mixture, which sdd train --data takes: name its sources")
     status = path.stat()
-    return Input(name=str(path), kind=kind, size=status.st_size, stamp=str(status.st_mtime_ns))
+    return Input(
+        name=str(path), kind=kind or "text", size=status.st_size, stamp=str(status.st_mtime_ns), held_out=held_out
+    )
 
 
-def _json_lines(source: Input, _field: str, start: int) -> Iterator[Record]:
+def _held_out_if_named_so(found: list[Input], names: Sequence[str], notify: Notify) -> list[Input]:
+    """Hold out files that are named for it, if they were given one by one beside one to train on."""
+    parts = {name: part_of(Path(Path(name).name)) for name in names}
+    held_out = {str(Path(name).expanduser()) for name, part in parts.items() if part == "validation"}
+    if "train" not in parts.values() or not any(source.name in held_out for source in found):
+        return found
+    notify(f"held out: {named(sorted(held_out))}")
+    return [source.model_copy(update={"held_out": source.held_out or source.name in held_out}) for source in found]
+
+
+def _json_lines(source: Input, field: str, start: int) -> Iterator[Record]:
     path = Path(source.name)
+    if not start:
+        _check_json_field(source, field)
     with path.open("rb") as file:
         for number, line in enumerate(lines(path, file), start=1):
-            if number > start and line.strip():
+            if number > start and line.removeprefix(BOM).strip():
                 yield Record(number, file.tell(), line)
+
+
+def _check_json_field(source: Input, field: str) -> None:
+    """Raise UserError if there are objects, and the field is in none of the first ones."""
+    path = Path(source.name)
+    others: dict[str, Any] = {}
+    with path.open("rb") as file:
+        for number, line in enumerate(lines(path, file)):
+            try:
+                record = parse_json(line)
+            except (ValueError, RecursionError):
+                continue
+            if lookup(record, field) is not ABSENT:
+                return
+            others.update(record if isinstance(record, dict) else {})
+            if number >= _LINES_WITHOUT_FIELD:
+                break
+    if others:
+        raise tables.no_field(source.name, field, others)
 
 
 def _text(source: Input, start: int, cut: Cut | None) -> Iterator[Record]:
@@ -240,88 +332,28 @@ def _text(source: Input, start: int, cut: Cut | None) -> Iterator[Record]:
             yield Record(number, file.tell(), data, continued=number > 1)
 
 
-def _pyarrow(name: str) -> Any:
-    return require_extra("data", "pyarrow.parquet", "pyarrow", needed_by=f"{name} is parquet, which")
-
-
-def _parquet(source: Input, field: str, start: int) -> Iterator[Record]:
-    parquet, arrow = _pyarrow(source.name)
-    try:
-        with parquet.ParquetFile(source.name) as file:
-            _check_field(source.name, field, file.schema_arrow.names)
-            total, number = max(1, file.metadata.num_rows), 0
-            for group in range(file.num_row_groups):
-                rows = file.metadata.row_group(group).num_rows
-                if number + rows <= start:
-                    number += rows
-                    continue
-                for batch in file.iter_batches(_ROWS, row_groups=[group], columns=[field]):
-                    values = _bytes(batch.column(0), arrow).to_pylist()
-                    yield from _rows(source, values, number, start, total)
-                    number += len(values)
-    except arrow.ArrowException as error:
-        raise UserError(f"{source.name} is damaged or no parquet file: {_first_line(error)}") from None
-
-
-def _bytes(column: Any, arrow: Any) -> Any:
-    """A column of strings as one of bytes, so that bytes that are not UTF-8 are reported as for any other input."""
-    is_text = arrow.types.is_string(column.type) or arrow.types.is_large_string(column.type)
-    return column.cast(arrow.large_binary()) if is_text else column
-
-
-def _rows(source: Input, values: Sequence[Any], before: int, start: int, total: int) -> Iterator[Record]:
-    """Rows as records: those that follow the first `before` of `total`, if they come after `start` and hold a text."""
-    for number, value in enumerate(values, start=before + 1):
-        if number > start and value is not None:
-            if not isinstance(value, str | bytes):
-                kind = type(value).__name__
-                raise UserError(f"{place(source, number)} holds a {kind}, expected text: name another field")
-            data = value if isinstance(value, bytes) else value.encode()
-            yield Record(number, source.size * number // total, data)
-
-
-def _check_field(name: str, field: str, there: Sequence[str]) -> None:
-    if field not in there:
-        close = difflib.get_close_matches(field, there, n=1, cutoff=0.5) or list(there)
-        raise UserError(f"{name} has no field {field!r}: choose with --text-field, e.g. {', '.join(close[:8])}")
-
-
 def _dataset_input(name: str, field: str) -> Input:
-    data = _load_dataset(name)
-    _check_field(name, field, data.column_names)
+    data = tables.check_dataset_field(name, field)
     size = getattr(data, "dataset_size", None) or len(data)
     stamp = f"{len(data)} rows, {getattr(data, '_fingerprint', '')}"
     return Input(name=name, kind="dataset", size=size, stamp=stamp)
 
 
-def _dataset(source: Input, field: str, start: int) -> Iterator[Record]:
-    data = _load_dataset(source.name).select_columns([field])
-    for first in range(start, len(data), _ROWS):
-        yield from _rows(source, data[first : first + _ROWS][field], first, start, len(data))
-
-
-@lru_cache(maxsize=4)
-def _load_dataset(name: str) -> Any:
-    """The dataset of hf:NAME, hf:NAME:SPLIT or hf:NAME:CONFIG:SPLIT; NAME may be a folder that save_to_disk wrote."""
-    (datasets,) = require_extra("datasets", "datasets", needed_by=name)
-    location, *others = re.split(r":(?![^[]*\])", name.removeprefix(HUB))  # not at the colon of train[:10%]
-    split = others.pop() if others else "train"
-    try:
-        if not _is_saved(Path(location)):
-            return datasets.load_dataset(location, *others[:1], split=split)
-        data = datasets.load_from_disk(location)
-    except Exception as error:  # of the hub, the network, the disk: the library has no common base for them
-        raise UserError(f"cannot load the dataset {name}: {_first_line(error)}") from None
-    if not hasattr(data, "keys"):
-        return data
-    if split not in data:
-        raise UserError(f"{name} has the splits {', '.join(data)}: name one, {HUB}{location}:SPLIT")
-    return data[split]
-
-
-def _is_saved(path: Path) -> bool:
-    return any((path / file).is_file() for file in ("dataset_dict.json", "state.json"))
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:300]
+def _rows(source: Input, field: str, start: int) -> Iterator[Record]:
+    """Rows as records; rows without text that follow each other are one."""
+    batches = tables.parquet_batches if source.kind == "parquet" else tables.dataset_batches
+    for before, total, values in batches(source.name, field, start):
+        missing = 0
+        for number, value in enumerate(values, start=before + 1):
+            if number <= start:
+                continue
+            done = source.size * number // total
+            missing += value is None
+            if missing and (value is not None or number == before + len(values)):
+                yield Record(number - (value is not None), done, b"", missing=missing)
+                missing = 0
+            if isinstance(value, str | bytes):
+                data = value if isinstance(value, bytes) else value.encode(errors="surrogatepass")
+                yield Record(number, done, data)
+            elif value is not None:
+                yield Record(number, done, b"", fault=kind_of_value(value))

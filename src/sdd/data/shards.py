@@ -50,21 +50,32 @@ class Position(pydantic.BaseModel, frozen=True):
         record: records read of it.
         done: how much of the inputs' size has been read.
         n_bytes: bytes of all records read, as they were stored.
+        checksum: CRC-32 of the records read of this input; 0 if an earlier version began the folder.
     """
 
     input: int = pydantic.Field(default=0, ge=0)
     record: int = pydantic.Field(default=0, ge=0)
     done: int = pydantic.Field(default=0, ge=0)
     n_bytes: int = pydantic.Field(default=0, ge=0)
+    checksum: int = pydantic.Field(default=0, ge=0)
 
 
 class Progress(pydantic.BaseModel):
-    """progress.json, and in the end summary.json."""
+    """progress.json, and in the end summary.json.
+
+    Attributes:
+        position: how far the inputs have been read.
+        train, validation: the files' contents.
+        skipped: records that were no text.
+        without_text: records whose field is null or missing.
+        seconds: time that the work has taken.
+    """
 
     position: Position = Position()
     train: list[Counts] = pydantic.Field(default_factory=lambda: [Counts()], min_length=1)
     validation: Counts = pydantic.Field(default_factory=Counts)
     skipped: int = pydantic.Field(default=0, ge=0)
+    without_text: int = pydantic.Field(default=0, ge=0)
     seconds: float = pydantic.Field(default=0, ge=0)
 
     def files(self) -> list[tuple[str, Counts]]:
@@ -115,7 +126,9 @@ class Shards:
     def _train_name(self) -> str:
         return f"train-{len(self.progress.train) - 1:05d}.npy"
 
-    def append(self, train: Tokens, validation: Tokens, position: Position, skipped: int) -> None:
+    def append(
+        self, train: Tokens, validation: Tokens, position: Position, *, skipped: int = 0, without_text: int = 0
+    ) -> None:
         """Take the tokens of a chunk; they count once `commit` has returned."""
         if self.progress.train[-1].n_tokens >= self._shard_tokens:
             _sync(self._train)
@@ -128,6 +141,7 @@ class Shards:
         self.progress.validation.add(validation.counts)
         self.progress.position = position
         self.progress.skipped += skipped
+        self.progress.without_text += without_text
 
     def commit(self) -> None:
         """Bring all that was appended to disk, then the progress."""

@@ -1,5 +1,6 @@
 """Find the data that the user names (`--data`), and tokenise them into the cache if they are text."""
 
+import functools
 import hashlib
 import logging
 from collections.abc import Sequence
@@ -14,9 +15,10 @@ from sdd.data.mixture import MixturePart, mixed_validation
 from sdd.data.shards import PROGRESS_FILE
 from sdd.data.spec import CLASSICS, Entry, entries, existing
 from sdd.data.token_file import TokenFile, check_length
-from sdd.data.tokenize_job import TokenizeSettings, tokenize
+from sdd.data.tokenize_job import TokenizeSettings, tokenize_inputs
 from sdd.data.tokenizer import Tokenizer, builtin_tokenizer
 from sdd.errors import UserError
+from sdd.terminal import counted
 
 VALIDATION_FRACTION = 0.05  # of text that is not tokenised beforehand
 _VALIDATION_STEMS = ("validation", "val")
@@ -90,6 +92,15 @@ class _Given:
     vocab_size: int | None
     notify: Notify | None
 
+    def say(self, line: str) -> None:
+        """Say a line about what was named, once in a process if it is only logged."""
+        (self.notify or _log_once)(line)
+
+
+@functools.cache
+def _log_once(line: str) -> None:
+    logging.getLogger(__name__).info(line)
+
 
 def resolve_data(
     spec: str | Path | None = None,
@@ -131,10 +142,17 @@ def resolve_data(
     sources = [_resolve(group, given) for group in ([named] if named[0].weight is None else [[one] for one in named])]
     for source in sources:
         check_length(f"training part of {source.name}", source.train, context)
-        check_length(f"validation part of {source.name}", [source.validation], context)
+        _check_validation(source, context)
         for file in (*source.train, source.validation):
             file.check_ids()
     return sources[0] if len(sources) == 1 else _mixed(named, sources, context)
+
+
+def _check_validation(source: DataSource, context: int) -> None:
+    try:
+        check_length(f"validation part of {source.name}", [source.validation], context)
+    except UserError as error:
+        raise UserError(f"{error}, or hold out more (sdd tokenize --validation-fraction)") from None
 
 
 def classics(tokenizer: Tokenizer | None = None, notify: Notify | None = None) -> tuple[TokenFile, TokenFile]:
@@ -177,9 +195,13 @@ def _cached_tokens(
         tokenizer.ending_with(None, "--data.eos TOKEN")
         size = sum(source.size for source in inputs) / 1e6
         notify(f"tokenising {name} ({size:.1f} MB on disk) into {folder.parent}, once")
-        names = [source.name for source in inputs]
-        if not tokenize(names, folder, settings)["validation_tokens"]:
-            raise UserError(f"{names[0]}{' ...' * (len(names) > 1)}: too little text to train on and hold out a part")
+        result = tokenize_inputs(inputs, folder, settings)
+        if result["without_text"]:
+            notify(f"{name}: {counted(result['without_text'], 'record')} without text passed over")
+        if not result["validation_tokens"]:
+            raise UserError(
+                f"{inputs[0].name}{' ...' * (len(inputs) > 1)}: too little text to train on and hold out a part"
+            )
         for suffix in (".npy", ".json"):
             (folder / f"train-00000{suffix}").rename(folder / f"train{suffix}")
 
@@ -188,7 +210,7 @@ def _cached_tokens(
 
     key = hashlib.sha256(f"{_CACHE_FORMAT} {VALIDATION_FRACTION} {tokenizer.identity}".encode())
     for source in inputs:
-        key.update(f"{source.reading} {source.content_hash()}".encode())
+        key.update(f"{source.reading}{' held out' * source.held_out} {source.content_hash()}".encode())
     return cached(f"{name}-{key.hexdigest()[:16]}", build, load, notify)
 
 
@@ -215,13 +237,15 @@ def _resolve(named: Sequence[Entry], given: _Given) -> DataSource:
 def _files(paths: Sequence[Path], given: _Given) -> tuple[list[Path], list[Input]]:
     """The token files or the texts of these paths; of a folder the token files, if it has any."""
     tokens: list[Path] = []
-    texts: list[Input] = []
+    names: list[str] = []
     for path in paths:
         if (path / PROGRESS_FILE).is_file():
             raise UserError(f"{path} is not complete: give the same sdd tokenize command again, it goes on")
-        found = token_files(path, any_name=given.dtype is not None)
+        found = token_files(path, any_name=given.dtype is not None, notify=given.say)
         tokens += found
-        texts += [] if found else find_inputs([str(path)])
+        if not found:
+            names.append(str(path))
+    texts = find_inputs(names, notify=given.say) if names else []
     if tokens and texts:
         raise UserError(
             f"{','.join(map(str, paths))} mixes token files ({tokens[0].name}) and text ({Path(texts[0].name).name}): "

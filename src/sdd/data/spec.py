@@ -15,6 +15,8 @@ CLASSICS = "classics"
 HUB = "hf:"
 _CORPUS = Path(__file__).parent / "assets" / "classics.jsonl.zst"
 _MIXTURE_FILE = "mixture.json"
+_LARGEST_MIXTURE_FILE = 1 << 20
+_SIMILAR = 0.75
 _WEIGHTED = re.compile(r"(.+):([0-9]*\.?[0-9]+(?:[eE][-+]?[0-9]+)?)", re.DOTALL)
 
 
@@ -77,12 +79,35 @@ def existing(name: str, expected: str = "classics, token files (.npy) or text fi
     path = _CORPUS if name == CLASSICS else Path(name).expanduser()
     if _exists(path):
         return path
-    there = [p.name for p in path.parent.iterdir()] if _exists(path.parent) and path.parent.is_dir() else []
-    close = difflib.get_close_matches(path.name, [*there, CLASSICS], n=3)
+    head, _, weight = name.rpartition(":")
+    if head and (head == CLASSICS or _exists(Path(head).expanduser())):
+        raise UserError(f"the weight {weight!r} of {_printable(Path(head))} is no number: expected e.g. {head}:0.5")
+    close = _similar(path)
     hint = f"did you mean {' or '.join(close)}?" if close else f"expected {expected}"
     if HUB in name:
         hint = f"a dataset has to become token files first: sdd tokenize {name} --out DIR"
     raise UserError(f"no data at {_printable(path)}: {hint}")
+
+
+def _similar(path: Path) -> list[str]:
+    """Names in the same folder that are nearly the same, whatever their kinds."""
+    there = [p.name for p in path.parent.iterdir()] if _exists(path.parent) and path.parent.is_dir() else []
+    stems: dict[str, list[str]] = {}
+    for name in [*there, CLASSICS]:
+        stems.setdefault(name.partition(".")[0], []).append(name)
+    close = difflib.get_close_matches(path.name.partition(".")[0], [stem for stem in stems if stem], 3, _SIMILAR)
+    return sorted((name for stem in close for name in stems[stem]), key=lambda name: -_ratio(name, path.name))[:3]
+
+
+def _ratio(a: str, b: str) -> float:
+    return difflib.SequenceMatcher(None, a, b).ratio()
+
+
+def is_mixture(path: Path) -> bool:
+    """Whether a .json is a mixture's; others are read as JSON lines."""
+    if path.suffix != ".json" or path.stat().st_size > _LARGEST_MIXTURE_FILE:
+        return False
+    return re.match(rb'\s*\{\s*"sources"\s*:', path.read_bytes()) is not None
 
 
 def _split(spec: str) -> list[Entry]:
@@ -115,7 +140,7 @@ def _mixture_file(name: str) -> Path | None:
     path = existing(name)
     if path.is_dir():
         path = path / _MIXTURE_FILE
-    return path if path.suffix == ".json" and path.is_file() else None
+    return path if path.is_file() and (path.name == _MIXTURE_FILE or is_mixture(path)) else None
 
 
 class _Source(pydantic.BaseModel, extra="forbid"):

@@ -1,27 +1,20 @@
-"""Documents as bytes: where to hold out a tail, where to cut into pieces, and how archives are unpacked.
+"""Documents as bytes: where to hold out a tail, and where to cut into pieces.
 
 Positions are bytes. All cuts lie between characters, so the pieces of a document put together are the document.
 """
 
-import gzip
 import re
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import BinaryIO
-
-import zstandard
 
 from sdd.errors import UserError
 
 #: Where to cut a piece off a text that goes on, in characters: `Tokenizer.last_cut`.
 Cut = Callable[[str], int]
-ARCHIVES = (".gz", ".zst")
 PIECE_BYTES = 1 << 16
 SMALLEST_TAIL = 2048
 _SEARCH_BYTES = 1 << 16
-_BLOCK_BYTES = 1 << 18
 
 # Where to start a held-out tail, best first: after a line, after a sentence, after a word, after a character.
 _TAIL_STARTS = (rb"\n(?=\S)", rb"[.!?](?= \S)", rb"\S(?= \S)", rb"(?=[\x00-\x7f\xc0-\xff])")
@@ -67,54 +60,6 @@ def check_utf8(data: bytes, name: str, start: int = 0) -> None:
         raise UserError(
             f"{name} is not UTF-8 text (byte {start + error.start}): convert it, e.g. iconv -f latin1 -t utf-8"
         ) from None
-
-
-def lines(path: Path, file: BinaryIO) -> Iterator[bytes]:
-    """The lines of an open file, unpacked if its name says that it is an archive.
-
-    Raises:
-        UserError: a damaged archive.
-    """
-    unfinished: list[bytes] = []  # joined only once it is whole, so that a very long line is not copied for every block
-    for block in blocks(path, file):
-        first, *others = block.split(b"\n")
-        unfinished.append(first)
-        if others:
-            yield b"".join(unfinished)
-            yield from others[:-1]
-            unfinished = [others[-1]]
-    if last := b"".join(unfinished):
-        yield last
-
-
-def blocks(path: Path, file: BinaryIO) -> Iterator[bytes]:
-    """The content of an open file in blocks of moderate size, unpacked if its name says that it is an archive.
-
-    Raises:
-        UserError: a damaged archive.
-    """
-    try:
-        if path.suffix == ".zst":
-            yield from _zstd_blocks(file)
-        else:
-            stream = gzip.GzipFile(fileobj=file) if path.suffix == ".gz" else file
-            while block := stream.read(_BLOCK_BYTES):
-                yield block
-    except (zstandard.ZstdError, EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise UserError(f"{path} is damaged: {error}") from None
-
-
-def _zstd_blocks(file: BinaryIO) -> Iterator[bytes]:
-    """Unpack one or more zstandard frames; zstandard's own stream does not notice that a file is cut off."""
-    data = file.read(_BLOCK_BYTES)
-    while data:
-        frame = zstandard.ZstdDecompressor().decompressobj()
-        while not frame.eof:
-            if not data:
-                raise EOFError("it is cut off")
-            yield frame.decompress(data)
-            data = file.read(_BLOCK_BYTES)
-        data = frame.unused_data + data
 
 
 class TailSplit:

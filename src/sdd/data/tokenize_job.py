@@ -4,6 +4,7 @@ The folder's manifest.json says what is tokenised and how; see `sdd.data.shards`
 on only under the same manifest, so that old and new parts fit together.
 """
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -11,19 +12,23 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any, Literal
 
+from sdd.data.begun import going_on
+from sdd.data.cache import Notify
 from sdd.data.chunks import FORMAT, Manifest, chunks, cut_of
-from sdd.data.inputs import PART_BYTES, find_inputs
+from sdd.data.fields import BadRecord
+from sdd.data.folders import MANIFEST_FILE
+from sdd.data.inputs import PART_BYTES, Input, find_inputs
 from sdd.data.shards import PROGRESS_FILE, SHARD_TOKENS, SUMMARY_FILE, Counts, Progress, Shards
 from sdd.data.token_file import TokenFile, TokenInfo, TokenizerRef, read_model, smallest_dtype
 from sdd.data.tokenizer import Tokenizer
 from sdd.data.workers import tokenized
 from sdd.errors import RunFailed, UserError
-from sdd.files import lock, write_aside
+from sdd.files import is_stray, lock, write_aside
 from sdd.terminal import Interval
 
-MANIFEST_FILE = "manifest.json"
 VALIDATION_FRACTION = 0.01
 _SECONDS_BETWEEN_COMMITS = 1.0
+_SKIPPED_NAMED = 5
 _OWN_FILES = (".lock", PROGRESS_FILE, "tokenizer.json")
 
 
@@ -72,7 +77,13 @@ class Status:
 Watch = Callable[[Status], None]
 
 
-def tokenize(names: Sequence[str], out: Path, settings: TokenizeSettings, watch: Watch | None = None) -> dict[str, Any]:
+def tokenize(
+    names: Sequence[str],
+    out: Path,
+    settings: TokenizeSettings,
+    watch: Watch | None = None,
+    notify: Notify | None = None,
+) -> dict[str, Any]:
     """Tokenise text, JSON lines, parquet and Hugging Face datasets into a folder that `resolve_data` reads.
 
     The folder gets train-00000.npy, ..., validation.npy, a json beside each, tokenizer.json and manifest.json. If a
@@ -84,6 +95,7 @@ def tokenize(names: Sequence[str], out: Path, settings: TokenizeSettings, watch:
         out: the folder; new, or one that the same call has begun.
         settings: tokenizer, workers, and the rest.
         watch: receives the status before the first chunk and after each.
+        notify: receives a line for what is left out, held out by its name or skipped; by default it is logged.
 
     Returns:
         Counts, files and speed, ready for JSON.
@@ -92,14 +104,27 @@ def tokenize(names: Sequence[str], out: Path, settings: TokenizeSettings, watch:
         UserError: inputs that cannot be read, settings that do not fit, or a folder with something else in it.
         RunFailed: the folder cannot be written, or a worker was killed.
     """
+    inputs = find_inputs(names, settings.text_field, notify)
+    return tokenize_inputs(inputs, out, settings, watch, notify, names)
+
+
+def tokenize_inputs(
+    inputs: Sequence[Input],
+    out: Path,
+    settings: TokenizeSettings,
+    watch: Watch | None = None,
+    notify: Notify | None = None,
+    names: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Tokenise inputs that `find_inputs` has found under these names; see `tokenize`."""
     settings = replace(settings, tokenizer=settings.tokenizer.ending_with(settings.eos, "--eos TOKEN"))
-    manifest = _manifest(names, settings)
+    manifest, notify = _manifest(inputs, settings), notify or logging.getLogger(__name__).info
     began = time.monotonic()
     try:
         with _locked(out):
             manifest = manifest.model_copy(update={"format": _format_of(out)})
-            progress = _begin(out, manifest, settings.tokenizer)
-            text_bytes = _work(out, manifest, settings, progress, watch) if progress else 0
+            manifest, progress = _begin(out, manifest, settings.tokenizer, names)
+            text_bytes = _work(out, manifest, settings, progress, watch, notify) if progress else 0
             return _summary(out, manifest, text_bytes, time.monotonic() - began)
     except OSError as error:
         raise RunFailed(
@@ -107,7 +132,7 @@ def tokenize(names: Sequence[str], out: Path, settings: TokenizeSettings, watch:
         ) from None
 
 
-def _manifest(names: Sequence[str], settings: TokenizeSettings) -> Manifest:
+def _manifest(inputs: Sequence[Input], settings: TokenizeSettings) -> Manifest:
     if not 0 <= settings.validation_fraction < 1:
         raise UserError(f"validation fraction {settings.validation_fraction} must be at least 0 and below 1")
     tokenizer = settings.tokenizer
@@ -118,7 +143,7 @@ def _manifest(names: Sequence[str], settings: TokenizeSettings) -> Manifest:
         "tokenizer": tokenizer.sha256,
         "eos": tokenizer.eos,
         "dtype": dtype if settings.dtype == "auto" else settings.dtype,
-        "inputs": find_inputs(names, settings.text_field),
+        "inputs": tuple(inputs),
     }
     return Manifest(**{**vars(settings), **changed})
 
@@ -130,48 +155,42 @@ def _format_of(out: Path) -> int:
     return begun if 0 < begun < FORMAT else FORMAT
 
 
-def _begin(out: Path, manifest: Manifest, tokenizer: Tokenizer) -> Progress | None:
-    """The progress to go on from; None if the work is done. A new folder is laid out."""
+def _begin(
+    out: Path, manifest: Manifest, tokenizer: Tokenizer, names: Sequence[str]
+) -> tuple[Manifest, Progress | None]:
+    """The manifest and the progress to go on with; None if the work is done. A new folder is laid out."""
     file, progress_file = out / MANIFEST_FILE, out / PROGRESS_FILE
     damaged = f"it is damaged: delete {out} and start again"
     if file.is_file():
-        _check_same(out, read_model(file, Manifest, damaged), manifest)
-        if not progress_file.is_file():
-            if not (out / SUMMARY_FILE).is_file():
-                raise UserError(f"{out} has lost its {PROGRESS_FILE}: delete it and start again")
-            return None
-        progress = read_model(progress_file, Progress, damaged)
-        if progress.position.input >= len(manifest.inputs):
+        before = read_model(file, Manifest, damaged)
+        progress = read_model(progress_file, Progress, damaged) if progress_file.is_file() else None
+        if progress and progress.position.input >= len(before.inputs):
             raise UserError(f"{progress_file}: there is no such input; {damaged}")
-        return progress
-    names = [path.name for path in out.iterdir()]
-    if other := [name for name in names if name not in _OWN_FILES and not name.startswith(".tmp-")]:
+        cut = cut_of(tokenizer, before)
+        manifest = going_on(out, before, manifest, progress and progress.position, names, cut)
+        if progress is None and not (out / SUMMARY_FILE).is_file():
+            raise UserError(f"{out} has lost its {PROGRESS_FILE}: delete it and start again")
+        if progress and manifest != before:
+            write_aside(file, manifest.model_dump_json(indent=2) + "\n")
+        return manifest, progress
+    inside = [path.name for path in out.iterdir()]
+    if other := [name for name in inside if name not in _OWN_FILES and not is_stray(name)]:
         raise UserError(f"{out} is not empty (it holds {other[0]}) and was not begun by this command: name a new one")
     tokenizer.save(out / "tokenizer.json")
     progress = Progress()
     write_aside(progress_file, progress.model_dump_json(indent=2) + "\n")
     write_aside(file, manifest.model_dump_json(indent=2) + "\n")  # last: with it the folder counts as begun
-    return progress
+    return manifest, progress
 
 
-def _check_same(out: Path, before: Manifest, now: Manifest) -> None:
-    advice = f"give the same inputs and settings again, or another folder than {out}"
-    for name in Manifest.model_fields:
-        had, has = getattr(before, name), getattr(now, name)
-        if name != "inputs" and had != has:
-            raise UserError(f"{out} was begun with {name.replace('_', ' ')} {had}, now it is {has}: {advice}")
-    had, has = ([source.name for source in manifest.inputs] for manifest in (before, now))
-    if had != has:
-        changed = [f"{name} is new" for name in has if name not in had]
-        changed += [f"{name} is missing" for name in had if name not in has]
-        raise UserError(f"{out} was begun with other inputs ({(changed or ['another order'])[0]}): {advice}")
-    for old, new in zip(before.inputs, now.inputs, strict=True):
-        if old != new:
-            what = f"had size {old.size}, now {new.size}" if old.size != new.size else "was written again"
-            raise UserError(f"{out} was begun with another {new.name} (it {what}): bring that back, or {advice}")
-
-
-def _work(out: Path, manifest: Manifest, settings: TokenizeSettings, progress: Progress, watch: Watch | None) -> int:
+def _work(
+    out: Path,
+    manifest: Manifest,
+    settings: TokenizeSettings,
+    progress: Progress,
+    watch: Watch | None,
+    notify: Notify,
+) -> int:
     """Tokenise all that is left; the bytes of text that this took."""
     info = TokenInfo(
         dtype=manifest.dtype,
@@ -182,7 +201,10 @@ def _work(out: Path, manifest: Manifest, settings: TokenizeSettings, progress: P
     text_before = progress.total().n_bytes
     shards = Shards(out, info, progress, manifest.shard_tokens)
     try:
-        _fill(shards, manifest, settings, watch)
+        try:
+            _fill(shards, manifest, settings, watch, notify)
+        except BadRecord as error:
+            raise UserError(_with_advice(error, settings)) from None
         if not sum(counts.n_tokens for counts in progress.train):
             raise UserError(f"{manifest.inputs[0].name}{' ...' * (len(manifest.inputs) > 1)}: no text to train on")
         shards.finish()
@@ -192,7 +214,13 @@ def _work(out: Path, manifest: Manifest, settings: TokenizeSettings, progress: P
     return progress.total().n_bytes - text_before
 
 
-def _fill(shards: Shards, manifest: Manifest, settings: TokenizeSettings, watch: Watch | None) -> None:
+def _with_advice(error: BadRecord, settings: TokenizeSettings) -> str:
+    if settings.whole_documents:
+        return f"{error}; mend it, or sdd tokenize --skip-bad passes over it"
+    return f"{error}; mend it or take the file away, or add --skip-bad: the same command then goes on"
+
+
+def _fill(shards: Shards, manifest: Manifest, settings: TokenizeSettings, watch: Watch | None, notify: Notify) -> None:
     progress, commit = shards.progress, Interval(_SECONDS_BETWEEN_COMMITS)
     began, text_before, seconds_before = time.monotonic(), progress.total().n_bytes, progress.seconds
 
@@ -204,7 +232,15 @@ def _fill(shards: Shards, manifest: Manifest, settings: TokenizeSettings, watch:
     tell()
     work = chunks(manifest, progress.position, cut_of(settings.tokenizer, manifest))
     for chunk, tokens in tokenized(work, settings.tokenizer, manifest, settings.workers):
-        shards.append(tokens.train, tokens.validation, chunk.after, tokens.skipped)
+        for why in tokens.skipped[: max(0, _SKIPPED_NAMED - progress.skipped)]:
+            notify(f"skipped: {why}")
+        shards.append(
+            tokens.train,
+            tokens.validation,
+            chunk.after,
+            skipped=len(tokens.skipped),
+            without_text=tokens.without_text,
+        )
         progress.seconds = seconds_before + time.monotonic() - began
         if commit.due():
             shards.commit()
@@ -224,6 +260,7 @@ def _summary(out: Path, manifest: Manifest, text_bytes: int, seconds: float) -> 
         "text_bytes": total.n_bytes,
         "lost_bytes": total.n_lost,
         "skipped": done.skipped,
+        "without_text": done.without_text,
         "dtype": manifest.dtype,
         "eos": manifest.eos,
         "vocab_size": files[0].vocab_size,
