@@ -104,6 +104,7 @@ def _is_unigram(spec: Spec) -> bool:
 
 def _renamed(model: Spec, renamed: dict[str, str]) -> Spec:
     vocabulary, unknown = model["vocab"], model.get("unk_token")
+    changed: Spec
     if isinstance(vocabulary, list):
         changed = {"vocab": [[renamed.get(token, token), score] for token, score in vocabulary]}
     else:
