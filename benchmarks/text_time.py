@@ -18,7 +18,8 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from _record import write_result
 from sdd.data import Tokenizer, builtin_tokenizer
 from sdd.data.spec import CLASSICS, existing
-from sdd.data.text import Document, lines
+from sdd.data.text import Document
+from sdd.data.unpack import lines
 
 WITHIN_A_PIECE = [2**12, 2**14, 60_000]
 OF_PIECES = [2**18, 2**19, 2**20]
