@@ -21,7 +21,7 @@ from typing import IO, Any
 import torch
 
 from sdd.errors import UserError
-from sdd.files import finite, lock, naming, number, read_json_lines, sync, write_aside
+from sdd.files import finite, is_stray, lock, naming, number, read_json_lines, sync, write_aside
 
 
 class RunDir:
@@ -63,8 +63,9 @@ class RunDir:
         # a process that is killed before it has written config.json leaves these, which are not a run yet
         ours = re.compile(r"lock|\.tmp-config\.json.*")
         inside = self.path.iterdir() if self.path.exists() else ()
-        if other := next((path.name for path in inside if not ours.fullmatch(path.name)), None):
-            raise UserError(f"{self.path} is not empty (it holds {other}) and is no run: name a new directory")
+        others = [path.name for path in inside if not (ours.fullmatch(path.name) or is_stray(path.name))]
+        if others:
+            raise UserError(f"{self.path} is not empty (it holds {others[0]}) and is no run: name a new directory")
 
     def lock(self) -> None:
         """Keep other processes from writing into this run until this process ends.
