@@ -168,7 +168,7 @@ def test_unusable_text_is_one_clear_line(tmp_path: Path, content: bytes, message
 
 def test_directories_without_data_and_mixtures(tmp_path: Path, prose: Path, tokens: Path):
     (tmp_path / "nothing").mkdir()
-    with pytest.raises(UserError, match="nothing holds no data, expected .txt"):
+    with pytest.raises(UserError, match=r"nothing holds no data, expected \.txt"):
         resolve_data(tmp_path / "nothing", context=8)
     with pytest.raises(UserError, match=r"mixes token files \(train\.npy\) and text \(prose\.txt\)"):
         resolve_data(f"{prose},{tokens}", context=8)

@@ -95,7 +95,7 @@ def test_parquet(tmp_path: Path, out: Path):
         UserError, match=r"rows\.parquet has no field 'text': choose with sdd tokenize --text-field, e\.g\. body, n"
     ):
         tokenize([str(path)], out, WHOLE)
-    with pytest.raises(UserError, match=r"rows\.parquet, row 1: expected a text in "n", found a number"):
+    with pytest.raises(UserError, match=r"rows\.parquet, row 1: expected a text in \"n\", found a number"):
         tokenize([str(path)], tmp_path / "other", TokenizeSettings(builtin_tokenizer(), text_field="n"))
     tokenize(
         [str(path)], tmp_path / "right", TokenizeSettings(builtin_tokenizer(), text_field="body", validation_fraction=0)
@@ -379,7 +379,7 @@ def test_inputs_that_are_not_there(tmp_path: Path, source: Path, out: Path):
     ):
         tokenize([str(tmp_path / "nowhere" / "zzz")], out, WHOLE)
     (tmp_path / "nothing").mkdir()
-    with pytest.raises(UserError, match="nothing holds no data, expected .txt"):
+    with pytest.raises(UserError, match=r"nothing holds no data, expected \.txt"):
         tokenize([str(tmp_path / "nothing")], out, WHOLE)
     assert not out.exists()
 

@@ -51,6 +51,25 @@ def test_everything_comes_back(tmp_path, trained):
     assert torch.equal(torch.rand(3), drawn), "the generator goes on where it was when the checkpoint was written"
 
 
+def test_what_a_system_leaves_in_checkpoints_does_no_harm(tmp_path, trained, monkeypatch):
+    complete = ckpt._synced_digests
+
+    def littered(folder, world):
+        (folder / ".DS_Store").write_bytes(b"x")
+        return complete(folder, world)
+
+    monkeypatch.setattr(ckpt, "_synced_digests", littered)
+    path = save(tmp_path, trained)
+    (path / ".DS_Store").unlink()
+    tensors = next(path.glob("*.safetensors"))
+    for name in (f"._{tensors.name}", ".DS_Store", "Thumbs.db"):
+        for folder in (path, tmp_path):
+            (folder / name).write_bytes(b"\0\5\x16\7")
+    assert ckpt.list_checkpoints(tmp_path) == [path]
+    assert not ckpt.half_written(tmp_path)
+    assert ckpt.load_checkpoint(path, *new())["step"] == 7
+
+
 def test_no_file_is_a_pickle(tmp_path, trained):
     path = save(tmp_path, trained)
     assert {file.suffix for file in path.iterdir()} == {".safetensors", ".json"}

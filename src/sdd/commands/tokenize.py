@@ -14,13 +14,14 @@ from sdd.data import Tokenizer, TokenizeSettings, builtin_tokenizer, tokenize
 from sdd.data.tokenize_job import VALIDATION_FRACTION, Status
 from sdd.data.workers import available_cpus
 from sdd.errors import Interrupted, UserError, one_line
+from sdd.models import model_presets
 from sdd.terminal import SECONDS_BETWEEN_LINES, Interval, clock, counted, progress_bar, stderr_console
 
 _ABOUT = """Turn text into token files, a folder that `--data DIR` takes.
 
-INPUT is text (.txt, .md), JSON lines (.jsonl), either also as .gz or .zst, parquet (needs the extra `data`), a folder
-of these, or a Hugging Face dataset (extra `datasets`): hf:NAME, hf:NAME:SPLIT, hf:NAME:CONFIG:SPLIT, or a folder that
-save_to_disk wrote. If it is interrupted or killed, the same command goes on where it was."""
+INPUT is text (.txt, .md), JSON lines (.jsonl, .ndjson, .json), each also packed (.gz, .zst, .bz2, .xz), parquet (extra
+`data`), a folder of these, or a Hugging Face dataset (extra `datasets`): hf:NAME, hf:NAME:SPLIT, hf:NAME:CONFIG:SPLIT,
+or a folder that save_to_disk wrote. If it is interrupted or killed, the same command goes on where it was."""
 
 
 def main(args: list[str]) -> int:
@@ -35,6 +36,11 @@ def main(args: list[str]) -> int:
     finally:
         if before is not None:
             signal.signal(signal.SIGTERM, before)
+    if 0 < result["validation_tokens"] <= (least := min(model.context for model in model_presets.values())):
+        display.say(
+            f"{counted(result['validation_tokens'], 'token')} held out: a run needs more than its context, which is at "
+            f"least {least} in the presets; a larger --validation-fraction holds out more"
+        )
     print(json.dumps(result) if options.json else _in_words(result))
     return 0
 
@@ -86,10 +92,15 @@ def _parser() -> Parser:
         metavar="X",
         help=f"share of the text to hold out, from the ends of documents (default {VALIDATION_FRACTION})",
     )
-    parser.add_argument("--text-field", default="text", metavar="NAME", help="field of the text (default text)")
+    parser.add_argument(
+        "--text-field",
+        default="text",
+        metavar="NAME",
+        help="field of the text, A.B for B inside A (default text)",
+    )
     parser.add_argument("--dtype", default="auto", metavar="auto|uint16|uint32", help="of the tokens (default auto)")
     parser.add_argument("--eos", metavar="TOKEN", help="token after each document (default: the tokenizer's own)")
-    parser.add_argument("--skip-bad", action="store_true", help="pass over records that are no text, and count them")
+    parser.add_argument("--skip-bad", action="store_true", help="pass over records that are no text, naming the first")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     return parser
 

@@ -35,7 +35,8 @@ def training_text() -> Iterator[str]:
     (corpus,) = find_inputs([CLASSICS])
     split = TailSplit(VALIDATION_FRACTION, corpus.size)
     for _, document in documents(corpus, "text"):
-        yield "".join(data.decode() for data, _ in document.pieces(0, split.cut(document)))
+        if document:
+            yield "".join(data.decode() for data, _ in document.pieces(0, split.cut(document)))
 
 
 def train_tokenizer() -> Tokenizer:

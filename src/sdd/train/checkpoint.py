@@ -20,7 +20,7 @@ import json
 import re
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from sdd.errors import UserError
-from sdd.files import read_json_object, sync, write_aside
+from sdd.files import is_stray, read_json_object, sync, write_aside
 from sdd.train.optim import optimizer_tensors
 from sdd.train.parallel import ALONE, World
 
@@ -101,7 +101,7 @@ def load_checkpoint(
     """
     state = world.on_main(lambda: read_state(path))
     world.together(lambda: verify(path, state, world))
-    reader = HuggingFaceStorageReader(str(path))
+    reader = _reader(path, state["files"])
     tensors = _tensors(model, optimizer)
     saved = world.together(lambda: _fitting(path, reader, tensors))
     tensors = {name: tensor for name, tensor in tensors.items() if name in saved}  # all but another device's generator
@@ -159,7 +159,7 @@ def verify(path: Path, state: dict[str, Any], world: World = ALONE) -> None:
         except OSError as error:
             raise DamagedCheckpoint(f"{path}: {name} cannot be read: {error.strerror}") from None
     for file in path.glob("*.safetensors"):
-        if file.name not in state["files"]:
+        if file.name not in state["files"] and not is_stray(file.name):
             raise DamagedCheckpoint(f"{path}: {file.name} is no part of the checkpoint")
 
 
@@ -225,6 +225,14 @@ def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[
     return found
 
 
+def _reader(path: Path, names: Collection[str]) -> HuggingFaceStorageReader:
+    """A reader of these files only: torch's takes whatever ends in .safetensors, what a system left there too."""
+    reader = HuggingFaceStorageReader(str(path))
+    everything = reader.fs.ls
+    reader.fs.ls = lambda path: [file for file in everything(path) if Path(file).name in names]
+    return reader
+
+
 def _fitting(path: Path, reader: HuggingFaceStorageReader, tensors: dict[str, Tensor]) -> dict[str, Any]:
     """Shape and dtype of each tensor in a checkpoint, which must fit those that it is read into."""
     with _damage(path):
@@ -285,7 +293,7 @@ def _complete(aside: Path, final: Path, state: dict[str, Any]) -> None:
 
 def _synced_digests(folder: Path, world: World) -> dict[str, dict[str, Any]]:
     """Bring this process's share of the files to the disk; returns their sizes and SHA-256."""
-    files = sorted(folder.iterdir())[world.rank :: world.size]
+    files = sorted(path for path in folder.iterdir() if not is_stray(path.name))[world.rank :: world.size]
     for file in files:
         sync(file)
     return {file.name: _digest(file) for file in files}

@@ -32,7 +32,8 @@ class DataConfig:
     """The training data, and how many sequences make a step.
 
     Attributes:
-        path: token files, plain text files or a folder of either; none for the built-in classics. A mixture is
+        path: text (.txt, .md), JSON lines (.jsonl, .ndjson, .json), each also packed (.gz, .zst, .bz2, .xz), parquet,
+            token files (.npy, .bin), or a folder of these; none for the built-in classics. A mixture is
             PATH:WEIGHT,PATH:WEIGHT or a mixture.json.
         tokenizer: a tokenizer.json for plain text; none for the built-in one.
         dtype: number type of token files that have no json.

@@ -22,7 +22,7 @@ from typing import IO, Any
 import torch
 
 from sdd.errors import UserError
-from sdd.files import finite, lock, naming, number, read_json_lines, remove_leftovers, sync, write_aside
+from sdd.files import finite, is_stray, lock, naming, number, read_json_lines, remove_leftovers, sync, write_aside
 
 _log = logging.getLogger(__name__)
 #: The files that are written as a whole, only by the process that has the lock.
@@ -73,7 +73,7 @@ class RunDir:
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"{self.path} is a file: name a new directory")
         inside = [path.name for path in self.path.iterdir()] if self.path.exists() else []
-        other = next((name for name in inside if not _BEFORE_STEPS.fullmatch(name)), None)
+        other = next((name for name in inside if not (_BEFORE_STEPS.fullmatch(name) or is_stray(name))), None)
         if self.config.exists() and (other or "lock" not in inside):
             raise UserError(f"{self.path} holds a run already: go on with it (sdd resume {self.path}), or name another")
         if other:
