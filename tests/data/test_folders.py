@@ -128,7 +128,7 @@ def test_a_readme_among_files_of_its_kind_is_one_of_them(tmp_path: Path):
         *((name, "test") for name in ("test.txt", "test/a.txt", "wiki.test.txt", "test-00000-of-00001-9a8b.parquet")),
         *(
             (name, "")
-            for name in ("training-manual.txt", "value.txt", "developers.md", "latest.txt", "a.txt", "pretrain")
+            for name in ("trainings.txt", "value.txt", "developers.md", "latest.txt", "a.txt", "pretrain")
         ),
     ],
 )
