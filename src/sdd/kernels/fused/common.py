@@ -224,7 +224,7 @@ def load_row(ptr, column, there):
 def zeros(SHAPE: tl.constexpr, BLOCKS: tl.constexpr):
     """The partial sums of BLOCKS blocks."""
     sums = ()
-    for _ in tl.static_range(BLOCKS):
+    for _ in tl.static_range(BLOCKS):  # pyright: ignore[reportGeneralTypeIssues]
         sums = sums + (tl.zeros(SHAPE, tl.float32),)  # noqa: RUF005 - the compiler takes no starred tuple
     return sums
 
