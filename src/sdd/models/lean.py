@@ -24,7 +24,7 @@ from sdd.models.config import ModelConfig
 from sdd.models.elimination import left_out_norms
 from sdd.models.kv_cache import Extend
 from sdd.models.moe import MoE, Routing
-from sdd.nn import RMSNorm, SDDExpertLinear, SDDLinear
+from sdd.nn import LearnedScale, RMSNorm, SDDExpertLinear, SDDLinear
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _GLOBAL_HOOKS = tuple(f"_global{hooks}" for hooks in _HOOKS)
@@ -59,7 +59,8 @@ def runs_lean(block: LeanBlock, x: Tensor) -> bool:
 
     The equations run where no kernel does (a CPU, a small tensor, a forced path), while a probe records, in float16
     (whose range the values of left-out norms leave), and if anything in the block is not as it was built: an adapter, a
-    hook, a replaced module, a norm without a scale, a residual rule that the fused addition does not know.
+    hook, a replaced module, a norm without a scale, a scale without a norm, a residual rule that the fused addition
+    does not know.
     """
     if not (block.force_lean or kernels.path_of(x) == "triton") or product_dtype(x) == torch.float16:
         return False
@@ -82,6 +83,8 @@ def _is_known(module: nn.Module) -> bool:
         return False
     if isinstance(module, RMSNorm):
         return module.weight is not None and module.factor == 1
+    if isinstance(module, LearnedScale):  # one in every rule and sublayer that has learned scales
+        return False
     return module.c_f == 1 if isinstance(module, Mix) else module._parameters.get("bias") is None
 
 

@@ -15,6 +15,7 @@ from sdd.train.parallel import World, pick_autocast, pick_device
 from sdd.train.router_stats import RouterStats
 from sdd.train.schedule import learning_rate
 from sdd.train.sharding import average_gradients, build_model, compile_model
+from sdd.train.weights import WeightRule
 
 
 class Learner:
@@ -27,7 +28,7 @@ class Learner:
     Attributes:
         device: where it computes.
         autocast_dtype: bfloat16, or None for float32 throughout.
-        data, loader, model, optimizer: the parts.
+        data, loader, model, optimizer, weight_rule: the parts.
         router_stats: how the last step's tokens were routed; None without experts.
         eval_windows: held-out tokens, int64 `[N, T + 1]`.
     """
@@ -48,6 +49,7 @@ class Learner:
         self.model.chunked_loss = config.chunked_loss and HAS_CHUNKED_LOSS
         self.model.sum_counts = world.total if world.size > 1 else None
         self.optimizer = build_optimizer(self.model, config.optim)
+        self.weight_rule = WeightRule(self.model, self.optimizer, config)
         self.router_stats: RouterStats | None = None
         self.eval_windows = eval_windows(self.data.validation, config.eval_sequences, config.model.context)
         self._passes = world.passes(config.data.batch_size, config.accumulate)
@@ -87,7 +89,7 @@ class Learner:
 
     def update(self) -> None:
         """Let the optimiser use the gradients, and drop them."""
-        self.optimizer.step()
+        self.weight_rule.step()
         self.optimizer.zero_grad()
 
     def evaluate(self) -> Evaluation:
