@@ -49,7 +49,7 @@ class Learner:
         self.model.chunked_loss = config.chunked_loss and HAS_CHUNKED_LOSS
         self.model.sum_counts = world.total if world.size > 1 else None
         self.optimizer = build_optimizer(self.model, config.optim)
-        self.weight_rule = WeightRule(self.model, self.optimizer, config)
+        self.weight_rule = WeightRule(self.model, self.optimizer, config.weight_rule)
         self.router_stats: RouterStats | None = None
         self.eval_windows = eval_windows(self.data.validation, config.eval_sequences, config.model.context)
         self._passes = world.passes(config.data.batch_size, config.accumulate)

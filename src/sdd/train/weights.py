@@ -20,7 +20,6 @@ from torch import nn
 from torch.optim import Optimizer
 
 from sdd.models.unit import length_of, make_unit, projections, rescale
-from sdd.train.config import RunConfig
 
 _MATRIX = (-2, -1)
 
@@ -32,11 +31,11 @@ class WeightRule:
         model: a `LanguageModel`.
         optimizer: has groups as `sdd.param_groups` makes them; the matrices under a rule are put into groups of their
             own, without decay.
-        config: of the run.
+        name: of the rule, see `RunConfig.weight_rule`.
     """
 
-    def __init__(self, model: nn.Module, optimizer: Optimizer, config: RunConfig) -> None:
-        self.name = config.weight_rule
+    def __init__(self, model: nn.Module, optimizer: Optimizer, name: str) -> None:
+        self.name = name
         self._model, self._optimizer = model, optimizer
         self._projections = list(projections(model))
         if self.name != "free":
