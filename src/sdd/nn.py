@@ -89,9 +89,7 @@ class SDDLinear(nn.Module):
         self._add_norm(group, shared_alpha, alpha_init, eps, scale)
         self.reset_parameters()
 
-    def _add_norm(
-        self, group: Group, shared_alpha: bool, alpha_init: float, eps: float, scale: bool = True
-    ) -> None:
+    def _add_norm(self, group: Group, shared_alpha: bool, alpha_init: float, eps: float, scale: bool = True) -> None:
         """Add alpha and the settings of the norm; `sdd.convert` calls this on a converted `nn.Linear`."""
         self.parts = resolve_group(group, self.out_features)
         self._group: Group = group if group is None or isinstance(group, int) else self.parts

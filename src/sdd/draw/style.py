@@ -10,7 +10,7 @@ from types import MappingProxyType
 from typing import Literal
 
 #: A marker of matplotlib; (n, 1, degrees) is a star of n points.
-Marker = Literal["o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "p", "h", "d", "8", ""] | tuple[int, int, int]
+Marker = Literal["o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "p", "h", "d", "8", ""] | tuple[int, Literal[1], int]
 
 INK = "#1b1c1e"  # of text and axes; in a page it becomes the page's text colour
 PAPER = "#ffffff"

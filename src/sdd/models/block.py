@@ -6,7 +6,8 @@ With every absent norm left out,
     x = ffn_post(mix(x, ffn(ffn_in(x))))           ffn(h)  = down(silu(gate h) * up h)
 
 where q, k, v, o, gate, up and down are SDD layers at sites that have a norm, and `mix(x, f) = x + f` unless the
-placement names another residual rule. Learned scales without a norm (nGPT) multiply q and k after RoPE, gate, and up. `sdd.models.lean` computes the same function faster.
+placement names another residual rule. Learned scales without a norm (nGPT) multiply q and k after RoPE, gate, and up.
+`sdd.models.lean` computes the same function faster.
 
 Shape suffixes: B batch, T tokens, C d_model, H query heads, K key-value heads, D head_dim, F d_ff.
 """
@@ -157,7 +158,7 @@ class Attention(nn.Module):
         return y_BHTD.transpose(1, 2).flatten(2)
 
     def scaled(self, q_BHTD: Tensor) -> Tensor:
-        """`s^2 q`, which is what s on both q and k gives; so keys, which heads may share, need no scale of their own."""
+        """`s^2 q`, which is what s on both q and k gives; so keys, which heads may share, need no scale."""
         if self.qk_scale is None:
             return q_BHTD
         s_H1D = self.qk_scale().view(-1, 1, self.head_dim)

@@ -100,7 +100,9 @@ class ModelConfig:
         placement, name = self.placement, self.placement.name or "own placement"
         scaled = [site for site in ("gate", "up") if site in placement.scales]
         layers = (placement.layer(index, self.n_layers) for index in range(self.n_layers))
-        bare = {site for norms in layers for site in ("gate", "up", "ffn_out") if site in norms and not norms[site].scale}
+        bare = {
+            site for norms in layers for site in ("gate", "up", "ffn_out") if site in norms and not norms[site].scale
+        }
         if scaled or bare:
             what = f"a learned scale at {', '.join(scaled)}" if scaled else f"a norm without alpha at {', '.join(bare)}"
             raise ValueError(f"{name} has {what}, which experts do not know: choose another placement or a dense model")

@@ -19,7 +19,7 @@ from torch.nn.modules import module as module_globals
 from sdd import kernels, probe_points
 from sdd.functional import Eps, cast_once, product_dtype, statistics_dtype
 from sdd.kernels.experts import Order, dispatch
-from sdd.models.block import Block, FeedForward, Mix, Rope
+from sdd.models.block import Block, FeedForward, LearnedMix, Mix, Rope
 from sdd.models.config import ModelConfig
 from sdd.models.elimination import left_out_norms
 from sdd.models.kv_cache import Extend
@@ -184,6 +184,7 @@ def gated(gate: Product, up: Product, joint: bool, left_out: bool) -> Read:
 def between(p: Product, x: Tensor, stream: Tensor, block: LeanBlock, left_out: bool) -> tuple[Tensor, Read]:
     """The stream after the attention, `attn_post(c * x + alpha * norm(z))`, and what the feed-forward network reads."""
     mix, post, then = block.attn_mix, block.attn_post, block.ffn_in
+    assert isinstance(mix, Mix)
     options: dict[str, Any] = {"residual_scale": mix.c_x, "eps": p.eps, "dtype": product_dtype(x)}
     if isinstance(post, nn.Identity) and isinstance(then, RMSNorm) and not left_out:
         x, h = kernels.residual_prenorm(p.z, x, p.alpha, weight_of(then), norm_eps=then.eps, **options)
@@ -195,8 +196,9 @@ def between(p: Product, x: Tensor, stream: Tensor, block: LeanBlock, left_out: b
     return x, normed(then, x, left_out)
 
 
-def added(p: Product, x: Tensor, stream: Tensor, mix: Mix, post: nn.Module) -> Tensor:
+def added(p: Product, x: Tensor, stream: Tensor, mix: Mix | LearnedMix, post: nn.Module) -> Tensor:
     """`post(c * x + alpha * norm(z))`."""
+    assert isinstance(mix, Mix)
     norm = {"post_alpha": weight_of(post), "post_eps": post.eps} if isinstance(post, RMSNorm) else {}
     return kernels.residual_norm(p.z, x, p.alpha, residual_scale=mix.c_x, eps=p.eps, kept=stream, **norm)
 

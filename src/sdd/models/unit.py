@@ -17,7 +17,7 @@ _WRITERS = ("o_proj", "down_proj")
 
 
 def projections(model: nn.Module) -> Iterator[tuple[nn.Parameter, int]]:
-    """The matrices of the blocks' projections, each with the dimension along which its vectors lie: -1 rows, -2 columns."""
+    """The matrices of the blocks' projections, each with the dimension along which its vectors lie: -1 or -2."""
     for name, module in model.named_modules():
         role = name.rsplit(".", 1)[-1]
         if role in _READERS or role in _WRITERS:

@@ -23,7 +23,6 @@ from sdd.train import config_io
 from sdd.train.config import RunConfig
 from sdd.train.run_dir import RunDir
 
-
 _WEIGHT_RULES = {
     "unit": "rows and columns of the matrices are unit vectors after each step; they have no weight decay",
     "rows": "each row of the blocks' matrices keeps its length; they have no weight decay",

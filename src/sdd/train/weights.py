@@ -41,7 +41,9 @@ class WeightRule:
         if self.name != "free":
             under = {weight for weight, _ in self._projections}
             if self.name == "unit":
-                under |= {weight for name, weight in model.named_parameters() if name in ("embed.weight", "head.weight")}
+                under |= {
+                    weight for name, weight in model.named_parameters() if name in ("embed.weight", "head.weight")
+                }
             _without_decay(optimizer, under)
 
     @torch.no_grad()

@@ -20,9 +20,9 @@ from sdd.files import write_aside
 from sdd.models import LanguageModel
 from sdd.train import RunConfig
 from sdd.train.optim import build_optimizer, clip_gradients
-from sdd.train.weights import WeightRule
 from sdd.train.parallel import pick_autocast, pick_device
 from sdd.train.run_dir import environment
+from sdd.train.weights import WeightRule
 
 ROUNDS = 7
 _START_SECONDS = 6.0  # of a process: importing torch, opening the data
