@@ -83,9 +83,10 @@ def test_a_drawn_file_is_refused_in_one_line(tmp_path_factory, content):
 
 
 def as_written_before(config):
-    """The values of a config as the version before `residual`, `scale` and `depth_factor` wrote them."""
+    """The values of a config as the version before `residual`, `scale`, `depth_factor` and `scales` wrote them."""
     values = config_io.to_dict(config)
     placement = values["model"]["placement"]
+    del placement["scales"], placement["weights"]
     rule = placement.pop("residual")
     placement["residual_scale"] = "one" if rule == "x + f" else rule.removesuffix(" x + f")
     for sites in (placement["norms"], *placement["overrides"].values()):
@@ -94,13 +95,20 @@ def as_written_before(config):
     return values
 
 
-@pytest.mark.parametrize("name", placements)
+#: What that version could not say.
+LATER = {"keel", "lns", "ngpt", "peri-depth"}
+
+
+@pytest.mark.parametrize("name", sorted(placements.keys() - LATER))
 def test_a_config_of_an_earlier_version_is_the_config_of_today(name):
     values = config_io.to_dict(preset("nano"))
     values["model"]["placement"] = name
     config = config_io.from_dict(values)
     assert config_io.from_dict(as_written_before(config)) == config
     assert config_io.with_current_placement(as_written_before(config)) == config_io.to_dict(config)
+    before = as_written_before(config)
+    del before["optim"]["weights"]
+    assert config_io.from_dict(before) == config
 
 
 @pytest.mark.parametrize("values", [{}, {"model": 3}, {"model": {}}, {"model": {"placement": {"norms": {"qq": {}}}}}])

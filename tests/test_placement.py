@@ -10,8 +10,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sdd.errors import UserError
-from sdd.models import ModelConfig
-from sdd.placement import MODEL_SITES, RESIDUALS, SCALES, SITES, InitName, Norm, Placement, ScaleName, placements
+from sdd.models import ModelConfig, MoEConfig
+from sdd.placement import (
+    LEARNED_RESIDUAL,
+    MODEL_SITES,
+    RESIDUALS,
+    SCALE_SITES,
+    SCALES,
+    SITES,
+    WIDTHS,
+    InitName,
+    Norm,
+    Placement,
+    ResidualName,
+    Scale,
+    ScaleName,
+    placements,
+)
 from sdd.train import config_io
 from sdd.train.config import RunConfig
 
@@ -41,6 +56,9 @@ def sites_of(names: list[str], absent: bool = False) -> st.SearchStrategy[dict]:
     return st.fixed_dictionaries({}, optional={site: none | norms(site) for site in names})
 
 
+drawn_scales = st.builds(
+    Scale, st.sampled_from(list(WIDTHS)), st.floats(-1e3, 1e3), stored=st.sampled_from(list(WIDTHS))
+)
 drawn_placements = st.builds(
     Placement,
     norms=sites_of(list(SITES)),
@@ -49,6 +67,8 @@ drawn_placements = st.builds(
     init=st.sampled_from(get_args(InitName)),
     overrides=st.dictionaries(st.integers(-6, 5), sites_of(BLOCK_SITES, absent=True), max_size=3),
     source=st.text(max_size=5),
+    scales=st.dictionaries(st.sampled_from([site for site in SCALE_SITES if site != "mix"]), drawn_scales),
+    weights=st.sampled_from(["free", "unit"]),
 )
 
 # --- through JSON ---
@@ -70,7 +90,8 @@ def test_a_name_stands_for_its_definition(name: str):
 
 
 def test_each_method_has_its_own_init_rule_and_eps():
-    own = {"deepnorm": "deepnorm", "olmo2": "normal-0.02", "peri": "normal-0.02"}
+    own = {"deepnorm": "deepnorm", "olmo2": "normal-0.02", "peri": "normal-0.02", "peri-depth": "normal-0.02"}
+    own |= {"keel": "base", "lns": "base", "ngpt": "1/sqrt(d)"}
     for name, placement in placements.items():
         assert placement.init == own.get(name, "base" if name.startswith("sdd") else "megatron")
         assert {norm.eps for norm in placement.norms.values()} == {1e-5 if name == "sdd-released" else 1e-6}
@@ -138,6 +159,11 @@ def test_a_norm_refuses(arguments: dict, message: str):
             "one eps",
         ),
         ({"norms": {}, "residual": "2 x + f"}, "residual='2 x"),
+        ({"norms": {}, "residual": LEARNED_RESIDUAL}, "need each other"),
+        ({"norms": {}, "scales": {"mix": Scale()}}, "need each other"),
+        ({"norms": {}, "scales": {"q": Scale()}}, "scales names 'q'"),
+        ({"norms": {}, "weights": "round"}, "weights='round'"),
+        ({"norms": {"q": Norm(depth_factor="1/sqrt(l)")}}, "depth_factor fits RMSNorms only"),
         ({"norms": {}, "init": "xavier"}, "init='xavier' is not an init rule"),
     ],
 )
@@ -146,7 +172,41 @@ def test_a_placement_refuses(arguments: dict, message: str):
         Placement(**arguments)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [({"init": "2"}, "init='2'"), ({"stored": "d"}, "stored='d'"), ({"factor": math.nan}, "factor=nan")],
+)
+def test_a_scale_refuses(arguments: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        Scale(**arguments)
+
+
+def test_experts_refuse_what_they_do_not_know():
+    moe = MoEConfig(n_experts=2, top_k=1)
+    for placement, message in [
+        (placements["ngpt"], "ngpt has a learned scale at gate, up, which experts do not know"),
+        (Placement({"ffn_out": Norm(scale=False)}, name="mine"), "mine has a norm without alpha at ffn_out"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            ModelConfig(n_layers=2, placement=placement, moe=moe, **SHAPE)
+        values = config_io.to_dict(run_of(placement))
+        values["model"]["moe"] = {"n_experts": 2, "top_k": 1}
+        with pytest.raises(UserError, match=message):
+            config_io.from_dict(values)
+
+
 # --- what is meant ---
+
+
+def test_residual_rules_are_numbered_by_sublayer():
+    assert {*RESIDUALS, LEARNED_RESIDUAL} == set(get_args(ResidualName))
+    for L in (1, 2, 7, 32):
+        keel = [RESIDUALS["2L x + f from k=3"](k, L) for k in range(1, 2 * L + 1)]
+        assert keel == [(1, 1)] * 2 + [(2 * L, 1)] * (2 * L - 2)
+        for k in range(1, 2 * L + 1):
+            c_x, c_f = RESIDUALS["sqrt(k/(k+1)) x + f/sqrt(k+1)"](k, L)
+            assert (c_x, c_f) == pytest.approx((math.sqrt(k / (k + 1)), 1 / math.sqrt(k + 1)))
+            assert c_x**2 + c_f**2 == pytest.approx(1)
 
 
 def test_named_scales_are_what_they_say():

@@ -19,11 +19,16 @@ def cell(placement: Placement, site: Site) -> str:
         return ""
     if placement.joint_gate_up and site in ("gate", "up"):
         return "joint"
-    return norm.group + ("\\*" if norm.shared_alpha else "")
+    words = [norm.group + ("\\*" if norm.shared_alpha else "")]
+    words += [] if norm.scale else ["bare"]
+    words += [] if norm.depth_factor == "one" else [norm.depth_factor.removeprefix("1")]
+    return " ".join(words)
 
 
 def alphas(placement: Placement) -> str:
-    """The initial alphas other than one, `1/sqrt(2L)` at `attn_out`, `ffn_out`."""
+    """The initial alphas other than one, `1/sqrt(2L)` at `attn_out`, `ffn_out`; none where no norm has one."""
+    if not any(norm.scale for norm in placement.norms.values()):
+        return "none"
     sites: dict[str, list[str]] = {}
     for site in SITES:
         norm = placement.norms.get(site)
@@ -51,6 +56,13 @@ def overrides_text(placement: Placement) -> str:
     return "".join(changes)
 
 
+def scales_text(placement: Placement) -> str:
+    """The learned scales without a norm, and the rule for weights, if there are any."""
+    scales = ", ".join(f"`{site}`" for site in placement.scales)
+    rule = "; rows and columns of matrices are unit vectors" if placement.weights == "unit" else ""
+    return (f"; learned scales: {scales}" if scales else "") + rule
+
+
 def table(header: list[str], rows: list[list[str]]) -> str:
     """A Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
@@ -72,7 +84,7 @@ def rule_table() -> str:
             placement.residual,
             f"`{placement.init}`",
             eps_text(placement),
-            placement.source + overrides_text(placement),
+            placement.source + overrides_text(placement) + scales_text(placement),
         ]
         for name, placement in placements.items()
     ]

@@ -1,7 +1,7 @@
 """The layers: `SDDLinear`, `RMSNorm`, and the fully-connected layers of experts.
 
-`SDDLinear` takes the place of `torch.nn.Linear`, `RMSNorm` is the norm at sites that are no projection, and
-`ExpertLinear` and `SDDExpertLinear` stack one layer for each expert of a mixture.
+`SDDLinear` takes the place of `torch.nn.Linear`, `RMSNorm` is the norm at sites that are no projection, `LearnedScale`
+is a scale without a norm, and `ExpertLinear` and `SDDExpertLinear` stack one layer for each expert of a mixture.
 """
 
 from typing import Any
@@ -52,6 +52,7 @@ class SDDLinear(nn.Module):
         shared_alpha: one alpha of group width for all groups of a part (e.g. one for all heads).
         alpha_init: initial value of every element of alpha.
         eps: added to the mean square, inside the root.
+        scale: whether alpha is learned; without, it is a buffer that stays at `alpha_init` and is in no state dict.
 
     Attributes:
         parts: `group` as consecutive `(width, group_width)` parts, resolved when the layer is built.
@@ -82,21 +83,26 @@ class SDDLinear(nn.Module):
         shared_alpha: bool = False,
         alpha_init: float = 1.0,
         eps: float = 1e-6,
+        scale: bool = True,
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.weight = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
         b = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
         self.register_parameter("bias", b)
-        self._add_norm(group, shared_alpha, alpha_init, eps)
+        self._add_norm(group, shared_alpha, alpha_init, eps, scale)
         self.reset_parameters()
 
-    def _add_norm(self, group: Group, shared_alpha: bool, alpha_init: float, eps: float) -> None:
+    def _add_norm(self, group: Group, shared_alpha: bool, alpha_init: float, eps: float, scale: bool = True) -> None:
         """Add alpha and the settings of the norm; `sdd.convert` calls this on a converted `nn.Linear`."""
         self.parts = resolve_group(group, self.out_features)
         self._group: Group = group if group is None or isinstance(group, int) else self.parts
         self.shared_alpha, self.alpha_init, self.eps = shared_alpha, alpha_init, eps
-        self.alpha = _new_alpha(self.weight, (alpha_size(self.parts, shared_alpha),), alpha_init)
+        alpha = _new_alpha(self.weight, (alpha_size(self.parts, shared_alpha),), alpha_init)
+        if scale:
+            self.alpha = alpha
+        else:
+            self.register_buffer("alpha", alpha.detach(), persistent=False)
 
     @property
     def group(self) -> Group:
@@ -122,6 +128,8 @@ class SDDLinear(nn.Module):
             text += f", group={self.group}"
         if self.shared_alpha:
             text += ", shared_alpha=True"
+        if "alpha" not in self._parameters:
+            text += ", scale=False"
         return f"{text}, alpha_init={self.alpha_init:.4g}, eps={self.eps:g}"
 
     def _load_from_state_dict(  # the signature is torch's
@@ -205,6 +213,38 @@ class RMSNorm(nn.Module):
         factor = "" if self.factor == 1 else f", factor={self.factor:.4g}"
         group = "" if self.group is None else f", group={self.group}"
         return f"{self.width}, {scale}, eps={self.eps:g}{group}{factor}"
+
+
+class LearnedScale(nn.Module):
+    """A learned scale of each feature, `s = weight * value / stored`; see `sdd.placement.Scale`.
+
+    Args:
+        width: number of features.
+        value: s at first.
+        stored: the parameter at first.
+        device: as in every module.
+
+    Shapes:
+        output `[width]`.
+    """
+
+    def __init__(self, width: int, value: float, stored: float, device: Device = None) -> None:
+        super().__init__()
+        self.value, self.stored = value, stored
+        self.weight = nn.Parameter(torch.empty(width, device=device, dtype=torch.float32))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set the parameter to `stored`."""
+        nn.init.constant_(self.weight, self.stored)
+
+    def forward(self) -> Tensor:
+        """The scale s, in at least float32."""
+        return self.weight * (self.value / self.stored)
+
+    def extra_repr(self) -> str:
+        """Width and the two values."""
+        return f"{len(self.weight)}, value={self.value:.4g}, stored={self.stored:.4g}"
 
 
 class ExpertLinear(nn.Module):

@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from sdd.nn import SDDExpertLinear, SDDLinear
+from sdd.nn import LearnedScale, SDDExpertLinear, SDDLinear
 
 Role = Literal["matrix", "embedding", "alpha", "bias"]
 
@@ -21,7 +21,8 @@ def param_groups(
     |-----------|---------------------------------------------------------------------|------------------------|
     | matrix    | two or more dimensions: V, W, convolutions, positions               | weight_decay           |
     | embedding | the weight of an `nn.Embedding`, a head tied to it included         | embedding_weight_decay |
-    | alpha     | alpha of an SDD layer; a 1-D weight of a class named `...norm...`   | alpha_weight_decay     |
+    | alpha     | alpha of an SDD layer; a 1-D weight of a class named `...norm...`;  | alpha_weight_decay     |
+    |           | a learned scale without a norm                                      |                        |
     | bias      | everything else                                                     | 0                      |
 
     Decay on V changes the effective learning rate only, because the forward pass does not see the scale of V. Decay on
@@ -55,7 +56,11 @@ def _roles_by_owner(model: nn.Module) -> dict[nn.Parameter, Role]:
     for module in model.modules():
         weight = module._parameters.get("weight")
         if isinstance(module, (SDDLinear, SDDExpertLinear)):
-            roles[module.alpha] = "alpha"
+            alpha = module._parameters.get("alpha")  # a buffer, if it is not learned
+            if alpha is not None:
+                roles[alpha] = "alpha"
+        elif isinstance(module, LearnedScale):
+            roles[module.weight] = "alpha"
         elif weight is None:
             continue
         elif isinstance(module, (nn.Embedding, nn.EmbeddingBag)):

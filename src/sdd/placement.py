@@ -11,11 +11,12 @@ and computes, with every absent norm left out,
     x = ffn_post(mix(x, ffn_out(silu(gate(h)) * up(h))))                 h = ffn_in(x)
     logits = head(final(x))
 
-where `mix(x, f)` is the residual rule: `x + f`, or DeepNorm's `c * x + f`.
+where `mix(x, f)` is the residual rule: `x + f`, DeepNorm's `c * x + f`, or another of `RESIDUALS`.
 
 A norm on q, k, v, attn_out, gate, up or ffn_out makes that projection an `SDDLinear`; the other sites are RMSNorms.
 A `Placement` names the norms, a residual rule and an init rule. Rules are named (`1/sqrt(2L)`), not numbers, so that
-one placement fits any depth. `placements` holds the methods by name; a new one is a few lines of data.
+one placement fits any depth. `placements` holds the methods by name; a new one is a few lines of data. What nGPT needs
+beside norms is data too: learned scales without a norm, and matrices that stay on the unit sphere.
 """
 
 import math
@@ -65,7 +66,7 @@ DEPTH_FACTORS: Mapping[str, Callable[[int], float]] = MappingProxyType(
 DepthName = Literal["one", "1/sqrt(l)"]
 
 #: Named residual rules `mix(x, f) = c_x * x + c_f * f`: (c_x, c_f) as a function of k, the number of the sublayer from
-#: 1 (attention and feed-forward network alternate), and of L, the number of blocks.
+#: 1 (attention and feed-forward network alternate), and of L, the number of blocks. `LEARNED_RESIDUAL` is none of them.
 RESIDUALS: Mapping[str, Callable[[int, int], tuple[float, float]]] = MappingProxyType(
     {
         "x + f": lambda k, L: (1.0, 1.0),
@@ -73,10 +74,32 @@ RESIDUALS: Mapping[str, Callable[[int, int], tuple[float, float]]] = MappingProx
         "1/sqrt(2L) x + f": lambda k, L: (SCALES["1/sqrt(2L)"](L), 1.0),
         "(2L)^(1/4) x + f": lambda k, L: (SCALES["(2L)^(1/4)"](L), 1.0),
         "(8L)^(-1/4) x + f": lambda k, L: (SCALES["(8L)^(-1/4)"](L), 1.0),
+        "2L x + f from k=3": lambda k, L: (2.0 * L if k > 2 else 1.0, 1.0),
+        "sqrt(k/(k+1)) x + f/sqrt(k+1)": lambda k, L: ((k / (k + 1)) ** 0.5, (k + 1) ** -0.5),
     }
 )
-ResidualName = Literal["x + f", "1/sqrt(L) x + f", "1/sqrt(2L) x + f", "(2L)^(1/4) x + f", "(8L)^(-1/4) x + f"]
-InitName = Literal["base", "base-unit-embed", "megatron", "deepnorm", "normal-0.02"]
+#: The residual rule with a rate a for each feature that is learned, the placement's scale "mix".
+LEARNED_RESIDUAL = "x + |a| (f - x)"
+ResidualName = Literal[
+    "x + f",
+    "1/sqrt(L) x + f",
+    "1/sqrt(2L) x + f",
+    "(2L)^(1/4) x + f",
+    "(8L)^(-1/4) x + f",
+    "2L x + f from k=3",
+    "sqrt(k/(k+1)) x + f/sqrt(k+1)",
+    "x + |a| (f - x)",
+]
+InitName = Literal["base", "base-unit-embed", "megatron", "deepnorm", "normal-0.02", "1/sqrt(d)"]
+
+#: Named values as functions of d, the width of the residual stream.
+WIDTHS: Mapping[str, Callable[[int], float]] = MappingProxyType({"one": lambda d: 1.0, "1/sqrt(d)": lambda d: d**-0.5})
+WidthName = Literal["one", "1/sqrt(d)"]
+
+#: Where a learned scale without a norm may stand: on q and k alike, after RoPE; on gate and up; as the rate a of
+#: `LEARNED_RESIDUAL`; on the logits.
+ScaleSite = Literal["qk", "gate", "up", "mix", "logits"]
+SCALE_SITES: tuple[ScaleSite, ...] = get_args(ScaleSite)
 
 
 @dataclass(frozen=True)
@@ -89,7 +112,7 @@ class Norm:
         alpha_init: named initial value of alpha, see `SCALES`.
         alpha_factor: multiplies the named initial value.
         eps: added to the mean square, inside the root.
-        scale: whether the norm has an alpha; False at sites of RMSNorms only.
+        scale: whether the norm has an alpha.
         depth_factor: named factor by depth that is not learned, see `DEPTH_FACTORS`; at a block's RMSNorms only.
     """
 
@@ -123,6 +146,35 @@ class Norm:
 
 
 @dataclass(frozen=True)
+class Scale:
+    """A learned scale of each feature, without a norm: `s = weight * value / stored`.
+
+    At first the parameter `weight` is `stored`, so s is `value`. Adam moves every parameter by about its learning rate,
+    whatever its size. So s moves by `lr * value / stored` a step (arXiv 2410.01131).
+
+    Attributes:
+        init: named value of s at first, see `WIDTHS`.
+        factor: multiplies the named value.
+        stored: named value of the parameter at first, see `WIDTHS`.
+    """
+
+    init: WidthName = "one"
+    factor: float = 1.0
+    stored: WidthName = "one"
+
+    def __post_init__(self) -> None:
+        for name in ("init", "stored"):
+            if getattr(self, name) not in WIDTHS:
+                raise ValueError(f"{name}={getattr(self, name)!r}: choose one of {list(WIDTHS)}")
+        if not math.isfinite(self.factor):
+            raise ValueError(f"factor={self.factor} must be finite")
+
+    def value(self, d_model: int) -> float:
+        """The value of s at first, in a model of this width."""
+        return self.factor * WIDTHS[self.init](d_model)
+
+
+@dataclass(frozen=True)
 class Placement:
     """A normalisation method: norms by site, a residual rule and an init rule.
 
@@ -130,10 +182,13 @@ class Placement:
         norms: the norm at each site; an absent site has none.
         name: what tables and figures call it.
         joint_gate_up: one norm group over the concatenated gate|up vector instead of one each.
-        residual: named rule of the residual additions, see `RESIDUALS`.
+        residual: named rule of the residual additions, see `RESIDUALS` and `LEARNED_RESIDUAL`.
         init: named init rule, see `sdd.models.init`.
         overrides: for single blocks (by index, negative from the end), sites to change; None removes the norm.
         source: where the definition comes from.
+        scales: learned scales without a norm, see `SCALE_SITES`.
+        weights: "unit" makes the rows of q, k, v, gate, up, embedding and head, and the columns of the attention output
+            and the down projection, unit vectors at first and after every step of the optimiser; "free" does not.
     """
 
     norms: dict[Site, Norm]
@@ -143,6 +198,8 @@ class Placement:
     init: InitName = "megatron"
     overrides: dict[int, dict[Site, Norm | None]] = field(default_factory=dict)
     source: str = ""
+    scales: dict[ScaleSite, Scale] = field(default_factory=dict)
+    weights: Literal["free", "unit"] = "free"
 
     def __post_init__(self) -> None:
         for sites in (self.norms, *self.overrides.values()):
@@ -151,8 +208,8 @@ class Placement:
                     raise ValueError(f"{site!r} is not a norm site: choose from {list(SITES)}")
                 if norm is not None and norm.group == "head" and site not in ("q", "k", "v", "ctx"):
                     raise ValueError(f"site {site!r} has no heads: group='head' fits q, k, v and ctx only")
-                if norm is not None and site in PROJECTIONS and (not norm.scale or norm.depth_factor != "one"):
-                    raise ValueError(f"site {site!r} is an SDD layer: scale=False and depth_factor fit RMSNorms only")
+                if norm is not None and site in PROJECTIONS and norm.depth_factor != "one":
+                    raise ValueError(f"site {site!r} is an SDD layer: depth_factor fits RMSNorms only")
                 if norm is not None and site in MODEL_SITES and norm.depth_factor != "one":
                     raise ValueError(f"site {site!r} stands in no block: it has no depth_factor")
         for layer, sites in self.overrides.items():
@@ -167,8 +224,18 @@ class Placement:
                 raise ValueError(f"joint_gate_up=True has one eps: gate has {gate.eps} and up has {up.eps}")
         if self.init not in get_args(InitName):
             raise ValueError(f"init={self.init!r} is not an init rule: choose one of {list(get_args(InitName))}")
-        if self.residual not in RESIDUALS:
-            raise ValueError(f"residual={self.residual!r}: choose one of {list(RESIDUALS)}")
+        if self.residual not in get_args(ResidualName):
+            raise ValueError(f"residual={self.residual!r}: choose one of {list(get_args(ResidualName))}")
+        self._check_scales()
+
+    def _check_scales(self) -> None:
+        for site in self.scales:
+            if site not in SCALE_SITES:
+                raise ValueError(f"scales names {site!r}: choose from {list(SCALE_SITES)}")
+        if ("mix" in self.scales) != (self.residual == LEARNED_RESIDUAL):
+            raise ValueError(f"residual={self.residual!r}: {LEARNED_RESIDUAL!r} and scales['mix'] need each other")
+        if self.weights not in ("free", "unit"):
+            raise ValueError(f"weights={self.weights!r}: choose free or unit")
 
     def layer(self, index: int, n_layers: int) -> dict[Site, Norm]:
         """The norms of block `index` of `n_layers`, overrides applied."""
@@ -212,6 +279,9 @@ def current_fields(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 _ONE = Norm()
+_BARE = Norm(scale=False)
+_BARE_HEAD = Norm(group="head", scale=False)
+_BY_DEPTH = Norm(depth_factor="1/sqrt(l)")
 _HEAD = Norm(group="head")
 _QK_HEAD: dict[Site, Norm] = {"q": Norm(group="head", shared_alpha=True), "k": Norm(group="head", shared_alpha=True)}
 _PRE: dict[Site, Norm] = {"attn_in": _ONE, "ffn_in": _ONE, "final": _ONE}
@@ -269,12 +339,53 @@ _PLACEMENTS: dict[str, Placement] = {
         init="normal-0.02",
         source="arXiv 2502.02732, with the norm on the embedding",
     ),
+    "peri-depth": Placement(
+        {**_PRE, "embed": _ONE, "attn_out": _ONE, "ffn_out": _ONE},
+        residual="sqrt(k/(k+1)) x + f/sqrt(k+1)",
+        init="normal-0.02",
+        source="second-hand, from the release of a 501B model: Peri-LN with a residual weighted by depth",
+    ),
     "hybrid": Placement(
         {"q": _HEAD, "k": _HEAD, "v": _HEAD, "attn_post": _ONE, "final": _ONE}, source="arXiv 2503.04598, HybridNorm"
     ),
     "qkv-norm": Placement(
         {"q": _ONE, "k": _ONE, "v": _ONE, "ffn_in": _ONE, "final": _ONE},
         source="arXiv 2410.16682: norms on q, k, v in place of the norm before the attention",
+    ),
+    "lns": Placement(
+        {"attn_in": _BY_DEPTH, "ffn_in": _BY_DEPTH, "final": _ONE},
+        init="base",
+        source="arXiv 2502.05795, LayerNorm Scaling: Pre-Norm, its norms times 1/sqrt(l); no scaled init beside it",
+    ),
+    "keel": Placement(
+        {"attn_in": _ONE, "attn_post": _ONE, "ffn_in": _ONE, "ffn_post": _ONE},
+        residual="2L x + f from k=3",
+        init="base",
+        overrides={0: {"attn_post": None}},
+        source="arXiv 2601.19895; the last norm is the one before the head, which is not sure",
+    ),
+    "ngpt": Placement(
+        {
+            "embed": _BARE,
+            "q": _BARE_HEAD,
+            "k": _BARE_HEAD,
+            "attn_out": _BARE,
+            "attn_post": _BARE,
+            "ffn_out": _BARE,
+            "ffn_post": _BARE,
+        },
+        residual=LEARNED_RESIDUAL,
+        init="1/sqrt(d)",
+        scales={
+            "qk": Scale(stored="1/sqrt(d)"),
+            "gate": Scale(),
+            "up": Scale(),
+            "mix": Scale(factor=0.05, stored="1/sqrt(d)"),
+            # the stream has rms 1 here and length 1 there: s_z / sqrt(d) here is s_z there
+            "logits": Scale(init="1/sqrt(d)", stored="1/sqrt(d)"),
+        },
+        weights="unit",
+        source="arXiv 2410.01131 and its authors' code (no eps there)",
     ),
 }
 #: The methods by name; see docs/placements.md for the table.

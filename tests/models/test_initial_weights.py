@@ -53,6 +53,8 @@ def expected_std(rule: str, role: str, weight: Tensor, c: ModelConfig) -> float:
             return base
         case "normal-0.02", _:
             return 0.02
+        case "1/sqrt(d)", _:
+            return 1 / math.sqrt(d)
         case "deepnorm", ("embed" | "head"):
             return 1 / math.sqrt(d)
         case "deepnorm", ("v_proj" | "o_proj" | "up_proj" | "down_proj"):
@@ -122,6 +124,8 @@ def test_alphas_start_where_the_tables_say(name: str, L: int):
     for parameter_name, scale in scales(LanguageModel(tiny_config(name, n_layers=L))).items():
         outputs = parameter_name.endswith(("o_proj.alpha", "down_proj.alpha"))
         value = output.get(name, 1.0) if outputs else 1.0
+        if parameter_name.endswith(("qk_scale.weight", "mix.rate.weight", "logit_scale.weight")):
+            value = 1 / math.sqrt(16)
         torch.testing.assert_close(scale, torch.full_like(scale, value), msg=parameter_name)
 
 

@@ -15,6 +15,8 @@ from sdd.models.moe import MoE, Routing, auxiliary_losses
 from sdd.placement import placements
 
 C = 16
+#: Experts have no learned scale of gate and up.
+FOR_EXPERTS = sorted(placements.keys() - {"ngpt"})
 
 
 def tokens(n: int, seed: int = 1, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -39,7 +41,7 @@ def mixtures(draw: st.DrawFn) -> MoEConfig:
 
 
 @settings(max_examples=20)
-@given(mixtures(), st.sampled_from(sorted(placements)), st.integers(1, 9), st.integers(0, 99))
+@given(mixtures(), st.sampled_from(FOR_EXPERTS), st.integers(1, 9), st.integers(0, 99))
 def test_the_layer_is_a_loop_over_tokens_and_experts(moe: MoEConfig, placement: str, n: int, seed: int):
     config = moe_config(placements[placement].replace_eps(0.05), moe)
     layer = drawn_layer(config, seed)
@@ -110,7 +112,7 @@ def test_all_tokens_on_one_expert_leave_the_others_without_gradient(d_ff: int, d
             assert not gradient[[0, 1, 3]].any(), name
 
 
-@pytest.mark.parametrize("placement", sorted(placements))
+@pytest.mark.parametrize("placement", FOR_EXPERTS)
 def test_one_expert_is_the_dense_model(placement: str):
     config = moe_config(placement, MoEConfig(1, 1))
     dense = replace(config, moe=None)

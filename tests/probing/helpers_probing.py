@@ -64,20 +64,24 @@ class Plain:
         self.outputs[name] = y
         return y
 
-    def normed(self, name: str, z: Tensor, alpha: Tensor, norm: Norm) -> Tensor:
+    def normed(self, name: str, z: Tensor, alpha: Tensor | None, norm: Norm) -> Tensor:
         group = self.c.head_dim if norm.group == "head" else z.shape[-1]
         heads = z.unflatten(-1, (-1, group))
         mean_square = heads.square().mean(-1, keepdim=True)
         self.ratios[name] = norm.eps / mean_square
         n = (heads / (mean_square + norm.eps).sqrt()).flatten(-2)
+        if norm.depth_factor != "one":
+            n = n / (int(name.split(".")[1]) + 1) ** 0.5
+        if alpha is None:
+            return n
         return n * (alpha.repeat(z.shape[-1] // group) if norm.shared_alpha else alpha)
 
     def project(self, name: str, x: Tensor, norm: Norm | None) -> Tensor:
         z = x @ self.w[f"{name}.weight"].T
-        return self.keep(name, z if norm is None else self.normed(name, z, self.w[f"{name}.alpha"], norm))
+        return self.keep(name, z if norm is None else self.normed(name, z, self.w.get(f"{name}.alpha"), norm))
 
     def norm(self, name: str, x: Tensor, norm: Norm | None) -> Tensor:
-        return x if norm is None else self.keep(name, self.normed(name, x, self.w[f"{name}.weight"], norm))
+        return x if norm is None else self.keep(name, self.normed(name, x, self.w.get(f"{name}.weight"), norm))
 
     def forward(self, tokens: Tensor) -> Tensor:
         norms = self.c.placement.norms
@@ -89,14 +93,35 @@ class Plain:
         for x_ in self.stream:
             x_.retain_grad()
         x = self.norm("final_norm", x, norms.get("final"))
-        return self.keep("logits", x @ self.w["embed.weight" if self.c.tie_embeddings else "head.weight"].T)
+        logits = x @ self.w["embed.weight" if self.c.tie_embeddings else "head.weight"].T
+        return self.keep("logits", self.scale("logit_scale") * logits)
+
+    def scale(self, name: str, factor: float = 1.0) -> Tensor | float:
+        """A learned scale without a norm (nGPT); 1 where there is none."""
+        weight = self.w.get(f"{name}.weight")
+        return 1.0 if weight is None else self.keep(name, factor * weight)
 
     def block(self, name: str, x: Tensor, norms: dict) -> Tensor:
-        c = (2 * self.c.n_layers) ** 0.25 if self.c.placement.name == "deepnorm" else 1.0
-        x = c * x + self.attend(f"{name}.attn", self.norm(f"{name}.attn_in", x, norms.get("attn_in")), norms)
-        x = self.norm(f"{name}.attn_post", x, norms.get("attn_post"))
-        x = c * x + self.feed(f"{name}.ffn", self.norm(f"{name}.ffn_in", x, norms.get("ffn_in")), norms)
-        return self.norm(f"{name}.ffn_post", x, norms.get("ffn_post"))
+        k = 2 * int(name.split(".")[1]) + 1
+        f = self.attend(f"{name}.attn", self.norm(f"{name}.attn_in", x, norms.get("attn_in")), norms)
+        x = self.norm(f"{name}.attn_post", self.mix(f"{name}.attn_mix", x, f, k), norms.get("attn_post"))
+        f = self.feed(f"{name}.ffn", self.norm(f"{name}.ffn_in", x, norms.get("ffn_in")), norms)
+        return self.norm(f"{name}.ffn_post", self.mix(f"{name}.ffn_mix", x, f, k + 1), norms.get("ffn_post"))
+
+    def mix(self, name: str, x: Tensor, f: Tensor, k: int) -> Tensor:
+        L = self.c.n_layers
+        match self.c.placement.name:
+            case "deepnorm":
+                return (2 * L) ** 0.25 * x + f
+            case "keel" if k > 2:
+                return 2 * L * x + f
+            case "peri-depth":
+                return (k / (k + 1)) ** 0.5 * x + f / (k + 1) ** 0.5
+            case "ngpt":
+                a = abs(self.scale(f"{name}.rate", 0.05 * self.c.d_model**0.5))
+                return (1 - a) * x + a * f
+            case _:
+                return x + f
 
     def attend(self, name: str, x: Tensor, norms: dict) -> Tensor:
         T, D = x.shape[1], self.c.head_dim
@@ -107,6 +132,9 @@ class Plain:
         cos, sin = sdd_F.rope_tables(T, D, self.c.rope_theta)
         q, k = (sdd_F.apply_rope(t, cos.double(), sin.double()) for t in (q, k))
         k, v = (t.repeat_interleave(self.c.n_heads // self.c.n_kv_heads, 1) for t in (k, v))
+        s = self.scale(f"{name}.qk_scale", self.c.d_model**0.5)
+        if isinstance(s, Tensor):
+            q, k = (s.view(self.c.n_heads, 1, D) * t for t in (q, k))
         logits = (q @ k.mT / math.sqrt(D)).masked_fill(~self.allowed(T), -math.inf)
         weights = logits.softmax(-1)
         self.attention[name] = plain_attention(logits, weights)
@@ -135,6 +163,7 @@ class Plain:
             y_gate, y_up = self.keep(gate, y_gate), self.keep(up, y_up)
         else:
             y_gate, y_up = self.project(gate, x, norms.get("gate")), self.project(up, x, norms.get("up"))
+        y_gate, y_up = self.scale(f"{name}.gate_scale") * y_gate, self.scale(f"{name}.up_scale") * y_up
         return self.project(f"{name}.down_proj", F.silu(y_gate) * y_up, norms.get("ffn_out"))
 
 

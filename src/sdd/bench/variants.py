@@ -21,8 +21,9 @@ from sdd.models import LanguageModel, ModelConfig
 from sdd.models.flops import training_flops
 from sdd.models.lean import LeanBlock
 from sdd.train import OptimConfig
-from sdd.train.config_io import find_placement
+from sdd.train.config_io import with_placement
 from sdd.train.optim import build_optimizer, clip_gradients, optimizer_tensors
+from sdd.train.weights import WeightRule
 
 Mode = Literal["eager", "compiled"]
 #: Marks a placement as people compose it: every norm a module of its own, none left out, no kernel.
@@ -144,12 +145,12 @@ def configured(name: str, shape: ModelConfig) -> ModelConfig:
     """The shape with the placement of a variant.
 
     Raises:
-        UserError: if no variant has that name.
+        UserError: if no variant has that name, or its placement does not fit the shape.
     """
     placement, plus, suffix = name.partition("+")
     if plus and suffix != COMPOSED:
         raise UserError(f"no variant {name!r}: after a placement only +{COMPOSED} can stand")
-    return replace(shape, placement=find_placement(placement), eliminate_norms=not plus)
+    return replace(with_placement(shape, placement), eliminate_norms=not plus)
 
 
 def share_matrices(net: nn.Module, first: nn.Module) -> None:
@@ -174,17 +175,18 @@ def share_moments(optimizer: torch.optim.Optimizer, first: torch.optim.Optimizer
 Step = tuple[Callable[[Any], Any], int, Callable[[], Any]]
 
 
-def model_step(model: nn.Module, optimizer: torch.optim.Optimizer, setting: Setting) -> Step:
+def model_step(model: LanguageModel, optimizer: torch.optim.Optimizer, setting: Setting) -> Step:
     """A step of forward, backward, clipping and AdamW; the bytes held between steps; a call that frees gradients."""
     shape = setting.batch, setting.shape.context + 1
     tokens = torch.randint(0, setting.shape.vocab_size, shape, device=setting.device)
+    rule = WeightRule(model, optimizer, model.config.placement.weights)
 
     def step(call: Any) -> None:
         with setting.autocast():
             loss = call(tokens[:, :-1], tokens[:, 1:])
         loss.backward()
         clip_gradients(model, 1.0)
-        optimizer.step()
+        rule.step()
         optimizer.zero_grad()
 
     held = [tokens, *model.parameters(), *model.buffers(), *optimizer_tensors(optimizer).values()]

@@ -74,6 +74,6 @@ def with_placement(config: RunConfig, name: str) -> RunConfig:
     """The same run with the placement of that name.
 
     Raises:
-        UserError: if there is none.
+        UserError: if there is none, or if it does not fit the run.
     """
-    return replace(config, model=replace(config.model, placement=config_io.find_placement(name)))
+    return config_io.with_overrides(config, {"model.placement": name})

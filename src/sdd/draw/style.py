@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Literal
 
-Marker = Literal["o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "p", "h", "d", ""]
+#: A marker of matplotlib; (n, 1, degrees) is a star of n points.
+Marker = Literal["o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "p", "h", "d", "8", ""] | tuple[int, Literal[1], int]
 
 INK = "#1b1c1e"  # of text and axes; in a page it becomes the page's text colour
 PAPER = "#ffffff"
@@ -39,6 +40,10 @@ PLACEMENT_STYLES: Mapping[str, Style] = MappingProxyType(
         "sdd-paper": Style("#2d8fc4", "<"),
         "sdd-released": Style("#4a78d8", ">"),
         "sdd-prenorm": Style("#1f8c9c", "d"),
+        "keel": Style("#d0457a", (4, 1, 0)),
+        "ngpt": Style("#5c8f2e", (3, 1, 0)),
+        "peri-depth": Style("#9a6bc8", "8"),
+        "lns": Style("#b8860b", (6, 1, 0)),
     }
 )
 OWN_STYLE = Style("#808080", "*")

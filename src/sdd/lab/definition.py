@@ -162,7 +162,10 @@ class PlannedStudy:
         config = replace(self.base, model=_dense(self.base.model)) if arm.dense else self.base
         own = {"model.placement": self.placement(arm), "optim.lr": rate, "seed": seed}
         for name, value in {**arm.changes, **condition.changes, **own}.items():
-            config = _replaced(config, name, value)
+            try:
+                config = _replaced(config, name, value)
+            except ValueError as error:
+                raise UserError(f"{arm.name} in this study: {error}") from None
         drawn = ""
         if self.rates.kind == "searched":
             config = _replaced(config, "model.init_scale", round_rate(init * config.model.init_scale))

@@ -6,7 +6,8 @@ With every absent norm left out,
     x = ffn_post(mix(x, ffn(ffn_in(x))))           ffn(h)  = down(silu(gate h) * up h)
 
 where q, k, v, o, gate, up and down are SDD layers at sites that have a norm, and `mix(x, f) = x + f` unless the
-placement names another residual rule. `sdd.models.lean` computes the same function faster.
+placement names another residual rule. Learned scales without a norm (nGPT) multiply q and k after RoPE, gate, and up.
+`sdd.models.lean` computes the same function faster.
 
 Shape suffixes: B batch, T tokens, C d_model, H query heads, K key-value heads, D head_dim, F d_ff.
 """
@@ -27,9 +28,9 @@ from sdd.models.documents import Mask, as_dense, attend_in_blocks
 from sdd.models.joint import call_jointly
 from sdd.models.kv_cache import Extend
 from sdd.models.moe import MoE, Routing
-from sdd.models.sites import norm_at, projection_at
+from sdd.models.sites import norm_at, projection_at, scale_at, scaled_by
 from sdd.nn import SDDLinear
-from sdd.placement import RESIDUALS, Norm, Site
+from sdd.placement import LEARNED_RESIDUAL, RESIDUALS, Norm, Site
 
 #: Cosine and sine at the tokens' positions, `[T, D]`, or `[B, 1, T, D]` where rows stand at different ones.
 Rope = tuple[Tensor, Tensor]
@@ -47,11 +48,11 @@ class Block(nn.Module):
 
         self.attn_in = norm("attn_in")
         self.attn = Attention(config, norms, index + 1, device)
-        self.attn_mix = Mix(config, 2 * index + 1)
+        self.attn_mix = mix_at(config, 2 * index + 1, device)
         self.attn_post = norm("attn_post")
         self.ffn_in = norm("ffn_in")
         self.ffn = feed_forward(config, norms, device)
-        self.ffn_mix = Mix(config, 2 * index + 2)
+        self.ffn_mix = mix_at(config, 2 * index + 2, device)
         self.ffn_post = norm("ffn_post")
 
     def forward(
@@ -94,6 +95,25 @@ class Mix(nn.Module):
         return f"{self.c_x:.4g} * x + {self.c_f:.4g} * f"
 
 
+class LearnedMix(nn.Module):
+    """The residual rule `mix(x, f) = x + |a| (f - x)`, with a rate a for each feature (arXiv 2410.01131)."""
+
+    def __init__(self, config: ModelConfig, device: torch.device | str | None = None) -> None:
+        super().__init__()
+        self.rate = scale_at("mix", config.d_model, config, device)
+
+    def forward(self, x: Tensor, f: Tensor) -> Tensor:
+        """`x + |a| (f - x)`."""
+        assert self.rate is not None
+        return (x + self.rate().abs() * (f - x)).to(x.dtype)
+
+
+def mix_at(config: ModelConfig, sublayer: int, device: torch.device | str | None) -> Mix | LearnedMix:
+    """The residual rule of one sublayer, by its number from 1."""
+    learned = config.placement.residual == LEARNED_RESIDUAL
+    return LearnedMix(config, device) if learned else Mix(config, sublayer)
+
+
 class Attention(nn.Module):
     """Causal grouped-query attention with RoPE, `o(ctx(softmax(q k^T / sqrt(D)) v))`."""
 
@@ -113,12 +133,14 @@ class Attention(nn.Module):
         self.v_proj = projection_at(C, KD, norms.get("v"), config, device)
         self.ctx = norm_at(norms.get("ctx"), config, device, layer)
         self.o_proj = projection_at(C, C, norms.get("attn_out"), config, device)
+        self.qk_scale = scale_at("qk", C, config, device)
 
     def forward(self, x_BTC: Tensor, rope: Rope, mask: Mask | None = None, extend: Extend | None = None) -> Tensor:
         """`[B, T, C]` to `[B, T, C]`; the arguments are those of `Block`."""
         x_BTC = cast_once(x_BTC)
         q_BHTD, k_BKTD, v_BKTD = (self.heads(layer(x_BTC)) for layer in (self.q_proj, self.k_proj, self.v_proj))
-        y_BTC = self.attend(apply_rope(q_BHTD, *rope), apply_rope(k_BKTD, *rope), v_BKTD, mask, extend)
+        q_BHTD, k_BKTD = self.scaled(apply_rope(q_BHTD, *rope)), apply_rope(k_BKTD, *rope)
+        y_BTC = self.attend(q_BHTD, k_BKTD, v_BKTD, mask, extend)
         return self.o_proj(self.ctx(y_BTC))
 
     def attend(
@@ -146,6 +168,13 @@ class Attention(nn.Module):
             shown = as_dense(mask) if isinstance(mask, BlockMask) else mask
             probe_points.attention(self, q_BHTD, k_BKTD, shown)
 
+    def scaled(self, q_BHTD: Tensor) -> Tensor:
+        """`s^2 q`, which is what s on both q and k gives; so keys, which heads may share, need no scale."""
+        if self.qk_scale is None:
+            return q_BHTD
+        s_H1D = self.qk_scale().view(-1, 1, self.head_dim)
+        return (s_H1D.square() * q_BHTD).to(q_BHTD.dtype)
+
     def heads(self, x_BTC: Tensor) -> Tensor:
         """The features of each head, `[B, heads, T, D]`."""
         return x_BTC.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
@@ -161,12 +190,13 @@ class FeedForward(nn.Module):
         self.gate_proj = projection_at(C, F_, norms.get("gate"), config, device)
         self.up_proj = projection_at(C, F_, norms.get("up"), config, device)
         self.down_proj = projection_at(F_, C, norms.get("ffn_out"), config, device)
+        self.gate_scale, self.up_scale = (scale_at(site, F_, config, device) for site in ("gate", "up"))
 
     def forward(self, x_BTC: Tensor) -> Tensor:
         """`[B, T, C]` to `[B, T, C]`."""
         x_BTC = cast_once(x_BTC)
         gate_BTF, up_BTF = self._joint(x_BTC) if self.joint else (self.gate_proj(x_BTC), self.up_proj(x_BTC))
-        return self.down_proj(swiglu(gate_BTF, up_BTF))
+        return self.down_proj(swiglu(scaled_by(gate_BTF, self.gate_scale), scaled_by(up_BTF, self.up_scale)))
 
     def _joint(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Gate and up with one norm over the concatenated vector (the released dense code)."""

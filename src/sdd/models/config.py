@@ -92,6 +92,20 @@ class ModelConfig:
         if self.init_scale < _LEAST_INIT_SCALE:
             raise ValueError(f"init_scale={self.init_scale} must be at least {_LEAST_INIT_SCALE}: weights would be 0")
         self.placement.check_depth(self.n_layers)
+        if self.moe is not None:
+            self._check_experts()
+
+    def _check_experts(self) -> None:
+        """Raise ValueError if the placement has something that experts do not."""
+        placement, name = self.placement, self.placement.name or "own placement"
+        scaled = [site for site in ("gate", "up") if site in placement.scales]
+        layers = (placement.layer(index, self.n_layers) for index in range(self.n_layers))
+        bare = {
+            site for norms in layers for site in ("gate", "up", "ffn_out") if site in norms and not norms[site].scale
+        }
+        if scaled or bare:
+            what = f"a learned scale at {', '.join(scaled)}" if scaled else f"a norm without alpha at {', '.join(bare)}"
+            raise ValueError(f"{name} has {what}, which experts do not know: choose another placement or a dense model")
 
     @property
     def head_dim(self) -> int:

@@ -7,7 +7,18 @@ from sdd.models.elimination import left_out_norms
 from sdd.models.flops import training_flops
 from sdd.models.init import init_std
 from sdd.models.presets import count_parameters, model_presets
-from sdd.placement import MODEL_SITES, PROJECTIONS, RESIDUALS, SITES, Norm, Placement, Site, placements
+from sdd.placement import (
+    LEARNED_RESIDUAL,
+    MODEL_SITES,
+    PROJECTIONS,
+    RESIDUALS,
+    SITES,
+    WIDTHS,
+    Norm,
+    Placement,
+    Site,
+    placements,
+)
 from sdd.terminal import aligned, indented
 
 
@@ -60,6 +71,8 @@ def show_preset(name: str, config: ModelConfig) -> str:
         [f"FLOPs of training a token, at a context of {config.context}", *indented(_flops(config))],
         [f"Init rule {placement.init}, times init_scale {config.init_scale:g}", *indented(_stds(config))],
         ["Residual stream", f"  {_residual(config)}"],
+        *([["Learned scales without a norm", *indented(_scales(config))]] if placement.scales else []),
+        *([["Weights", f"  {_UNIT}"]] if placement.weights == "unit" else []),
         *_norm_sections(config),
     ]
     return "\n\n".join("\n".join(section) for section in sections)
@@ -148,10 +161,24 @@ def _stds(config: ModelConfig) -> list[str]:
 def _residual(config: ModelConfig) -> str:
     """The residual rule, with the factors of the first and last sublayer if they are not 1."""
     name, L = config.placement.residual, config.n_layers
+    if name == LEARNED_RESIDUAL:
+        return f"{name}, a learned for each feature"
     ends = [RESIDUALS[name](k, L) for k in (1, 2 * L)]
     if ends[0] == ends[1]:
         return name if ends[0] == (1, 1) else f"{name}, i.e. {ends[0][0]:.4g} x + {ends[0][1]:.4g} f"
     return f"{name}: {ends[0][0]:.4g} x + {ends[0][1]:.4g} f at first, {ends[1][0]:.4g} x + {ends[1][1]:.4g} f at last"
+
+
+_UNIT = "rows, of attn_out and ffn_out columns, are unit vectors, at first and after every step; no weight decay"
+
+
+def _scales(config: ModelConfig) -> list[str]:
+    about = {"qk": "q and k, after RoPE", "mix": "a of the residual rule"}
+    rows: list[Sequence[object]] = [("of", "at first", "the parameter at first")]
+    for site, scale in config.placement.scales.items():
+        value, stored = scale.value(config.d_model), WIDTHS[scale.stored](config.d_model)
+        rows.append((about.get(site, site), f"{value:.4g}", f"{stored:.4g}"))
+    return aligned(rows)
 
 
 def _norm_sections(config: ModelConfig) -> list[list[str]]:
@@ -198,7 +225,11 @@ def _group(site: Site, norm: Norm, config: ModelConfig) -> str:
 
 
 def _alpha(norm: Norm, config: ModelConfig) -> str:
+    if not norm.scale:
+        return "none"
     value = f"{norm.alpha(config.n_layers):.4g}"
+    if norm.depth_factor != "one":
+        return f"{value}, times {norm.depth_factor}"
     if norm.alpha_init == "one":
         return value
     factor = "" if norm.alpha_factor == 1 else f"{norm.alpha_factor:g} * "

@@ -10,6 +10,9 @@ All draws are normal, truncated at three standard deviations. The rules:
                       (arXiv 2203.00555). Of a GLU's two matrices one takes the gain of the paper's first: here up, the
                       linear branch (the authors' code takes the activated one). Embedding and an untied head
                       1/sqrt(d_model), as in the authors' code.
+    1/sqrt(d)         1/sqrt(d_model) everywhere (arXiv 2410.01131)
+
+A placement whose weights are "unit" then brings each vector to length 1, see `sdd.models.unit`.
 """
 
 from collections.abc import Iterator
@@ -18,7 +21,8 @@ import torch
 from torch import nn
 
 from sdd.models.config import ModelConfig
-from sdd.nn import ExpertLinear, RMSNorm, SDDExpertLinear, SDDLinear
+from sdd.models.unit import make_unit
+from sdd.nn import ExpertLinear, LearnedScale, RMSNorm, SDDExpertLinear, SDDLinear
 from sdd.placement import SCALES
 
 _OUTPUTS = ("o_proj", "down_proj")
@@ -44,6 +48,8 @@ def init_std(config: ModelConfig, role: str, fan_in: int, fan_out: int) -> float
             return base * (SCALES["1/sqrt(2L)"](config.n_layers) if role in _OUTPUTS else 1.0)
         case "normal-0.02":
             return 0.02
+        case "1/sqrt(d)":
+            return config.d_model**-0.5
         case "deepnorm":
             if role in ("embed", "head"):
                 return config.d_model**-0.5
@@ -71,8 +77,10 @@ def init_weights(model: nn.Module, config: ModelConfig) -> None:
     for module in model.modules():
         if isinstance(module, (SDDLinear, SDDExpertLinear)):
             nn.init.constant_(module.alpha, module.alpha_init)
-        elif isinstance(module, RMSNorm):
+        elif isinstance(module, (RMSNorm, LearnedScale)):
             module.reset_parameters()
+    if config.placement.weights == "unit":
+        make_unit(model)
 
 
 def _draw(weight: torch.Tensor, std: float) -> None:

@@ -18,14 +18,14 @@ from torch import Tensor, nn
 from sdd import kernels, probe_points
 from sdd.functional import Eps, cast_once, product_dtype, statistics_dtype
 from sdd.kernels.experts import Order, by_row, collect, dispatch
-from sdd.models.block import Block, FeedForward, Mix, Rope
+from sdd.models.block import Block, FeedForward, LearnedMix, Mix, Rope
 from sdd.models.config import ModelConfig
 from sdd.models.documents import Mask
 from sdd.models.elimination import left_out_norms
 from sdd.models.joint import has_global_hooks, has_hooks
 from sdd.models.kv_cache import Extend
 from sdd.models.moe import MoE, Routing
-from sdd.nn import RMSNorm, SDDExpertLinear, SDDLinear
+from sdd.nn import LearnedScale, RMSNorm, SDDExpertLinear, SDDLinear
 
 
 class LeanBlock(Block):
@@ -57,7 +57,8 @@ def runs_lean(block: LeanBlock, x: Tensor) -> bool:
 
     The equations run where no kernel does (a CPU, a small tensor, a forced path), while a probe records, in float16
     (whose range the values of left-out norms leave), and if anything in the block is not as it was built: an adapter, a
-    hook, a replaced module, a norm without a scale, a residual rule that the fused addition does not know.
+    hook, a replaced module, a norm without a scale, a scale without a norm, a residual rule that the fused addition
+    does not know.
     """
     if not (block.force_lean or kernels.path_of(x) == "triton") or product_dtype(x) == torch.float16:
         return False
@@ -80,6 +81,8 @@ def _is_known(module: nn.Module) -> bool:
         return False
     if isinstance(module, RMSNorm):
         return module.weight is not None and module.factor == 1
+    if isinstance(module, LearnedScale):  # one in every rule and sublayer that has learned scales
+        return False
     return module.c_f == 1 if isinstance(module, Mix) else module._parameters.get("bias") is None
 
 
@@ -179,6 +182,7 @@ def gated(gate: Product, up: Product, joint: bool, left_out: bool) -> Read:
 def between(p: Product, x: Tensor, stream: Tensor, block: LeanBlock, left_out: bool) -> tuple[Tensor, Read]:
     """The stream after the attention, `attn_post(c * x + alpha * norm(z))`, and what the feed-forward network reads."""
     mix, post, then = block.attn_mix, block.attn_post, block.ffn_in
+    assert isinstance(mix, Mix)
     options: dict[str, Any] = {"residual_scale": mix.c_x, "eps": p.eps, "dtype": product_dtype(x)}
     if isinstance(post, nn.Identity) and isinstance(then, RMSNorm) and not left_out:
         x, h = kernels.residual_prenorm(p.z, x, p.alpha, weight_of(then), norm_eps=then.eps, **options)
@@ -190,8 +194,9 @@ def between(p: Product, x: Tensor, stream: Tensor, block: LeanBlock, left_out: b
     return x, normed(then, x, left_out)
 
 
-def added(p: Product, x: Tensor, stream: Tensor, mix: Mix, post: nn.Module) -> Tensor:
+def added(p: Product, x: Tensor, stream: Tensor, mix: Mix | LearnedMix, post: nn.Module) -> Tensor:
     """`post(c * x + alpha * norm(z))`."""
+    assert isinstance(mix, Mix)
     norm = {"post_alpha": weight_of(post), "post_eps": post.eps} if isinstance(post, RMSNorm) else {}
     return kernels.residual_norm(p.z, x, p.alpha, residual_scale=mix.c_x, eps=p.eps, kept=stream, **norm)
 

@@ -1,11 +1,11 @@
 """The modules that stand at the sites of a placement."""
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sdd.models.config import ModelConfig
-from sdd.nn import ExpertLinear, RMSNorm, SDDExpertLinear, SDDLinear
-from sdd.placement import DEPTH_FACTORS, Norm
+from sdd.nn import ExpertLinear, LearnedScale, RMSNorm, SDDExpertLinear, SDDLinear
+from sdd.placement import DEPTH_FACTORS, WIDTHS, Norm, ScaleSite
 
 
 def projection_at(
@@ -23,6 +23,7 @@ def projection_at(
         shared_alpha=norm.shared_alpha,
         alpha_init=norm.alpha(config.n_layers),
         eps=norm.eps,
+        scale=norm.scale,
     )
 
 
@@ -61,3 +62,18 @@ def experts_at(
     if norm is None:
         return ExpertLinear(*shape)
     return SDDExpertLinear(*shape, alpha_init=norm.alpha(config.n_layers), eps=norm.eps)
+
+
+def scale_at(
+    site: ScaleSite, width: int, config: ModelConfig, device: torch.device | str | None
+) -> LearnedScale | None:
+    """The learned scale of a site; None if the placement has none there."""
+    scale = config.placement.scales.get(site)
+    if scale is None:
+        return None
+    return LearnedScale(width, scale.value(config.d_model), WIDTHS[scale.stored](config.d_model), device)
+
+
+def scaled_by(x: Tensor, scale: LearnedScale | None) -> Tensor:
+    """`s * x` along the last dimension; x itself without a scale."""
+    return x if scale is None else (scale() * x).to(x.dtype)

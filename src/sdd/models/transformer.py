@@ -20,7 +20,7 @@ from sdd.models.init import init_weights
 from sdd.models.kv_cache import KVCache
 from sdd.models.lean import LeanBlock
 from sdd.models.moe import Routing, auxiliary_losses
-from sdd.models.sites import norm_at
+from sdd.models.sites import norm_at, scale_at
 
 
 class TrainingLoss(NamedTuple):
@@ -66,6 +66,7 @@ class LanguageModel(nn.Module):
         self.head = (
             None if config.tie_embeddings else nn.Linear(config.d_model, config.vocab_size, bias=False, device="meta")
         )
+        self.logit_scale = scale_at("logits", config.vocab_size, config, "meta")
         cos, sin = sdd_F.rope_tables(config.context, config.head_dim, config.rope_theta, "meta")
         self.register_buffer("rope_cos", cos, persistent=False)
         self.register_buffer("rope_sin", sin, persistent=False)
@@ -168,8 +169,11 @@ class LanguageModel(nn.Module):
 
     @property
     def head_weight(self) -> Tensor:
-        """The matrix that turns the last hidden state into logits, `[V, C]`."""
-        return self.embed.weight if self.head is None else self.head.weight
+        """The matrix that turns the last hidden state into logits, `[V, C]`; a scale of the logits is in its rows."""
+        weight_VC = self.embed.weight if self.head is None else self.head.weight
+        if self.logit_scale is None:
+            return weight_VC
+        return (self.logit_scale()[:, None] * weight_VC).to(weight_VC.dtype)
 
 
 def cross_entropy(

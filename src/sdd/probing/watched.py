@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from sdd.block_lists import block_lists, has_children
 from sdd.functional import Group, resolve_group, statistics_dtype
-from sdd.nn import SDDExpertLinear, SDDLinear
+from sdd.nn import LearnedScale, SDDExpertLinear, SDDLinear
 
 Role = Literal["weight", "alpha"]
 
@@ -130,7 +130,8 @@ def _mean_squares(z: Tensor, group: Group) -> Tensor:
 def _watched(module: nn.Module, name: str, leaf: str, parameter: nn.Parameter) -> WatchedParameter | None:
     """The entry of a parameter; None for biases and other vectors."""
     is_sdd = isinstance(module, (SDDLinear, SDDExpertLinear))
-    if leaf == "alpha" if is_sdd else leaf == "weight" and is_norm(module):
+    is_scale = isinstance(module, LearnedScale) or is_norm(module)
+    if leaf == "alpha" if is_sdd else leaf == "weight" and is_scale:
         return WatchedParameter(name, "alpha", parameter)
     if parameter.ndim < 2:
         return None

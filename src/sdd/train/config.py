@@ -82,6 +82,10 @@ class OptimConfig:
         embedding_weight_decay: weight decay of the embedding (tied or not).
         grad_clip: largest global gradient norm; 0 does not clip.
         z_loss: weight of logsumexp(logits)^2 in the loss (arXiv 2204.02311).
+        weights: what keeps the lengths of the matrices in the blocks' projections, which then have no weight decay:
+            "free" nothing; "rows" that each row keeps its own (weight normalisation, arXiv 1602.07868, with fixed
+            lengths); "hyperball" that each matrix keeps its Frobenius norm and moves by lr times it a step (arXiv
+            2606.16899), see `sdd.train.weights`.
     """
 
     lr: float = 3e-3
@@ -97,6 +101,7 @@ class OptimConfig:
     embedding_weight_decay: float = 0.0
     grad_clip: float = 1.0
     z_loss: float = 0.0
+    weights: Literal["free", "rows", "hyperball"] = "free"
 
     def __post_init__(self) -> None:
         _at_least(0, self, "final_lr", "decay_fraction", "beta1", "beta2", most=1)
@@ -107,6 +112,8 @@ class OptimConfig:
         _at_least(0, self, "weight_decay", "alpha_weight_decay", "embedding_weight_decay")
         if self.schedule not in ("cosine", "wsd", "constant"):
             raise ValueError(f"schedule={self.schedule!r}: choose cosine, wsd or constant")
+        if self.weights not in ("free", "rows", "hyperball"):
+            raise ValueError(f"weights={self.weights!r}: choose free, rows or hyperball")
 
 
 @dataclass(frozen=True)
@@ -196,6 +203,17 @@ class RunConfig:
             raise ValueError(f"accumulate={self.accumulate} does not divide data.batch_size={self.data.batch_size}")
         if self.chunked_loss and self.optim.z_loss:
             raise ValueError("optim.z_loss needs all logits: leave out chunked_loss")
+        placement = self.model.placement
+        if placement.weights != "free" and self.optim.weights != "free":
+            raise ValueError(
+                f"optim.weights={self.optim.weights} does not fit {placement.name or 'own placement'}, whose rows and "
+                "columns are unit vectors: leave it at free"
+            )
+
+    @property
+    def weight_rule(self) -> Literal["free", "unit", "rows", "hyperball"]:
+        """What keeps the lengths of weights, see `sdd.train.weights`: the placement's rule or the optimiser's."""
+        return self.optim.weights if self.model.placement.weights == "free" else self.model.placement.weights
 
     @property
     def tokens_per_step(self) -> int:

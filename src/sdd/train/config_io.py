@@ -13,6 +13,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from sdd.errors import UserError, nearest, unknown
 from sdd.files import write_aside
+from sdd.models import ModelConfig
 from sdd.placement import Placement, current_fields, placements
 from sdd.train.config import RunConfig
 
@@ -29,6 +30,18 @@ def find_placement(name: str) -> Placement:
     if name not in placements:
         raise unknown("placement", name, placements)
     return placements[name]
+
+
+def with_placement(model: ModelConfig, name: str) -> ModelConfig:
+    """The same model with the placement of that name.
+
+    Raises:
+        UserError: if there is none, or if it does not fit the model.
+    """
+    try:
+        return dataclasses.replace(model, placement=find_placement(name))
+    except ValueError as error:
+        raise UserError(str(error)) from None
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from sdd.train.parallel import World, pick_autocast, pick_device
 from sdd.train.router_stats import RouterStats
 from sdd.train.schedule import learning_rate
 from sdd.train.sharding import average_gradients, build_model, compile_model
+from sdd.train.weights import WeightRule
 
 
 class Learner:
@@ -29,7 +30,7 @@ class Learner:
     Attributes:
         device: where it computes.
         autocast_dtype: bfloat16, or None for float32 throughout.
-        data, loader, model, optimizer: the parts.
+        data, loader, model, optimizer, weight_rule: the parts.
         router_stats: how the last step's tokens were routed; None without experts.
         objective: what the last step minimised, z-loss and auxiliary losses included; None without z-loss.
         eval_windows: held-out tokens, int64 `[N, T + 1]`.
@@ -53,6 +54,7 @@ class Learner:
         self.model.chunked_loss = config.chunked_loss and HAS_CHUNKED_LOSS
         self.model.sum_counts = world.total if world.size > 1 else None
         self.optimizer = build_optimizer(self.model, config.optim)
+        self.weight_rule = WeightRule(self.model, self.optimizer, config.weight_rule)
         self.router_stats: RouterStats | None = None
         self.objective: Tensor | None = None
         self.eval_windows = eval_windows(self.data.validation, config.eval_sequences, config.model.context)
@@ -99,7 +101,7 @@ class Learner:
 
     def update(self) -> None:
         """Let the optimiser use the gradients, and drop them."""
-        self.optimizer.step()
+        self.weight_rule.step()
         self.optimizer.zero_grad()
 
     def evaluate(self) -> Evaluation:

@@ -24,6 +24,12 @@ from sdd.train.config import RunConfig
 from sdd.train.run_dir import RunDir
 from sdd.train.schedule import misfit
 
+_WEIGHT_RULES = {
+    "unit": "rows and columns of the matrices are unit vectors after each step; they have no weight decay",
+    "rows": "each row of the blocks' matrices keeps its length; they have no weight decay",
+    "hyperball": "the blocks' matrices keep their norms, and lr is the share by which they move; no weight decay",
+}
+
 
 def opening(config: RunConfig, loader: Loader, data: str, place: str, step: int) -> Iterator[str]:
     """The first lines of a run: what is trained on what, where and how long.
@@ -50,6 +56,8 @@ def opening(config: RunConfig, loader: Loader, data: str, place: str, step: int)
     yield from loader.describe(config.steps)
     if line := misfit(config):
         yield line
+    if config.weight_rule != "free":
+        yield _WEIGHT_RULES[config.weight_rule]
     if step:
         yield f"going on from step {step}"
     if config.chunked_loss and not HAS_CHUNKED_LOSS:

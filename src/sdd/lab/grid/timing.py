@@ -22,6 +22,7 @@ from sdd.train import RunConfig
 from sdd.train.optim import build_optimizer, clip_gradients
 from sdd.train.parallel import pick_autocast, pick_device
 from sdd.train.run_dir import environment
+from sdd.train.weights import WeightRule
 
 ROUNDS = 7
 _START_SECONDS = 6.0  # of a process: importing torch, opening the data
@@ -108,6 +109,7 @@ def _time_steps(config: RunConfig) -> list[float]:
         tokens = torch.randint(config.model.vocab_size, (rows, config.model.context + 1)).to(device)
     model.checkpoint_blocks = config.activation_checkpointing
     optimizer = build_optimizer(model, config.optim)
+    rule = WeightRule(model, optimizer, config.weight_rule)
     seconds: list[float] = []
     for _ in range(1 + _TIMED_STEPS):
         began = time.perf_counter()
@@ -115,7 +117,7 @@ def _time_steps(config: RunConfig) -> list[float]:
             with torch.autocast(device.type, dtype, enabled=dtype is not None):
                 model(tokens[:, :-1], tokens[:, 1:]).backward()
         norm = clip_gradients(model, config.optim.grad_clip)
-        optimizer.step()
+        rule.step()
         optimizer.zero_grad()
         norm.item()  # waits for the device
         seconds.append(time.perf_counter() - began)
