@@ -61,9 +61,11 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW (arXiv 1711.05101) and the learning-rate schedule.
+    """The optimiser and the learning-rate schedule.
 
     Attributes:
+        name: "adamw" (arXiv 1711.05101); "stable-adamw", AdamW with clipped updates (arXiv 2304.13013); "muon" for the
+            blocks' matrices with AdamW for the rest, both at one lr (arXiv 2502.16982).
         lr: peak learning rate.
         warmup: steps of linear warm-up.
         schedule: "cosine" from lr to lr * final_lr; "wsd" (warm-up, stable, decay) falls linearly over the last
@@ -73,6 +75,7 @@ class OptimConfig:
         beta1: decay of the first moment.
         beta2: decay of the second moment.
         eps: added to the root of the second moment.
+        momentum: of Muon.
         weight_decay: weight decay of matrices.
         alpha_weight_decay: weight decay of every alpha and norm weight; the released recipe decays them by 0.1.
         embedding_weight_decay: weight decay of the embedding (tied or not).
@@ -80,6 +83,7 @@ class OptimConfig:
         z_loss: weight of logsumexp(logits)^2 in the loss (arXiv 2204.02311).
     """
 
+    name: Literal["adamw", "stable-adamw", "muon"] = "adamw"
     lr: float = 3e-3
     warmup: int = 50
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
@@ -88,6 +92,7 @@ class OptimConfig:
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8
+    momentum: float = 0.95
     weight_decay: float = 0.1
     alpha_weight_decay: float = 0.0
     embedding_weight_decay: float = 0.0
@@ -95,14 +100,16 @@ class OptimConfig:
     z_loss: float = 0.0
 
     def __post_init__(self) -> None:
-        _at_least(0, self, "final_lr", "decay_fraction", "beta1", "beta2", most=1)
-        for name in ("beta1", "beta2"):
+        _at_least(0, self, "final_lr", "decay_fraction", "beta1", "beta2", "momentum", most=1)
+        for name in ("beta1", "beta2", "momentum"):
             if getattr(self, name) == 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be less than 1: a mean that never moves")
         _at_least(0, self, "lr", "warmup", "eps", "grad_clip", "z_loss")
         _at_least(0, self, "weight_decay", "alpha_weight_decay", "embedding_weight_decay")
         if self.schedule not in ("cosine", "wsd", "constant"):
             raise ValueError(f"schedule={self.schedule!r}: choose cosine, wsd or constant")
+        if self.name not in ("adamw", "stable-adamw", "muon"):
+            raise ValueError(f"name={self.name!r}: choose adamw, stable-adamw or muon")
 
 
 @dataclass(frozen=True)

@@ -195,4 +195,7 @@ def _first_problem(error: ValidationError) -> str:
         return f"the field {location!r} is missing"
     if problem["type"] == "value_error":
         return f"{location}: {message}" if location else message
-    return f"{location}={problem['input']!r}: {message[:1].lower()}{message[1:]}"
+    near = ""
+    if problem["type"] == "literal_error" and isinstance(problem["input"], str):
+        near = nearest(problem["input"], re.findall("'([^']*)'", problem["ctx"]["expected"]))
+    return f"{location}={problem['input']!r}: {message[:1].lower()}{message[1:]}{near}"
