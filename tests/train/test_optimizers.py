@@ -80,7 +80,7 @@ def test_a_tensor_with_a_sudden_gradient_takes_a_small_step_and_no_other_does():
         struck.grad = calm.grad * (1000.0 if step == 49 else 1.0)
         before = calm.detach().clone(), struck.detach().clone()
         optimizer.step()
-    # the second moment of the struck one is about (49 + 1e6) / 50: AdamW's last step would be 7.07 as long as the others
+    # the second moment of the struck one is about (49 + 1e6) / 50: AdamW's last step would be 7.07 times the others
     assert (calm - before[0]).detach().abs().mean().item() == pytest.approx(1.0, rel=1e-6)
     assert (struck - before[1]).detach().abs().mean().item() == pytest.approx(1.0, rel=1e-6)
 
@@ -137,7 +137,7 @@ def test_muon_is_that_of_torch_but_for_bfloat16():
 
 
 def test_muon_refuses_what_is_no_matrix():
-    with pytest.raises(ValueError, match=r"not a parameter of shape \[3\]"):
+    with pytest.raises(ValueError, match=r"not a tensor of shape \[3\]"):
         Muon([nn.Parameter(torch.zeros(3))])
 
 

@@ -197,5 +197,5 @@ def _first_problem(error: ValidationError) -> str:
         return f"{location}: {message}" if location else message
     near = ""
     if problem["type"] == "literal_error" and isinstance(problem["input"], str):
-        near = nearest(problem["input"], re.findall("'([^']*)'", problem["ctx"]["expected"]))
+        near = nearest(problem["input"], re.findall("'([^']*)'", problem.get("ctx", {})["expected"]))
     return f"{location}={problem['input']!r}: {message[:1].lower()}{message[1:]}{near}"

@@ -18,7 +18,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
 
     "muon" is Muon for the matrices inside the blocks (see `moved_by_muon`) and AdamW for the rest.
     """
-    groups = param_groups(model, config.weight_decay, config.alpha_weight_decay, config.embedding_weight_decay)
+    groups = parameter_groups(model, config)
     adam: dict[str, Any] = {"lr": config.lr, "betas": (config.beta1, config.beta2), "eps": config.eps}
     if config.name == "stable-adamw":
         return StableAdamW(groups, **adam)
@@ -28,6 +28,11 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
         muon=Muon(_part(groups, of_muon=True), config.lr, config.momentum),
         adamw=torch.optim.AdamW(_part(groups, of_muon=False), **adam, fused=True),
     )
+
+
+def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
+    """The groups of `sdd.param_groups` with the weight decays of a config."""
+    return param_groups(model, config.weight_decay, config.alpha_weight_decay, config.embedding_weight_decay)
 
 
 def moved_by_muon(group: dict[str, Any], name: str) -> bool:

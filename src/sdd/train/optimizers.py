@@ -56,7 +56,7 @@ class StableAdamW(Optimizer):
         """Update every parameter that has a gradient."""
         loss = _evaluated(closure)
         found = [(group, p) for group in self.param_groups for p in group["params"] if p.grad is not None]
-        ratios = [self._take_in(p, *group["betas"], group["eps"]) for group, p in found]
+        ratios = [self._take_in(p, group) for group, p in found]
         totals = _over_shards(ratios, [p for _, p in found])
         for (group, p), total in zip(found, totals, strict=True):
             self._move(p, group, (total / p.numel()).sqrt().clamp(min=1.0))
@@ -67,9 +67,10 @@ class StableAdamW(Optimizer):
         moments = {name: torch.zeros_like(p, requires_grad=False) for name in ("exp_avg", "exp_avg_sq")}
         return {"step": torch.zeros((), dtype=torch.float32), **moments}
 
-    def _take_in(self, p: Tensor, beta1: float, beta2: float, eps: float) -> Tensor:
+    def _take_in(self, p: Tensor, group: dict[str, Any]) -> Tensor:
         """Bring the moments up to date; returns the sum of `g^2 / max(u, eps^2)` over the part held here."""
         assert p.grad is not None
+        (beta1, beta2), eps = group["betas"], group["eps"]
         state = self.state[p] = self.state[p] or self.start(p)
         state["step"] += 1
         g, exp_avg, exp_avg_sq = (_local(value) for value in (p.grad, state["exp_avg"], state["exp_avg_sq"]))
@@ -116,9 +117,7 @@ class Muon(Optimizer):
         for group in self.param_groups:
             for p in group["params"]:
                 if p.ndim < 2:
-                    raise ValueError(
-                        f"Muon takes matrices and stacks of them, not a parameter of shape {list(p.shape)}"
-                    )
+                    raise ValueError(f"Muon takes matrices and stacks of them, not a tensor of shape {list(p.shape)}")
 
     @torch.no_grad()
     def step(self, closure: Closure = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -199,7 +198,7 @@ def _orthogonalised(update: Tensor) -> Tensor:
     if update.ndim > 2 and all(place == Shard(0) for place in update.placements):
         return orthogonalise(update.to_local()).to(update.dtype)
     mesh = update.device_mesh
-    thin = update.to(torch.bfloat16) if update.is_cuda else update  # half the bytes to gather
+    thin: Any = update.to(torch.bfloat16) if update.is_cuda else update  # half the bytes to gather
     whole = DTensor.from_local(orthogonalise(thin.full_tensor()), mesh, [Replicate()] * mesh.ndim, run_check=False)
     return whole.redistribute(placements=update.placements).to_local().to(update.dtype)
 
