@@ -144,11 +144,7 @@ def _time(plan: Plan) -> list[str]:
         ("peak", _number(peak), f"TFLOP/s a GPU, {plan.precision} without sparsity ({plan.gpu.source})"),
         ("hardware utilisation", f"{plan.hardware_utilisation:.3g}", "recomputed FLOPs counted"),
         ("tokens a second", _number(speed), f"{_number(speed / plan.case.gpus)} a GPU"),
-        (
-            "seconds a step",
-            _number(step),
-            f"{plan.optimizer.name} alone at least {plan.optimizer_seconds:.2g}, {_bound(plan)}",
-        ),
+        ("seconds a step", _number(step), _optimizer_alone(plan)),
         ("tokens", f"{plan.tokens:,}", f"{plan.steps:,} steps"),
         ("days", _number(plan.seconds / 86400), "without evaluations and checkpoints"),
         ("GPU-hours", _number(plan.gpu_hours), ""),
