@@ -28,7 +28,7 @@ def trained(case: CpuCase) -> tuple[LanguageModel, torch.optim.Optimizer]:
     """The model and optimiser of a case after a step, with gradients."""
     model = LanguageModel(case.model)
     model.checkpoint_blocks, model.chunked_loss = case.run.activation_checkpointing, case.run.chunked_loss
-    optimizer = build_optimizer(model, OptimConfig())
+    optimizer = build_optimizer(model, case.run.optim)
     pass_of(model, case)
     optimizer.step()
     return model, optimizer
@@ -58,6 +58,16 @@ def test_weights_moments_and_gradients_are_exact(config: ModelConfig) -> None:
     memory = measure_memory(case)
     assert memory.weights == sum(weight.nbytes for weight in model.parameters())
     assert memory.gradients == sum(weight.grad.nbytes for weight in model.parameters() if weight.grad is not None)
+    assert memory.moments == sum(value.nbytes for state in optimizer.state.values() for value in state.values())
+
+
+@pytest.mark.parametrize("config", [small_config("sdd"), small_config("prenorm"), mixture_config("sdd")])
+@pytest.mark.parametrize("name", ["stable-adamw", "muon"])
+def test_moments_are_exact_under_every_optimiser(name: Any, config: ModelConfig) -> None:
+    case = make_case(config)
+    case = replace(case, run=replace(case.run, optim=OptimConfig(name=name)))
+    _, optimizer = trained(case)
+    memory = measure_memory(case)
     assert memory.moments == sum(value.nbytes for state in optimizer.state.values() for value in state.values())
 
 

@@ -185,3 +185,17 @@ def test_a_mistake_is_one_clear_line(line: str, expected: str, capsys) -> None:
     assert err.startswith("sdd: ")
     assert expected in err
     assert err.count("\n") == 1
+
+
+def test_muon_saves_a_moment_of_the_matrices_and_costs_flops(capsys: pytest.CaptureFixture[str]) -> None:
+    plans = {}
+    for name in ("adamw", "muon"):
+        assert main(["plan", "581m", "--gpu", "h100-sxm", "--micro-batch", "1", "--json", "--optimizer", name]) == 0
+        plans[name] = json.loads(capsys.readouterr().out)
+    # 581m has no bias, router or expert: all matrices of its blocks are Muon's
+    saved = plans["adamw"]["memory"]["moments"] - plans["muon"]["memory"]["moments"]
+    assert 4 * plans["muon"]["parameters"]["matrices"] < saved < 4.001 * plans["muon"]["parameters"]["matrices"]
+    seconds = {name: plan["time"]["optimizer_seconds_per_step"] for name, plan in plans.items()}
+    assert seconds["muon"] > seconds["adamw"]
+    assert main(["plan", "581m", "--gpu", "h100-sxm", "--micro-batch", "1", "--optimizer", "muon"]) == 0
+    assert "Muon and AdamW alone at least" in capsys.readouterr().out

@@ -20,6 +20,7 @@ _FIELDS = {
     "activation_checkpointing": "activation-checkpointing",
     "chunked_loss": "chunked-loss",
     "precision": "precision",
+    "optim.name": "optimizer",
 }
 #: Largest context and batch: sizes of tensors overflow beyond it.
 _LARGEST = 10**8

@@ -55,6 +55,7 @@ class Definition:
         preset: the default one.
         seeds: the default number.
         lengths: the default lengths of its runs in tokens; each is a condition. Empty if the preset has the length.
+        optional: arms that are compared only if they are named.
     """
 
     name: str
@@ -70,6 +71,7 @@ class Definition:
     preset: str = "nano"
     seeds: int = 3
     lengths: tuple[int, ...] = ()
+    optional: tuple[Arm, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -312,7 +314,7 @@ def _replaced(config: Any, name: str, value: Any) -> Any:
 
 
 def _chosen_arms(definition: Definition, names: tuple[str, ...]) -> tuple[Arm, ...]:
-    known = {arm.name: arm for arm in definition.arms}
+    known = {arm.name: arm for arm in (*definition.arms, *definition.optional)}
     if all(arm.name == arm.placement for arm in definition.arms):
         known |= {name: Arm(name, name) for name in placements if name not in known}
     for name in names:
@@ -330,6 +332,7 @@ def _check_overrides(definition: Definition, request: Request) -> None:
         raise UserError(f"the study {definition.name} has no --lengths: give --steps")
     own = (*OWN_FIELDS, *(("steps", "optim.warmup", "eval_every") if definition.lengths else ()))
     own += ("model.init_scale",) if definition.rates.kind == "searched" else ()
+    own += tuple(name for name in definition.arms[0].changes if all(name in arm.changes for arm in definition.arms))
     for name in request.overrides:
         if name in own:
             instead = {"model.placement": "name methods with --placements", "steps": "leave it out"}

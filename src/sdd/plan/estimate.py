@@ -14,6 +14,7 @@ from sdd.models.flops import TrainingFlops, training_flops
 from sdd.plan.gpus import Gpu
 from sdd.plan.measure import MemoryCase
 from sdd.plan.memory import Memory, bare_activations, measure_memory
+from sdd.plan.optimizer import OptimizerCost, optimizer_cost
 from sdd.train import RunConfig
 
 #: Share of a GPU's memory that a plan may fill; CUDA, NCCL and the allocator's gaps take the rest.
@@ -100,8 +101,14 @@ class Plan:
 
     @property
     def optimizer_seconds(self) -> float:
-        """Least time of AdamW in a step: it reads four float32 numbers a parameter and writes three."""
-        return 28 * (self.memory.weights / 4) / (self.gpu.bandwidth * 1e9)
+        """Least time of the optimiser in a step: its traffic at the full bandwidth, its FLOPs at the utilisation."""
+        cost = self.optimizer
+        return cost.traffic / (self.gpu.bandwidth * 1e9) + cost.flops / (self.mfu * self.gpu.peak(self.precision))
+
+    @property
+    def optimizer(self) -> OptimizerCost:
+        """What the optimiser costs."""
+        return optimizer_cost(self.case, self.memory.weights // 4)
 
     @property
     def norms(self) -> int:

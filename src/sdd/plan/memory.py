@@ -5,7 +5,8 @@ FSDP2 gives each 1/N of the matrices, embedding and head; alphas and norm weight
 p = (P_m + P_e)/N + P_s parameters. In bytes:
 
     weights      4 p, float32
-    moments      8 p, AdamW's two in float32, and a step counter of 4 for each tensor
+    moments      8 p, AdamW's two in float32, and a step counter of 4 for each tensor; 4 p of what Muon moves, which
+                 keeps one and no counter
     gradients    4 p, float32
     copies       weights as matrix products read them: on 1 GPU as measured, which is autocast's bfloat16. On N GPUs
                  embedding and head are gathered in float32, and two blocks' matrices in the precision of autocast
@@ -18,8 +19,9 @@ Loss and block are never held at the same time, so the peak counts only the larg
 
 from dataclasses import asdict, dataclass, replace
 
-from sdd.models import LanguageModel, count_parameters
+from sdd.models import count_parameters
 from sdd.plan.measure import MemoryCase, measure_pass
+from sdd.plan.optimizer import optimizer_cost
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class Memory:
     """Bytes on one GPU, by part; see the module's table.
 
     Attributes:
-        weights, moments, gradients: AdamW's, float32.
+        weights, moments, gradients: of the optimiser, float32.
         copies: of weights, as matrix products read them.
         activations: kept for the backward pass.
         loss: the most on top of these while the loss and its gradient are computed.
@@ -66,12 +68,11 @@ def measure_memory(case: MemoryCase) -> Memory:
     parameters = count_parameters(case.model)
     ends = parameters.embedding + parameters.head
     share = -(-(parameters.matrices + ends) // case.gpus) + parameters.scales
-    tensors = len(list(LanguageModel(case.model, device="meta").parameters()))
     found = measure_pass(case)
     held = found.activations + found.copies
     return Memory(
         weights=4 * share,
-        moments=8 * share + 4 * tensors,
+        moments=optimizer_cost(case, share).state,
         gradients=4 * share,
         copies=found.copies + (_gathered(case, parameters.matrices, ends) if case.gpus > 1 else 0),
         activations=found.activations,

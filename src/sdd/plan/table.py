@@ -82,7 +82,7 @@ def _memory(plan: Plan, size: int) -> list[str]:
     copies = "embedding, head and two blocks, gathered" if case.gpus > 1 else "as matrix products read them"
     rows = [
         ("weights", memory.weights, "float32" + (", sharded" if case.gpus > 1 else "")),
-        ("AdamW moments", memory.moments, "the same, twice"),
+        (f"{plan.optimizer.name} moments", memory.moments, _moments(plan)),
         ("gradients", memory.gradients, "the same"),
         ("copies of weights", memory.copies, copies),
         ("activations", memory.activations, f"of {case.tokens:,} tokens: " + _kept(plan)),
@@ -98,6 +98,15 @@ def _memory(plan: Plan, size: int) -> list[str]:
     if not case.has_kernels:
         lines.append("Triton is not installed here: counted without fused kernels, which keep less")
     return lines
+
+
+def _moments(plan: Plan) -> str:
+    return "the same, once for the matrices of the blocks, else twice" if plan.optimizer.flops else "the same, twice"
+
+
+def _optimizer_alone(plan: Plan) -> str:
+    bound = "by memory bandwidth" + (" and the FLOPs of orthogonalising" if plan.optimizer.flops else "")
+    return f"{plan.optimizer.name} alone at least {plan.optimizer_seconds:.2g}, {bound}"
 
 
 def _kept(plan: Plan) -> str:
@@ -135,7 +144,7 @@ def _time(plan: Plan) -> list[str]:
         ("peak", _number(peak), f"TFLOP/s a GPU, {plan.precision} without sparsity ({plan.gpu.source})"),
         ("hardware utilisation", f"{plan.hardware_utilisation:.3g}", "recomputed FLOPs counted"),
         ("tokens a second", _number(speed), f"{_number(speed / plan.case.gpus)} a GPU"),
-        ("seconds a step", _number(step), f"AdamW alone at least {plan.optimizer_seconds:.2g}, by memory bandwidth"),
+        ("seconds a step", _number(step), _optimizer_alone(plan)),
         ("tokens", f"{plan.tokens:,}", f"{plan.steps:,} steps"),
         ("days", _number(plan.seconds / 86400), "without evaluations and checkpoints"),
         ("GPU-hours", _number(plan.gpu_hours), ""),

@@ -65,9 +65,11 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW (arXiv 1711.05101) and the learning-rate schedule.
+    """The optimiser and the learning-rate schedule.
 
     Attributes:
+        name: "adamw" (arXiv 1711.05101); "stable-adamw", AdamW with clipped updates (arXiv 2304.13013); "muon" for the
+            blocks' matrices with AdamW for the rest, both at one lr (arXiv 2502.16982).
         lr: peak learning rate.
         warmup: steps of linear warm-up.
         schedule: "cosine" from lr to lr * final_lr; "wsd" (warm-up, stable, decay) falls linearly over the last
@@ -77,6 +79,7 @@ class OptimConfig:
         beta1: decay of the first moment.
         beta2: decay of the second moment.
         eps: added to the root of the second moment.
+        momentum: of Muon.
         weight_decay: weight decay of matrices.
         alpha_weight_decay: weight decay of every alpha and norm weight; the released recipe decays them by 0.1.
         embedding_weight_decay: weight decay of the embedding (tied or not).
@@ -88,6 +91,7 @@ class OptimConfig:
             2606.16899), see `sdd.train.weights`.
     """
 
+    name: Literal["adamw", "stable-adamw", "muon"] = "adamw"
     lr: float = 3e-3
     warmup: int = 50
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
@@ -96,6 +100,7 @@ class OptimConfig:
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8
+    momentum: float = 0.95
     weight_decay: float = 0.1
     alpha_weight_decay: float = 0.0
     embedding_weight_decay: float = 0.0
@@ -104,8 +109,8 @@ class OptimConfig:
     weights: Literal["free", "rows", "hyperball"] = "free"
 
     def __post_init__(self) -> None:
-        _at_least(0, self, "final_lr", "decay_fraction", "beta1", "beta2", most=1)
-        for name in ("beta1", "beta2"):
+        _at_least(0, self, "final_lr", "decay_fraction", "beta1", "beta2", "momentum", most=1)
+        for name in ("beta1", "beta2", "momentum"):
             if getattr(self, name) == 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be less than 1: a mean that never moves")
         _at_least(0, self, "lr", "warmup", "eps", "grad_clip", "z_loss")
@@ -114,6 +119,8 @@ class OptimConfig:
             raise ValueError(f"schedule={self.schedule!r}: choose cosine, wsd or constant")
         if self.weights not in ("free", "rows", "hyperball"):
             raise ValueError(f"weights={self.weights!r}: choose free, rows or hyperball")
+        if self.name not in ("adamw", "stable-adamw", "muon"):
+            raise ValueError(f"name={self.name!r}: choose adamw, stable-adamw or muon")
 
 
 @dataclass(frozen=True)

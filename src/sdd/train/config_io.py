@@ -216,7 +216,10 @@ def _first_problem(error: ValidationError) -> str:
     # the members of a union stand behind the field's own name
     field = next((name for name in known if f"{location}.".startswith(f"{name}.") and name != "model.placement"), None)
     if field is not None:
-        return f"{field}={given} must be {_expected(known[field][0])}"
+        hint = known[field][0]
+        choices = get_args(hint) if get_origin(hint) is Literal else ()
+        near = nearest(problem["input"], choices) if isinstance(problem["input"], str) else ""
+        return f"{field}={given} must be {_expected(hint)}{near}"
     if problem["type"] in ("dataclass_type", "dict_type"):
         return f"{location or 'the config'}={given} must be an object with fields"
     return f"{location}={given}: {message.replace('Input should be', 'must be')}"

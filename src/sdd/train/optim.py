@@ -1,6 +1,7 @@
-"""AdamW with parameter groups by role, and clipping of gradients."""
+"""The optimiser of a run: parameter groups by role, which rule moves which parameter, and clipping of gradients."""
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -9,12 +10,62 @@ from torch.distributed.tensor import DTensor
 
 from sdd.optim_groups import param_groups
 from sdd.train.config import OptimConfig
+from sdd.train.optimizers import Muon, StableAdamW, Together
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over `sdd.param_groups`, in torch's fused form."""
-    groups = param_groups(model, config.weight_decay, config.alpha_weight_decay, config.embedding_weight_decay)
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
+def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+    """The optimiser that `config.name` names, over `sdd.param_groups`; AdamW in torch's fused form.
+
+    "muon" is Muon for the matrices inside the blocks (see `moved_by_muon`) and AdamW for the rest.
+    """
+    groups = parameter_groups(model, config)
+    adam: dict[str, Any] = {"lr": config.lr, "betas": (config.beta1, config.beta2), "eps": config.eps}
+    if config.name == "stable-adamw":
+        return StableAdamW(groups, **adam)
+    if config.name == "adamw":
+        return torch.optim.AdamW(groups, **adam, fused=True)
+    return Together(
+        muon=Muon(_part(groups, of_muon=True), config.lr, config.momentum),
+        adamw=torch.optim.AdamW(_part(groups, of_muon=False), **adam, fused=True),
+    )
+
+
+def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
+    """The groups of `sdd.param_groups` with the weight decays of a config."""
+    return param_groups(model, config.weight_decay, config.alpha_weight_decay, config.embedding_weight_decay)
+
+
+def moved_by_muon(group: dict[str, Any], name: str) -> bool:
+    """Whether Muon moves a parameter of a group: a matrix, or a stack of them, inside a block and not its router.
+
+    Each row of embedding, head and router stands for one token or expert. They are not matrices of one map whose
+    singular values should be alike, and practice leaves them to AdamW.
+    """
+    return group["role"] == "matrix" and name.startswith("blocks.") and not name.endswith("router.weight")
+
+
+def _part(groups: list[dict[str, Any]], *, of_muon: bool) -> list[dict[str, Any]]:
+    """The groups with only the parameters that Muon moves, or only the others; empty ones are left out."""
+    found: list[dict[str, Any]] = []
+    for group in groups:
+        pairs = zip(group["names"], group["params"], strict=True)
+        kept = [(name, p) for name, p in pairs if moved_by_muon(group, name) == of_muon]
+        if kept:
+            found.append({**group, "names": [name for name, _ in kept], "params": [p for _, p in kept]})
+    return found
+
+
+def describe(optimizer: torch.optim.Optimizer) -> Iterator[str]:
+    """One line on the optimiser, if it is another than AdamW."""
+    if isinstance(optimizer, StableAdamW):
+        yield "StableAdamW: updates clipped tensor by tensor"
+    if isinstance(optimizer, Together):
+        moved = [p for group in optimizer.param_groups if group["rule"] == "muon" for p in group["params"]]
+        stacks = ", experts matrix by matrix" if any(p.ndim > 2 for p in moved) else ""
+        yield (
+            f"Muon for {sum(p.numel() for p in moved):,} parameters, the matrices of the blocks{stacks}; AdamW for the "
+            "rest"
+        )
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
@@ -50,16 +101,22 @@ def clip_gradients(model: nn.Module, limit: float) -> Tensor:
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The optimiser's state by parameter name, `{"blocks.0.attn.q_proj.weight.exp_avg": ...}`.
 
-    State that does not exist yet is created as zeros, as AdamW starts, so that a checkpoint can be read into it.
-    Hyper-parameters are left out: they are a function of config and step.
+    State that does not exist yet is created as zeros, as every optimiser starts, so that a checkpoint can be read into
+    it. Hyper-parameters are left out: they are a function of config and step.
     """
     found: dict[str, Tensor] = {}
     for group in optimizer.param_groups:
         for name, parameter in zip(group["names"], group["params"], strict=True):
-            state: dict[str, Any] = optimizer.state[parameter]
-            if not state:
-                state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-                state["exp_avg"] = torch.zeros_like(parameter, requires_grad=False)
-                state["exp_avg_sq"] = torch.zeros_like(parameter, requires_grad=False)
-            found |= {f"{name}.{key}": value for key, value in state.items()}
+            if not optimizer.state[parameter]:
+                optimizer.state[parameter] = _start(optimizer, group, parameter)
+            found |= {f"{name}.{key}": value for key, value in optimizer.state[parameter].items()}
     return found
+
+
+def _start(optimizer: torch.optim.Optimizer, group: dict[str, Any], parameter: Tensor) -> dict[str, Tensor]:
+    """The state of a parameter before the first step."""
+    rule = optimizer.parts[group["rule"]] if isinstance(optimizer, Together) else optimizer
+    if isinstance(rule, StableAdamW | Muon):
+        return rule.start(parameter)
+    moments = {name: torch.zeros_like(parameter, requires_grad=False) for name in ("exp_avg", "exp_avg_sq")}
+    return {"step": torch.zeros((), dtype=torch.float32, device=parameter.device), **moments}

@@ -17,8 +17,11 @@ from sdd.train.config import RunConfig
 from sdd.train.parallel import World
 from sdd.train.run_dir import RunDir
 
-#: Fields, and groups of them, that fix the parameters and the order of samples: they cannot change in mid-run.
-FIXED = ("model", "seed", "data.batch_size")
+#: Fields, and groups of them, that fix the parameters, the optimiser's state and the order of samples: they cannot
+#: change in mid-run.
+FIXED = ("model", "seed", "data.batch_size", "optim.name")
+#: Values of fixed fields in the checkpoints of versions that did not have them.
+_FORMER = {"optim.name": "adamw"}
 #: Fields whose change is not reported: the data have a fingerprint, and the environment is compared by itself.
 _QUIET = (
     *("steps", "eval_every", "eval_sequences", "checkpoint_every", "probe_every", "keep_checkpoints", "sample_tokens"),
@@ -178,7 +181,8 @@ def remarks(state: dict[str, Any], config: dict[str, Any], environment: dict[str
 
 def _changes(before: dict[str, Any], now: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
     """Name, old and new value of each field that differs; fields that the checkpoint's version lacked are left out."""
-    then, now = config_io.flatten(config_io.with_current_placement(before)), config_io.flatten(now)
+    then = _FORMER | config_io.flatten(config_io.with_current_placement(before))
+    now = config_io.flatten(now)
     for name, _, _ in config_io.fields():
         if name in then and then[name] != now.get(name):
             yield name, _word(then[name]), _word(now.get(name))

@@ -18,7 +18,7 @@ from sdd.train.config import RunConfig
 from sdd.train.evaluate import Evaluation, sample
 from sdd.train.learner import Learner
 from sdd.train.log import RunLog, opening
-from sdd.train.optim import clip_gradients
+from sdd.train.optim import clip_gradients, describe
 from sdd.train.parallel import ALONE, StopSignals, World
 from sdd.train.recovery import Decision, Guard, Problem, weight_problem
 from sdd.train.run_dir import RunDir, environment
@@ -371,7 +371,10 @@ class Trainer(Learner):
         where = str(self.device) if self.world.size == 1 else f"{self.world.size} processes ({self.device.type})"
         how = f"{self.precision}, compiled" if self.config.compile else self.precision
         place = f"{how} on {where}, into {self.run_dir.path}"
-        for line in opening(self.config, self.loader, self.data.name, place, self.step):
+        for line in (
+            *opening(self.config, self.loader, self.data.name, place, self.step),
+            *describe(self.optimizer),
+        ):
             self.log.say(line)
 
     def _put_sample(self) -> None:

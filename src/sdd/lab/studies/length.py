@@ -190,24 +190,12 @@ def _answer(outcome: Outcome, found: Sequence[Lead]) -> str:
     parts = []
     for lead in found:
         if lead.method == method:
-            parts.append(f"{_difference_words(lead.difference(at))} {lead.baseline}")
+            parts.append(f"{shared.difference_words(lead.difference(at))} {lead.baseline}")
     return f"At {short_length(at)} tokens, each tuned for that length, {method} ends {listed(parts)}."
 
 
-def _difference_words(difference: Estimate) -> str:
-    """Such as `0.089 ± 0.010 nats below`; says where an interval holds zero."""
-    if math.isnan(difference.value):
-        return "in no seed beside"
-    text = f"{abs(difference.value):.3f}"
-    if not math.isnan(difference.half_width):
-        text += f" ± {difference.half_width:.3f}"
-    side = "below" if difference.value < 0 else "above"
-    unclear = "" if difference.n < 2 or difference.excludes(0) else " (not told apart from zero)"
-    return f"{text} nats{unclear} {side}"
-
-
 def _conclusion(lead: Lead) -> str:
-    parts = [f"{_difference_words(lead.difference(at))} at {short_length(at)}" for at in lead.cells]
+    parts = [f"{shared.difference_words(lead.difference(at))} at {short_length(at)}" for at in lead.cells]
     trend = lead.trend
     if len(lead.cells) < 2 or math.isnan(trend.value):
         return f"{lead.name}: {listed(parts)} tokens."

@@ -260,6 +260,18 @@ def curves_picture(
     return Picture(name, caption, f"{quantity.name} in {quantity.unit} against {x}. {described(ends)}", draw)
 
 
+def difference_words(difference: Estimate) -> str:
+    """Such as `0.089 ± 0.010 nats below`; says where an interval holds zero."""
+    if math.isnan(difference.value):
+        return "in no seed beside"
+    text = f"{abs(difference.value):.3f}"
+    if not math.isnan(difference.half_width):
+        text += f" ± {difference.half_width:.3f}"
+    side = "below" if difference.value < 0 else "above"
+    unclear = "" if difference.n < 2 or difference.excludes(0) else " (not told apart from zero)"
+    return f"{text} nats{unclear} {side}"
+
+
 def factor_words(factor: Estimate) -> str:
     """Write a factor with its interval, for a sentence."""
     if math.isnan(factor.low):
