@@ -3,6 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -47,7 +48,10 @@ def test_ids_beyond_the_tokenizer_count_no_bytes(trained: TrainedRun):
     tokenizer = builtin_tokenizer()
     ids = tokenizer.encode("Line 1 says 1.")
     padded = torch.tensor([*ids, 4100, PADDED - 1]).numpy()
-    plain, both = (_evaluate_ids(trained, tokens, tokenizer, None) for tokens in (padded[: len(ids)], padded))
+    plain, both = (
+        _evaluate_ids(trained, tokens, tokenizer, None, np.zeros(1, int), lambda done, total: None)
+        for tokens in (padded[: len(ids)], padded)
+    )
     assert plain.bits_per_byte is not None
     assert both.bits_per_byte is not None
     # the same bytes, more bits
