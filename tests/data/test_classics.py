@@ -56,6 +56,6 @@ def test_the_files_know_what_they_hold(rows: list[dict]):
 
 def test_they_are_tokenised_once(monkeypatch: pytest.MonkeyPatch):
     first, _ = classics()
-    monkeypatch.setattr(source, "tokenize", pytest.fail)
+    monkeypatch.setattr(source, "tokenize_inputs", pytest.fail)
     again, _ = classics(notify=pytest.fail)
     assert again.fingerprint() == first.fingerprint()
