@@ -126,7 +126,18 @@ def test_a_readme_among_files_of_its_kind_is_one_of_them(tmp_path: Path):
             for name in ("c4-validation.00000-of-00008.jsonl.gz", "validation/train.txt", "val_a.md")
         ),
         *((name, "test") for name in ("test.txt", "test/a.txt", "wiki.test.txt", "test-00000-of-00001-9a8b.parquet")),
-        *((name, "") for name in ("trainings.txt", "value.txt", "developers.md", "latest.txt", "a.txt", "pretrain")),
+        *(
+            (name, "")
+            for name in (
+                "trainings.txt",
+                "to-test-a.md",
+                "value.txt",
+                "developers.md",
+                "latest.txt",
+                "a.txt",
+                "pretrain",
+            )
+        ),
     ],
 )
 def test_the_part_that_a_name_says(name: str, part: str):

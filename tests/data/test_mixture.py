@@ -210,6 +210,8 @@ def test_text_and_the_built_in_corpus_can_be_mixed(tmp_path: Path):
     ("spec", "message"),
     [
         ("{a}:0.7,{b}", "b.npy has no weight but others have one"),
+        ("{a}:x", r"the weight 'x' of .*a\.npy is no number: expected e\.g\. .*a\.npy:0\.5"),
+        ("{a}:-1,{b}:1", r"the weight '-1' of .*a\.npy is no number"),
         ("{a}:0,{b}:1", r"a\.npy: the weight 0 must be above 0"),
         ("{a}:1,{c}:1", r"c \(vocab_size 60, eos 0\) and a \(vocab_size 5000, eos 0\) were made with two tokenizers"),
         ("{a}:1,classics:1", "were made with two tokenizers"),

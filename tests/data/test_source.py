@@ -142,6 +142,9 @@ def test_token_files_of_two_vocabularies(tmp_path: Path):
 def test_what_does_not_exist_is_answered_with_what_does(tmp_path: Path, prose: Path):
     with pytest.raises(UserError, match=r"did you mean prose\.txt\?"):
         resolve_data(tmp_path / "pros.txt", context=8)
+    for far in ("poem.txt", "p.txt", "dose.txt"):
+        with pytest.raises(UserError, match=f"no data at .*{far}: expected classics"):
+            resolve_data(tmp_path / far, context=8)
     with pytest.raises(UserError, match="did you mean classics"):
         resolve_data("clasics", context=8)
     with pytest.raises(UserError, match=r"no data at .*: expected classics, token files"):
@@ -155,7 +158,10 @@ def test_what_does_not_exist_is_answered_with_what_does(tmp_path: Path, prose: P
         (b"a", r"x\.txt: too little text to train on and hold out a part"),
         (b"\xff\xfe\x00", "not UTF-8"),
         (b"a few words", "too little"),
-        (PROSE.encode() * 8, "validation part of x: too little data, a context of 64 needs 65 tokens"),
+        (
+            PROSE.encode() * 8,
+            "validation part of x: too little data, a context of 64 needs 65 tokens.*--validation-fraction",
+        ),
     ],
 )
 def test_unusable_text_is_one_clear_line(tmp_path: Path, content: bytes, message: str):

@@ -35,6 +35,13 @@ def test_the_command(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert capsys.readouterr().out.startswith(f"done: {result['tokens']:,} tokens of 60 documents")
 
 
+def test_a_held_out_part_too_small_for_any_preset_is_said(source: Path, tmp_path: Path, capsys):
+    for fraction in ("0.001", "0.3"):
+        words = ["--out", str(tmp_path / fraction), "--workers", "1", "--validation-fraction", fraction]
+        assert main(["tokenize", str(source), *words]) == 0
+        assert ("a larger --validation-fraction" in capsys.readouterr().err) == (fraction == "0.001")
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -24,7 +24,7 @@ from sdd.data.kinds import TEXT_KINDS, Kind, kind_of, refuse_other_kinds, suffix
 from sdd.data.spec import HUB, existing, is_mixture
 from sdd.data.text import Cut, Document, check_utf8, piece_end
 from sdd.data.unpack import BOM, blocks, lines, packing
-from sdd.errors import UserError
+from sdd.errors import UserError, one_line
 
 _AS_IT_IS = ("", ".txt", ".md")  # suffixes of text that is not packed
 _LINES_WITHOUT_FIELD = 10_000  # after so many, a field is taken to be misspelt
@@ -112,7 +112,7 @@ def token_files(path: Path, any_name: bool = False, notify: Notify | None = None
     found = search(path)
     if notify and found.tokens and found.texts:
         texts = [str(text.relative_to(path)) for text in found.texts]
-        notify(f"{path}: left out, text beside token files: {named(texts)}")
+        notify(one_line(f"{path}: left out, text beside token files: {named(texts)}"))
     return found.tokens
 
 
@@ -127,14 +127,18 @@ def find_inputs(names: Sequence[str], field: str = "text", notify: Notify | None
     Raises:
         UserError: nothing there, nothing readable inside, or a package that is needed is not installed.
     """
-    notify = notify or logging.getLogger(__name__).info
+    tell = notify or logging.getLogger(__name__).info
+
+    def say(line: str) -> None:
+        tell(one_line(line))
+
     try:
-        found = [source for name in names for source in _find(name, field, notify)]
+        found = [source for name in names for source in _find(name, field, say)]
     except OSError as error:
         raise UserError(f"cannot read {error.filename}: {error.strerror}") from None
     if plain := [source.name for source in found if source.kind == "text" and not suffix_of(Path(source.name))]:
-        notify(f"read as plain text, as it stands: {named(plain)}")
-    return _held_out_if_named_so(found, names, notify)
+        say(f"read as plain text, as it stands: {named(plain)}")
+    return _held_out_if_named_so(found, names, say)
 
 
 def records(source: Input, field: str, start: int = 0, cut: Cut | None = None) -> Iterator[Record]:

@@ -150,18 +150,14 @@ def row_shape(width: int, sums: int) -> Shape:
 def n_programs(x: Tensor, n_rows: int, shape: Shape, n_blocks: int = 1) -> int:
     """Programs of a backward kernel for each of `n_blocks` blocks of columns; each writes one partial sum of dalpha.
 
-    As many as the multiprocessors hold at once: more would wait for the first to end, and each adds to the partial
-    sums.
+    As many as the multiprocessors hold at once: more would wait for the first to end, and each adds to the sums.
     """
     an_sm = programs_an_sm(shape.warps, shape.registers)
     return min(n_rows, max(1, _n_multiprocessors(x.device) * an_sm // n_blocks))
 
 
 def programs_an_sm(n_warps: int, registers: int) -> int:
-    """Programs that a multiprocessor holds at once by their registers, 16 at most.
-
-    `./dev kernels` fails if fewer fit.
-    """
+    """Programs that a multiprocessor holds by their registers, 16 at most. `./dev kernels` fails if fewer fit."""
     return max(1, min(16, REGISTERS // (32 * n_warps * registers)))
 
 
