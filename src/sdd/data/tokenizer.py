@@ -32,7 +32,8 @@ class Tokenizer:
 
     Text is always text: the name of an added token inside a text (`<|endoftext|>`) is encoded as its characters,
     whatever the file says of that token, and nothing is added around the text. Only added tokens that are runs of white
-    space are read from text. So `decode(encode(text)) == text` for any text, unless `remarks` says otherwise.
+    space are read from text. So `decode(encode(text)) == text` for any text, unless `remarks` says otherwise. One
+    character is an exception: a tokenizer that writes a space as U+2581 gives that character back as a space.
 
     A space that the tokenizer puts before a text is put there only if decoding takes it away again.
 
