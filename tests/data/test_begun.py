@@ -98,3 +98,13 @@ def test_a_folder_that_an_earlier_version_made_of_more_files_still_answers(tmp_p
     (folder / "README.md").write_text("Another text.")
     with pytest.raises(UserError, match=r"other inputs \(.*README\.md is missing\)"):
         tokenize([str(folder)], out, SMALL)
+
+
+def test_a_folder_in_which_nothing_is_done_takes_other_settings(tmp_path: Path):
+    nested = tmp_path / "nested.jsonl"
+    nested.write_text(json.dumps({"meta": {"content": "one two three " * 400}}) + "\n")
+    out = tmp_path / "tokens"
+    with pytest.raises(UserError, match=r"has no field 'text': .*e\.g\. meta\.content"):
+        tokenize([str(nested)], out, TokenizeSettings(builtin_tokenizer()))
+    named = TokenizeSettings(builtin_tokenizer(), text_field="meta.content")
+    assert tokenize([str(nested)], out, named)["documents"] == 1

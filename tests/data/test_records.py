@@ -53,12 +53,17 @@ def test_null_text_is_passed_over_and_counted_in_every_kind(tmp_path_factory, hu
         assert (result["without_text"], result["skipped"]) == (texts.count(None), 0)
 
 
-def test_training_says_how_many_records_have_no_text(tmp_path: Path):
-    text = "Call me Ishmael. " * 200
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ({"text": text}, {"text": None}, {})))
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_training_says_how_many_records_have_no_text(tmp_path: Path, kind: str):
+    texts = [None, "Call me Ishmael. " * 200, None, None, None, "Some years ago. " * 200, None]
+    path = tmp_path / f"a.{kind}"
+    if kind == "jsonl":
+        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    else:
+        pytest.importorskip("pyarrow.parquet").write_table(pytest.importorskip("pyarrow").table({"text": texts}), path)
     said: list[str] = []
-    resolve_data(tmp_path / "a.jsonl", context=8, notify=said.append)
-    assert said[-1] == "a: 2 records without text passed over"
+    resolve_data(path, context=8, notify=said.append)
+    assert said[-1] == "a: 5 records without text passed over"
 
 
 names = st.sampled_from(["a", "b", "a.b", "a.b.c"])

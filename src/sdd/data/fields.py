@@ -1,7 +1,7 @@
 """The text of a record: the value of a field of an object, which may lie inside other objects."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from sdd.errors import UserError
@@ -31,6 +31,13 @@ def lookup(value: Any, field: str) -> Any:
         return value[field]
     outer, dot, inner = field.partition(".")
     return lookup(value.get(outer), inner) if dot else ABSENT
+
+
+def names_in(value: Any, outer: str = "") -> Iterator[str]:
+    """The names under which `lookup` finds the values that are no objects."""
+    if isinstance(value, Mapping):
+        for name, inner in value.items():
+            yield from names_in(inner, f"{outer}{name}.") if isinstance(inner, Mapping) else (f"{outer}{name}",)
 
 
 def text_in_json(line: bytes, field: str, place: str) -> bytes | None:

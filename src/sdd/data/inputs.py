@@ -18,7 +18,7 @@ import pydantic
 
 from sdd.data import tables
 from sdd.data.cache import Notify
-from sdd.data.fields import ABSENT, BadRecord, kind_of_value, lookup, parse_json, text_in_json
+from sdd.data.fields import ABSENT, BadRecord, kind_of_value, lookup, names_in, parse_json, text_in_json
 from sdd.data.folders import Folder, named, part_of, search, what_we_wrote
 from sdd.data.kinds import TEXT_KINDS, Kind, kind_of, refuse_other_kinds, suffix_of
 from sdd.data.spec import HUB, existing, is_mixture
@@ -165,10 +165,10 @@ def documents(source: Input, field: str) -> Iterator[tuple[int, Document | None]
     if source.kind != "text":
         for record in records(source, field):
             data = text_of(source, record, field)
-            yield (
-                record.done,
-                None if data is None else Document(place(source, record.number), io.BytesIO(data), len(data)),
-            )
+            if data is None:
+                yield from [(record.done, None)] * (record.missing or 1)
+            else:
+                yield record.done, Document(place(source, record.number), io.BytesIO(data), len(data))
         return
     path = Path(source.name)
     with _reading(source), path.open("rb") as stored, tempfile.TemporaryFile() as unpacked:
@@ -314,7 +314,7 @@ def _check_json_field(source: Input, field: str) -> None:
                 continue
             if lookup(record, field) is not ABSENT:
                 return
-            others.update(record if isinstance(record, dict) else {})
+            others.update(dict.fromkeys(names_in(record)))
             if number >= _LINES_WITHOUT_FIELD:
                 break
     if others:

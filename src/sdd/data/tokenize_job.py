@@ -166,6 +166,10 @@ def _begin(
         progress = read_model(progress_file, Progress, damaged) if progress_file.is_file() else None
         if progress and progress.position.input >= len(before.inputs):
             raise UserError(f"{progress_file}: there is no such input; {damaged}")
+        if progress and progress.model_copy(update={"seconds": 0}) == Progress():  # nothing is done, so nothing binds
+            tokenizer.save(out / "tokenizer.json")
+            write_aside(file, manifest.model_dump_json(indent=2) + "\n")
+            return manifest, progress
         cut = cut_of(tokenizer, before)
         manifest = going_on(out, before, manifest, progress and progress.position, names, cut)
         if progress is None and not (out / SUMMARY_FILE).is_file():
