@@ -22,6 +22,17 @@ TINY = RunConfig(
     keep_checkpoints=0,
     sample_tokens=8,
 )
+#: For several processes: d_ff and the vocabulary divide neither by 2 nor by 4, and the gradient norm is about 1.4, so
+#: clipping is at work.
+UNEVEN = replace(
+    TINY,
+    model=replace(TINY.model, d_ff=51, vocab_size=4097),
+    data=replace(TINY.data, batch_size=8),
+    optim=replace(TINY.optim, grad_clip=0.5),
+    accumulate=8,
+    steps=20,
+    checkpoint_every=0,
+)
 
 
 def tiny(placement="sdd", **changes):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from helpers_parallel import in_world
-from helpers_train import TINY, assert_same_tensors, rows, tiny
+from helpers_train import TINY, UNEVEN, assert_same_tensors, rows, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -302,18 +302,7 @@ def test_only_valid_names_are_taken_from_python():
 # --- over processes
 
 # neither 51 rows nor 5 experts divide by two
-SHARED = replace(
-    TINY,
-    model=replace(TINY.model, d_ff=51, vocab_size=4097),
-    data=replace(TINY.data, batch_size=8),
-    optim=replace(TINY.optim, grad_clip=0.5),
-    accumulate=8,
-    steps=20,
-    eval_every=0,
-    checkpoint_every=0,
-    probe_every=10,
-    sample_tokens=0,
-)
+SHARED = replace(UNEVEN, eval_every=0, probe_every=10, sample_tokens=0)
 
 
 def whole(trainer):
