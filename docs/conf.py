@@ -1,14 +1,15 @@
 """Sphinx configuration: MyST pages, the API from the docstrings, tables from the code."""
 
 import sys
-from importlib.metadata import version as version_of
 from pathlib import Path
+
+import sdd
 
 sys.path.insert(0, str(Path(__file__).parent / "_ext"))
 
 project = "sdd"
 author = "The sdd developers"
-release = version_of("sdd")
+release = sdd.__version__
 html_title = f"sdd {release}"
 html_theme = "furo"
 html_copy_source = False

@@ -5,6 +5,9 @@ import importlib
 from collections.abc import Collection
 from typing import Any
 
+#: The name under which pip installs this package; the import's is taken on the package index.
+DISTRIBUTION = "sdd-torch"
+
 
 class SddError(Exception):
     """The base class; its message is one line, which the command line prints without a traceback.
@@ -87,7 +90,7 @@ def require_extra(extra: str, *modules: str, needed_by: str) -> list[Any]:
         return [importlib.import_module(name) for name in modules]
     except ModuleNotFoundError as error:
         package = str(error.name).partition(".")[0]
-        raise MissingPackage(f"{needed_by} needs {package}: pip install 'sdd[{extra}]'") from None
+        raise MissingPackage(f"{needed_by} needs {package}: pip install '{DISTRIBUTION}[{extra}]'") from None
 
 
 def is_out_of_memory(error: BaseException) -> bool:
