@@ -135,9 +135,9 @@ class RunLog:
 class TensorBoard:
     """Writes every number of a metrics row as a scalar, on the disk after each row.
 
-    Without a folder, or where the package is not installed (`pip install sdd-torch[tensorboard]`), nothing is written. No
-    error ends the run: the first is reported, and nothing more is written. `torch.utils.tensorboard` is not used: it
-    writes from a thread, which reports a full disk late and by a traceback.
+    Without a folder, or where the package is not installed (`pip install sdd-torch[tensorboard]`), nothing is
+    written. No error ends the run: the first is reported, and nothing more is written. `torch.utils.tensorboard` is not
+    used: it writes from a thread, which reports a full disk late and by a traceback.
 
     Args:
         folder: a new file of events is made in it; made if missing.
