@@ -331,9 +331,9 @@ def _shape(plan: PlannedStudy) -> str:
     upto = "up to " if len(plan.lengths) > 1 else ""
     deep = "up to " if len(plan.depths) > 1 else ""
     return (
-        f"{plan.request.preset}: {deep}{model.n_layers} layers, d_model {model.d_model}, {parameters / 1e6:.2f}M parameters; "
-        f"{upto}{base.steps:,} steps of {base.data.batch_size} x {model.context} tokens, base rate {base.optim.lr:g}, "
-        f"{base.optim.warmup} warm-up steps.\n"
+        f"{plan.request.preset}: {deep}{model.n_layers} layers, d_model {model.d_model}, {parameters / 1e6:.2f}M "
+        f"parameters; {upto}{base.steps:,} steps of {base.data.batch_size} x {model.context} tokens, base rate "
+        f"{base.optim.lr:g}, {base.optim.warmup} warm-up steps.\n"
         f"Arms: {', '.join(arm.name for arm in plan.arms)}.\n"
         f"Conditions: {'; '.join(condition.title for condition in plan.conditions)}.\n"
         f"Rates: {', '.join(f'{rate:g}' for rate in plan.first_rates)}. {inits}"

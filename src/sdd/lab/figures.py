@@ -207,6 +207,8 @@ def _set_axis(axes: Axes, which: str, axis: Axis) -> None:
     if axis.log:
         axes.set(**{f"{which}scale": "log"})
         low, high = target.get_data_interval()
+        if not 0 < low <= high < math.inf:  # nothing to show
+            axes.set(**{f"{which}lim": (1, 10)})
         target.set_major_locator(LogLocator(subs=(1, 2, 5) if high < _MANY_DECADES * low else (1,)))
         target.set_minor_formatter(NullFormatter())
     text = short_count if axis.counts else lambda value: f"{value:g}"

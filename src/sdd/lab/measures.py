@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,7 @@ def layer_similarity(run: Path, held_out: HeldOut) -> dict[str, Any]:
         return {}
     model = load_trained(run).model
     stream = _stream(model, held_out.tuning_windows[:_WINDOWS, :-1])
-    changes = [after - before for before, after in zip(stream, stream[1:], strict=False)]
+    changes = [after - before for before, after in pairwise(stream)]
     return {"outputs": _cosines(stream), "updates": _cosines(changes)}
 
 

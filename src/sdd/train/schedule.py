@@ -22,8 +22,9 @@ def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
         ramp       lr * r ^ ((steps - step) / (steps - 1)), which rises geometrically from r * lr at step 1 to lr at
                    the last; no warm-up
 
-    with f = final_lr and r = first_lr. Without warm-up, cosine has its peak before the first step. Numbers that do not fit the run (see
-    `fit`) keep this formula, so that old runs keep their rates: a run no longer than its warm-up ends during it.
+    with f = final_lr and r = first_lr. Without warm-up, cosine has its peak before the first step. Numbers that do not
+    fit the run (see `fit`) keep this formula, so that old runs keep their rates: a run no longer than its warm-up ends
+    during it.
 
     Args:
         config: the optimiser's settings.

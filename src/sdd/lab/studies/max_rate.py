@@ -13,6 +13,7 @@ from sdd.lab.measures import numbers, training_losses
 from sdd.lab.results import RunResult
 from sdd.lab.statistics import mean_factor
 from sdd.lab.studies import shared
+from sdd.models import model_presets
 from sdd.report.runs import CONVERGENCE_SHARE
 from sdd.train.schedule import learning_rate
 
@@ -21,6 +22,17 @@ FIRST, LAST = 1e-4, 10.0
 WINDOW, MARGIN = 25, 0.5
 #: Other margins, to see whether the answer hangs on it.
 MARGINS = (0.25, MARGIN, 1.0)
+#: The run of every preset.
+RAMP = {
+    "optim.schedule": "ramp",
+    "optim.lr": LAST,
+    "optim.first_lr": FIRST / LAST,
+    "optim.warmup": 0,
+    "steps": 1500,
+    "eval_every": 300,
+    "checkpoint_every": 1500,
+    "probe_every": 0,
+}
 _POINTS = 150  # of a curve in a figure
 
 
@@ -292,8 +304,8 @@ def _curves(outcome: Outcome) -> Picture:
 
     plan = outcome.plan
     caption = (
-        f"Training loss (running median of {WINDOW} steps) against the learning rate, which rises with every step; mean "
-        f"of {seeds_text(plan.request.seeds)}, the band their range."
+        f"Training loss (running median of {WINDOW} steps) against the learning rate, which rises with every step; "
+        f"mean of {seeds_text(plan.request.seeds)}, the band their range."
     )
     words = "Each curve falls while the rate rises, up to the method's highest rate; the numbers are in the tables."
     return Picture("ramp", caption, words, draw)
@@ -327,19 +339,7 @@ DEFINITION = Definition(
     ),
     conditions=(DEFAULT,),
     rates=Rates("common"),
-    sizes=dict.fromkeys(
-        ("nano", "micro"),
-        {
-            "optim.schedule": "ramp",
-            "optim.lr": LAST,
-            "optim.first_lr": FIRST / LAST,
-            "optim.warmup": 0,
-            "steps": 1500,
-            "eval_every": 300,
-            "checkpoint_every": 1500,
-            "probe_every": 0,
-        },
-    ),
+    sizes=dict.fromkeys(model_presets, RAMP),
     read=read,
     depths=(12, 64),
     measure=training_losses,
