@@ -90,6 +90,11 @@ def layer_similarity(run: Path, held_out: HeldOut) -> dict[str, Any]:
     return {"outputs": _cosines(stream), "updates": _cosines(changes)}
 
 
+def gradients_and_similarity(run: Path, held_out: HeldOut) -> dict[str, Any]:
+    """What `group_gradients` and `layer_similarity` return: the studies that read them share their runs."""
+    return {**group_gradients(run, held_out), **layer_similarity(run, held_out)}
+
+
 def numbers(result: RunResult, *names: str) -> Any:
     """A value of `measured` by its path of names, with numbers as floats at any depth; None if the run has none."""
     value: Any = result.measured

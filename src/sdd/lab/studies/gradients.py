@@ -8,7 +8,7 @@ import numpy as np
 from sdd.lab.arms import DEFAULT, Arm, Rates
 from sdd.lab.definition import Cell, Definition, Outcome
 from sdd.lab.findings import Findings, Picture, Range, Table, Value, described, listed, seeds_text
-from sdd.lab.measures import GROUPS, group_gradients, numbers
+from sdd.lab.measures import GROUPS, gradients_and_similarity, numbers
 from sdd.lab.results import RunResult
 from sdd.lab.statistics import Estimate, mean_factor
 from sdd.lab.studies import shared
@@ -207,5 +207,5 @@ DEFINITION = Definition(
     rates=Rates("common"),
     sizes={"nano": {"optim.lr": 1e-3, "steps": 2000, "optim.warmup": 100}, "micro": {"optim.lr": 5e-4}},
     read=read,
-    measure=group_gradients,
+    measure=gradients_and_similarity,
 )

@@ -8,7 +8,7 @@ import numpy as np
 from sdd.lab.arms import DEFAULT, Arm, Rates
 from sdd.lab.definition import Cell, Definition, Outcome
 from sdd.lab.findings import Findings, Interval, Measured, Picture, Table, described, listed, seeds_text
-from sdd.lab.measures import layer_similarity, numbers
+from sdd.lab.measures import gradients_and_similarity, numbers
 from sdd.lab.results import RunResult
 from sdd.lab.statistics import Estimate, paired_difference
 from sdd.lab.studies import shared
@@ -218,5 +218,5 @@ DEFINITION = Definition(
     rates=Rates("common"),
     sizes={"nano": {"optim.lr": 1e-3, "steps": 2000, "optim.warmup": 100}, "micro": {"optim.lr": 5e-4}},
     read=read,
-    measure=layer_similarity,
+    measure=gradients_and_similarity,
 )
