@@ -119,8 +119,8 @@ def _stream_table(outcome: Outcome) -> Table:
         "Gradient by the input of the first block over that by the output of the last",
         ["method", "at", *(each.title for each in outcome.plan.conditions)],
         rows,
-        "Root mean squares over tokens and features, geometric mean over seeds. Far below 1 gradients vanish on their "
-        "way down, far above they explode.",
+        "Root mean squares over tokens and features, geometric mean over seeds; the end is the last probed step. Far "
+        "below 1 gradients vanish on their way down, far above they explode.",
     )
 
 

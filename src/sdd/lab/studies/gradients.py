@@ -129,17 +129,18 @@ def _moments(outcome: Outcome) -> Mapping[int, str]:
 
 
 def _worst(cell: Cell) -> Estimate:
-    """The spread of the group in which it is widest, at the last step."""
+    """The spread of the group in which it is widest, at the last probed step."""
     found = [_spreads(cell, group) for group in GROUPS]
     return max(found, key=lambda each: each.value if math.isfinite(each.value) else -1.0)
 
 
 def _answer(outcome: Outcome) -> str:
-    """Rank methods by the widest spread of their groups at the end."""
+    """Rank methods by the widest spread of their groups at the last probed step."""
     widest = {cell.arm.name: _worst(cell) for cell in outcome.under(DEFAULT)}
     ranked = sorted(widest, key=lambda name: _ascending(widest[name]))
     parts = [f"{Range(widest[name])} times in {name}" for name in ranked]
-    return f"At the end the gradient norms of a group differ from layer to layer by at most {listed(parts)}."
+    last = list(_moments(outcome).values())[-1]
+    return f"At step {last} the gradient norms of a group differ from layer to layer by at most {listed(parts)}."
 
 
 def _ascending(estimate: Estimate) -> float:

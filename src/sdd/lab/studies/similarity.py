@@ -128,7 +128,8 @@ def _answer(outcome: Outcome) -> str:
         ranked = _ranked(outcome, reading)
         if ours not in ranked:
             return f"{ours} diverged: there is nothing to compare."
-        parts.append(f"{_place(ranked, ours)} when {what} are compared")
+        mean = Measured(_by_seed(outcome.cells[ours, DEFAULT.name], reading))
+        parts.append(f"{_place(ranked, ours)} (mean cosine {mean}) when {what} are compared")
     return f"The layers of {ours} are {listed(parts)}."
 
 
