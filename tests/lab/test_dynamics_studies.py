@@ -196,6 +196,7 @@ def test_the_page_of_prenorm_answers_on_both_wirings(tmp_path: Path, monkeypatch
     text = (tmp_path / "README.md").read_text(encoding="utf-8")
     assert "At 1M tokens, each at its best rate: on Pre-Norm sdd-prenorm ends 0.100 ± 0.000 nats below prenorm" in text
     assert "postnorm did not converge in most seeds" in text
+    assert "on Post-Norm sdd-paper and postnorm have no seed in which both converged." in text
 
 
 # --- runs that two studies share

@@ -35,7 +35,10 @@ class Pair:
     @property
     def words(self) -> str:
         """The comparison as a sentence, without its end."""
-        return f"{self.method.arm.name} ends {shared.difference_words(self.difference)} {self.baseline.arm.name}"
+        method, baseline = self.method.arm.name, self.baseline.arm.name
+        if math.isnan(self.difference.value):
+            return f"{method} and {baseline} have no seed in which both converged"
+        return f"{method} ends {shared.difference_words(self.difference)} {baseline}"
 
 
 def pairs(outcome: Outcome, condition: str) -> list[Pair]:
