@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,7 @@ class FakeLab:
         started: every run, in order, each as often as it was run.
         interrupt_after: so many more runs; None for never.
         crash: names of runs that end without a result.
+        measured_of: what a study measures of a run beside its losses.
     """
 
     loss_of: LossOf
@@ -69,6 +70,7 @@ class FakeLab:
     started: list[str] = field(default_factory=list)
     interrupt_after: int | None = None
     crash: set[str] = field(default_factory=set)
+    measured_of: Callable[[RunConfig], dict[str, Any]] = lambda _: {}
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> "FakeLab":
         """Let studies run here."""
@@ -91,9 +93,10 @@ class FakeLab:
                 for job in self.jobs:
                     job.state = lab.train(job)
 
-        def harvest(run: Path, _held_out: Any) -> RunResult:
+        def harvest(run: Path, _held_out: Any, measure: Any) -> RunResult:
             config = lab.finished[run.name]
-            return made_result(run.name, config, lab.loss_of(config))
+            found = made_result(run.name, config, lab.loss_of(config))
+            return replace(found, measured=lab.measured_of(config) if measure else {})
 
         class HeldOut:
             source = None

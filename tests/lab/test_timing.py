@@ -8,6 +8,7 @@ import pytest
 from sdd.errors import UserError
 from sdd.lab.definition import PlannedStudy, Request
 from sdd.lab.grid import timing
+from sdd.lab.studies import depth
 from sdd.lab.studies.convergence import DEFINITION
 from sdd.train import RunConfig
 
@@ -52,3 +53,20 @@ def test_a_damaged_file_is_named(tmp_path: Path, text: str) -> None:
     (tmp_path / "timing.json").write_text(text)
     with pytest.raises(UserError, match=r"timing\.json is damaged: delete it"):
         timing.seconds_per_token(runs(tmp_path), 1, tmp_path)
+
+
+def test_methods_that_are_not_timed_count_block_for_block(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    plan = PlannedStudy(depth.DEFINITION, Request(tmp_path, "nano", 1, depths=(8, 16, 64, 256)))
+    configs = [plan.run(arm, condition, 1e-3, 0)[1] for condition in plan.conditions for arm in plan.arms]
+    clock = iter(range(0, 1000, 6))  # two methods are timed before it is late
+    timed: list[int] = []
+
+    def seconds(config: RunConfig, _: int) -> float:
+        timed.append(config.model.n_layers)
+        return 0.01 * config.model.n_layers
+
+    monkeypatch.setattr(timing.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(timing, "step_seconds", seconds)
+    expected = sum(timing.run_seconds(config, 0.01 * config.model.n_layers) for config in configs)
+    assert timing.grid_seconds(configs, 1, 1) == pytest.approx(expected)
+    assert len(timed) < len(configs)

@@ -53,6 +53,43 @@ def test_the_rate_stays_between_zero_and_the_peak_and_falls_after_warmup(schedul
     assert all(later <= earlier + 1e-12 for earlier, later in itertools.pairwise(after))
 
 
+ramps = st.builds(
+    OptimConfig,
+    lr=st.floats(1e-6, 100),
+    warmup=st.integers(0, 60),
+    schedule=st.just("ramp"),
+    first_lr=st.floats(1e-9, 1),
+)
+
+
+@given(optim=ramps, steps=st.integers(2, 500))
+def test_a_ramp_rises_by_one_factor_from_its_first_rate_to_the_peak(optim, steps):
+    rates = [learning_rate(optim, step, steps) for step in range(1, steps + 1)]
+    assert rates[0] == pytest.approx(optim.lr * optim.first_lr)
+    assert rates[-1] == optim.lr
+    factors = [later / earlier for earlier, later in itertools.pairwise(rates)]
+    assert factors == pytest.approx([(1 / optim.first_lr) ** (1 / (steps - 1))] * (steps - 1))
+
+
+def test_a_ramp_of_one_step_is_at_its_peak():
+    assert learning_rate(replace(CONFIG, schedule="ramp"), 1, 1) == 2.0
+
+
+@given(optim=ramps, steps=st.integers(1, 100))
+def test_a_ramp_has_no_warm_up(optim, steps):
+    config = replace(preset("nano"), optim=optim, steps=steps)
+    assert fit(config, [])[0].optim == replace(optim, warmup=0)
+    if optim.warmup:
+        with pytest.raises(UserError, match="the schedule ramp leaves at most 0 steps for warm-up"):
+            fit(config, ["optim.warmup"])
+
+
+@pytest.mark.parametrize("first", [0.0, -0.1, 1.5, math.nan])
+def test_a_ramp_starts_above_zero_and_not_above_its_peak(first):
+    with pytest.raises(ValueError, match="first_lr="):
+        OptimConfig(first_lr=first)
+
+
 def rates_of(config):
     return [learning_rate(config.optim, step, config.steps) for step in range(1, config.steps + 1)]
 

@@ -39,6 +39,8 @@ def main(args: list[str]) -> int:
     parser.add_argument("--placements", metavar="A,B", default="", help="methods to compare (default: the study's)")
     about = "tokens of a run, for a study by length, such as 0.3M,1M,3M (default: the study's)"
     parser.add_argument("--lengths", metavar="N,N", type=_lengths, default=(), help=about)
+    about = "numbers of blocks, for a study by depth, such as 12,64 (default: the study's)"
+    parser.add_argument("--depths", metavar="N,N", type=_depths, default=(), help=about)
     parser.add_argument("--tuned", action="store_true", help="robustness: tune the learning rate of every cell")
     add_fields(parser)
     options = parser.parse_known(args)
@@ -51,6 +53,7 @@ def main(args: list[str]) -> int:
         placements=tuple(filter(None, options.placements.split(","))),
         tuned=options.tuned,
         lengths=options.lengths,
+        depths=options.depths,
         overrides=overrides(options),
     )
     return run_study(options.name, options.out or Path("studies") / options.name, asked)
@@ -67,6 +70,7 @@ class Options:
         placements: the methods to compare.
         tuned: tune the learning rate of every cell.
         lengths: tokens of a run, for a study by length.
+        depths: numbers of blocks, for a study by depth.
         overrides: fields of the run, by dotted name.
     """
 
@@ -76,6 +80,7 @@ class Options:
     placements: Sequence[str] = ()
     tuned: bool = False
     lengths: tuple[int, ...] = ()
+    depths: tuple[int, ...] = ()
     overrides: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -139,6 +144,7 @@ def _request(definition: Definition, out: Path, options: Options) -> Request:
         placements=tuple(options.placements or stored.get("placements", ())),
         tuned=options.tuned or stored.get("tuned", False),
         lengths=options.lengths or tuple(stored.get("lengths", ())),
+        depths=options.depths or tuple(stored.get("depths", ())),
         overrides={**stored.get("overrides", {}), **options.overrides, **fixed},
         workers=options.workers,
     )
@@ -188,3 +194,11 @@ def _lengths(text: str) -> tuple[int, ...]:
     if min(found) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} are no numbers of tokens such as 0.3M,1M,3M")
     return tuple(found)
+
+
+def _depths(text: str) -> tuple[int, ...]:
+    """Read `12,64`."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) for part in parts):
+        raise argparse.ArgumentTypeError(f"{text!r} are no numbers of blocks such as 12,64")
+    return tuple(sorted(set(map(int, parts))))

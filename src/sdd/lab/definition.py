@@ -4,7 +4,7 @@
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import numpy as np
 from sdd.errors import UserError
 from sdd.lab.arms import DEFAULT, Arm, Condition, Rates
 from sdd.lab.findings import Findings
-from sdd.lab.results import RunResult
+from sdd.lab.results import Measure, RunResult
 from sdd.lab.search import Lattice, Search, Setting, round_rate
 from sdd.models import ModelConfig, model_presets
 from sdd.placement import Placement, placements
@@ -56,6 +56,9 @@ class Definition:
         seeds: the default number.
         lengths: the default lengths of its runs in tokens; each is a condition. Empty if the preset has the length.
         optional: arms that are compared only if they are named.
+        depths: the default numbers of blocks; each is a condition. Empty if the preset has the depth.
+        measure: takes what a result keeps as `measured` from the directory of a run that has ended, see
+            `sdd.lab.measures`; None if the study reads losses only.
     """
 
     name: str
@@ -72,6 +75,8 @@ class Definition:
     seeds: int = 3
     lengths: tuple[int, ...] = ()
     optional: tuple[Arm, ...] = ()
+    depths: tuple[int, ...] = ()
+    measure: Measure | None = None
 
 
 @dataclass(frozen=True)
@@ -87,6 +92,7 @@ class Request:
         overrides: fields of the run, by dotted name; `optim.lr` is the base rate.
         workers: runs at once on this machine; None for the default.
         lengths: of the runs in tokens, for studies by length; empty for the study's own.
+        depths: numbers of blocks, for studies by depth; empty for the study's own.
     """
 
     out: Path
@@ -97,6 +103,7 @@ class Request:
     overrides: Mapping[str, Any] = field(default_factory=dict)
     workers: int | None = None
     lengths: tuple[int, ...] = ()
+    depths: tuple[int, ...] = ()
 
 
 class PlannedStudy:
@@ -154,6 +161,11 @@ class PlannedStudy:
         return tuple(sorted(self.request.lengths or self.definition.lengths))
 
     @property
+    def depths(self) -> tuple[int, ...]:
+        """Numbers of blocks, ascending; empty if the study is not one by depth."""
+        return tuple(sorted(self.request.depths or self.definition.depths))
+
+    @property
     def lattice(self) -> Lattice:
         """The settings that a search may come to."""
         return Lattice(self.first_rates[len(self.first_rates) // 2], self.rates.spacing, self.rates.inits)
@@ -182,6 +194,8 @@ class PlannedStudy:
 
     def _base(self) -> RunConfig:
         sized = {**self.definition.sizes.get(self.request.preset, {}), **self.request.overrides}
+        if self.depths:
+            sized["model.n_layers"] = self.depths[-1]
         if self.lengths:
             plain = config_io.with_overrides(preset(self.request.preset), sized)
             sized |= by_length(plain, self.lengths[-1])
@@ -196,18 +210,12 @@ class PlannedStudy:
         own = self.definition.conditions
         if self.request.tuned:
             own = _without_rates(own)
-        if not self.lengths:
-            return own
-        return tuple(
-            Condition(
-                short_length(tokens) if condition is DEFAULT else f"{condition.name}-{short_length(tokens)}",
-                f"{short_length(tokens)} tokens" + ("" if condition is DEFAULT else f", {condition.title}"),
-                {**by_length(self.base, tokens), **condition.changes},
-                condition.rate_factor,
-            )
+        own = _crossed([at_depth(blocks) for blocks in self.depths], own)
+        levels = [
+            Condition(short_length(tokens), f"{short_length(tokens)} tokens", by_length(self.base, tokens))
             for tokens in self.lengths
-            for condition in own
-        )
+        ]
+        return _crossed(levels, own)
 
 
 @dataclass(frozen=True)
@@ -296,6 +304,29 @@ def by_length(base: RunConfig, tokens: int) -> dict[str, Any]:
     return {"steps": steps, "optim.warmup": round(_WARMUP_SHARE * steps), "eval_every": every}
 
 
+def at_depth(blocks: int) -> Condition:
+    """The condition of a study by depth."""
+    return Condition(f"{blocks}-blocks", f"{blocks} blocks", {"model.n_layers": blocks})
+
+
+def _crossed(levels: Sequence[Condition], own: tuple[Condition, ...]) -> tuple[Condition, ...]:
+    """Every condition at every level; the conditions themselves if there are no levels."""
+    if not levels:
+        return own
+    return tuple(
+        level
+        if condition is DEFAULT
+        else Condition(
+            f"{condition.name}-{level.name}",
+            f"{level.title}, {condition.title}",
+            {**level.changes, **condition.changes},
+            condition.rate_factor,
+        )
+        for level in levels
+        for condition in own
+    )
+
+
 def short_length(tokens: int) -> str:
     """Write a number of tokens as `0.3M`."""
     return f"{tokens / 1e6:g}M"
@@ -330,12 +361,15 @@ def _check_overrides(definition: Definition, request: Request) -> None:
         raise UserError(f"no preset {request.preset!r}{near}; choose one of {', '.join(model_presets)}")
     if request.lengths and not definition.lengths:
         raise UserError(f"the study {definition.name} has no --lengths: give --steps")
+    if request.depths and not definition.depths:
+        raise UserError(f"the study {definition.name} has no --depths: give --model.n_layers")
     own = (*OWN_FIELDS, *(("steps", "optim.warmup", "eval_every") if definition.lengths else ()))
+    own += ("model.n_layers",) if definition.depths else ()
     own += ("model.init_scale",) if definition.rates.kind == "searched" else ()
     own += tuple(name for name in definition.arms[0].changes if all(name in arm.changes for arm in definition.arms))
     for name in request.overrides:
         if name in own:
-            instead = {"model.placement": "name methods with --placements", "steps": "leave it out"}
+            instead = {"model.placement": "name methods with --placements", "model.n_layers": "give --depths"}
             if definition.lengths:
                 instead["steps"] = "give --lengths"
             raise UserError(f"the study {definition.name} sets {name} itself: {instead.get(name, 'leave it out')}")

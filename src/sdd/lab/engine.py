@@ -215,7 +215,7 @@ class Engine:
         if ended:
             self._say(f"Measuring {len(ended)} finished runs on the held-out text that rates are chosen on.")
         for job in ended:
-            found = results.harvest(grid.path(job.name), self._held_out)
+            found = results.harvest(grid.path(job.name), self._held_out, self.plan.definition.measure)
             self._take(found)
             results.save(found, self.out / "results")
         if crashed:
@@ -329,10 +329,11 @@ def _shape(plan: PlannedStudy) -> str:
     tuned = f"; tuned on {', '.join(map(str, plan.grid_seeds))}" if chosen else ""
     inits = f"Init scales: {', '.join(f'{init:g}' for init in plan.rates.inits)}. " if len(plan.rates.inits) > 1 else ""
     upto = "up to " if len(plan.lengths) > 1 else ""
+    deep = "up to " if len(plan.depths) > 1 else ""
     return (
-        f"{plan.request.preset}: {model.n_layers} layers, d_model {model.d_model}, {parameters / 1e6:.2f}M parameters; "
-        f"{upto}{base.steps:,} steps of {base.data.batch_size} x {model.context} tokens, base rate {base.optim.lr:g}, "
-        f"{base.optim.warmup} warm-up steps.\n"
+        f"{plan.request.preset}: {deep}{model.n_layers} layers, d_model {model.d_model}, {parameters / 1e6:.2f}M "
+        f"parameters; {upto}{base.steps:,} steps of {base.data.batch_size} x {model.context} tokens, base rate "
+        f"{base.optim.lr:g}, {base.optim.warmup} warm-up steps.\n"
         f"Arms: {', '.join(arm.name for arm in plan.arms)}.\n"
         f"Conditions: {'; '.join(condition.title for condition in plan.conditions)}.\n"
         f"Rates: {', '.join(f'{rate:g}' for rate in plan.first_rates)}. {inits}"

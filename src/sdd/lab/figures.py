@@ -1,7 +1,7 @@
 """Figures of studies, drawn with matplotlib in the look of `sdd.draw.curves`. Needs the extra `report`."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,9 +12,10 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from sdd.draw.curves import look, short_count
 from sdd.draw.style import INK, OWN_STYLE, PLACEMENT_STYLES, Style
-from sdd.lab.statistics import mean_interval
+from sdd.lab.statistics import mean_factor, mean_interval
 
 _WIDTH, _HEIGHT = 4.6, 3.0  # inches a panel
+_MANY_DECADES = 1e3  # a logarithmic axis of more labels powers of ten only
 
 
 @dataclass(frozen=True)
@@ -100,29 +101,27 @@ def draw_dots(
 ) -> Figure:
     """Draw a line for each row with a marker and a range for each series.
 
-    Each seed that did not converge is a cross at the right.
+    Each seed without a finite value is a cross at the right.
 
     Args:
         rows: names, from top to bottom.
         series: by name, a measurement for each row: values by seed, nan where the run did not converge.
-        axis: of the numbers.
+        axis: of the numbers; on a logarithmic one the marker is the geometric mean.
         broken: names the crosses in the legend.
     """
     styles = dict(zip(series, _series_styles(), strict=False))
     finite = [value for cells in series.values() for cell in cells for value in cell.values() if math.isfinite(value)]
-    low, high = (min(finite), max(finite)) if finite else (0.0, 1.0)
-    breadth = (high - low) or 1
-    edges = high + 0.08 * breadth, 0.018 * breadth
+    edges = _right_of(finite, axis.log)
     with look():
         figure = Figure((1.5 * _WIDTH, 0.62 + 0.46 * len(rows)), layout="constrained")
         axes = figure.subplots()
         for number, (name, cells) in enumerate(series.items()):
             offset = (number - (len(series) - 1) / 2) * 0.13
             for place, cell in enumerate(cells):
-                _dot(axes, cell, place + offset, styles[name], edges)
+                _dot(axes, cell, place + offset, styles[name], edges, axis.log)
         axes.set_yticks(range(len(rows)), rows)
         axes.set_ylim(len(rows) - 0.5, -0.5)
-        axes.set_xlabel(axis.label)
+        _set_axis(axes, "x", axis)
         looks = [*((style.color, style.marker) for style in styles.values()), (INK, "x")]
         handles = [Line2D([], [], color=color, marker=marker, linestyle="none") for color, marker in looks]
         figure.legend(handles, [*series, broken], loc="outside lower center", ncols=min(3, len(handles)))
@@ -135,16 +134,30 @@ def _series_styles() -> list[Style]:
     return [PLACEMENT_STYLES[name] for name in names]
 
 
-def _dot(axes: Axes, cell: Mapping[int, float], height: float, style: Style, edges: tuple[float, float]) -> None:
-    """Draw mean and range of the seeds; crosses stand from `edges[0]` on, `edges[1]` apart."""
+def _right_of(values: Sequence[float], log: bool) -> Callable[[int], float]:
+    """The places of crosses beyond all values, by number."""
+    scaled = [math.log(value) if log else value for value in values] or [0.0, 1.0]
+    breadth = (max(scaled) - min(scaled)) or 1
+
+    def place(number: int) -> float:
+        found = max(scaled) + (0.08 + 0.018 * number) * breadth
+        return math.exp(found) if log else found
+
+    return place
+
+
+def _dot(
+    axes: Axes, cell: Mapping[int, float], height: float, style: Style, edges: Callable[[int], float], log: bool
+) -> None:
+    """Draw mean and range of the seeds, and a cross at `edges` for each that has no finite value."""
     values = [value for value in cell.values() if math.isfinite(value)]
-    for place in range(len(cell) - len(values)):
-        axes.plot(edges[0] + place * edges[1], height, "x", color=style.color, markersize=6)
+    for number in range(len(cell) - len(values)):
+        axes.plot(edges(number), height, "x", color=style.color, markersize=6)
     if values:
-        estimate = mean_interval(values)
-        if not math.isnan(estimate.half_width):
+        if len(values) > 1:
             axes.plot([min(values), max(values)], [height, height], color=style.color, linewidth=1)
-        axes.plot(estimate.value, height, style.marker, color=style.color)
+        mean = mean_factor(values) if log else mean_interval(values)
+        axes.plot(mean.value, height, style.marker, color=style.color)
 
 
 def _draw_curves(axes: Axes, panel: CurvePanel) -> None:
@@ -193,7 +206,10 @@ def _set_axis(axes: Axes, which: str, axis: Axis) -> None:
     target.set_label_text(axis.label)
     if axis.log:
         axes.set(**{f"{which}scale": "log"})
-        target.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        low, high = target.get_data_interval()
+        if not 0 < low <= high < math.inf:  # nothing to show
+            axes.set(**{f"{which}lim": (1, 10)})
+        target.set_major_locator(LogLocator(subs=(1, 2, 5) if high < _MANY_DECADES * low else (1,)))
         target.set_minor_formatter(NullFormatter())
     text = short_count if axis.counts else lambda value: f"{value:g}"
     target.set_major_formatter(FuncFormatter(lambda value, _: text(value)))

@@ -59,6 +59,8 @@ def command(plan: PlannedStudy) -> str:
         words += ["--placements", ",".join(request.placements)]
     if plan.lengths:
         words += ["--lengths", ",".join(map(short_length, plan.lengths))]
+    if plan.depths:
+        words += ["--depths", ",".join(map(str, plan.depths))]
     if request.tuned:
         words.append("--tuned")
     for name, value in request.overrides.items():

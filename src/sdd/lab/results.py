@@ -8,8 +8,8 @@ It holds the config and its hash, the losses on both held-out segments, thinned 
 import hashlib
 import json
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path, PurePath
 from typing import Any, Literal
@@ -62,6 +62,7 @@ class RunResult:
         training: training steps as columns `tokens`, `loss`, `grad_norm`, each point the mean of a stretch; results
             of earlier versions lack `grad_norm`.
         environment: versions and machine.
+        measured: what the run's study measured beside losses, see `sdd.lab.measures`.
     """
 
     name: str
@@ -82,6 +83,7 @@ class RunResult:
     curve: dict[str, list[float]]
     training: dict[str, list[float]]
     environment: dict[str, Any]
+    measured: dict[str, Any] = field(default_factory=dict)
 
     @property
     def converged(self) -> bool:
@@ -133,6 +135,10 @@ class HeldOut:
         return tuning_windows(self.source.validation, self._config.eval_sequences, self._config.model.context)
 
 
+#: Takes what a study keeps of a run beside losses: JSON values from its directory, after it has ended.
+Measure = Callable[[Path, HeldOut], dict[str, Any]]
+
+
 def tuning_windows(file: TokenFile, n: int, context: int) -> torch.Tensor:
     """Take n held-out windows midway between those of `sdd.data.eval_windows`, so that no token is a target in both.
 
@@ -149,10 +155,10 @@ def tuning_windows(file: TokenFile, n: int, context: int) -> torch.Tensor:
     return torch.from_numpy(file.read((starts[:-1] + starts[1:]) // 2 * context, context + 1))
 
 
-def harvest(run_dir: Path, held_out: HeldOut) -> RunResult:
+def harvest(run_dir: Path, held_out: HeldOut, measure: Measure | None = None) -> RunResult:
     """Build the result of a run that has ended, from its files and an evaluation of its last checkpoint.
 
-    The checkpoint is evaluated on the tuning segment.
+    The checkpoint is evaluated on the tuning segment. What `measure` returns is kept as `measured`.
     """
     run = load_run(run_dir)
     config = config_io.load(run_dir / "config.json")
@@ -177,6 +183,7 @@ def harvest(run_dir: Path, held_out: HeldOut) -> RunResult:
         curve=_curve(run),
         training=_training(run),
         environment={key: run.environment[key] for key in _KEPT if run.environment.get(key) is not None},
+        measured=measure(run_dir, held_out) if measure else {},
     )
 
 

@@ -73,8 +73,10 @@ class OptimConfig:
         lr: peak learning rate.
         warmup: steps of linear warm-up.
         schedule: "cosine" from lr to lr * final_lr; "wsd" (warm-up, stable, decay) falls linearly over the last
-            decay_fraction of the steps; "constant" stays at lr.
-        final_lr: the learning rate at the last step, as a fraction of lr.
+            decay_fraction of the steps; "constant" stays at lr; "ramp" rises geometrically from lr * first_lr at the
+            first step to lr at the last, to find the highest rate that a model bears.
+        final_lr: the learning rate at the last step of "cosine" and "wsd", as a fraction of lr.
+        first_lr: the learning rate at the first step of "ramp", as a fraction of lr.
         decay_fraction: fraction of the steps in which "wsd" decays.
         beta1: decay of the first moment.
         beta2: decay of the second moment.
@@ -94,8 +96,9 @@ class OptimConfig:
     name: Literal["adamw", "stable-adamw", "muon"] = "adamw"
     lr: float = 3e-3
     warmup: int = 50
-    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    schedule: Literal["cosine", "wsd", "constant", "ramp"] = "cosine"
     final_lr: float = 0.1
+    first_lr: float = 1e-5
     decay_fraction: float = 0.2
     beta1: float = 0.9
     beta2: float = 0.95
@@ -115,8 +118,11 @@ class OptimConfig:
                 raise ValueError(f"{name}={getattr(self, name)} must be less than 1: a mean that never moves")
         _at_least(0, self, "lr", "warmup", "eps", "grad_clip", "z_loss")
         _at_least(0, self, "weight_decay", "alpha_weight_decay", "embedding_weight_decay")
-        if self.schedule not in ("cosine", "wsd", "constant"):
-            raise ValueError(f"schedule={self.schedule!r}: choose cosine, wsd or constant")
+        _at_least(0, self, "first_lr", most=1)
+        if self.first_lr == 0:
+            raise ValueError("first_lr=0 must be above 0: a geometric ramp cannot start at 0")
+        if self.schedule not in ("cosine", "wsd", "constant", "ramp"):
+            raise ValueError(f"schedule={self.schedule!r}: choose cosine, wsd, constant or ramp")
         if self.weights not in ("free", "rows", "hyperball"):
             raise ValueError(f"weights={self.weights!r}: choose free, rows or hyperball")
         if self.name not in ("adamw", "stable-adamw", "muon"):

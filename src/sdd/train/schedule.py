@@ -19,18 +19,23 @@ def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
         cosine     lr * (f + (1 - f) * (1 + cos(pi * p)) / 2),   p from 0 after warm-up to 1 at the last step
         wsd        lr, then linear to f * lr over the last decay_fraction of the steps (arXiv 2404.06395)
         constant   lr
+        ramp       lr * r ^ ((steps - step) / (steps - 1)), which rises geometrically from r * lr at step 1 to lr at
+                   the last; no warm-up
 
-    with f = final_lr. Without warm-up, cosine has its peak before the first step. Numbers that do not fit the run (see
-    `fit`) keep this formula, so that old runs keep their rates: a run no longer than its warm-up ends during it.
+    with f = final_lr and r = first_lr. Without warm-up, cosine has its peak before the first step. Numbers that do not
+    fit the run (see `fit`) keep this formula, so that old runs keep their rates: a run no longer than its warm-up ends
+    during it.
 
     Args:
         config: the optimiser's settings.
         step: from 1 to `steps`.
         steps: length of the run.
     """
-    if step < config.warmup:
+    if step < config.warmup and config.schedule != "ramp":
         return config.lr * step / config.warmup
     match config.schedule:
+        case "ramp":
+            return config.lr * config.first_lr ** ((steps - step) / max(steps - 1, 1))
         case "constant":
             return config.lr
         case "cosine":
@@ -60,7 +65,7 @@ def fit(config: RunConfig, given: Collection[str]) -> tuple[RunConfig, str | Non
 
     Warm-up must end where the decay begins or before, and the decay of cosine and wsd takes at least one step. The
     numbers that the user did not give make room for those given: warm-up takes at most half of the steps, and the decay
-    of wsd the steps after warm-up or less.
+    of wsd the steps after warm-up or less. A ramp leaves no step for warm-up.
 
     Args:
         config: the run.
@@ -73,7 +78,7 @@ def fit(config: RunConfig, given: Collection[str]) -> tuple[RunConfig, str | Non
         UserError: if a given number cannot fit.
     """
     optim, steps = config.optim, config.steps
-    decay = {"constant": 0.0, "cosine": 1.0, "wsd": optim.decay_fraction * steps}[optim.schedule]
+    decay = {"constant": 0.0, "cosine": 1.0, "wsd": optim.decay_fraction * steps, "ramp": steps}[optim.schedule]
     fixed_decay = optim.schedule != "wsd" or "optim.decay_fraction" in given
     if fixed_decay and optim.schedule == "wsd" and decay < 1 - _ROUNDING:
         raise UserError(

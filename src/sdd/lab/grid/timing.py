@@ -27,7 +27,7 @@ from sdd.train.weights import WeightRule
 ROUNDS = 7
 _START_SECONDS = 6.0  # of a process: importing torch, opening the data
 _TIMED_STEPS = 2
-_MOST_SECONDS = 10.0  # spent on timing; methods not timed by then count as the mean of the others
+_MOST_SECONDS = 10.0  # spent on timing; methods not timed by then count as the mean of the others, block for block
 
 
 def seconds_per_token(configs: Mapping[str, RunConfig], threads: int, out: Path) -> dict[str, float]:
@@ -78,15 +78,18 @@ def run_seconds(config: RunConfig, seconds_a_step: float) -> float:
 def grid_seconds(configs: Sequence[RunConfig], threads: int, workers: int) -> float:
     """Estimate the seconds that runs take on `workers` workers, as if runs side by side did not slow each other."""
     timed: dict[str, float] = {}
+    by_block: list[float] = []
     began = time.monotonic()
     total = 0.0
     for config in configs:
+        blocks = config.model.n_layers
         kind = repr(
             (replace(config.model, init_scale=1.0), config.data.batch_size, config.accumulate, config.optim.name)
         )
         if kind not in timed:
             late = timed and time.monotonic() - began > _MOST_SECONDS
-            timed[kind] = sum(timed.values()) / len(timed) if late else step_seconds(config, threads)
+            timed[kind] = blocks * statistics.mean(by_block) if late else step_seconds(config, threads)
+            by_block.append(timed[kind] / blocks)
         total += run_seconds(config, timed[kind])
     return total / workers
 
