@@ -175,8 +175,10 @@ class PlannedStudy:
         return f"{arm.name}-{condition.name}-lr{rate:g}{drawn}-seed{seed}", config
 
     def placement(self, arm: Arm) -> Placement:
-        """The arm's placement; in a narrow model, with init std 1/sqrt(2.5 d) in place of 0.02."""
-        found = replace(arm.variant, name=arm.name) if arm.variant else placements[arm.placement]
+        """The arm's placement; in a narrow model one by name has init std 1/sqrt(2.5 d) in place of 0.02."""
+        if arm.variant:
+            return replace(arm.variant, name=arm.name)
+        found = placements[arm.placement]
         narrow = self.base.model.d_model < _WIDE
         return replace(found, init="base") if narrow and found.init == "normal-0.02" else found
 
