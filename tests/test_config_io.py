@@ -85,7 +85,7 @@ def test_a_drawn_file_is_refused_in_one_line(tmp_path_factory, content):
 
 
 def as_written_before(config):
-    """The values of a config as the version before `residual`, `scale`, `depth_factor`, `scales` and `draws` wrote them."""
+    """The values of a config as the version before `residual`, `scale` and what came later wrote them."""
     values = config_io.to_dict(config)
     placement = values["model"]["placement"]
     del placement["scales"], placement["weights"], placement["draws"]

@@ -1,4 +1,4 @@
-"""Init rules by name, and what a placement may draw otherwise than by its own rule; `sdd.models.init` has the numbers."""
+"""Init rules by name, and what a placement draws by another; `sdd.models.init` has the numbers."""
 
 import math
 from collections.abc import Mapping

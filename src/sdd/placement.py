@@ -56,11 +56,12 @@ SCALES: Mapping[str, Callable[[int], float]] = MappingProxyType(
         "one": lambda L: 1.0,
         "1/sqrt(L)": lambda L: L**-0.5,
         "1/sqrt(2L)": lambda L: (2 * L) ** -0.5,
+        "1/(2L)": lambda L: 1 / (2 * L),
         "(2L)^(1/4)": lambda L: (2 * L) ** 0.25,
         "(8L)^(-1/4)": lambda L: (8 * L) ** -0.25,
     }
 )
-ScaleName = Literal["one", "1/sqrt(L)", "1/sqrt(2L)", "(2L)^(1/4)", "(8L)^(-1/4)"]
+ScaleName = Literal["one", "1/sqrt(L)", "1/sqrt(2L)", "1/(2L)", "(2L)^(1/4)", "(8L)^(-1/4)"]
 
 #: Named factors by depth, as functions of l, the number of the block from 1.
 DEPTH_FACTORS: Mapping[str, Callable[[int], float]] = MappingProxyType(

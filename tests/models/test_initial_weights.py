@@ -113,10 +113,8 @@ def test_draws_scale_the_numbers_of_a_part_and_leave_the_others(
     for weight_name, weight in plain.items():
         first, role = weight_name.split(".")[0], weight_name.split(".")[-2]
         draw = draws.get(first, Draw())  # pyright: ignore[reportArgumentType] (others have no draw)
-        there, own = (
-            expected_std(rule, role, weight, config)
-            for rule in (config.placement.init, draw.rule or config.placement.init)
-        )
+        there = expected_std(config.placement.init, role, weight, config)
+        own = expected_std(draw.rule or config.placement.init, role, weight, config)
         torch.testing.assert_close(drawn[weight_name], weight * (draw.factor * own / there), msg=weight_name)
         if draw == Draw():
             torch.testing.assert_close(drawn[weight_name], weight, rtol=0, atol=0)

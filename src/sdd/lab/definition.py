@@ -332,15 +332,20 @@ def _check_overrides(definition: Definition, request: Request) -> None:
         raise UserError(f"no preset {request.preset!r}{near}; choose one of {', '.join(model_presets)}")
     if request.lengths and not definition.lengths:
         raise UserError(f"the study {definition.name} has no --lengths: give --steps")
-    own = (*OWN_FIELDS, *(("steps", "optim.warmup", "eval_every") if definition.lengths else ()))
-    own += ("model.init_scale",) if definition.rates.kind == "searched" else ()
-    own += tuple(name for name in definition.arms[0].changes if all(name in arm.changes for arm in definition.arms))
     for name in request.overrides:
-        if name in own:
+        if name in own_fields(definition):
             instead = {"model.placement": "name methods with --placements", "steps": "leave it out"}
             if definition.lengths:
                 instead["steps"] = "give --lengths"
             raise UserError(f"the study {definition.name} sets {name} itself: {instead.get(name, 'leave it out')}")
+
+
+def own_fields(definition: Definition) -> tuple[str, ...]:
+    """The fields that a study sets itself in every run, by dotted name."""
+    own = (*OWN_FIELDS, *(("steps", "optim.warmup", "eval_every") if definition.lengths else ()))
+    own += ("model.init_scale",) if definition.rates.kind == "searched" else ()
+    first = definition.arms[0].changes
+    return own + tuple(name for name in first if all(name in arm.changes for arm in definition.arms))
 
 
 def _without_rates(conditions: tuple[Condition, ...]) -> tuple[Condition, ...]:

@@ -97,6 +97,8 @@ def draw_dots(
     series: Mapping[str, Sequence[Mapping[int, float]]],
     axis: Axis,
     broken: str,
+    *,
+    zero: bool = False,
 ) -> Figure:
     """Draw a line for each row with a marker and a range for each series.
 
@@ -107,8 +109,9 @@ def draw_dots(
         series: by name, a measurement for each row: values by seed, nan where the run did not converge.
         axis: of the numbers.
         broken: names the crosses in the legend.
+        zero: draw a line at zero, where numbers are differences.
     """
-    styles = dict(zip(series, _series_styles(), strict=False))
+    styles = dict(zip(series, series_styles(), strict=False))
     finite = [value for cells in series.values() for cell in cells for value in cell.values() if math.isfinite(value)]
     low, high = (min(finite), max(finite)) if finite else (0.0, 1.0)
     breadth = (high - low) or 1
@@ -120,6 +123,8 @@ def draw_dots(
             offset = (number - (len(series) - 1) / 2) * 0.13
             for place, cell in enumerate(cells):
                 _dot(axes, cell, place + offset, styles[name], edges)
+        if zero:
+            axes.axvline(0, color=INK, linewidth=0.8, dashes=(4, 3))
         axes.set_yticks(range(len(rows)), rows)
         axes.set_ylim(len(rows) - 0.5, -0.5)
         axes.set_xlabel(axis.label)
@@ -129,7 +134,7 @@ def draw_dots(
     return figure
 
 
-def _series_styles() -> list[Style]:
+def series_styles() -> list[Style]:
     """Styles of series that are not placements, from the same palette."""
     names = ("sdd", "prenorm-qk", "deepnorm", "postnorm", "olmo2", "peri", "prenorm")
     return [PLACEMENT_STYLES[name] for name in names]

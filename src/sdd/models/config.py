@@ -56,8 +56,8 @@ class ModelConfig:
         init_scale: multiplies the initial std of every matrix and of the embedding.
         eliminate_norms: leave out norms that every reader cancels, where the fused kernels run: the same function and
             gradients, up to rounding, in less time (see `sdd.models.elimination`).
-        statistics: dtype in which norms are computed, whatever that of the activations. "bfloat16" rounds at every step of
-            a norm, to study what that does: it runs no fused kernels.
+        statistics: dtype in which norms are computed, whatever that of the activations. "bfloat16" rounds at every step
+            of a norm, to study what that does: it runs no fused kernels.
         placement: where the norms stand: a name on the command line, the whole definition in config.json.
         moe: the mixture of experts; none for a dense model.
     """

@@ -81,9 +81,8 @@ def grid_seconds(configs: Sequence[RunConfig], threads: int, workers: int) -> fl
     began = time.monotonic()
     total = 0.0
     for config in configs:
-        kind = repr(
-            (replace(config.model, init_scale=1.0), config.data.batch_size, config.accumulate, config.optim.name)
-        )
+        model, optim = replace(config.model, init_scale=1.0), (config.optim.name, config.weight_rule)
+        kind = repr((model, config.data.batch_size, config.accumulate, optim, config.precision))
         if kind not in timed:
             late = timed and time.monotonic() - began > _MOST_SECONDS
             timed[kind] = sum(timed.values()) / len(timed) if late else step_seconds(config, threads)

@@ -4,8 +4,36 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from sdd.lab.definition import Definition
-from sdd.lab.studies import convergence, demo, ladder, length, lr_sensitivity, moe, optimizers, robustness
+from sdd.lab.studies import (
+    alpha,
+    convergence,
+    decay,
+    demo,
+    eps,
+    ladder,
+    length,
+    lr_sensitivity,
+    moe,
+    optimizers,
+    precision,
+    robustness,
+    variants,
+)
 
-_MODULES = (demo, robustness, lr_sensitivity, convergence, length, ladder, optimizers, moe)
+_MODULES = (
+    demo,
+    robustness,
+    lr_sensitivity,
+    convergence,
+    length,
+    ladder,
+    variants,
+    optimizers,
+    moe,
+    alpha,
+    decay,
+    eps,
+    precision,
+)
 #: The studies by name.
 studies: Mapping[str, Definition] = MappingProxyType({study.DEFINITION.name: study.DEFINITION for study in _MODULES})
