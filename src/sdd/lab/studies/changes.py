@@ -208,7 +208,7 @@ def lost_words(view: View) -> str:
 
 def _texts(shape: OneAtATime) -> dict[str, str]:
     """What each arm is, by name."""
-    rivals = {arm.name: f"rival {name}" for name, arms in shape.rivals.items() for arm in arms}
+    rivals = {arm.name: "rival" for arms in shape.rivals.values() for arm in arms}
     return {shape.base.name: "the base", **rivals, **{change.arm.name: change.text for change in shape.changes}}
 
 
@@ -250,10 +250,10 @@ def _table(shape: OneAtATime, outcome: Outcome, found: Sequence[View]) -> Table:
     return Table(
         "changes",
         f"Held-out loss at {end} tokens and differences, nats a token, {seeds_text(outcome.plan.request.seeds)}",
-        [*columns, "seconds", "parameters"],
+        [*columns, "seconds, ratio", "parameters"],
         rows,
-        f"Negative: ahead. Paired by seed; ± is half of Student's 95% interval. Seconds a token are those of {base} "
-        f"times this number.{' Rivals count at their best: ' + listed(counted) + '.' if counted else ''} "
+        f"Negative: ahead. Paired by seed; ± is half of Student's 95% interval. The ratio of seconds is that of a "
+        f"token's to {base}'s.{' Rivals count at their best: ' + listed(counted) + '.' if counted else ''} "
         f"{shared.not_converged_text()}",
     )
 

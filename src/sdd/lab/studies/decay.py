@@ -80,7 +80,7 @@ def _own(outcome: Outcome, views: Sequence[View]) -> Own:
         "Adam's moves are smaller where gradients are noise of changing size.",
         "Only V decays otherwise here: the plain matrices keep the decay of the base.",
     ]
-    return Own(answer, limits=limits, tables=[_table(outcome, views)], pictures=[_picture(outcome, views[0])])
+    return Own(answer, limits=limits, tables=[_table(outcome, views)], pictures=[_picture(outcome, views)])
 
 
 def _table(outcome: Outcome, views: Sequence[View]) -> Table:
@@ -123,39 +123,43 @@ def _table(outcome: Outcome, views: Sequence[View]) -> Table:
     )
 
 
-def _picture(outcome: Outcome, view: View) -> Picture:
-    lines = {}
-    for name, cell in view.cells.items():
-        runs = [run for run in cell.results if run.converged and "v_rms" in run.probe]
-        if runs:
-            lines[name] = runs
+def _picture(outcome: Outcome, views: Sequence[View]) -> Picture:
+    lines = {
+        f"rate {next(iter(view.cells.values())).rate:g}": {
+            name: runs
+            for name, cell in view.cells.items()
+            if (runs := [run for run in cell.results if run.converged and "v_rms" in run.probe])
+        }
+        for view in views
+    }
 
     def draw():
+        from sdd.draw.style import INK, Style
         from sdd.lab.figures import Axis, Curve, CurvePanel, draw_curves, series_styles
 
-        curves = []
-        for (name, runs), style in zip(lines.items(), series_styles(), strict=False):
-            first = runs[0]
-            xs = first.probe["tokens"]
-            curves.append(
-                Curve(name, style, [xs], [np.interp(xs, run.probe["tokens"], run.probe["v_rms"]) for run in runs])
-            )  # pyright: ignore[reportArgumentType]
-            expected = expected_rms(first.run_config, first.probe["v_rms"][0])
-            steps = [round(at / first.run_config.tokens_per_step) for at in xs]
-            by_formula = type(style)(style.color, "", (3, 2))
-            curves.append(Curve(f"{name}, formula", by_formula, [xs], [[expected[step - 1] for step in steps]]))
-        axes = Axis("tokens", counts=True), Axis("rms of V", log=True)
-        return draw_curves([CurvePanel("", *axes, curves)])
+        panels = []
+        for title, runs_of in lines.items():
+            curves = []
+            for (name, runs), style in zip(runs_of.items(), series_styles(), strict=False):
+                first = runs[0]
+                xs, start = first.probe["tokens"], first.probe["v_rms"][0]
+                ys = [np.interp(xs, run.probe["tokens"], run.probe["v_rms"]).tolist() for run in runs]
+                expected = expected_rms(first.run_config, start)
+                by_formula = [expected[round(at / first.run_config.tokens_per_step) - 1] for at in xs]
+                curves += [Curve(name, style, [xs], ys), Curve("formula", Style(INK, "", (3, 2)), [xs], [by_formula])]
+            panels.append(CurvePanel(title, Axis("tokens", counts=True), Axis("rms of V", log=True), curves))
+        return draw_curves(panels)
 
     words = {
-        name: [f"ends at {measured_rms(runs[0]):.3g}, formula {formula_rms(runs[0]):.3g}"]
-        for name, runs in lines.items()
+        f"{title}, {name}": [f"{measured_rms(runs[0]):.3g}, by the formula {formula_rms(runs[0]):.3g}"]
+        for title, runs_of in lines.items()
+        for name, runs in runs_of.items()
     }
     caption = (
         f"rms of V over training, median over the SDD layers, {seeds_text(outcome.plan.request.seeds)}; dashed, the "
         "formula along the schedule."
     )
-    return Picture("rms", caption, f"rms of V against tokens. {described(words)}", draw)
+    return Picture("rms", caption, f"rms of V against tokens. At the end: {described(words)}", draw)
 
 
 SHAPE = OneAtATime(

@@ -54,7 +54,12 @@ _PRENORM = _sites("pre", "norms before the sublayers and the head, none after th
 
 def _prenorm(name: str, scale: float) -> Change:
     assert _PRENORM.arm.variant is not None
-    return _placed(name, f"the same, all drawn x{scale:g}", _PRENORM.arm.variant, {"model.init_scale": scale})
+    return _placed(
+        name,
+        f"norms before the sublayers and the head, all drawn x{scale:g}",
+        _PRENORM.arm.variant,
+        {"model.init_scale": scale},
+    )
 
 
 #: Each with its reason. V turns by about rate / rms(V) a step: a smaller one learns faster at first.
