@@ -112,7 +112,7 @@ def test_draws_scale_the_numbers_of_a_part_and_leave_the_others(
     )
     for weight_name, weight in plain.items():
         first, role = weight_name.split(".")[0], weight_name.split(".")[-2]
-        draw = draws.get(first, Draw())  # pyright: ignore[reportArgumentType] (others have no draw)
+        draw = draws.get(first, Draw())  # pyright: ignore[reportCallIssue, reportArgumentType] (others have none)
         there = expected_std(config.placement.init, role, weight, config)
         own = expected_std(draw.rule or config.placement.init, role, weight, config)
         torch.testing.assert_close(drawn[weight_name], weight * (draw.factor * own / there), msg=weight_name)

@@ -37,7 +37,7 @@ class View:
     """What is read side by side: a cell of each method.
 
     Attributes:
-        title: of the condition; empty where there is one view.
+        title: of the condition, without the length; empty where there is one view.
         cells: by name of arm.
     """
 
@@ -166,7 +166,8 @@ def views(shape: OneAtATime, outcome: Outcome) -> list[View]:
     conditions = outcome.plan.conditions[-len(outcome.plan.definition.conditions) :]
     by_condition = [{cell.arm.name: cell for cell in outcome.under(condition)} for condition in conditions]
     if not shape.rates:
-        titles = [condition.title for condition in conditions] if len(conditions) > 1 else [""]
+        own = outcome.plan.definition.conditions
+        titles = [condition.title for condition in own] if len(own) > 1 else [""]
         return [View(title, cells) for title, cells in zip(titles, by_condition, strict=True)]
     singles = [View("", cells) for cells in by_condition]
     best = {arm: min(singles, key=lambda view: view.mean(arm)).cells[arm] for arm in by_condition[0]}
@@ -242,7 +243,7 @@ def _table(shape: OneAtATime, outcome: Outcome, found: Sequence[View]) -> Table:
         rows.append([*row, round(ratio, 2), parameters])
     columns = ["method", "what changes"]
     for view in found:
-        behind = f", {view.title.partition(', ')[2] or DEFAULT.title}" if view.title else ""
+        behind = f", {view.title}" if view.title else ""
         columns += ["rate"] if shape.rates else []
         columns += [f"loss{behind}", *(f"minus {base} at {at}{behind}" for at in readings)]
         columns += [f"minus {name}{behind}" for name in rivals]

@@ -50,7 +50,7 @@ def _own(outcome: Outcome, views: Sequence[View]) -> Own:
 
 
 def _words(view: View) -> str:
-    return f"at {view.title.partition(', ')[2] or 'the usual init'}" if view.title else "here"
+    return "at the usual init" if view.title in ("", DEFAULT.title) else f"at {view.title}"
 
 
 def _table(outcome: Outcome, views: Sequence[View]) -> Table:

@@ -14,7 +14,7 @@ _FULL, _HALF, _ALL = "float32", "bfloat16", "bfloat16-norms"
 def _own(outcome: Outcome, views: Sequence[View]) -> Own:
     parts, steps = [], []
     for view in views:
-        where = f"under “{view.title}” " if view.title else ""
+        where = "by default " if view.title in ("", DEFAULT.title) else f"at {view.title} "
         names = [name for name in (_HALF, _ALL) if {name, _FULL} <= view.cells.keys()]
         words = [f"{name} ends {_words(view.difference(name, _FULL))} {_FULL}" for name in names]
         parts += [f"{where}{' and '.join(words)}"] if words else []
