@@ -61,10 +61,9 @@ def formula_rms(run: RunResult) -> float:
 
 
 def _own(outcome: Outcome, views: Sequence[View]) -> Own:
-    ratios = [
-        measured_rms(run) / formula_rms(run) for view in views for cell in view.cells.values() for run in cell.results
-    ]
-    ratios = [ratio for ratio in ratios if math.isfinite(ratio)]
+    runs = [run for view in views for cell in view.cells.values() for run in cell.results]
+    pairs = [(measured_rms(run), formula_rms(run)) for run in runs]
+    ratios = [measured / formula for measured, formula in pairs if math.isfinite(measured)]
     moved = spread_words(SHAPE, views[0])
     answer = None
     if ratios:
@@ -73,7 +72,8 @@ def _own(outcome: Outcome, views: Sequence[View]) -> Own:
         loss = f"; beside that of {SHAPE.base.name} the loss moves {moved} nats" if moved else ""
         answer = (
             f"{word}: after {end_words(outcome)} tokens rms(V) is {min(ratios):.2f} to {max(ratios):.2f} times what "
-            f"the formula gives along the schedule{loss}."
+            f"the formula gives along the schedule, {min(formula for _, formula in pairs):.3f} to "
+            f"{max(formula for _, formula in pairs):.3f}{loss}."
         )
     limits = [
         "The formula takes moves as random from step to step and of size lr: early in training they are neither, and "
