@@ -25,4 +25,9 @@ def statistics_in(dtype: torch.dtype) -> Iterator[None]:
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     """At least float32; float64 stays float64."""
-    return _statistics or torch.promote_types(dtype, torch.float32)
+    return _statistics or at_least_float32(dtype)
+
+
+def at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    """The same, whatever norms are computed in: for what is measured of them."""
+    return torch.promote_types(dtype, torch.float32)

@@ -10,6 +10,7 @@ from helpers_functional import seeds
 from sdd.functional import norm
 from sdd.norm_precision import statistics_dtype, statistics_in
 from sdd.placement import placements
+from sdd.probing import Probe
 
 
 @given(seeds, st.sampled_from([torch.float32, torch.bfloat16]), st.sampled_from([1e-6, 1e-2]))
@@ -32,3 +33,14 @@ def test_a_model_with_such_norms_is_about_the_same_and_leaves_the_others_alone(n
     assert statistics_dtype(torch.bfloat16) == torch.float32
     torch.testing.assert_close(exact(tokens), before, rtol=0, atol=0)
     assert 1e-4 < (found - before).norm() / before.norm() < 0.1
+
+
+@pytest.mark.parametrize("name", ["sdd", "sdd-released", "hybrid", "ngpt"])
+def test_the_probe_measures_such_norms_in_float32(name: str) -> None:
+    model, found = tiny_model(name, statistics="bfloat16"), []
+    tokens = torch.randint(29, (2, 9), generator=torch.Generator().manual_seed(1))
+    with Probe(model, torch.optim.SGD(model.parameters(), lr=0.1), every=1, out=found.append) as probe:
+        (optimizer,) = probe._optimizers
+        model(tokens[:, :-1], tokens[:, 1:]).backward()
+        optimizer.step()
+    assert any("eps_ratio" in site for site in found[0]["sites"].values())
