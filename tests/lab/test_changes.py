@@ -225,6 +225,14 @@ def test_shares_of_eps_are_shown_beside_their_cost(tmp_path: Path, monkeypatch: 
     assert "| eps1e-2 | init std x0.1 | 1e+02% | 1e+03% |" in text
 
 
+def test_where_the_base_breaks_eps_is_not_judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def breaking(config: RunConfig) -> float:
+        return math.nan if config.model.init_scale < 1 else 5.0 + wobble(config)
+
+    text = page("eps", tmp_path, breaking, monkeypatch, placements=("eps1e-6", "eps1e-2"))
+    assert "at init std x0.1 nothing can be said, since eps1e-6 did not converge in every seed." in answer(text)
+
+
 def test_precision_says_what_activations_and_norms_cost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     costs = {("float32", "float32"): 0.0, ("bfloat16", "float32"): 0.01, ("bfloat16", "bfloat16"): 0.03}
     text = page(

@@ -34,6 +34,9 @@ def _own(outcome: Outcome, views: Sequence[View]) -> Own:
     for view in views:
         if base not in view.cells or len(view.cells) < 2:
             continue
+        if math.isinf(view.mean(base)):
+            parts.append(f"{_words(view)} nothing can be said, since {base} did not converge in every seed")
+            continue
         changed = [name for name in view.cells if name != base]
         costs = {name: view.difference(name, base) for name in changed}
         finite = {name: one for name, one in costs.items() if math.isfinite(one.value)}
