@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import pytest
@@ -5,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sdd.errors import UserError
+from sdd.init_rules import Draw
 from sdd.placement import placements
 from sdd.train import config_io, preset
 
@@ -83,10 +85,10 @@ def test_a_drawn_file_is_refused_in_one_line(tmp_path_factory, content):
 
 
 def as_written_before(config):
-    """The values of a config as the version before `residual`, `scale`, `depth_factor` and `scales` wrote them."""
+    """The values of a config as the version before `residual`, `scale` and what came later wrote them."""
     values = config_io.to_dict(config)
     placement = values["model"]["placement"]
-    del placement["scales"], placement["weights"]
+    del placement["scales"], placement["weights"], placement["draws"]
     rule = placement.pop("residual")
     placement["residual_scale"] = "one" if rule == "x + f" else rule.removesuffix(" x + f")
     for sites in (placement["norms"], *placement["overrides"].values()):
@@ -107,8 +109,23 @@ def test_a_config_of_an_earlier_version_is_the_config_of_today(name):
     assert config_io.from_dict(as_written_before(config)) == config
     assert config_io.with_current_placement(as_written_before(config)) == config_io.to_dict(config)
     before = as_written_before(config)
-    del before["optim"]["weights"]
+    for part, name in (
+        ("optim", "weights"),
+        ("optim", "sdd_weight_decay"),
+        ("optim", "alpha_lr"),
+        ("model", "statistics"),
+    ):
+        del before[part][name]
     assert config_io.from_dict(before) == config
+
+
+def test_a_placement_that_draws_parts_apart_survives_the_file(tmp_path):
+    draws = {"blocks": Draw(factor=0.25), "embed": Draw("unit"), "head": Draw("1/d", 2.0)}
+    placement = dataclasses.replace(placements["sdd"], draws=draws)
+    config = preset("nano")
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, placement=placement))
+    config_io.save(config, tmp_path / "config.json")
+    assert config_io.load(tmp_path / "config.json") == config
 
 
 @pytest.mark.parametrize("values", [{}, {"model": 3}, {"model": {}}, {"model": {"placement": {"norms": {"qq": {}}}}}])

@@ -45,6 +45,21 @@ def test_roles_names_and_decay():
         assert all(parameters[name] is p for name, p in zip(group["names"], group["params"], strict=True))
 
 
+def test_v_has_a_decay_of_its_own_if_one_is_given():
+    groups = {group["role"]: group for group in param_groups(Model(), 0.1, sdd_weight_decay=0.3)}
+    assert (groups["sdd"]["names"], groups["sdd"]["weight_decay"]) == (["up.weight"], 0.3)
+    assert groups["matrix"]["names"] == ["position", "conv.weight"]
+
+
+@pytest.mark.parametrize("sdd_first", [False, True])
+def test_v_that_is_an_embedding_too_is_an_embedding(sdd_first: bool):
+    head, tokens = SDDLinear(4, 7, bias=False), nn.Embedding(7, 4)
+    tokens.weight = head.weight
+    model = nn.ModuleList([head, tokens] if sdd_first else [tokens, head])
+    groups = param_groups(model, sdd_weight_decay=0.3)
+    assert [group["role"] for group in groups] == ["embedding", "alpha"]
+
+
 def test_defaults_decay_the_matrices_only():
     assert [group["weight_decay"] for group in param_groups(Model())] == [0.1, 0.0, 0.0, 0.0]
 

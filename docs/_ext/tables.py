@@ -82,7 +82,7 @@ def rule_table() -> str:
             f"`{name}`",
             alphas(placement),
             placement.residual,
-            f"`{placement.init}`",
+            f"`{placement.init_words}`",
             eps_text(placement),
             placement.source + overrides_text(placement) + scales_text(placement),
         ]

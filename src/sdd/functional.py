@@ -19,6 +19,7 @@ from sdd.norm_groups import Parts as Parts
 from sdd.norm_groups import alpha_size as alpha_size
 from sdd.norm_groups import resolve_group as resolve_group
 from sdd.norm_groups import split_alpha as split_alpha
+from sdd.norm_precision import statistics_dtype as statistics_dtype
 
 #: Added to the mean square inside the root: a number, or a tensor `[...]` with one value for each row of z `[..., N]`.
 Eps = float | Tensor
@@ -378,11 +379,6 @@ def _stream(z: Tensor, residual: Tensor, alpha: Tensor | None, c: float, eps: Ep
     if alpha is not None:
         branch = scaled_norm(branch, alpha, eps=eps)
     return c * residual.to(statistics_dtype(residual.dtype)) + branch
-
-
-def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
-    """At least float32; float64 stays float64."""
-    return torch.promote_types(dtype, torch.float32)
 
 
 def _scale_part(z: Tensor, alpha: Tensor, group: int, eps: Eps) -> Tensor:

@@ -6,7 +6,7 @@ from torch import nn
 
 from sdd.nn import LearnedScale, SDDExpertLinear, SDDLinear
 
-Role = Literal["matrix", "embedding", "alpha", "bias"]
+Role = Literal["matrix", "sdd", "embedding", "alpha", "bias"]
 
 
 def param_groups(
@@ -14,12 +14,14 @@ def param_groups(
     weight_decay: float = 0.1,
     alpha_weight_decay: float = 0.0,
     embedding_weight_decay: float = 0.0,
+    sdd_weight_decay: float | None = None,
 ) -> list[dict[str, Any]]:
     """Group a model's trainable parameters by role, as an argument for `torch.optim.AdamW`.
 
     | role      | parameters                                                          | decay                  |
     |-----------|---------------------------------------------------------------------|------------------------|
     | matrix    | two or more dimensions: V, W, convolutions, positions               | weight_decay           |
+    | sdd       | V of an SDD layer, if sdd_weight_decay is given; else V is a matrix | sdd_weight_decay       |
     | embedding | the weight of an `nn.Embedding`, a head tied to it included         | embedding_weight_decay |
     | alpha     | alpha of an SDD layer; a 1-D weight of a class named `...norm...`;  | alpha_weight_decay     |
     |           | a learned scale without a norm                                      |                        |
@@ -33,15 +35,22 @@ def param_groups(
         weight_decay: of the matrices.
         alpha_weight_decay: of alpha and of the norms' scales.
         embedding_weight_decay: of the embeddings.
+        sdd_weight_decay: of V in SDD layers; None for weight_decay.
 
     Returns:
         One dict `{"params", "weight_decay", "role", "names"}` for each role that has trainable parameters, in the
         order of the table, with the parameters in the model's order. A shared parameter appears once, by its first
         name.
     """
-    decay = {"matrix": weight_decay, "embedding": embedding_weight_decay, "alpha": alpha_weight_decay, "bias": 0.0}
+    decay = {
+        "matrix": weight_decay,
+        "sdd": sdd_weight_decay,
+        "embedding": embedding_weight_decay,
+        "alpha": alpha_weight_decay,
+        "bias": 0.0,
+    }
     groups = {role: {"params": [], "weight_decay": value, "role": role, "names": []} for role, value in decay.items()}
-    roles = _roles_by_owner(model)
+    roles = _roles_by_owner(model, "matrix" if sdd_weight_decay is None else "sdd")
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             group = groups[roles.get(parameter, "matrix" if parameter.ndim > 1 else "bias")]
@@ -50,8 +59,13 @@ def param_groups(
     return [group for group in groups.values() if group["params"]]
 
 
-def _roles_by_owner(model: nn.Module) -> dict[nn.Parameter, Role]:
-    """The role of each parameter whose module decides it, whatever the parameter's shape."""
+def _roles_by_owner(model: nn.Module, sdd: Role) -> dict[nn.Parameter, Role]:
+    """The role of each parameter whose module decides it, whatever the parameter's shape.
+
+    Args:
+        model: any module.
+        sdd: the role of V.
+    """
     roles: dict[nn.Parameter, Role] = {}
     for module in model.modules():
         weight = module._parameters.get("weight")
@@ -59,6 +73,8 @@ def _roles_by_owner(model: nn.Module) -> dict[nn.Parameter, Role]:
             alpha = module._parameters.get("alpha")  # a buffer, if it is not learned
             if alpha is not None:
                 roles[alpha] = "alpha"
+            if weight is not None:
+                roles.setdefault(weight, sdd)  # shared with an embedding it is the embedding's
         elif isinstance(module, LearnedScale):
             roles[module.weight] = "alpha"
         elif weight is None:

@@ -25,6 +25,9 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, Literal, get_args
 
+from sdd.init_rules import Draw, DrawnPart, check_draws, check_rule, init_words
+from sdd.init_rules import InitName as InitName
+
 Site = Literal[
     "embed",
     "attn_in",
@@ -53,11 +56,12 @@ SCALES: Mapping[str, Callable[[int], float]] = MappingProxyType(
         "one": lambda L: 1.0,
         "1/sqrt(L)": lambda L: L**-0.5,
         "1/sqrt(2L)": lambda L: (2 * L) ** -0.5,
+        "1/(2L)": lambda L: 1 / (2 * L),
         "(2L)^(1/4)": lambda L: (2 * L) ** 0.25,
         "(8L)^(-1/4)": lambda L: (8 * L) ** -0.25,
     }
 )
-ScaleName = Literal["one", "1/sqrt(L)", "1/sqrt(2L)", "(2L)^(1/4)", "(8L)^(-1/4)"]
+ScaleName = Literal["one", "1/sqrt(L)", "1/sqrt(2L)", "1/(2L)", "(2L)^(1/4)", "(8L)^(-1/4)"]
 
 #: Named factors by depth, as functions of l, the number of the block from 1.
 DEPTH_FACTORS: Mapping[str, Callable[[int], float]] = MappingProxyType(
@@ -90,7 +94,6 @@ ResidualName = Literal[
     "sqrt(k/(k+1)) x + f/sqrt(k+1)",
     "x + |a| (f - x)",
 ]
-InitName = Literal["base", "base-unit-embed", "megatron", "deepnorm", "normal-0.02", "1/sqrt(d)"]
 
 #: Named values as functions of d, the width of the residual stream.
 WIDTHS: Mapping[str, Callable[[int], float]] = MappingProxyType({"one": lambda d: 1.0, "1/sqrt(d)": lambda d: d**-0.5})
@@ -184,6 +187,7 @@ class Placement:
         joint_gate_up: one norm group over the concatenated gate|up vector instead of one each.
         residual: named rule of the residual additions, see `RESIDUALS` and `LEARNED_RESIDUAL`.
         init: named init rule, see `sdd.models.init`.
+        draws: parts of the model that are drawn by another rule, or by a multiple of it.
         overrides: for single blocks (by index, negative from the end), sites to change; None removes the norm.
         source: where the definition comes from.
         scales: learned scales without a norm, see `SCALE_SITES`.
@@ -200,6 +204,7 @@ class Placement:
     source: str = ""
     scales: dict[ScaleSite, Scale] = field(default_factory=dict)
     weights: Literal["free", "unit"] = "free"
+    draws: dict[DrawnPart, Draw] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for sites in (self.norms, *self.overrides.values()):
@@ -222,8 +227,8 @@ class Placement:
             gate, up = sites.get("gate"), sites.get("up")
             if self.joint_gate_up and gate and up and gate.eps != up.eps:
                 raise ValueError(f"joint_gate_up=True has one eps: gate has {gate.eps} and up has {up.eps}")
-        if self.init not in get_args(InitName):
-            raise ValueError(f"init={self.init!r} is not an init rule: choose one of {list(get_args(InitName))}")
+        check_rule("init", self.init)
+        check_draws(self.draws)
         if self.residual not in get_args(ResidualName):
             raise ValueError(f"residual={self.residual!r}: choose one of {list(get_args(ResidualName))}")
         self._check_scales()
@@ -236,6 +241,11 @@ class Placement:
             raise ValueError(f"residual={self.residual!r}: {LEARNED_RESIDUAL!r} and scales['mix'] need each other")
         if self.weights not in ("free", "unit"):
             raise ValueError(f"weights={self.weights!r}: choose free or unit")
+
+    @property
+    def init_words(self) -> str:
+        """The init rule, and the parts that are drawn otherwise."""
+        return init_words(self.init, self.draws)
 
     def layer(self, index: int, n_layers: int) -> dict[Site, Norm]:
         """The norms of block `index` of `n_layers`, overrides applied."""

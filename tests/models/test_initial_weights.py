@@ -1,6 +1,7 @@
 """The initial values of a model: matrices, alphas, devices."""
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import groupby
 from typing import get_args
@@ -8,8 +9,11 @@ from typing import get_args
 import pytest
 import torch
 from helpers_models import tiny_config
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
+from sdd.init_rules import Draw, DrawnPart
 from sdd.models import LanguageModel, ModelConfig
 from sdd.placement import InitName, Norm, Placement, placements
 
@@ -55,6 +59,10 @@ def expected_std(rule: str, role: str, weight: Tensor, c: ModelConfig) -> float:
             return 0.02
         case "1/sqrt(d)", _:
             return 1 / math.sqrt(d)
+        case "1/d", _:
+            return 1 / d
+        case "unit", _:
+            return 1.0
         case "deepnorm", ("embed" | "head"):
             return 1 / math.sqrt(d)
         case "deepnorm", ("v_proj" | "o_proj" | "up_proj" | "down_proj"):
@@ -85,6 +93,44 @@ def test_the_scale_of_the_init_reaches_matrices_and_not_alphas():
         model, small = seeded(config), seeded(replace(config, init_scale=0.1))
         torch.testing.assert_close(matrices(small), {name: 0.1 * w for name, w in matrices(model).items()})
         torch.testing.assert_close(scales(small), scales(model), rtol=0, atol=0)
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from(get_args(DrawnPart)),
+        st.builds(Draw, st.none() | st.sampled_from(get_args(InitName)), st.sampled_from([0.1, 0.25, 1.0, 3.0])),
+    ),
+    st.sampled_from(sorted(set(placements) - {"ngpt"})),
+    st.booleans(),
+)
+def test_draws_scale_the_numbers_of_a_part_and_leave_the_others(
+    draws: dict[DrawnPart, Draw], name: str, tied: bool
+) -> None:
+    config = tiny_config(name, tie_embeddings=tied, n_layers=1)
+    plain, drawn = (
+        matrices(seeded(one)) for one in (config, replace(config, placement=replace(config.placement, draws=draws)))
+    )
+    for weight_name, weight in plain.items():
+        first, role = weight_name.split(".")[0], weight_name.split(".")[-2]
+        draw = draws.get(first, Draw())  # pyright: ignore[reportCallIssue, reportArgumentType] (others have none)
+        there = expected_std(config.placement.init, role, weight, config)
+        own = expected_std(draw.rule or config.placement.init, role, weight, config)
+        torch.testing.assert_close(drawn[weight_name], weight * (draw.factor * own / there), msg=weight_name)
+        if draw == Draw():
+            torch.testing.assert_close(drawn[weight_name], weight, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (lambda: Draw("Base"), "rule='Base' is not an init rule"),  # pyright: ignore[reportArgumentType]
+        (lambda: Draw(factor=0.0), "factor=0.0 must be positive"),
+        (lambda: replace(placements["sdd"], draws={"q": Draw()}), "draws names 'q': choose from"),  # pyright: ignore[reportArgumentType]
+    ],
+)
+def test_draws_that_mean_nothing_are_refused(wrong: Callable[[], object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        wrong()
 
 
 @pytest.mark.parametrize(

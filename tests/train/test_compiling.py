@@ -142,3 +142,12 @@ def test_a_config_that_says_it_is_not_decided_again(compiled):
     for choice in (True, False):
         config = replace(TINY, compile=choice)
         assert compiling.decide(config, ALONE) == (config, None)
+
+
+def test_what_a_compiler_would_not_round_is_not_compiled(compiled):
+    model = replace(TINY.model, statistics="bfloat16")
+    config, line = compiling.decide(replace(TINY, model=model, compile="auto"), ALONE)
+    assert config.compile is False
+    assert "model.statistics=bfloat16" in (line or "")
+    with pytest.raises(ValueError, match=r"model\.statistics=bfloat16 would not round everywhere"):
+        replace(TINY, model=model, compile=True)

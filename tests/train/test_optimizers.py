@@ -192,6 +192,21 @@ def test_rate_and_decay_reach_every_parameter(tmp_path, name):
     }
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_v_and_alphas_have_numbers_of_their_own(tmp_path, name):
+    trainer = Trainer(under(name, weight_decay=0.3, sdd_weight_decay=0.7, alpha_lr=0.25), RunDir(tmp_path))
+    trainer.train_step(0)
+    groups = trainer.optimizer.param_groups
+    by_name = {each: group for group in groups for each in group["names"]}
+    usual = by_name["embed.weight"]["lr"]
+    for each, parameter in trainer.model.named_parameters():
+        assert by_name[each]["lr"] == (0.25 * usual if parameter.ndim == 1 else usual), each
+    v = {each for each, group in by_name.items() if group["weight_decay"] == 0.7}
+    assert v == {each.replace("alpha", "weight") for each in by_name if each.endswith("alpha")}
+    if name == "muon":
+        assert {by_name[each]["rule"] for each in v} == {"muon"}
+
+
 # --- the size of V and its turns
 
 

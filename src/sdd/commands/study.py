@@ -12,7 +12,7 @@ from rich.console import Console
 from sdd.commands.configs import add_fields, overrides
 from sdd.commands.parser import Parser, positive_int
 from sdd.errors import UserError, unknown
-from sdd.lab.definition import Definition, PlannedStudy, Request
+from sdd.lab.definition import Definition, PlannedStudy, Request, own_fields
 from sdd.lab.engine import Engine, read_request, write_request
 from sdd.lab.findings import Findings
 from sdd.lab.grid.claims import Claims
@@ -136,7 +136,8 @@ def _request(definition: Definition, out: Path, options: Options) -> Request:
         _check_same(out, stored, options)
     elif (out / "reference.json").exists():  # the demo wrote it before it was a study like the others
         raise UserError(f"{out} holds a demo of an earlier version: delete it, or choose another --out")
-    fixed = {} if stored or (out / "results").exists() else {"precision": _precision(options.overrides)}
+    decided = stored or (out / "results").exists() or "precision" in own_fields(definition)
+    fixed = {} if decided else {"precision": _precision(options.overrides)}
     return Request(
         out=out,
         preset=options.preset or stored.get("preset", definition.preset),

@@ -187,8 +187,10 @@ class PlannedStudy:
         return f"{arm.name}-{condition.name}-lr{rate:g}{drawn}-seed{seed}", config
 
     def placement(self, arm: Arm) -> Placement:
-        """The arm's placement; in a narrow model, with init std 1/sqrt(2.5 d) in place of 0.02."""
-        found = replace(arm.variant, name=arm.name) if arm.variant else placements[arm.placement]
+        """The arm's placement; in a narrow model one by name has init std 1/sqrt(2.5 d) in place of 0.02."""
+        if arm.variant:
+            return replace(arm.variant, name=arm.name)
+        found = placements[arm.placement]
         narrow = self.base.model.d_model < _WIDE
         return replace(found, init="base") if narrow and found.init == "normal-0.02" else found
 
@@ -363,16 +365,22 @@ def _check_overrides(definition: Definition, request: Request) -> None:
         raise UserError(f"the study {definition.name} has no --lengths: give --steps")
     if request.depths and not definition.depths:
         raise UserError(f"the study {definition.name} has no --depths: give --model.n_layers")
-    own = (*OWN_FIELDS, *(("steps", "optim.warmup", "eval_every") if definition.lengths else ()))
-    own += ("model.n_layers",) if definition.depths else ()
-    own += ("model.init_scale",) if definition.rates.kind == "searched" else ()
-    own += tuple(name for name in definition.arms[0].changes if all(name in arm.changes for arm in definition.arms))
     for name in request.overrides:
-        if name in own:
-            instead = {"model.placement": "name methods with --placements", "model.n_layers": "give --depths"}
+        if name in own_fields(definition):
+            instead = {"model.placement": "name methods with --placements", "steps": "leave it out"}
+            instead["model.n_layers"] = "give --depths"
             if definition.lengths:
                 instead["steps"] = "give --lengths"
             raise UserError(f"the study {definition.name} sets {name} itself: {instead.get(name, 'leave it out')}")
+
+
+def own_fields(definition: Definition) -> tuple[str, ...]:
+    """The fields that a study sets itself in every run, by dotted name."""
+    own = (*OWN_FIELDS, *(("steps", "optim.warmup", "eval_every") if definition.lengths else ()))
+    own += ("model.n_layers",) if definition.depths else ()
+    own += ("model.init_scale",) if definition.rates.kind == "searched" else ()
+    first = definition.arms[0].changes
+    return own + tuple(name for name in first if all(name in arm.changes for arm in definition.arms))
 
 
 def _without_rates(conditions: tuple[Condition, ...]) -> tuple[Condition, ...]:

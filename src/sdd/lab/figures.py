@@ -98,6 +98,8 @@ def draw_dots(
     series: Mapping[str, Sequence[Mapping[int, float]]],
     axis: Axis,
     broken: str,
+    *,
+    zero: bool = False,
 ) -> Figure:
     """Draw a line for each row with a marker and a range for each series.
 
@@ -108,8 +110,9 @@ def draw_dots(
         series: by name, a measurement for each row: values by seed, nan where the run did not converge.
         axis: of the numbers; on a logarithmic one the marker is the geometric mean.
         broken: names the crosses in the legend.
+        zero: draw a line at zero, where numbers are differences.
     """
-    styles = dict(zip(series, _series_styles(), strict=False))
+    styles = dict(zip(series, series_styles(), strict=False))
     finite = [value for cells in series.values() for cell in cells for value in cell.values() if math.isfinite(value)]
     edges = _right_of(finite, axis.log)
     with look():
@@ -119,6 +122,8 @@ def draw_dots(
             offset = (number - (len(series) - 1) / 2) * 0.13
             for place, cell in enumerate(cells):
                 _dot(axes, cell, place + offset, styles[name], edges, axis.log)
+        if zero:
+            axes.axvline(0, color=INK, linewidth=0.8, dashes=(4, 3))
         axes.set_yticks(range(len(rows)), rows)
         axes.set_ylim(len(rows) - 0.5, -0.5)
         _set_axis(axes, "x", axis)
@@ -128,7 +133,7 @@ def draw_dots(
     return figure
 
 
-def _series_styles() -> list[Style]:
+def series_styles() -> list[Style]:
     """Styles of series that are not placements, from the same palette."""
     names = ("sdd", "prenorm-qk", "deepnorm", "postnorm", "olmo2", "peri", "prenorm")
     return [PLACEMENT_STYLES[name] for name in names]

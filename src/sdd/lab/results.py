@@ -24,6 +24,8 @@ from sdd.evals.text import load_trained
 from sdd.evals.unigram import token_frequencies
 from sdd.files import finite, number, write_aside
 from sdd.lab.grid.job import diverged
+from sdd.models import LanguageModel
+from sdd.nn import SDDExpertLinear, SDDLinear
 from sdd.report.runs import RunHistory, load_run
 from sdd.train import RunConfig, config_io
 from sdd.train.config import resolve
@@ -63,6 +65,9 @@ class RunResult:
             of earlier versions lack `grad_norm`.
         environment: versions and machine.
         measured: what the run's study measured beside losses, see `sdd.lab.measures`.
+        probe: the probed steps as columns `tokens`, `eps_median`, `eps_max` (over the norms, of a norm's mean of
+            eps / mean(z^2)) and, if there are SDD layers, `v_rms` and `v_angle` (medians over them of the rms of V and
+            of its turn in a step, radians); results of earlier versions and of runs without a probe have none.
     """
 
     name: str
@@ -84,6 +89,7 @@ class RunResult:
     training: dict[str, list[float]]
     environment: dict[str, Any]
     measured: dict[str, Any] = field(default_factory=dict)
+    probe: dict[str, list[float]] = field(default_factory=dict)
 
     @property
     def converged(self) -> bool:
@@ -184,6 +190,7 @@ def harvest(run_dir: Path, held_out: HeldOut, measure: Measure | None = None) ->
         training=_training(run),
         environment={key: run.environment[key] for key in _KEPT if run.environment.get(key) is not None},
         measured=measure(run_dir, held_out) if measure else {},
+        probe=_probe(run, config),
     )
 
 
@@ -205,7 +212,7 @@ def load(file: Path) -> RunResult:
         values = json.loads(file.read_text(encoding="utf-8"))
         for key in ("eval_loss", "bits_per_byte", "tuning_loss", "initial_loss"):
             values[key] = number(values[key])
-        for columns in (values["curve"], values["training"]):
+        for columns in (values["curve"], values["training"], values.setdefault("probe", {})):
             columns |= {key: [number(value) for value in column] for key, column in columns.items()}
         return RunResult(**values)
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -271,6 +278,26 @@ def _training(run: RunHistory) -> dict[str, list[float]]:
         # significant digits: gradients that fade are far below one
         "grad_norm": [float(f"{steps['grad_norm'][stretch].mean():.4g}") for stretch in stretches],
     }
+
+
+def _probe(run: RunHistory, config: RunConfig) -> dict[str, list[float]]:
+    probe = run.probe
+    if probe is None or not len(probe.steps):
+        return {}
+    kept = _spread(len(probe.steps))
+    ratios = probe.stats["eps_ratio"][kept][:, probe.present["eps_ratio"]] if probe.has("eps_ratio") else None
+    modules = LanguageModel(config.model, "meta").named_modules()
+    sizes = {name: each.weight.numel() for name, each in modules if isinstance(each, SDDLinear | SDDExpertLinear)}
+    columns = {"tokens": probe.steps[kept].astype(float) * config.tokens_per_step}
+    if ratios is not None:
+        columns |= {"eps_median": np.nanmedian(ratios, axis=1), "eps_max": np.nanmax(ratios, axis=1)}
+    if sizes:
+        norms, angles = (
+            np.stack([probe.series(name, stat)[kept] for name in sizes]) for stat in ("weight_norm", "angle")
+        )
+        roots = np.sqrt(list(sizes.values()))[:, None]
+        columns |= {"v_rms": np.median(norms / roots, axis=0), "v_angle": np.median(angles, axis=0)}
+    return {name: [float(f"{value:.4g}") for value in column] for name, column in columns.items()}
 
 
 def _spread(count: int) -> Sequence[int]:

@@ -1,6 +1,7 @@
 """The shape of a language model."""
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from sdd.placement import Placement, placements
 
@@ -55,6 +56,8 @@ class ModelConfig:
         init_scale: multiplies the initial std of every matrix and of the embedding.
         eliminate_norms: leave out norms that every reader cancels, where the fused kernels run: the same function and
             gradients, up to rounding, in less time (see `sdd.models.elimination`).
+        statistics: dtype in which norms are computed, whatever that of the activations. "bfloat16" rounds at every step
+            of a norm, to study what that does: it runs no fused kernels.
         placement: where the norms stand: a name on the command line, the whole definition in config.json.
         moe: the mixture of experts; none for a dense model.
     """
@@ -70,6 +73,7 @@ class ModelConfig:
     tie_embeddings: bool = False
     init_scale: float = 1.0
     eliminate_norms: bool = True
+    statistics: Literal["float32", "bfloat16"] = "float32"
     placement: Placement = field(default_factory=lambda: placements["sdd"])
     moe: MoEConfig | None = None
 
@@ -91,6 +95,8 @@ class ModelConfig:
             )
         if self.init_scale < _LEAST_INIT_SCALE:
             raise ValueError(f"init_scale={self.init_scale} must be at least {_LEAST_INIT_SCALE}: weights would be 0")
+        if self.statistics not in ("float32", "bfloat16"):
+            raise ValueError(f"statistics={self.statistics!r}: choose float32 or bfloat16")
         self.placement.check_depth(self.n_layers)
         if self.moe is not None:
             self._check_experts()

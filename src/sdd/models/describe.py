@@ -69,7 +69,7 @@ def show_preset(name: str, config: ModelConfig) -> str:
         ["Shape", *indented(_shape(config))],
         ["Parameters", *indented(_parameters(config))],
         [f"FLOPs of training a token, at a context of {config.context}", *indented(_flops(config))],
-        [f"Init rule {placement.init}, times init_scale {config.init_scale:g}", *indented(_stds(config))],
+        [f"Init rule {placement.init_words}, times init_scale {config.init_scale:g}", *indented(_stds(config))],
         ["Residual stream", f"  {_residual(config)}"],
         *([["Learned scales without a norm", *indented(_scales(config))]] if placement.scales else []),
         *([["Weights", f"  {_UNIT}"]] if placement.weights == "unit" else []),

@@ -11,6 +11,11 @@ All draws are normal, truncated at three standard deviations. The rules:
                       linear branch (the authors' code takes the activated one). Embedding and an untied head
                       1/sqrt(d_model), as in the authors' code.
     1/sqrt(d)         1/sqrt(d_model) everywhere (arXiv 2410.01131)
+    1/d               1/d_model everywhere
+    unit              1 everywhere: meant for an embedding under a norm, see below
+
+A placement's `draws` give the matrices of the blocks (routers included), the embedding and an untied head a rule or a
+factor of their own.
 
 A placement whose weights are "unit" then brings each vector to length 1, see `sdd.models.unit`.
 """
@@ -20,6 +25,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from sdd.init_rules import Draw, DrawnPart
 from sdd.models.config import ModelConfig
 from sdd.models.unit import make_unit
 from sdd.nn import ExpertLinear, LearnedScale, RMSNorm, SDDExpertLinear, SDDLinear
@@ -38,8 +44,14 @@ def init_std(config: ModelConfig, role: str, fan_in: int, fan_out: int) -> float
         fan_in: number of input features.
         fan_out: number of output features.
     """
+    part: DrawnPart = "embed" if role == "embed" else "head" if role == "head" else "blocks"
+    draw = config.placement.draws.get(part, Draw())
+    return draw.factor * _rule_std(draw.rule or config.placement.init, config, role, fan_in, fan_out)
+
+
+def _rule_std(rule: str, config: ModelConfig, role: str, fan_in: int, fan_out: int) -> float:
     base = (2.5 * config.d_model) ** -0.5
-    match config.placement.init:
+    match rule:
         case "base":
             return base
         case "base-unit-embed":
@@ -50,12 +62,16 @@ def init_std(config: ModelConfig, role: str, fan_in: int, fan_out: int) -> float
             return 0.02
         case "1/sqrt(d)":
             return config.d_model**-0.5
+        case "1/d":
+            return 1 / config.d_model
+        case "unit":
+            return 1.0
         case "deepnorm":
             if role in ("embed", "head"):
                 return config.d_model**-0.5
             gain = SCALES["(8L)^(-1/4)"](config.n_layers) if role in _DEEPNORM_GAINED else 1.0
             return gain * (2 / (fan_in + fan_out)) ** 0.5
-        case rule:
+        case _:
             raise ValueError(f"init={rule!r} is not an init rule: see sdd.models.init")
 
 

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sdd import functional as sdd_F
 from sdd import probe_points
+from sdd.kernels import use
 from sdd.models.config import ModelConfig
 from sdd.models.documents import Mask, attention_mask
 from sdd.models.init import init_weights
@@ -21,6 +22,7 @@ from sdd.models.kv_cache import KVCache
 from sdd.models.lean import LeanBlock
 from sdd.models.moe import Routing, auxiliary_losses
 from sdd.models.sites import norm_at, scale_at
+from sdd.norm_precision import statistics_in
 
 
 class TrainingLoss(NamedTuple):
@@ -147,6 +149,14 @@ class LanguageModel(nn.Module):
             cache: the tokens come after those that it holds; it makes the mask.
             layers: receives the routing of each mixture of experts.
         """
+        if self.config.statistics == "float32":
+            return self._hidden(tokens_BT, mask, cache, layers)
+        with use("composed"), statistics_in(torch.bfloat16):
+            return self._hidden(tokens_BT, mask, cache, layers)
+
+    def _hidden(
+        self, tokens_BT: Tensor, mask: Mask | None, cache: KVCache | None, layers: list[Routing] | None
+    ) -> Tensor:
         positions = slice(tokens_BT.shape[1])
         if cache is not None:
             positions, mask = cache.grow(tokens_BT)

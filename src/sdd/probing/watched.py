@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from sdd.block_lists import block_lists, has_children
-from sdd.functional import Group, resolve_group, statistics_dtype
+from sdd.functional import Group, resolve_group
 from sdd.nn import LearnedScale, SDDExpertLinear, SDDLinear
+from sdd.norm_precision import at_least_float32
 
 Role = Literal["weight", "alpha"]
 
@@ -99,7 +100,7 @@ def norm_ratio(module: nn.Module, z: Tensor) -> Tensor | None:
     axes = len(module.normalized_shape) if isinstance(module, nn.LayerNorm | nn.RMSNorm) else 1
     rows = z if axes == 1 else z.flatten(-axes)
     if _subtracts_mean(module):
-        return eps / rows.to(statistics_dtype(z.dtype)).var(-1, correction=0).flatten()
+        return eps / rows.to(at_least_float32(z.dtype)).var(-1, correction=0).flatten()
     return eps / _mean_squares(rows, getattr(module, "group", None))
 
 
@@ -122,7 +123,7 @@ def _mean_squares(z: Tensor, group: Group) -> Tensor:
     for piece, (_, width) in zip(z.split([width for width, _ in parts], -1), parts, strict=True):
         if width:
             heads = piece.unflatten(-1, (-1, width))
-            norms = torch.linalg.vector_norm(heads, dim=-1, dtype=statistics_dtype(z.dtype))
+            norms = torch.linalg.vector_norm(heads, dim=-1, dtype=at_least_float32(z.dtype))
             found.append(norms.square().flatten() / width)
     return found[0] if len(found) == 1 else torch.cat(found)
 

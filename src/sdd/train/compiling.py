@@ -82,6 +82,8 @@ def decide(config: RunConfig, world: World) -> tuple[RunConfig, str | None]:
     """
     if config.compile is False:
         return config, None
+    if config.compile == "auto" and config.model.statistics != "float32":
+        return replace(config, compile=False), "not compiled: that would keep what model.statistics=bfloat16 rounds"
     device = world.together(lambda: world.place(pick_device(config.device)))
     if config.compile is True:
         if reason := _first(why_not(device), world):

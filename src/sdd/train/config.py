@@ -85,6 +85,8 @@ class OptimConfig:
         weight_decay: weight decay of matrices.
         alpha_weight_decay: weight decay of every alpha and norm weight; the released recipe decays them by 0.1.
         embedding_weight_decay: weight decay of the embedding (tied or not).
+        sdd_weight_decay: weight decay of V, the matrices of SDD layers; none for weight_decay.
+        alpha_lr: learning rate of every alpha and norm weight, as a multiple of lr.
         grad_clip: largest global gradient norm; 0 does not clip.
         z_loss: weight of logsumexp(logits)^2 in the loss (arXiv 2204.02311).
         weights: what keeps the lengths of the matrices in the blocks' projections, which then have no weight decay:
@@ -107,6 +109,8 @@ class OptimConfig:
     weight_decay: float = 0.1
     alpha_weight_decay: float = 0.0
     embedding_weight_decay: float = 0.0
+    sdd_weight_decay: float | None = None
+    alpha_lr: float = 1.0
     grad_clip: float = 1.0
     z_loss: float = 0.0
     weights: Literal["free", "rows", "hyperball"] = "free"
@@ -117,7 +121,9 @@ class OptimConfig:
             if getattr(self, name) == 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be less than 1: a mean that never moves")
         _at_least(0, self, "lr", "warmup", "eps", "grad_clip", "z_loss")
-        _at_least(0, self, "weight_decay", "alpha_weight_decay", "embedding_weight_decay")
+        _at_least(0, self, "weight_decay", "alpha_weight_decay", "embedding_weight_decay", "alpha_lr")
+        if self.sdd_weight_decay is not None:
+            _at_least(0, self, "sdd_weight_decay")
         _at_least(0, self, "first_lr", most=1)
         if self.first_lr == 0:
             raise ValueError("first_lr=0 must be above 0: a geometric ramp cannot start at 0")
@@ -216,6 +222,10 @@ class RunConfig:
             raise ValueError(f"accumulate={self.accumulate} does not divide data.batch_size={self.data.batch_size}")
         if self.chunked_loss and self.optim.z_loss:
             raise ValueError("optim.z_loss needs all logits: leave out chunked_loss")
+        if self.model.statistics != "float32" and (self.activation_checkpointing or self.compile is True):
+            raise ValueError(
+                "model.statistics=bfloat16 would not round everywhere: leave out compile and activation_checkpointing"
+            )
         placement = self.model.placement
         if placement.weights != "free" and self.optim.weights != "free":
             raise ValueError(

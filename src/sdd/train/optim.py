@@ -31,8 +31,13 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
 
 
 def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
-    """The groups of `sdd.param_groups` with the weight decays of a config."""
-    return param_groups(model, config.weight_decay, config.alpha_weight_decay, config.embedding_weight_decay)
+    """The groups of `sdd.param_groups` with the weight decays of a config, and what multiplies a group's rate."""
+    decays = config.weight_decay, config.alpha_weight_decay, config.embedding_weight_decay, config.sdd_weight_decay
+    groups = param_groups(model, *decays)
+    for group in groups:
+        if group["role"] == "alpha":
+            group["lr_factor"] = config.alpha_lr
+    return groups
 
 
 def moved_by_muon(group: dict[str, Any], name: str) -> bool:
@@ -41,7 +46,7 @@ def moved_by_muon(group: dict[str, Any], name: str) -> bool:
     Each row of embedding, head and router stands for one token or expert. They are not matrices of one map whose
     singular values should be alike, and practice leaves them to AdamW.
     """
-    return group["role"] == "matrix" and name.startswith("blocks.") and not name.endswith("router.weight")
+    return group["role"] in ("matrix", "sdd") and name.startswith("blocks.") and not name.endswith("router.weight")
 
 
 def _part(groups: list[dict[str, Any]], *, of_muon: bool) -> list[dict[str, Any]]:
@@ -69,9 +74,9 @@ def describe(optimizer: torch.optim.Optimizer) -> Iterator[str]:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Give every parameter group the same learning rate."""
+    """Give every parameter group this learning rate, times the group's own factor if it has one."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_factor", 1.0)
 
 
 def clip_gradients(model: nn.Module, limit: float) -> Tensor:

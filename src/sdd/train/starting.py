@@ -21,7 +21,7 @@ from sdd.train.run_dir import RunDir
 #: change in mid-run.
 FIXED = ("model", "seed", "data.batch_size", "optim.name")
 #: Values of fixed fields in the checkpoints of versions that did not have them.
-_FORMER = {"optim.name": "adamw"}
+_FORMER = {"optim.name": "adamw", "model.statistics": "float32"}
 #: Fields whose change is not reported: the data have a fingerprint, and the environment is compared by itself.
 _QUIET = (
     *("steps", "eval_every", "eval_sequences", "checkpoint_every", "probe_every", "keep_checkpoints", "sample_tokens"),

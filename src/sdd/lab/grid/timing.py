@@ -83,9 +83,8 @@ def grid_seconds(configs: Sequence[RunConfig], threads: int, workers: int) -> fl
     total = 0.0
     for config in configs:
         blocks = config.model.n_layers
-        kind = repr(
-            (replace(config.model, init_scale=1.0), config.data.batch_size, config.accumulate, config.optim.name)
-        )
+        model, optim = replace(config.model, init_scale=1.0), (config.optim.name, config.weight_rule)
+        kind = repr((model, config.data.batch_size, config.accumulate, optim, config.precision))
         if kind not in timed:
             late = timed and time.monotonic() - began > _MOST_SECONDS
             timed[kind] = blocks * statistics.mean(by_block) if late else step_seconds(config, threads)

@@ -5,9 +5,12 @@ from types import MappingProxyType
 
 from sdd.lab.definition import Definition
 from sdd.lab.studies import (
+    alpha,
     convergence,
+    decay,
     demo,
     depth,
+    eps,
     gradients,
     ladder,
     length,
@@ -15,9 +18,11 @@ from sdd.lab.studies import (
     max_rate,
     moe,
     optimizers,
+    precision,
     prenorm,
     robustness,
     similarity,
+    variants,
 )
 
 _MODULES = (
@@ -27,8 +32,13 @@ _MODULES = (
     convergence,
     length,
     ladder,
+    variants,
     optimizers,
     moe,
+    alpha,
+    decay,
+    eps,
+    precision,
     max_rate,
     depth,
     gradients,

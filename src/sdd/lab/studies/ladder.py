@@ -131,10 +131,7 @@ def _losses(outcome: Outcome, tokens: int | None) -> dict[str, dict[tuple[str, i
     found: dict[str, dict[tuple[str, int], float]] = {}
     for (arm, condition), cell in outcome.cells.items():
         for run in cell.results:
-            loss = run.eval_loss
-            if tokens is not None:
-                loss = float(np.interp(tokens, run.curve["tokens"], run.curve["eval_loss"])) if run.converged else 0.0
-            found.setdefault(arm, {})[condition, run.seed] = loss if run.converged else math.nan
+            found.setdefault(arm, {})[condition, run.seed] = shared.loss_at(run, tokens)
     return found
 
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from sdd.lab.arms import DEFAULT, Arm, Condition, Rates
 from sdd.lab.definition import Cell, Definition, Outcome
 from sdd.lab.findings import Findings, Measured, Picture, Table, described, listed, seeds_text
-from sdd.lab.studies import shared
+from sdd.lab.studies import shared, variants
 
 CONDITIONS = (
     DEFAULT,
@@ -218,4 +218,5 @@ DEFINITION = Definition(
     sizes={"nano": {"optim.lr": 1e-3}, "micro": {"optim.lr": 5e-4}},
     read=read,
     tuned_rates=Rates("tuned", factors=(0.5, 1.0, 2.0, 4.0, 8.0), tuning_seeds=1),
+    optional=tuple(change.arm for change in variants.CHANGES),
 )

@@ -67,6 +67,20 @@ def not_converged_text() -> str:
     )
 
 
+def loss_at(run: RunResult, tokens: int | None) -> float:
+    """The held-out loss of a run at a number of tokens, linear between evaluations, or at its end; nan if it diverged.
+
+    Args:
+        run: ended.
+        tokens: None for the end.
+    """
+    if not run.converged:
+        return math.nan
+    if tokens is None:
+        return run.eval_loss
+    return float(np.interp(tokens, run.curve["tokens"], run.curve["eval_loss"]))
+
+
 def loss_table(outcome: Outcome) -> Table:
     """Held-out loss of each method under each condition."""
     plan = outcome.plan
