@@ -40,7 +40,7 @@ class Scorer(Protocol):
         ...
 
     def logits(self, tokens_BT: Tensor, first: int) -> Tensor:
-        """The logits after positions `first`, `first + 1`, ..., float32 `[B, T - first, V]`; padding is on the right."""
+        """The logits after positions `first`, `first + 1`, ..., float32 `[B, T - first, V]`; padding is at the end."""
         ...
 
 
