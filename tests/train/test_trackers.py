@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from helpers_train import TINY, rows
+from helpers_train import TINY, little, rows
 
 from sdd.commands.main import main
 from sdd.train import config_io
@@ -51,7 +51,7 @@ def stand_in(tmp_path, monkeypatch):
     monkeypatch.setenv("STAND_IN_FILE", str(tmp_path / "calls.jsonl"))
     monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.delenv("STAND_IN_BREAKS", raising=False)
-    config_io.save(TINY, tmp_path / "config.json")
+    config_io.save(little(tmp_path), tmp_path / "config.json")
     yield tmp_path
     for name in ("wandb", "trackio"):
         sys.modules.pop(name, None)
