@@ -31,7 +31,11 @@ class Run:
         if os.environ.get("STAND_IN_BREAKS") == "finish":
             raise RuntimeError("the server is gone")
         write(end=True)
+def finish():
+    print("bye")
+    Run().finish()
 def init(**values):
+    print("hello")
     if os.environ.get("STAND_IN_BREAKS") == "init":
         raise RuntimeError("no way in")
     write(init=values)
@@ -90,6 +94,11 @@ def test_wandb_is_offline_without_a_key_and_says_how_to_send_it(stand_in, capsys
     monkeypatch.setenv("WANDB_MODE", "disabled")
     assert main(["resume", str(stand_in / "run"), "--steps", "5"]) == 0
     assert [call["init"]["mode"] for call in calls(stand_in) if "init" in call] == ["offline", "disabled"]
+
+
+def test_what_a_tracker_prints_is_no_part_of_the_answer(stand_in, capsys):
+    assert train(stand_in, "--steps", "4", "--tracker", "trackio", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["status"] == "done"
 
 
 @pytest.mark.parametrize("broken", ["init", "log", "finish"])

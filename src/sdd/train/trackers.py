@@ -9,8 +9,10 @@ import importlib.util
 import os
 import re
 import socket
+import sys
 import time
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -190,9 +192,10 @@ class Trackio(Tracker):
     def __init__(self, name: str, config: dict[str, Any], say: Callable[[str], None]) -> None:
         super().__init__(say)
         try:
-            library: Any = importlib.import_module("trackio")
+            self._library: Any = importlib.import_module("trackio")
             project = os.environ.get("TRACKIO_PROJECT", _PROJECT)
-            self._run = library.init(project=project, name=name, config=config, resume="allow", embed=False)
+            with redirect_stdout(sys.stderr):  # what it prints is no part of a command's answer
+                self._run = self._library.init(project=project, name=name, config=config, resume="allow", embed=False)
         except Exception as error:
             self._give_up(error)
 
@@ -201,7 +204,8 @@ class Trackio(Tracker):
 
     def _close(self) -> None:
         if hasattr(self, "_run"):
-            self._run.finish()
+            with redirect_stdout(sys.stderr):
+                self._library.finish()
 
 
 class TensorBoard(Tracker):
