@@ -119,8 +119,8 @@ def test_a_missing_checkpoint_is_refused(run: Path, checkpoint: str, message: st
     [
         ("short.txt", b"", "at least 2"),
         ("bad.txt", b"caf\xe9 \xff", "not UTF-8"),
-        ("none.txt", None, "cannot read"),
-        (".", None, "cannot read"),
+        ("none.txt", None, "no data at"),
+        (".", None, "holds no data"),
     ],
 )
 def test_a_text_that_cannot_be_evaluated_is_refused(

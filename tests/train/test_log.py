@@ -4,7 +4,7 @@ import math
 import pytest
 from helpers_disk import no_file_larger_than
 
-from sdd.train.log import TensorBoard
+from sdd.train.trackers import TensorBoard
 
 ROW = {"step": 3, "loss": 1.5, "event": "x", "tokens": 7, "grad_norm": math.inf}
 

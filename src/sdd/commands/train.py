@@ -15,6 +15,7 @@ from sdd.train.config import resolve
 from sdd.train.parallel import World, joined
 from sdd.train.schedule import fit
 from sdd.train.starting import fit_vocabulary
+from sdd.train.trackers import TRACKERS, check_tracker
 from sdd.train.trainer import start
 
 #: The fields that decide whether a schedule fits its run.
@@ -67,6 +68,8 @@ def add_shared(parser: Parser) -> None:
         const=0,
         help="show the report on 127.0.0.1:PORT while training (default 8765, or a free one)",
     )
+    about = f"give the numbers to {', '.join(TRACKERS)} or none (default: the run's own; else tensorboard, if there)"
+    parser.add_argument("--tracker", metavar="NAME", type=check_tracker, help=about)
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
 
 
@@ -81,6 +84,7 @@ def live_page(options: argparse.Namespace, world: World) -> LivePage | None:
 
 def finish(trainer: Trainer, options: argparse.Namespace, live: LivePage | None) -> int:
     """Train to the end and print the result; returns the exit code."""
+    trainer.log.tracker = options.tracker
     with live.serving(trainer.run_dir.path) if live else nullcontext():
         result = trainer.run()
     if not trainer.world.is_main:

@@ -12,6 +12,7 @@ import torch
 
 from sdd.data import Tokenizer, builtin_tokenizer
 from sdd.errors import UserError
+from sdd.evals.texts import read_texts, token_ids
 from sdd.models import LanguageModel
 from sdd.train import config_io
 from sdd.train.checkpoint import DamagedCheckpoint, list_checkpoints, load_checkpoint
@@ -31,6 +32,7 @@ class TrainedRun:
     config: RunConfig
     model: LanguageModel
     step: int
+    checkpoint: Path | None = None
 
 
 def load_trained(run: Path, checkpoint: str | None = None) -> TrainedRun:
@@ -48,10 +50,11 @@ def load_trained(run: Path, checkpoint: str | None = None) -> TrainedRun:
     config = config_io.load(run / "config.json")
     model = LanguageModel(config.model).to(pick_device(config.device)).eval()
     if checkpoint is not None:
-        return TrainedRun(config, model, load_checkpoint(_find_checkpoint(run, checkpoint), model)["step"])
+        path = _find_checkpoint(run, checkpoint)
+        return TrainedRun(config, model, load_checkpoint(path, model)["step"], path)
     for path in reversed(list_checkpoints(run / "checkpoints")):
         try:
-            return TrainedRun(config, model, load_checkpoint(path, model)["step"])
+            return TrainedRun(config, model, load_checkpoint(path, model)["step"], path)
         except DamagedCheckpoint as error:
             _log.warning("checkpoint skipped: %s", error)
     raise UserError(f"{run} has no whole checkpoint: continue training with sdd resume {run} until one is written")
@@ -70,12 +73,13 @@ def _find_checkpoint(run: Path, name: str) -> Path:
 
 
 def evaluate_run(
-    run: Path,
-    text: Path | None = None,
+    run: Path | TrainedRun,
+    text: Path | str | None = None,
     sequences: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    field: str = "text",
 ) -> dict[str, Any]:
-    """Compute the loss and the bits per byte of a run's newest whole checkpoint on held-out text.
+    """Compute the loss and the bits per byte of a run on held-out text.
 
     The text is cut into windows of the model's context. So every token but the first is predicted once, from at most
     `context` tokens before it. Bits per byte are the code length of all predicted tokens, ends of text included, over
@@ -83,10 +87,12 @@ def evaluate_run(
     prediction is over the model's whole vocabulary, ids without text included.
 
     Args:
-        run: the run directory.
-        text: a UTF-8 text file; None for all of the run's own held-out data.
+        run: the run directory, of which the newest whole checkpoint counts, or a run that is loaded.
+        text: a file, folder or dataset, see `read_texts`; an end of text stands between two documents. None for all of
+            the run's own held-out data.
         sequences: only so many windows, spread evenly as those of a run's own evaluations; None for all of the text.
         progress: is told the windows done, and all of them, now and then.
+        field: of JSON lines, parquet and datasets.
 
     Returns:
         step, loss (nats a token), bits_per_byte (None if unknown), tokens (number of predictions), text (its name).
@@ -95,7 +101,7 @@ def evaluate_run(
         UserError: if the run has no whole checkpoint, if the file cannot be read, or if it is a text and the run has no
             tokenizer.
     """
-    trained = load_trained(run)
+    trained = load_trained(run) if isinstance(run, Path) else run
     config = trained.config
     data_eos: int | None
     if text is None:
@@ -105,15 +111,15 @@ def evaluate_run(
     else:
         tokenizer = tokenizer_of(config)
         data_eos = tokenizer.eos
-        content = _read(text)
-        if lost := tokenizer.lost_bytes(content):
+        name = str(text)
+        texts = read_texts(name, field)
+        if lost := sum(map(tokenizer.lost_bytes, texts)):
             _log.warning("%s: %s bytes have no token and do not count", text, f"{lost:,}")
-        ids, name = np.array(tokenizer.encode(content), np.int64), str(text)
-    if len(ids) < 2:
-        raise UserError(f"{name} has {len(ids)} tokens: at least 2 are needed, to predict one from the other")
+        ids = token_ids(texts, name, tokenizer.encode_batch, data_eos)
+    check_enough(ids, name)
     eos = data_eos if config.data.document_mask else None
     evaluation = _evaluate_ids(
-        trained, ids, tokenizer, eos, _starts(len(ids), config.model.context, sequences), progress
+        trained, ids, tokenizer, eos, starts_of(len(ids), config.model.context, sequences), progress
     )
     return {
         "step": trained.step,
@@ -122,6 +128,12 @@ def evaluate_run(
         "tokens": evaluation.tokens,
         "text": name,
     }
+
+
+def check_enough(ids: np.ndarray, name: str) -> None:
+    """Raise UserError unless there is a token to predict."""
+    if len(ids) < 2:
+        raise UserError(f"{name} has {len(ids)} tokens: at least 2 are needed, to predict one from the other")
 
 
 def _evaluate_ids(
@@ -135,7 +147,7 @@ def _evaluate_ids(
     token_bytes = None if tokenizer is None else tokenizer.token_bytes(trained.config.model.vocab_size)
     dtype = pick_autocast(trained.config.precision, trained.model.embed.weight.device)
     nats, n_tokens, n_bytes, done = 0.0, 0, 0, 0
-    for windows in _windows(ids, trained.config.model.context, starts):
+    for windows in windows_of(ids, trained.config.model.context, starts):
         part = evaluate(trained.model, windows, _ROWS, document_eos=document_eos, autocast_dtype=dtype)
         nats += part.loss * part.tokens
         n_tokens += part.tokens
@@ -145,7 +157,7 @@ def _evaluate_ids(
     return Evaluation(nats / n_tokens, nats / math.log(2) / n_bytes if n_bytes else None, n_tokens)
 
 
-def _starts(n_ids: int, context: int, sequences: int | None) -> np.ndarray:
+def starts_of(n_ids: int, context: int, sequences: int | None) -> np.ndarray:
     """First ids of the windows: of all, the last of which may be shorter, or of some whole ones, spread evenly."""
     whole = (n_ids - 1) // context
     if sequences is None or sequences > whole:
@@ -153,7 +165,7 @@ def _starts(n_ids: int, context: int, sequences: int | None) -> np.ndarray:
     return np.arange(sequences) * whole // sequences * context
 
 
-def _windows(ids: np.ndarray, context: int, starts: np.ndarray) -> Iterator[torch.Tensor]:
+def windows_of(ids: np.ndarray, context: int, starts: np.ndarray) -> Iterator[torch.Tensor]:
     """Cut the ids into windows that overlap by one token; yields many at a time, and a shorter last one alone."""
     whole = starts[starts + context < len(ids)]
     for first in range(0, len(whole), _WINDOWS):
@@ -178,12 +190,3 @@ def tokenizer_of(config: RunConfig) -> Tokenizer:
     if tokenizer is None:
         raise UserError(f"the tokenizer of {config.data.path} is not known: name it in config.json as data.tokenizer")
     return tokenizer
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text (byte {error.start})") from None

@@ -1,20 +1,14 @@
-"""The log of a run: rows in its files, alarms, lines and a progress bar on the terminal, curves in TensorBoard."""
+"""The log of a run: rows in its files, alarms, lines and a progress bar on the terminal, curves in a tracker."""
 
-import importlib
-import importlib.util
-import os
-import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 from rich.progress import MofNCompleteColumn, TextColumn
 
 from sdd.data import Loader
-from sdd.files import naming
 from sdd.models import count_parameters
 from sdd.models.transformer import HAS_CHUNKED_LOSS
 from sdd.probing.alarms import Alarms
@@ -23,6 +17,7 @@ from sdd.train import config_io
 from sdd.train.config import RunConfig
 from sdd.train.run_dir import RunDir
 from sdd.train.schedule import misfit
+from sdd.train.trackers import FILE, TensorBoard, Tracker, open_tracker, tracked
 
 _WEIGHT_RULES = {
     "unit": "rows and columns of the matrices are unit vectors after each step; they have no weight decay",
@@ -76,12 +71,14 @@ class RunLog:
 
     Attributes:
         alarms: judge the rows.
+        tracker: the tracker that was asked for; None for the one that the run has.
     """
 
     def __init__(self, config: RunConfig, run_dir: RunDir) -> None:
         self._config, self._run_dir = config, run_dir
         self._console = stderr_console(quiet=not run_dir.writes)
-        self._tensorboard = TensorBoard()
+        self._tracker: Tracker = TensorBoard()
+        self.tracker: str | None = None
         self._begin(0)
         self.reset_alarms()
 
@@ -94,11 +91,15 @@ class RunLog:
 
     @contextmanager
     def open(self, step: int) -> Iterator[None]:
-        """Show progress from `step` on, and write into RUN/tensorboard."""
+        """Show progress from `step` on, and give the rows to the run's tracker."""
         self._begin(step)
         if self._run_dir.writes:
-            self._tensorboard = TensorBoard(self._run_dir.path / "tensorboard", step, self.say)
-        with self._bar, self._tensorboard:
+            names = tracked(self._run_dir.path, self.tracker)
+            if self.tracker is not None:
+                self._run_dir.write_json(FILE, names)
+            config = config_io.flatten(config_io.to_dict(self._config))
+            self._tracker = open_tracker(self._run_dir.path, names, step, config, self.say)
+        with self._bar, self._tracker:
             yield
 
     def reset_alarms(self) -> None:
@@ -117,9 +118,9 @@ class RunLog:
                 self.say(str(alarm))
 
     def record_numbers(self, row: dict[str, Any]) -> None:
-        """Append a row of a step or an evaluation to metrics.jsonl and TensorBoard, and show that of a step."""
+        """Append a row of a step or an evaluation to metrics.jsonl and the tracker, and show that of a step."""
         self.record("metrics.jsonl", row)
-        self._tensorboard.log(row)
+        self._tracker.log(row)
         if "loss" in row:
             self._show(row["step"], row["loss"], row["tokens_per_second"])
 
@@ -130,73 +131,3 @@ class RunLog:
         if not self._console.is_terminal and (self._line.due() or step == last):
             left = (time.monotonic() - self._began) / max(step - self._start, 1) * (last - step)
             self.say(f"step {step}/{last}   {numbers}   {clock(left)} left")
-
-
-class TensorBoard:
-    """Writes every number of a metrics row as a scalar, on the disk after each row.
-
-    Without a folder, or where the package is not installed (`pip install sdd-torch[tensorboard]`), nothing is
-    written. No error ends the run: the first is reported, and nothing more is written. `torch.utils.tensorboard` is not
-    used: it writes from a thread, which reports a full disk late and by a traceback.
-
-    Args:
-        folder: a new file of events is made in it; made if missing.
-        step: steps done; later events of an earlier attempt are hidden.
-        say: receives one line if something cannot be written.
-    """
-
-    def __init__(self, folder: Path | None = None, step: int = 0, say: Callable[[str], None] = print) -> None:
-        self._say, self._file = say, None
-        if folder is None or importlib.util.find_spec("tensorboard") is None:
-            return
-        try:
-            self._open(folder, step)
-        except Exception as error:  # from the disk, or from a package that does not fit its own dependencies
-            self._give_up(error)
-
-    def _open(self, folder: Path, step: int) -> None:
-        event_pb2: Any = importlib.import_module("tensorboard.compat.proto.event_pb2")
-        summary_pb2: Any = importlib.import_module("tensorboard.compat.proto.summary_pb2")
-        writer: Any = importlib.import_module("tensorboard.summary.writer.record_writer")
-        self._event, self._summary = event_pb2.Event, summary_pb2.Summary
-        folder.mkdir(exist_ok=True)
-        name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
-        self._file = (folder / name).open("xb", buffering=0)
-        self._records = writer.RecordWriter(self._file)
-        self._write(file_version="brain.Event:2")
-        if step:
-            self._write(step=step + 1, session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START))
-
-    def log(self, row: dict[str, Any]) -> None:
-        """Write the numbers of a row at its step."""
-        if self._file is None:
-            return
-        numbers = {name: float(value) for name, value in row.items() if isinstance(value, int | float)}
-        step = int(numbers.pop("step"))
-        values = [self._summary.Value(tag=name, simple_value=value) for name, value in numbers.items()]
-        try:
-            self._write(step=step, summary=self._summary(value=values))
-        except OSError as error:
-            self._give_up(error)
-
-    def _write(self, **event: Any) -> None:
-        assert self._file is not None
-        with naming(Path(self._file.name)):
-            self._records.write(self._event(wall_time=time.time(), **event).SerializeToString())
-
-    def _give_up(self, error: Exception) -> None:
-        why = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else str(error)
-        self._say(f"TensorBoard gets nothing from here on ({why}); the run goes on")
-        self.close()
-
-    def close(self) -> None:
-        """Close the file; nothing more is written."""
-        if self._file is not None:
-            self._file.close()
-        self._file = None
-
-    def __enter__(self) -> "TensorBoard":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()

@@ -6,6 +6,7 @@ metrics.jsonl      one object a step, and one an evaluation
 probe.jsonl        one object a probed step, see sdd.probing.probe_file
 samples.jsonl      generated text
 result.json        how it ended
+tracker.json       where its numbers go beside metrics.jsonl, see sdd.train.trackers
 checkpoints/       see sdd.train.checkpoint
 """
 
@@ -26,9 +27,17 @@ from sdd.files import finite, is_stray, lock, naming, number, read_json_lines, r
 
 _log = logging.getLogger(__name__)
 #: The files that are written as a whole, only by the process that has the lock.
-_WHOLE = ("config.json", "environment.json", "metrics.jsonl", "probe.jsonl", "samples.jsonl", "result.json")
+_WHOLE = (
+    "config.json",
+    "environment.json",
+    "tracker.json",
+    "metrics.jsonl",
+    "probe.jsonl",
+    "samples.jsonl",
+    "result.json",
+)
 #: What a run leaves that is killed or fails before its first step. A config.json without a lock is a user's own.
-_BEFORE_STEPS = re.compile(r"lock|tensorboard|(\.tmp-)?(config|environment)\.json.*")
+_BEFORE_STEPS = re.compile(r"lock|tensorboard|wandb|(\.tmp-)?(config|environment|tracker)\.json.*")
 
 
 class RunDir:
