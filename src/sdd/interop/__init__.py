@@ -1,0 +1,1 @@
+"""The ways out of this package and into it: Hugging Face's formats."""
