@@ -1,0 +1,3 @@
+"""`sdd import`."""
+
+NOTE = "imported.json"
