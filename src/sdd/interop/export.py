@@ -5,18 +5,18 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import tokenizers
 import torch
 
 from sdd.data import Tokenizer
-from sdd.errors import UserError, require_extra
+from sdd.errors import UserError
 from sdd.evals.text import TrainedRun, load_trained, tokenizer_of
 from sdd.files import aside_folder
 from sdd.interop import architecture, card, fresh
 from sdd.interop.fold import fold
 from sdd.interop.imported import NOTE
+from sdd.interop.library import library
 from sdd.interop.ties import to_theirs
 from sdd.report.runs import RunHistory, load_run
 
@@ -64,8 +64,7 @@ def export_run(
             that the exported class does not know; or if the folder exists. Nothing is written.
         NotTheSame: if the exported model does not compute what the run does. Nothing stays.
     """
-    require_extra("hf", "transformers", needed_by="sdd export")
-    with aside_folder(out) as folder:
+    with library("sdd export"), aside_folder(out) as folder:
         history = load_run(run)
         trained = load_trained(run, checkpoint)
         if checkpoint is None:
@@ -135,6 +134,8 @@ def _write_model(folder: Path, trained: TrainedRun, eos: int | None, kind: archi
     lacking = [name for name, parameter in theirs.named_parameters() if parameter.is_meta]
     assert not lacking, f"without weights: {lacking}"
     theirs.save_pretrained(folder)
+    for file in folder.glob("*.safetensors"):  # written for the user alone
+        shutil.copymode(folder / "config.json", file)
     return said
 
 
@@ -143,7 +144,7 @@ def _write_tokenizer(folder: Path, tokenizer: Tokenizer, context: int) -> list[s
     import transformers
 
     spec, remarks = json.loads(tokenizer.data), []
-    if spec.get("post_processor") is not None and not _only_offsets(spec["post_processor"]):
+    if (spec.get("post_processor") or {"type": "ByteLevel"})["type"] != "ByteLevel":  # which adds no token
         remarks.append("the tokenizer's post_processor is left out: the run was trained on text with nothing around it")
         spec["post_processor"] = None
     backend = tokenizers.Tokenizer.from_str(json.dumps({**spec, "truncation": None, "padding": None}))
@@ -158,12 +159,9 @@ def _write_tokenizer(folder: Path, tokenizer: Tokenizer, context: int) -> list[s
         padding_side="left",
         **named,
     ).save_pretrained(folder)
+    if spec == json.loads(tokenizer.data):
+        tokenizer.save(folder / "tokenizer.json")  # its hash stays, by which token files know it
     return remarks
-
-
-def _only_offsets(step: dict[str, Any]) -> bool:
-    """Whether a post-processor adds no token."""
-    return step["type"] == "ByteLevel"
 
 
 def _write_generation(folder: Path, tokenizer: Tokenizer, vocab_size: int) -> None:
