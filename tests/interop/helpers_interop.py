@@ -1,19 +1,18 @@
 """Tiny models in transformers' classes, and finished runs that were never trained."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import transformers
 from helpers_models import tiny_config
 from helpers_moe import drawn
 from torch import Tensor
 
-from sdd.interop import architecture, fresh
+from sdd.interop import architecture
 from sdd.interop.architecture import CLASSES, Kind
+from sdd.interop.library import library
 from sdd.interop.modeling_sdd import SDDConfig, SDDForCausalLM
 from sdd.interop.ties import to_theirs
 from sdd.models import LanguageModel, ModelConfig, MoEConfig
@@ -98,8 +97,13 @@ def in_this_process(folder: Path, tokens_BT: Tensor, texts: list[str]) -> tuple[
     return found, [tokenizer(text)["input_ids"] for text in texts]
 
 
+def saved(theirs: transformers.PreTrainedModel, folder: Path) -> Path:
+    """Save a model, without a progress bar on stderr."""
+    with library("a test"):
+        theirs.save_pretrained(folder)
+    return folder
+
+
 def edit_config(folder: Path, **values: Any) -> None:
     file = folder / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
-
-

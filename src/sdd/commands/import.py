@@ -14,8 +14,8 @@ def main(args: list[str]) -> int:
     """Run the command; returns its exit code."""
     parser = Parser(
         "sdd import",
-        "Take a Llama, Qwen3 or Olmo2 of transformers, or an export of a run, as a run at step 0. The fields of the run "
-        "can be set; those of the model are the model's, but for the context.",
+        "Take a Llama, Qwen3 or Olmo2 of transformers, or an export of a run, as a run at step 0. Every field of the "
+        "run can be set; of the model, only its context.",
         "DIR --out RUN [--data PATH] [--steps N] [--lr X] [OPTIONS]",
     )
     parser.add_argument("folder", metavar="DIR", type=Path, help="folder with config.json, weights and tokenizer.json")

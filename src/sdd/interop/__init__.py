@@ -1,1 +1,1 @@
-"""The ways out of this package and into it: Hugging Face's formats."""
+"""Ties to other libraries; each module needs its library and is imported by name."""

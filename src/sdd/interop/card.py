@@ -135,7 +135,9 @@ def _losses(history: RunHistory, pictured: bool) -> str:
     numbers = {
         "held-out loss, nats a token": history.eval_loss,
         "held-out bits per byte": history.bits_per_byte,
-        "last training loss, nats a token": float(history.steps["loss"][-1]) if len(history.steps["loss"]) else math.nan,
+        "last training loss, nats a token": float(history.steps["loss"][-1])
+        if len(history.steps["loss"])
+        else math.nan,
     }
     rows = [f"| {name} | {value:.4f} |" for name, value in numbers.items() if math.isfinite(value)]
     if not rows:
@@ -185,8 +187,8 @@ def _limits(history: RunHistory, model: ModelConfig) -> str:
     ]
     if model.moe:
         lines.append(
-            "Each expert is a module of its own here, which quantisers and adapters see as matrices but which is slower "
-            "than grouped products; a fine-tuning run has no load balancing loss."
+            "Each expert is a module of its own here. Quantisers and adapters see its matrices, but it is slower than "
+            "grouped products. Fine-tuning elsewhere has no load balancing loss."
         )
     return _section("Limits", lines)
 

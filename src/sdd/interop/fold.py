@@ -68,6 +68,8 @@ def fold(state: dict[str, Tensor], config: ModelConfig) -> tuple[dict[str, Tenso
                 _merge_scale(state, f"model.layers.{index}.mlp.", site)
                 done[f"scale of {site}"] = done.get(f"scale of {site}", 0) + 1
         blocks.append(norms)
+    if not done:
+        return state, fields, _said(done, fields, config)
     gone = {name.removeprefix("scale of ") for name, count in done.items() if count == config.n_layers and " " in name}
     ends = {site: norm for site, norm in fields["norms"].items() if site in ("embed", "final")}
     fields |= {

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sdd import __version__
 from sdd.data import Tokenizer
-from sdd.errors import UserError, one_line
+from sdd.errors import UserError, is_out_of_memory, one_line
 from sdd.files import aside_folder, read_json_object, write_aside
 from sdd.interop.architecture import CLASSES, NATIVE, Kind, own_fields
 from sdd.interop.library import library
@@ -105,8 +105,8 @@ def _kind(folder: Path) -> Kind:
     name = read_json_object(folder / "config.json").get("model_type")
     if name not in CLASSES:
         raise UserError(
-            f"{folder} holds a {one_line(name)} model: sdd import takes {', '.join(kind for kind in CLASSES)} (the last "
-            "are exports of runs); a model of another kind stays in transformers, see sdd.convert"
+            f"{folder} holds a {one_line(name)} model: sdd import takes {', '.join(CLASSES)} (the last are exports of "
+            "runs); a model of another kind stays in transformers, see sdd.convert"
         )
     return name
 
@@ -136,9 +136,15 @@ def _load(folder: Path, kind: Kind, transformers: Any) -> nn.Module:
     """
     try:
         source, found = _class(kind, transformers).from_pretrained(
-            folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
+            folder,
+            dtype=torch.float32,
+            local_files_only=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported below
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # of several libraries, whose errors share no base class
+        if is_out_of_memory(error):
+            raise
         raise UserError(f"the weights of {folder} cannot be read: {_first_line(error)}") from None
     for what, names in found.items():
         if names:
@@ -226,9 +232,7 @@ def own_model(source: Any, folder: Path) -> ModelConfig:
 # --- the run
 
 
-def _run_config(
-    folder: Path, model: ModelConfig, source: Any, settings: dict[str, Any]
-) -> tuple[RunConfig, list[str]]:
+def _run_config(folder: Path, model: ModelConfig, source: Any, settings: dict[str, Any]) -> tuple[RunConfig, list[str]]:
     """The run that goes on from the model, and what was fitted; its tokenizer is still the folder's."""
     data = DataConfig()
     if "data.tokenizer" not in settings:

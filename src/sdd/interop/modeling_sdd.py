@@ -46,7 +46,7 @@ class SDDConfig(PreTrainedConfig):
     """
 
     model_type = "sdd"
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
+    keys_to_ignore_at_inference = ["past_key_values"]
 
     vocab_size: int = 4096
     hidden_size: int = 64
@@ -283,9 +283,7 @@ class SDDMoE(nn.Module):
         super().__init__()
         self.top_k, self.renormalise = config.num_experts_per_tok, config.norm_topk_prob
         self.router = nn.Linear(config.hidden_size, config.num_experts, bias=False)
-        self.experts = nn.ModuleList(
-            SDDMLP(config, norms, config.intermediate_size) for _ in range(config.num_experts)
-        )
+        self.experts = nn.ModuleList(SDDMLP(config, norms, config.intermediate_size) for _ in range(config.num_experts))
         shared = config.shared_intermediate_size
         self.shared = SDDMLP(config, norms, shared) if shared else None
 
@@ -331,8 +329,8 @@ class SDDPreTrainedModel(PreTrainedModel):
     config_class = SDDConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["SDDDecoderLayer"]  # noqa: RUF012
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _no_split_modules = ["SDDDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -416,7 +414,7 @@ class SDDModel(SDDPreTrainedModel):
 class SDDForCausalLM(SDDPreTrainedModel, GenerationMixin):
     """The language model: `SDDModel` and its head."""
 
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
 
     def __init__(self, config: SDDConfig) -> None:
         super().__init__(config)

@@ -40,9 +40,7 @@ _NATIVE_NAMES: Mapping[Kind, Mapping[str, str]] = {
 
 
 class Tie(NamedTuple):
-    """`theirs = factor * ours`. Several ties with one name of theirs are its parts, in order; with one of ours, its
-    experts, in order.
-    """
+    """`theirs = factor * ours`: ties with one name of theirs are its parts, with one of ours its experts, in order."""
 
     ours: str
     theirs: str
