@@ -74,6 +74,7 @@ def aside_folder(path: Path) -> Iterator[Path]:
     """
     _check_absent(path)
     temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}-{threading.get_ident()}")
+    made = [parent for parent in path.parents if not parent.exists()]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         for left in path.parent.glob(".tmp-*"):
@@ -90,6 +91,9 @@ def aside_folder(path: Path) -> Iterator[Path]:
             temporary.replace(path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
+        with suppress(OSError):
+            for parent in made:
+                parent.rmdir()
         raise
 
 

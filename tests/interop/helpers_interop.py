@@ -68,7 +68,7 @@ def finished_run(folder: Path, placement: str | Placement, **changes: Any) -> Pa
     """A run of 4 steps with the built-in tokenizer and drawn weights, as the trainer would leave it."""
     model = tiny_config(placement, **{"vocab_size": 4096, **changes})
     data = DataConfig(path=str(text_file(folder / "data")), batch_size=2)
-    config = RunConfig(model, data, steps=4, device="cpu", sample_tokens=0)
+    config = RunConfig(model, data, steps=4, device="cpu", sample_tokens=0, compile=False)
     run = folder / "run"
     run.mkdir()
     trainer = Trainer(config, RunDir(run))

@@ -221,7 +221,7 @@ def test_a_run_without_a_tokenizer_is_refused(tmp_path: Path, capsys) -> None:
 
 
 def test_what_is_no_run_is_refused(tmp_path: Path, capsys) -> None:
-    assert "is no run" in refused("export", tmp_path, tmp_path / "out", capsys=capsys)
+    assert "is no run" in refused("export", tmp_path, tmp_path / "of" / "mine" / "out", capsys=capsys)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -80,7 +80,7 @@ def import_model(
         say(f"reading {CLASSES[kind]} from {folder}")
         source = _load(folder, kind, transformers)
         weights = _weights(source, model_config, kind, folder)
-        trainer = Trainer(config, RunDir(aside))
+        trainer = Trainer(replace(config, compile=False), RunDir(aside))  # it computes no step here
         with torch.no_grad():
             for name, parameter in trainer.model.named_parameters():
                 parameter.copy_(weights[name])
