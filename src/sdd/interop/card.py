@@ -98,7 +98,7 @@ def _loading(notes: Notes) -> str:
         how = "The class is transformers' own."
     else:
         how = (
-            "`modeling_sdd.py` in this folder is the whole model; it needs torch and transformers (5 or newer). With "
+            "`modeling_sdd.py` in this folder is the whole model; it needs torch and transformers (5.6 or newer). With "
             "`sdd` installed, `import sdd.interop.huggingface` takes the place of `trust_remote_code=True`."
         )
     code = (

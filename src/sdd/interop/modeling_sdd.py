@@ -109,9 +109,7 @@ class SDDHeadNorm(SDDRMSNorm):
     def forward(self, z: Tensor) -> Tensor:
         y = z.to(torch.promote_types(z.dtype, torch.float32)).unflatten(-1, (-1, self.head_dim))
         y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.variance_epsilon)
-        if self.weight is not None:
-            y = self.weight.view(-1, self.head_dim) * y
-        return y.flatten(-2).to(z.dtype)
+        return (y if self.weight is None else self.weight.view(-1, self.head_dim) * y).flatten(-2).to(z.dtype)
 
 
 class SDDScale(nn.Module):
@@ -182,14 +180,7 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def eager_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-    **kwargs: Any,
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float, **kwargs: Any
 ) -> tuple[Tensor, Tensor]:
     """Attention written out; returns `[B, T, heads, head_dim]` and the weights."""
     key, value = (x.repeat_interleave(module.num_key_value_groups, 1) for x in (key, value))
@@ -223,12 +214,7 @@ class SDDAttention(nn.Module):
         self.qk_scale = SDDScale(width) if "qk" in (config.scales or ()) else None
 
     def forward(
-        self,
-        hidden_states: Tensor,
-        position_embeddings: tuple[Tensor, Tensor],
-        attention_mask: Tensor | None = None,
-        past_key_values: Any = None,
-        **kwargs: Any,
+        self, hidden_states: Tensor, position_embeddings: Any, attention_mask: Any, past_key_values: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         shape = hidden_states.shape[:-1]
         q = self.heads(self.q_norm(self.q_proj(hidden_states)))
@@ -282,9 +268,9 @@ class SDDMoE(nn.Module):
     def __init__(self, config: SDDConfig, norms: dict[str, dict[str, Any]]) -> None:
         super().__init__()
         self.top_k, self.renormalise = config.num_experts_per_tok, config.norm_topk_prob
+        hidden, shared = config.intermediate_size, config.shared_intermediate_size
         self.router = nn.Linear(config.hidden_size, config.num_experts, bias=False)
-        self.experts = nn.ModuleList(SDDMLP(config, norms, config.intermediate_size) for _ in range(config.num_experts))
-        shared = config.shared_intermediate_size
+        self.experts = nn.ModuleList(SDDMLP(config, norms, hidden) for _ in range(config.num_experts))
         self.shared = SDDMLP(config, norms, shared) if shared else None
 
     def forward(self, hidden_states: Tensor) -> Tensor:
@@ -331,10 +317,7 @@ class SDDPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["SDDDecoderLayer"]
     _skip_keys_device_placement = ["past_key_values"]
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -386,29 +369,17 @@ class SDDModel(SDDPreTrainedModel):
             past_key_values=past_key_values,
             position_ids=position_ids,
         )
-        position_embeddings = rope(position_ids, self.config)
-        x = self.embed_norm(x)
-        states, attentions = [x], []
+        options = {"position_ids": position_ids, "past_key_values": past_key_values, **kwargs}
+        angles, states, attentions = rope(position_ids, self.config), [self.embed_norm(x)], []
         for layer in self.layers:
-            x, weights = layer(
-                x,
-                attention_mask=mask,
-                position_ids=position_ids,
-                past_key_values=past_key_values,
-                position_embeddings=position_embeddings,
-                **kwargs,
-            )
+            x, weights = layer(states[-1], attention_mask=mask, position_embeddings=angles, **options)
             states.append(x)
             attentions.append(weights)
-        x = states[-1] = self.norm(x)
+        x = states[-1] = self.norm(states[-1])
         showing = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         attending = self.config.output_attentions if output_attentions is None else output_attentions
-        return BaseModelOutputWithPast(
-            last_hidden_state=x,
-            past_key_values=past_key_values if caching else None,
-            hidden_states=tuple(states) if showing else None,
-            attentions=tuple(attentions) if attending else None,
-        )
+        shown = tuple(states) if showing else None, tuple(attentions) if attending else None
+        return BaseModelOutputWithPast(x, past_key_values if caching else None, *shown)
 
 
 class SDDForCausalLM(SDDPreTrainedModel, GenerationMixin):
@@ -437,23 +408,11 @@ class SDDForCausalLM(SDDPreTrainedModel, GenerationMixin):
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            **kwargs,
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, **kwargs
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
+        return CausalLMOutputWithPast(loss, logits, outputs.past_key_values, outputs.hidden_states, outputs.attentions)
