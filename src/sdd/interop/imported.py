@@ -102,7 +102,7 @@ def _kind(folder: Path) -> Kind:
     if not (folder / "config.json").is_file():
         what = "has no config.json" if folder.is_dir() else "is no folder"
         raise UserError(f"{folder} {what}: give the folder of a model in transformers' format, on this machine")
-    name = read_json_object(folder / "config.json").get("model_type")
+    name: Any = read_json_object(folder / "config.json").get("model_type")
     if name not in CLASSES:
         raise UserError(
             f"{folder} holds a {one_line(name)} model: sdd import takes {', '.join(CLASSES)} (the last are exports of "

@@ -24,7 +24,7 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.utils import can_return_tuple
+from transformers.utils.generic import can_return_tuple
 
 
 class SDDConfig(PreTrainedConfig):
@@ -87,6 +87,8 @@ class SDDConfig(PreTrainedConfig):
 class SDDRMSNorm(nn.Module):
     """`weight * z / sqrt(mean(z^2) + eps)` along the last dimension."""
 
+    weight: nn.Parameter | None
+
     def __init__(self, width: int, eps: float, initial: float | None = 1.0) -> None:
         super().__init__()
         self.variance_epsilon, self.initial = eps, initial
@@ -138,7 +140,7 @@ class SDDMix(nn.Module):
 class SDDLearnedMix(SDDScale):
     """The residual rule `x + |a| (f - x)`."""
 
-    def forward(self, x: Tensor, f: Tensor) -> Tensor:
+    def forward(self, x: Tensor, f: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         return (x + self.weight.abs() * (f - x)).to(x.dtype)
 
 
@@ -164,7 +166,7 @@ def scale_at(config: SDDConfig, site: str, width: int) -> nn.Module:
     return SDDScale(width) if site in (config.scales or ()) else nn.Identity()
 
 
-def rope(position_ids: Tensor, config: SDDConfig) -> tuple[Tensor, Tensor]:
+def rope(position_ids: Tensor, config: Any) -> tuple[Tensor, Tensor]:
     """Cosine and sine of the rotary angles at these positions, float32 `[B, 1, T, head_dim]`."""
     exact = torch.float32 if position_ids.device.type == "mps" else torch.float64  # late positions need it
     pairs = torch.arange(0, config.head_dim, 2, device=position_ids.device, dtype=exact)
@@ -225,7 +227,8 @@ class SDDAttention(nn.Module):
             q = (self.qk_scale.weight.view(-1, 1, self.head_dim).square() * q).to(q.dtype)
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx)
-        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        chosen = self.config._attn_implementation or "eager"
+        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(chosen, eager_attention)
         y, weights = attention(self, q, k, v, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs)
         return self.o_norm(self.o_proj(self.ctx_norm(y.reshape(*shape, -1).contiguous()))), weights
 
@@ -324,7 +327,7 @@ class SDDPreTrainedModel(PreTrainedModel):
         if isinstance(module, (nn.Linear, nn.Embedding)):
             init.normal_(module.weight, std=self.config.initializer_range)
         elif isinstance(module, (SDDRMSNorm, SDDScale)) and module.weight is not None:
-            init.constant_(module.weight, module.initial)
+            init.constant_(module.weight, module.initial)  # pyright: ignore[reportArgumentType]
 
 
 class SDDModel(SDDPreTrainedModel):
