@@ -5,7 +5,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -102,13 +102,13 @@ def _kind(folder: Path) -> Kind:
     if not (folder / "config.json").is_file():
         what = "has no config.json" if folder.is_dir() else "is no folder"
         raise UserError(f"{folder} {what}: give the folder of a model in transformers' format, on this machine")
-    name: Any = read_json_object(folder / "config.json").get("model_type")
+    name = read_json_object(folder / "config.json").get("model_type")
     if name not in CLASSES:
         raise UserError(
             f"{folder} holds a {one_line(name)} model: sdd import takes {', '.join(CLASSES)} (the last are exports of "
             "runs); a model of another kind stays in transformers, see sdd.convert"
         )
-    return name
+    return cast(Kind, name)
 
 
 def _class(kind: Kind, transformers: Any) -> Any:

@@ -199,8 +199,7 @@ class SDDAttention(nn.Module):
     def __init__(self, config: SDDConfig, layer_idx: int) -> None:
         super().__init__()
         width, head_dim = config.hidden_size, config.head_dim
-        kv_width = config.num_key_value_heads * head_dim
-        norms = config.norms_of(layer_idx)
+        kv_width, norms = config.num_key_value_heads * head_dim, config.norms_of(layer_idx)
         self.config, self.layer_idx, self.head_dim = config, layer_idx, head_dim
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
         self.scaling, self.attention_dropout, self.is_causal = head_dim**-0.5, 0.0, True
