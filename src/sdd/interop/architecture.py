@@ -48,8 +48,11 @@ def kind_of(config: ModelConfig) -> Kind:
     found = {site: _form(norm) for site, norm in placement.norms.items()}
     if any(placement.layer(index, config.n_layers) != placement.layer(0, 1) for index in layers):
         return "sdd"
-    forms = {kind: {site: _form(norm) for site, norm in native.norms.items()} for kind, native in NATIVE.items()}
-    return next((kind for kind, form in forms.items() if form == found), "sdd")
+    forms: dict[Kind, Any] = {
+        kind: {site: _form(norm) for site, norm in native.norms.items()} for kind, native in NATIVE.items()
+    }
+    fitting: list[Kind] = [kind for kind, form in forms.items() if form == found]
+    return fitting[0] if fitting else "sdd"
 
 
 def _form(norm: Norm) -> tuple[Any, ...]:

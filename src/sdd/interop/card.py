@@ -104,7 +104,7 @@ def _loading(notes: Notes) -> str:
     code = (
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         f'model = AutoModelForCausalLM.from_pretrained("FOLDER"{trust})\n'
-        'tokenizer = AutoTokenizer.from_pretrained("FOLDER")\n'
+        f'tokenizer = AutoTokenizer.from_pretrained("FOLDER"{trust})\n'
         'inputs = tokenizer("It was the", return_tensors="pt")\n'
         "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0]))"
     )
