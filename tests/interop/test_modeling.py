@@ -107,6 +107,13 @@ def test_a_model_that_only_resembles_a_native_one_is_not_one(change: dict) -> No
     assert kind_of(config_of("prenorm", moe=EXPERTS)) == "sdd"
 
 
+def test_a_single_block_with_norms_of_its_own_is_not_native() -> None:
+    changed = dataclasses.replace(placements["prenorm"], overrides={0: {"attn_in": None}})
+    assert kind_of(dataclasses.replace(config_of("prenorm", n_layers=1), placement=changed)) == "sdd"
+    same = dataclasses.replace(placements["prenorm"], overrides={0: {"attn_in": Norm()}})
+    assert kind_of(dataclasses.replace(config_of("prenorm", n_layers=2), placement=same)) == "llama"
+
+
 def test_a_norm_that_the_class_does_not_know_is_refused() -> None:
     strange = config_of("sdd")
     strange.placement.norms["nowhere"] = Norm()  # pyright: ignore[reportArgumentType]

@@ -16,6 +16,7 @@ from sdd.models.init import init_std
 from sdd.placement import (
     DEPTH_FACTORS,
     LEARNED_RESIDUAL,
+    MODEL_SITES,
     RESIDUALS,
     Norm,
     Placement,
@@ -46,7 +47,8 @@ def kind_of(config: ModelConfig) -> Kind:
     if not plain or config.moe is not None or len({norm.eps for norm in placement.norms.values()}) != 1:
         return "sdd"
     found = {site: _form(norm) for site, norm in placement.norms.items()}
-    if any(placement.layer(index, config.n_layers) != placement.layer(0, 1) for index in layers):
+    blocks = {site: norm for site, norm in placement.norms.items() if site not in MODEL_SITES}
+    if any(placement.layer(index, config.n_layers) != blocks for index in layers):
         return "sdd"
     forms: dict[Kind, Any] = {
         kind: {site: _form(norm) for site, norm in native.norms.items()} for kind, native in NATIVE.items()
