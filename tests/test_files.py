@@ -4,10 +4,12 @@ import os
 import subprocess
 import sys
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sdd.files import aside, remove_leftovers
+from sdd.errors import UserError
+from sdd.files import aside, aside_folder, remove_leftovers
 
 NAMES = st.from_regex(r"[a-z][a-z0-9.-]{0,12}", fullmatch=True)
 KILLED = "import os, pathlib, sys; from sdd.files import aside; f = aside(pathlib.Path(sys.argv[1])); "
@@ -46,3 +48,33 @@ def test_a_file_being_written_stays(tmp_path):
 
 
 DEAD = dead_process()
+
+
+# --- folders
+
+
+@given(names=st.lists(NAMES, min_size=1, max_size=3), fails=st.booleans())
+def test_a_folder_is_whole_or_absent(tmp_path_factory, names, fails):
+    top = tmp_path_factory.mktemp("of")
+    folder = top.joinpath(*names)
+    try:
+        with aside_folder(folder) as temporary:
+            (temporary / "one").touch()
+            assert not folder.exists()
+            if fails:
+                raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        assert not list(top.iterdir())
+    else:
+        assert [path.name for path in folder.iterdir()] == ["one"]
+        assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+
+
+def test_a_folder_that_holds_something_is_refused_before_and_after(tmp_path):
+    (tmp_path / "own").touch()
+    with pytest.raises(UserError, match="exists: name a new folder"), aside_folder(tmp_path):
+        pass
+    with pytest.raises(UserError, match="exists: name a new folder"), aside_folder(tmp_path / "new"):
+        (tmp_path / "new").write_text("another process was faster")
+    assert (tmp_path / "new").read_text() == "another process was faster"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "own"]

@@ -5,6 +5,7 @@ import logging
 import math
 import os
 import re
+import shutil
 import threading
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -62,6 +63,45 @@ def aside(path: Path) -> Iterator[Path]:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def aside_folder(path: Path) -> Iterator[Path]:
+    """A new folder beside `path` to write into; it gets that name at the end, or is deleted after an exception.
+
+    Raises:
+        UserError: if something is there already, or the folder cannot be made.
+    """
+    _check_absent(path)
+    temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}-{threading.get_ident()}")
+    made = [parent for parent in path.parents if not parent.exists()]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for left in path.parent.glob(".tmp-*"):
+            found = _ASIDE.fullmatch(left.name)
+            if found and found["name"] == path.name and not _is_alive(int(found["process"])):
+                shutil.rmtree(left, ignore_errors=True)
+        temporary.mkdir()
+    except OSError as error:
+        raise UserError(f"cannot make the folder {path}: {error.strerror}") from None
+    try:
+        with naming(path):
+            yield temporary
+            _check_absent(path)  # another process may have been faster
+            temporary.replace(path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        with suppress(OSError):
+            for parent in made:
+                parent.rmdir()
+        raise
+
+
+def _check_absent(path: Path) -> None:
+    if path.is_dir() and not any(path.iterdir()):
+        return
+    if path.exists() or path.is_symlink():
+        raise UserError(f"{path} exists: name a new folder")
 
 
 def remove_leftovers(folder: Path, names: Collection[str]) -> None:

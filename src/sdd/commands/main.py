@@ -29,6 +29,8 @@ COMMANDS = {
     "bench": "time of fused operations and of training steps on this machine",
     "presets": "list the presets and placements, or show one",
     "study": "run a study and write its page",
+    "export": "write a run as a folder that transformers loads",
+    "import": "take a model of transformers into a run",
     "tokenize": "turn text, JSON lines, parquet or a dataset into token files",
 }
 
