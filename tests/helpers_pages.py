@@ -59,7 +59,8 @@ class Page:
 
     def _shell(self, example: Example) -> str | None:
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-        env = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "COLUMNS": "100"}
+        # one thread of a CPU: pages show what that prints, and other tests run beside
+        env = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         command = ["bash", "-e", "-o", "pipefail", "-c", example.parsed]
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env, check=False)
         self.output, wanted, self.exit_code = done.stdout, self.exit_code, 0
