@@ -62,7 +62,9 @@ class Page:
         # one thread of a CPU: pages show what that prints, and other tests run beside
         env = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         command = ["bash", "-e", "-o", "pipefail", "-c", example.parsed]
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env, check=False)
+        done = subprocess.run(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env, check=False
+        )
         self.output, wanted, self.exit_code = done.stdout, self.exit_code, 0
         return None if done.returncode == wanted else f"exit code {done.returncode}, not {wanted}:\n{done.stdout}"
 

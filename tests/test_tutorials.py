@@ -1,4 +1,4 @@
-"""README and tutorials do what they say: every block of code on them is run, in order, each page in a folder of its own."""
+"""README and tutorials do what they say: every block of code is run, in order, each page in a folder of its own."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("sybil", reason="runs the code of pages: extra test")
 
-from helpers_pages import LANGUAGES, Page, languages, same_words, skipped  # noqa: E402
+from helpers_pages import LANGUAGES, Page, languages, same_words, skipped
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs" / "tutorials").glob("*.md"))]
@@ -62,9 +62,12 @@ def test_a_page_that_does_not_do_what_it_says_fails(text: str, tmp_path: Path) -
 
 def test_blocks_run_in_order_and_what_is_not_run_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    first = "```sh\necho 1 > one\n```\n\n```python\nfrom pathlib import Path\ntext = Path('one').read_text()\nprint('read', text)\n```\n\n"
-    last = '```text\nread 2\n```\n\n<!-- skip: next "too long" -->\n```sh\nexit 1\n```\n\n```python\nassert text\n```\n'
-    page = page_of(tmp_path, first + last)
+    write = "```sh\necho 1 > one\n```\n\n"
+    read = (
+        "```python\nfrom pathlib import Path\n\nprint('read', Path('one').read_text())\n```\n\n```text\nread 2\n```\n\n"
+    )
+    skip = '<!-- skip: next "too long" -->\n```sh\nexit 1\n```\n\n```python\nassert Path\n```\n'
+    page = page_of(tmp_path, write + read + skip)
     assert page.run() == ["too long"] == skipped(tmp_path / "page.md")
 
 
