@@ -29,7 +29,7 @@ def signal(layer: type[nn.Linear] | type[sdd.SDDLinear], init: float) -> np.ndar
     for _ in range(DEPTH):
         one = layer(WIDTH, WIDTH, bias=False)
         with torch.no_grad():
-            one.weight *= init
+            one.weight.mul_(init)
             hidden = one(hidden)
         found.append(hidden.square().mean().sqrt().item())
     return np.array(found)
