@@ -76,6 +76,9 @@ def test_blocks_run_in_order_and_what_is_not_run_says_why(tmp_path: Path, monkey
     [
         ("loss 6.51, 1,024 tokens", "loss  7.1,\n 96 tokens", True),
         ("loss 6.51...", "loss 7.1\nmore\nlines\n", True),
+        ("one\n...\ntwo", "one\ntwo", True),
+        ("one\n...\ntwo", "one\n\nmore\n\ntwo", True),
+        ("one\n...\ntwo", "one\nmore\n", False),
         ("1.5e-05 and -3", "2e+10 and 4", True),
         ("loss 6.51", "loss 6.51 more", False),
         ("loss 6.51", "gain 6.51", False),
