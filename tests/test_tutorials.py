@@ -79,6 +79,7 @@ def test_blocks_run_in_order_and_what_is_not_run_says_why(tmp_path: Path, monkey
         ("one\n...\ntwo", "one\ntwo", True),
         ("one\n...\ntwo", "one\n\nmore\n\ntwo", True),
         ("one\n...\ntwo", "one\nmore\n", False),
+        ("Seeds: 0.\n...\ntwo", "Seeds: 1.\ntwo", True),
         ("1.5e-05 and -3", "2e+10 and 4", True),
         ("loss 6.51", "loss 6.51 more", False),
         ("loss 6.51", "gain 6.51", False),
