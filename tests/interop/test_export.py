@@ -48,7 +48,7 @@ def refused(*args: object, capsys: pytest.CaptureFixture[str]) -> str:
     return err
 
 
-@pytest.mark.slow
+@pytest.mark.ties
 def test_an_export_loads_without_sdd(tmp_path: Path, capsys) -> None:
     """The real fresh process: `sdd` cannot be imported in it, and the classes come from the folder."""
     run = finished_run(tmp_path, "sdd", moe=EXPERTS, n_layers=2)
@@ -61,7 +61,7 @@ def test_an_export_loads_without_sdd(tmp_path: Path, capsys) -> None:
     assert (tmp_path / "out" / "modeling_sdd.py").read_bytes() == Path(str(modeling_sdd.__file__)).read_bytes()
 
 
-@pytest.mark.slow
+@pytest.mark.ties
 def test_a_folder_that_does_not_load_is_not_kept(run: Path, tmp_path: Path, monkeypatch) -> None:
     broken = tmp_path / "modeling_sdd.py"
     broken.write_text(export.MODELING.read_text().replace("import torch\n", "import torch\nimport sdd\n", 1))

@@ -16,6 +16,8 @@ from sdd.evals.tasks import run_tasks
 from sdd.evals.text import evaluate_run, load_trained
 from sdd.interop.lm_eval import SDDModel
 
+pytestmark = pytest.mark.ties
+
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):

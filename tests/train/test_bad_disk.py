@@ -165,6 +165,7 @@ def test_a_read_only_directory_is_one_line_and_stays_as_it_is(whole, capsys):
         assert main(["resume", str(run)]) == 0
 
 
+@pytest.mark.ties
 def test_a_run_goes_on_without_tensorboard_and_says_so_once(whole, tmp_path, capsys):
     pytest.importorskip("tensorboard")
     run = tmp_path / "run"

@@ -24,6 +24,7 @@ def test_without_the_package_nothing_is_written(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.ties
 def test_every_number_of_a_row_is_a_scalar_at_its_step(tmp_path):
     pytest.importorskip("tensorboard")
     with TensorBoard(tmp_path / "tensorboard") as tensorboard:
@@ -31,6 +32,7 @@ def test_every_number_of_a_row_is_a_scalar_at_its_step(tmp_path):
     assert scalars(tmp_path / "tensorboard") == {"loss": [(3, 1.5)], "tokens": [(3, 7.0)], "grad_norm": [(3, math.inf)]}
 
 
+@pytest.mark.ties
 def test_a_resumed_run_hides_what_it_does_again(tmp_path):
     pytest.importorskip("tensorboard")
     for first, last in ((1, 6), (5, 8)):
@@ -41,6 +43,7 @@ def test_a_resumed_run_hides_what_it_does_again(tmp_path):
     assert scalars(tmp_path / "tensorboard")["loss"] == expected
 
 
+@pytest.mark.ties
 @pytest.mark.parametrize("room", [0, 20, 100, 200])
 def test_a_disk_that_fills_up_is_told_once_and_raises_nothing(tmp_path, room):
     pytest.importorskip("tensorboard")
@@ -53,6 +56,7 @@ def test_a_disk_that_fills_up_is_told_once_and_raises_nothing(tmp_path, room):
     assert "File too large" in said[0]
 
 
+@pytest.mark.ties
 def test_a_folder_that_cannot_be_made_is_told_with_its_name(tmp_path):
     pytest.importorskip("tensorboard")
     (tmp_path / "tensorboard").touch()
