@@ -59,6 +59,8 @@ def _roles_by_owner(model: nn.Module) -> dict[nn.Parameter, Role]:
             alpha = module._parameters.get("alpha")  # a buffer, if it is not learned
             if alpha is not None:
                 roles[alpha] = "alpha"
+        elif names := getattr(module, "alpha_names", ()):  # experts of a converted model
+            roles |= {module._parameters[name]: "alpha" for name in names}
         elif isinstance(module, LearnedScale):
             roles[module.weight] = "alpha"
         elif weight is None:

@@ -115,25 +115,8 @@ def test_cached_generation_equals_the_full_forward():
     assert torch.equal(tokens[0, 5:], greedy[0, 4:-1])
 
 
-def test_mixtral_leaves_router_and_experts():
-    model = transformers.MixtralForCausalLM(
-        transformers.MixtralConfig(**TINY, num_key_value_heads=2, num_local_experts=4)
-    )
-    report = convert(model)
-    assert {layer.name.split(".")[-1] for layer in report.converted} == {"q_proj", "k_proj", "v_proj", "o_proj"}
-    assert report.n_layers == 3
-    assert any(".gate" in layer.name for layer in report.kept)
-    assert any("experts" in layer.name for layer in report.kept)
-
-
 def test_bert_outputs_and_tied_decoder():
     report = convert(transformers.BertForMaskedLM(transformers.BertConfig(**TINY)))
     outputs = {layer.name.split(".", 4)[-1] for layer in report.converted if layer.is_output}
     assert outputs == {"attention.output.dense", "output.dense"}
     assert [layer.name for layer in report.kept] == ["cls.predictions.decoder"]
-
-
-def test_gpt2_has_no_linear_to_convert():
-    config = transformers.GPT2Config(vocab_size=32, n_embd=16, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0)
-    with pytest.raises(ValueError, match=r"GPT2LMHeadModel: 8 x a matrix of a Conv1D, not of an nn\.Linear; 1 x tied"):
-        convert(transformers.GPT2LMHeadModel(config))

@@ -1,17 +1,24 @@
 """`sdd.convert`: turn the layers of a model that was written without SDD into SDD layers."""
 
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import nn
 
-from sdd.conversion.match import OUTPUTS, Selection, as_patterns, check_patterns, matches, select
+from sdd.conversion import advice
+from sdd.conversion.experts import become_sdd_experts, expert_shape
+from sdd.conversion.groups import GroupChoice
+from sdd.conversion.kinds import become_sdd
+from sdd.conversion.match import Selection, as_patterns, check_patterns, matches, select
+from sdd.conversion.outputs import depth_of
 from sdd.conversion.report import ConversionReport, ConvertedLayer, KeptLayer
 from sdd.nn import SDDLinear
 from sdd.placement import SCALES
+
+#: A number, a named function of L, or either by pattern.
+AlphaInit = float | str | Mapping[str, float | str]
 
 
 def convert(
@@ -21,7 +28,8 @@ def convert(
     mode: Literal["reinit"] = "reinit",
     *,
     output: str | Sequence[str] | None = None,
-    alpha_init: float | str = "one",
+    group: GroupChoice = None,
+    alpha_init: AlphaInit = "one",
     output_alpha_init: float | str = "1/sqrt(L)",
     n_layers: int | None = None,
     eps: float = 1e-6,
@@ -61,7 +69,11 @@ def convert(
         mode: "reinit", the only one in this version.
         output: patterns of the projections that write to the residual stream; None for the names that published
             models give them (o_proj, down_proj, c_proj, fc2, ...).
-        alpha_init: initial alpha of the other layers: a number, or a named function of L (`sdd.placement.SCALES`).
+        group: norm groups of the features of a layer. None keeps the parts of fused projections apart where they are
+            known (q|k|v, gate|up); "heads" also norms queries and keys head by head; a dict does so by pattern, its
+            values being "heads" or what `SDDLinear` takes: `{"qkv_proj": [(2048, 64), (512, 64), (512, 0)]}`.
+        alpha_init: initial alpha of the other layers: a number, or a named function of L (`sdd.placement.SCALES`), or
+            a dict of them by pattern, which also holds for outputs that a pattern fits; 1 for the rest.
         output_alpha_init: initial alpha of the output projections, likewise.
         n_layers: L; None for the length of the longest list of blocks of one type.
         eps: added to the mean square of `V x`, inside the root.
@@ -82,21 +94,66 @@ def convert(
         check_patterns(argument, given, model)
     if n_layers is not None and n_layers < 1:
         raise ValueError(f"n_layers={n_layers}: give the number of blocks, at least 1, or None to count them")
-    selection = select(model, patterns.get("include"), patterns.get("exclude", ()))
-    if not selection.linears:
+    if isinstance(alpha_init, Mapping):
+        check_patterns("alpha_init", list(alpha_init), model)
+    if isinstance(group, Mapping):
+        check_patterns("group", list(group), model)
+    selection = select(
+        model, patterns.get("include"), patterns.get("exclude", ()), output=patterns.get("output"), group=group
+    )
+    if not selection.linears and not selection.experts:
         raise ValueError(f"nothing to convert in this {type(model).__name__}: {_summary(selection.kept)}")
-    depth = n_layers if n_layers is not None else max(selection.blocks.values(), default=1)
-    scales = (_scale("alpha_init", alpha_init, depth), _scale("output_alpha_init", output_alpha_init, depth))
+    guessed = depth_of(model, selection.blocks)
+    depth = n_layers or guessed or 1
+    alphas = _alphas(selection, alpha_init, output_alpha_init, depth)
     converted = []
     for name, linear in selection.linears.items():
-        is_output = matches(name, patterns.get("output", OUTPUTS))
-        layer = _become_sdd(linear, scales[is_output], eps)
-        _reinit(layer, generator)
-        converted.append(ConvertedLayer(name, (layer.out_features, layer.in_features), scales[is_output], is_output))
+        layer = become_sdd(linear, selection.groups.get(name), alphas[name], eps)
+        layer.draw(generator)
+        converted.append(_converted(selection, name, (layer.out_features, layer.in_features), alphas[name], eps))
+    for module in dict.fromkeys(module for module, _ in selection.experts.values()):
+        keys = {key: name for name, (owner, key) in selection.experts.items() if owner is module}
+        experts = become_sdd_experts(module, {key: alphas[name] for key, name in keys.items()}, eps)
+        experts.draw(generator)
+        converted += [
+            _converted(selection, name, expert_shape(module, key), alphas[name], eps) for key, name in keys.items()
+        ]
     _leave_fused_inference(model)
-    depth_guessed = n_layers is None and any(layer.is_output for layer in converted)
-    notes = _notes(model, selection, depth_guessed)
+    converted.sort(key=lambda layer: selection.order[layer.name])
+    depth_unknown = n_layers is None and guessed is None and bool(selection.outputs)
+    notes = _notes(model, selection, depth_unknown)
     return ConversionReport(tuple(converted), tuple(selection.kept), depth, tuple(notes))
+
+
+def _converted(
+    selection: Selection, name: str, shape: tuple[int, ...], alpha_init: float, eps: float
+) -> ConvertedLayer:
+    return ConvertedLayer(
+        name,
+        shape,
+        alpha_init,
+        name in selection.outputs,
+        selection.groups.get(name),
+        eps,
+        name in selection.outside,
+    )
+
+
+def _alphas(
+    selection: Selection, alpha_init: AlphaInit, output_alpha_init: float | str, depth: int
+) -> dict[str, float]:
+    """The initial alpha of each layer to convert, by name."""
+    chosen = alpha_init if isinstance(alpha_init, Mapping) else {}
+    scales = {pattern: _scale("alpha_init", value, depth) for pattern, value in chosen.items()}
+    other = _scale("alpha_init", "one" if isinstance(alpha_init, Mapping) else alpha_init, depth)
+    output = _scale("output_alpha_init", output_alpha_init, depth)
+    return {
+        name: next(
+            (value for pattern, value in scales.items() if matches(name, [pattern])),
+            output if name in selection.outputs else other,
+        )
+        for name in [*selection.linears, *selection.experts]
+    }
 
 
 def _scale(argument: str, value: float | str, n_layers: int) -> float:
@@ -105,32 +162,6 @@ def _scale(argument: str, value: float | str, n_layers: int) -> float:
             raise ValueError(f"{argument}={value!r} is not a named scale: give a number or one of {list(SCALES)}")
         return SCALES[value](n_layers)
     return float(value)
-
-
-def _become_sdd(linear: nn.Linear, alpha_init: float, eps: float) -> SDDLinear:
-    """Change the layer's class in place, as torch's parametrisations do.
-
-    A new module would lose hooks, second names, and references held outside the module tree.
-    """
-    layer: Any = linear
-    layer.__class__ = SDDLinear
-    layer._add_norm(None, False, alpha_init, eps)
-    return layer
-
-
-@torch.no_grad()
-def _reinit(layer: SDDLinear, generator: torch.Generator | None) -> None:
-    std = 1 / math.sqrt(2.5 * layer.in_features)
-    weight = layer.weight
-    # Drawn in float32 and then rounded, so that a seed gives a half-precision model the values of the float32 one.
-    drawn = torch.empty(
-        weight.shape,
-        dtype=torch.promote_types(weight.dtype, torch.float32),
-        device=weight.device if generator is None else generator.device,
-    )
-    weight.copy_(nn.init.trunc_normal_(drawn, std=std, a=-3 * std, b=3 * std, generator=generator))
-    if layer.bias is not None:
-        layer.bias.zero_()
 
 
 def _leave_fused_inference(model: nn.Module) -> None:
@@ -144,9 +175,11 @@ def _leave_fused_inference(model: nn.Module) -> None:
             module.use_nested_tensor = False
 
 
-def _notes(model: nn.Module, selection: Selection, depth_guessed: bool) -> list[str]:
-    notes = []
-    if depth_guessed and not selection.blocks:
+def _notes(model: nn.Module, selection: Selection, depth_unknown: bool) -> list[str]:
+    notes = list(selection.notes)
+    if not selection.outputs:
+        notes.append("no projection was found that writes to the residual stream: name them in output")
+    if depth_unknown:
         notes.append("no list of blocks found, so L = 1: give n_layers if the model has blocks")
     if not selection.has_head:
         notes.append("no head found: if a converted layer gives the model's outputs, name it in exclude")
@@ -157,9 +190,10 @@ def _notes(model: nn.Module, selection: Selection, depth_guessed: bool) -> list[
         )
     if any(linear.weight.is_meta for linear in selection.linears.values()):
         notes.append(
-            "some layers are on the meta device, where nothing is drawn: convert after materialising the model"
+            "some layers are on the meta device, where nothing is drawn: after to_empty, call the reset_parameters of "
+            "every module that has one"
         )
-    return notes
+    return notes + advice.notes(model, set(selection.linears.values()), selection.outside)
 
 
 def _summary(kept: Sequence[KeptLayer]) -> str:

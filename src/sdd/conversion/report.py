@@ -4,25 +4,38 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from sdd.conversion.groups import shown
 from sdd.files import finite
+from sdd.norm_groups import Group
 from sdd.terminal import aligned
 
 
 @dataclass(frozen=True)
 class ConvertedLayer:
-    """One `nn.Linear` that became an `SDDLinear`.
+    """One fully-connected layer, or one stack of experts' matrices, that became SDD.
 
     Attributes:
         name: dotted name in the model.
-        shape: of V, `(out_features, in_features)`.
+        shape: of V, `(out_features, in_features)`, after the number of experts for stacked ones.
         alpha_init: initial value of every element of alpha.
         is_output: whether it was taken for a projection that writes to the residual stream.
+        group: its norm groups, as `SDDLinear` takes them; None for one.
+        eps: added to the mean square, inside the root.
+        outside: whether it stands outside the blocks of a model that has blocks.
     """
 
     name: str
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     alpha_init: float
     is_output: bool
+    group: Group = None
+    eps: float = 1e-6
+    outside: bool = False
+
+    def remarks(self) -> str:
+        """What the report says of the layer beside its shape and alpha."""
+        flags = ["output"] * self.is_output + ["outside the blocks"] * self.outside
+        return ", ".join([*flags, *([shown(self.group)] if self.group is not None else [])])
 
 
 @dataclass(frozen=True)
@@ -65,8 +78,7 @@ class ConversionReport:
             f"L = {_count(self.n_layers, 'block')}"
         ]
         rows = [
-            (layer.name, str(list(layer.shape)), f"{layer.alpha_init:.4g}", "output" if layer.is_output else "")
-            for layer in self.converted
+            (layer.name, str(list(layer.shape)), f"{layer.alpha_init:.4g}", layer.remarks()) for layer in self.converted
         ]
         lines += ["", *aligned([("converted", "V [out, in]", "alpha", ""), *collapse(rows)])]
         if self.kept:
