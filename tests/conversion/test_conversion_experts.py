@@ -35,8 +35,7 @@ def mixtral() -> nn.Module:
 def gpt_oss() -> nn.Module:
     torch.manual_seed(0)
     settings = {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8}
-    model = transformers.GptOssForCausalLM(transformers.GptOssConfig(**TINY, **settings))
-    return model
+    return transformers.GptOssForCausalLM(transformers.GptOssConfig(**TINY, **settings))
 
 
 def nemotron() -> nn.Module:
@@ -102,10 +101,9 @@ def test_converted_experts_compute_alpha_norm_v_x(layout: str):
     torch.testing.assert_close(y, expected)
     inputs = [x, weights, *module.parameters()]
     cotangent = torch.randn(y.shape, generator=generator, dtype=torch.float64)
-    for ours, theirs in zip(
-        torch.autograd.grad(y, inputs, cotangent), torch.autograd.grad(expected, inputs, cotangent)
-    ):
-        torch.testing.assert_close(ours, theirs)
+    theirs = torch.autograd.grad(expected, inputs, cotangent)
+    for gradient, other in zip(torch.autograd.grad(y, inputs, cotangent), theirs, strict=True):
+        torch.testing.assert_close(gradient, other)
 
 
 @pytest.mark.parametrize("build", MODELS.values(), ids=MODELS)
@@ -115,15 +113,11 @@ def test_weights_keep_their_names_and_objects(build: Callable[[], nn.Module]):
     report = convert(model)
     after = dict(model.named_parameters())
     assert all(after[name] is parameter for name, parameter in before.items())
-    stacked = {layer.name for layer in report.converted if len(layer.shape) == 3}
+    stacked = [layer for layer in report.converted if len(layer.shape) == 3]
     assert stacked
-    assert {f"{name}_alpha" for name in stacked} <= after.keys() - before.keys()
-    assert all(
-        layer.is_output == layer.name.endswith("down_proj") for layer in report.converted if len(layer.shape) == 3
-    )
-    assert all(
-        (layer.group is not None) == ("gate" in layer.name) for layer in report.converted if len(layer.shape) == 3
-    )
+    assert {f"{layer.name}_alpha" for layer in stacked} <= after.keys() - before.keys()
+    assert all(layer.is_output == layer.name.endswith("down_proj") for layer in stacked)
+    assert all((layer.group is not None) == ("gate" in layer.name) for layer in stacked)
 
 
 def test_one_of_two_matrices_may_be_converted():

@@ -52,10 +52,12 @@ def stacks(modules: Mapping[str, nn.Module]) -> dict[str, list[nn.Module]]:
     """The outermost lists of blocks by name, each with its blocks, those of all its stages and types.
 
     Where the members of a list are stages, each holding nothing but a list of blocks and at most one layer more (Swin,
-    ConvNeXt), the blocks are those of the stages.
+    ConvNeXt), the blocks are those of the stages. A list of experts is none of blocks.
     """
     found = {}
     for name, members in block_lists(modules, _is_block).items():
+        if "expert" in name.rpartition(".")[2]:
+            continue
         stages = [_stage_blocks(member) for member in members]
         lists = list(chain.from_iterable(stages))
         if all(stages) and any(len(blocks) > 1 for blocks in lists):
