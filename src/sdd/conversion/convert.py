@@ -9,7 +9,7 @@ from torch import nn
 
 from sdd.conversion import advice
 from sdd.conversion.experts import become_sdd_experts, expert_shape
-from sdd.conversion.groups import GroupChoice
+from sdd.conversion.groups import GroupChoice, check_choice
 from sdd.conversion.kinds import become_sdd
 from sdd.conversion.match import Selection, as_patterns, check_patterns, matches, select
 from sdd.conversion.outputs import depth_of
@@ -96,6 +96,7 @@ def convert(
         raise ValueError(f"n_layers={n_layers}: give the number of blocks, at least 1, or None to count them")
     if isinstance(alpha_init, Mapping):
         check_patterns("alpha_init", list(alpha_init), model)
+    check_choice(group)
     if isinstance(group, Mapping):
         check_patterns("group", list(group), model)
     selection = select(

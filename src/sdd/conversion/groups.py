@@ -48,6 +48,12 @@ class Fused:
     note: str | None = None
 
 
+def check_choice(choice: GroupChoice) -> None:
+    """Raise ValueError for what is no choice of groups."""
+    if choice is not None and choice != "heads" and not isinstance(choice, Mapping):
+        raise ValueError(f"group={choice!r}: give 'heads', or a dict of groups by pattern, as {{'qkv_proj': 64}}")
+
+
 def choose(name: str, layer: nn.Module, parent: nn.Module, choice: GroupChoice) -> tuple[Group, str | None]:
     """The norm groups of a layer, and a note if it looks fused and its parts are not known.
 
@@ -61,16 +67,14 @@ def choose(name: str, layer: nn.Module, parent: nn.Module, choice: GroupChoice) 
         ValueError: if the groups asked for do not fit the layer.
     """
     fused = find(name, layer, parent)
-    given: Any = choice
-    if isinstance(choice, Mapping):
-        fitting: list[Any] = [value for pattern, value in choice.items() if matches(name, [pattern])]
-        if fitting and fitting[0] != "heads":
-            return _checked(name, layer, fitting[0]), None
-        given = fitting[0] if fitting else None
-    if given != "heads":
+    by_pattern = choice if isinstance(choice, Mapping) else {}
+    fitting: list[Any] = [value for pattern, value in by_pattern.items() if matches(name, [pattern])]
+    if fitting and fitting[0] != "heads":
+        return _checked(name, layer, fitting[0]), None
+    if not fitting and choice != "heads":
         return fused.group, fused.note
     by_head = fused.by_head
-    if isinstance(choice, Mapping) and by_head is None:
+    if fitting and by_head is None:
         raise ValueError(f"group={{...: 'heads'}}: no heads are known of {name}; give the width of a head instead")
     return by_head, fused.note
 
@@ -87,7 +91,7 @@ def find(name: str, layer: nn.Module, parent: nn.Module) -> Fused:
         return _parts(widths)
     if last == "in_proj" and (widths := _mamba2(parent)) and sum(widths) == n_out:
         # dt sets the decay of the state: it stays a plain part
-        group = [*((width, width) for width in widths[:-1]), (widths[-1], 0)]
+        group = (*((width, width) for width in widths[:-1]), (widths[-1], 0))
         return Fused(group, group)
     if last == "in_proj_qkvz" and (sizes := _sizes(parent, "head_k_dim", "head_v_dim")) and sizes[0] == sizes[1]:
         return Fused(sizes[0], sizes[0])  # q, k, v and a gate for each head in turn
@@ -101,12 +105,12 @@ def find(name: str, layer: nn.Module, parent: nn.Module) -> Fused:
 
 
 def _qkv(name: str, layer: nn.Module, parent: nn.Module, head_dim: int) -> Fused:
-    n_in, n_out = features(layer)
+    n_out = features(layer)[1]
     if head_dim and n_out % head_dim == 0 and _interleaved(name, parent):
         return Fused(head_dim, head_dim)
-    queries = _width(parent, head_dim) if head_dim else n_in
+    queries = _width(parent, head_dim) if head_dim else n_out // 3 if _has_thirds(parent, layer) else 0
     keys, rest = divmod(n_out - queries, 2)
-    if keys > 0 and not rest and (not head_dim or keys % head_dim == 0):
+    if queries > 0 and keys > 0 and not rest and (not head_dim or keys % head_dim == 0):
         return _parts([queries, keys, keys], head_dim)
     if head_dim and n_out % head_dim == 0:
         return Fused(head_dim, head_dim)
@@ -157,9 +161,19 @@ def _sizes(module: Any, *names: str) -> list[int]:
 
 def _reads_half(parent: nn.Module, layer: nn.Module) -> bool:
     """Whether a layer beside this one reads half its outputs, and none reads all of them."""
-    read = {features(child)[0] for child in parent.children() if is_layer(child) and child is not layer}
+    read = _read_beside(parent, layer)
     n_out = features(layer)[1]
     return n_out % 2 == 0 and n_out // 2 in read and n_out not in read
+
+
+def _has_thirds(parent: nn.Module, layer: nn.Module) -> bool:
+    """Whether a layer has three times as many outputs as it has inputs, or as a layer beside it reads."""
+    n_in, n_out = features(layer)
+    return n_out % 3 == 0 and n_out // 3 in {n_in, *_read_beside(parent, layer)}
+
+
+def _read_beside(parent: nn.Module, layer: nn.Module) -> set[int]:
+    return {features(child)[0] for child in parent.children() if is_layer(child) and child is not layer}
 
 
 def _width(parent: nn.Module, head_dim: int) -> int:
