@@ -58,6 +58,8 @@ class SDDLinear(nn.Module):
 
     Attributes:
         parts: `group` as consecutive `(width, group_width)` parts, resolved when the layer is built.
+        matrix: V as `[out_features, in_features]`, also where a subclass stores its weight another way.
+        paper_draw: whether `reset_parameters` draws as the paper does, as for the layers that `sdd.convert` made.
 
     Shapes:
         input `[..., in_features]`, output `[..., out_features]`, alpha `[out_features]` for one group.

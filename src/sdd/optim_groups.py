@@ -60,7 +60,8 @@ def _roles_by_owner(model: nn.Module) -> dict[nn.Parameter, Role]:
             if alpha is not None:
                 roles[alpha] = "alpha"
         elif names := getattr(module, "alpha_names", ()):  # experts of a converted model
-            roles |= {module._parameters[name]: "alpha" for name in names}
+            for name in names:
+                roles[module.get_parameter(name)] = "alpha"
         elif isinstance(module, LearnedScale):
             roles[module.weight] = "alpha"
         elif weight is None:

@@ -35,7 +35,7 @@ def convert(
     eps: float = 1e-6,
     generator: torch.Generator | None = None,
 ) -> ConversionReport:
-    r"""Turn the `nn.Linear` layers of a model into `SDDLinear`, in place, redrawn for training from scratch.
+    r"""Turn the fully-connected layers of a model into SDD layers, in place, redrawn for training from scratch.
 
     Each converted layer computes `alpha * norm(V x) + b` where it computed `W x + b`. With in_features N,
 
@@ -44,22 +44,29 @@ def convert(
     as arXiv 2502.15499 does. Embeddings, norms and the layers that stay keep their values: give a new model, and
     convert it before building the optimiser, compiling, or sharding. `print(sdd.convert(model))` shows what was done.
 
-    A layer stays an `nn.Linear`, with the reason in the report, if
+    Converted are `nn.Linear`, its subclasses that compute `x W^T + b` (tried on a random input), transformers' Conv1D,
+    and the stacked matrices of experts that go through transformers' experts interface. A layer stays, with the reason
+    in the report, if
 
-    - it is the head: the model's `get_output_embeddings()`, or a layer named like one (lm_head, head, classifier, ...)
-      outside the blocks; or it is a router of experts: named so, or a `gate` beside experts. These are guesses. To
-      overrule them, name the layer in `include` by its full name, without wildcards;
+    - it is the head: the model's `get_output_embeddings()`, a layer named like one (lm_head, classifier, fc, ...)
+      outside the blocks, or one there that has the size of the labels or the vocabulary, or that no layer reads;
+    - it is a router of experts: named so, or a `gate` beside experts, or with as many outputs as there are experts;
+    - it is an adapter or what one wraps; it is frozen; its weight is zero; its bias was set on purpose (a forget gate),
+      or it sets the time step of a state. These, heads and routers are guesses. To overrule them, name the layer in
+      `include` by its full name, without wildcards;
     - another module owns its weight or bias too (tied to the embedding);
-    - it computes something else than `W x + b` from its parameters: a subclass of `nn.Linear` (quantised, LoRA, the
-      out-projection of `nn.MultiheadAttention`), a parametrised layer, a weight that is no plain floating parameter,
-      or a forward that was replaced;
-    - it has one output feature, of which a norm would keep only the sign.
+    - it computes something else than `W x + b` from its parameters: a subclass that does (quantised, LoRA), the
+      out-projection of `nn.MultiheadAttention`, a parametrised layer, a weight that is no plain floating parameter, or
+      a forward that was replaced;
+    - it has one output feature, of which a norm would keep only the sign, or one input feature, whose magnitude a norm
+      would erase.
 
     Every converted layer remains the same object. Its parameters, hooks, training flag, device, dtype and second names
     stay. Only its class changes (`SDDLinear` is not an `nn.Linear`), and alpha is added: float32 in a half-precision
-    model, requires_grad as the weight's. Code that reads `.weight` without calling the layer would compute `V x`
-    without the norm. Torch has one such case, the fused inference path of `nn.TransformerEncoder`; it is switched off
-    where it would read a converted layer. On the meta device nothing is drawn.
+    model, requires_grad as the weight's. Experts get one alpha for each stacked matrix, `down_proj_alpha`. Code that
+    reads `.weight` without calling the layer would compute `V x` without the norm. Torch has one such case, the fused
+    inference path of `nn.TransformerEncoder`; it is switched off where it would read a converted layer. On the meta
+    device nothing is drawn: `to_empty` and `reset_parameters` of each module give the draw above.
 
     Args:
         model: any module.
@@ -67,15 +74,15 @@ def convert(
             full dotted name or its ending after a dot: "q_proj", "mlp.*", "*.layers.0.*".
         exclude: patterns of the layers to leave; it wins over `include`.
         mode: "reinit", the only one in this version.
-        output: patterns of the projections that write to the residual stream; None for the names that published
-            models give them (o_proj, down_proj, c_proj, fc2, ...).
+        output: patterns of the projections that write to the residual stream; None for the last one to the width of
+            the stream in each branch of a block, and outside blocks for the names in use (o_proj, down_proj, ...).
         group: norm groups of the features of a layer. None keeps the parts of fused projections apart where they are
             known (q|k|v, gate|up); "heads" also norms queries and keys head by head; a dict does so by pattern, its
             values being "heads" or what `SDDLinear` takes: `{"qkv_proj": [(2048, 64), (512, 64), (512, 0)]}`.
         alpha_init: initial alpha of the other layers: a number, or a named function of L (`sdd.placement.SCALES`), or
             a dict of them by pattern, which also holds for outputs that a pattern fits; 1 for the rest.
         output_alpha_init: initial alpha of the output projections, likewise.
-        n_layers: L; None for the length of the longest list of blocks of one type.
+        n_layers: L; None for the length of the longest list of blocks, those of all its stages and types.
         eps: added to the mean square of `V x`, inside the root.
         generator: for a reproducible draw; layers are drawn in the model's order, on the generator's device.
 
@@ -83,8 +90,8 @@ def convert(
         The report: converted and kept layers, L, and notes.
 
     Raises:
-        ValueError: if mode or a named scale is unknown, n_layers is below 1, a pattern fits no `nn.Linear`, or nothing
-            is left to convert; the model is then unchanged.
+        ValueError: if mode or a named scale is unknown, n_layers is below 1, a pattern fits no layer, a group does not
+            fit, or nothing is left to convert; the model is then unchanged.
     """
     if mode != "reinit":
         raise ValueError(f"mode={mode!r}: this version offers 'reinit' (new values, for training from scratch)")
