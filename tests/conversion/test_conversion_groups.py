@@ -54,7 +54,7 @@ def test_interleaved_heads_get_a_group_each():
     assert groups(model)["att.query_key_value"] == 4
 
 
-@pytest.mark.parametrize("name", ["gate_up_proj", "w12", "Wi", "in_proj"])
+@pytest.mark.parametrize("name", ["gate_up_proj", "w12", "Wi", "in_proj", "fc1"])
 def test_gate_and_up_are_normed_apart(name: str):
     assert groups(tree(mlp=tree(**{name: nn.Linear(8, 24), "out": nn.Linear(12, 8)})))[f"mlp.{name}"] == (
         (12, 12),

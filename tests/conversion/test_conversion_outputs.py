@@ -52,6 +52,10 @@ BLOCKS = {
         lambda: tree(att=tree(a=nn.Linear(D, 3), b=nn.Linear(3, H), o=nn.Linear(H, D)), mlp=mlp()),
         ["att.o", "mlp.two"],
     ),
+    "mixers of two widths": (
+        lambda: tree(tokens=tree(a=nn.Linear(5, H), b=nn.Linear(H, 5)), channels=mlp()),
+        ["tokens.b", "channels.two"],
+    ),
     "a projection out and back in two children": (
         lambda: tree(up=tree(dense=nn.Linear(D, H)), back=tree(dense=nn.Linear(H, D)), att=attention("x", "y")),
         ["back.dense", "att.y"],

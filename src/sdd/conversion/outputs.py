@@ -86,7 +86,8 @@ def residual_outputs(blocks: Iterable[nn.Module], names: Mapping[nn.Module, Sequ
         branches = list(_branches(block))
         width = _width([*branches, *([layer] for layer in flat)])
         for layers in [*branches, flat]:
-            to_width = [layer for layer in layers if features(layer)[1] == width]
+            own = width if layers is flat else _returns_to(layers) or width
+            to_width = [layer for layer in layers if features(layer)[1] == own]
             named = [layer for layer in to_width if any(map(is_output_name, names[layer]))]
             last = to_width[-1:] if layers is not flat else _ends(flat, width)
             found.update(named or last)
@@ -145,6 +146,14 @@ def _width(branches: Iterable[Sequence[nn.Module]]) -> int:
     """The width of the residual stream: what most branches read first or write last."""
     ends = [size for layers in branches if layers for size in (features(layers[0])[0], features(layers[-1])[1])]
     return Counter(ends).most_common(1)[0][0] if ends else 0
+
+
+def _returns_to(layers: Sequence[nn.Module]) -> int | None:
+    """The width that a branch of several layers leaves and returns to, which need not be the stream's (MLP-Mixer)."""
+    if len(layers) < 2:
+        return None
+    n_in, n_out = features(layers[0])[0], features(layers[-1])[1]
+    return n_in if n_in == n_out else None
 
 
 def _ends(layers: Sequence[nn.Module], width: int) -> list[nn.Module]:
