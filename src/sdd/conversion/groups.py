@@ -83,7 +83,8 @@ def find(name: str, layer: nn.Module, parent: nn.Module) -> Fused:
     """The parts of a layer by its name, its size, and what its module says of heads."""
     last = name.rpartition(".")[2].lower()
     n_out, head_dim = features(layer)[1], _head_dim(parent, layer)
-    if (last in _PAIRS or sum(map(is_layer, parent.children())) == 2) and _reads_half(parent, layer):
+    is_pair = last not in _QKV and sum(map(is_layer, parent.children())) == 2  # q is half of q|k|v in some models
+    if (last in _PAIRS or is_pair) and _reads_half(parent, layer):
         return _parts([n_out // 2, n_out // 2])
     if last in _KV and any(child.lower() in _QUERIES for child, _ in parent.named_children()):
         return _parts([n_out // 2, n_out // 2], head_dim)
