@@ -2,15 +2,20 @@
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
+from sdd.conversion.become import become_sdd, described, leave_fused_inference
+from sdd.conversion.groups import norms_for
 from sdd.conversion.match import OUTPUTS, Selection, as_patterns, check_patterns, matches, select
-from sdd.conversion.report import ConversionReport, ConvertedLayer, KeptLayer
+from sdd.conversion.pretrained import mark
+from sdd.conversion.report import ConversionReport, KeptLayer
+from sdd.conversion.trained import check_mode, convert_trained, observe_trained
 from sdd.nn import SDDLinear
+from sdd.norm_groups import Group
 from sdd.placement import SCALES
 
 
@@ -18,7 +23,7 @@ def convert(
     model: nn.Module,
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
-    mode: Literal["reinit"] = "reinit",
+    mode: Literal["reinit", "calibrate", "observe"] = "reinit",
     *,
     output: str | Sequence[str] | None = None,
     alpha_init: float | str = "one",
@@ -26,6 +31,9 @@ def convert(
     n_layers: int | None = None,
     eps: float = 1e-6,
     generator: torch.Generator | None = None,
+    group: Group | Mapping[str, Group] = None,
+    batches: Iterable[Any] | None = None,
+    max_error: float | None = None,
 ) -> ConversionReport:
     r"""Turn the `nn.Linear` layers of a model into `SDDLinear`, in place, redrawn for training from scratch.
 
@@ -58,7 +66,10 @@ def convert(
         include: glob patterns (`fnmatch`, `*` crosses dots) of the layers to convert; None for all. A pattern fits a
             full dotted name or its ending after a dot: "q_proj", "mlp.*", "*.layers.0.*".
         exclude: patterns of the layers to leave; it wins over `include`.
-        mode: "reinit", the only one in this version.
+        mode: "reinit" draws new values, as above. "calibrate" is for a trained model: it keeps W as V and b, bit for
+            bit, and fits alpha to the outputs on a few `batches`, see `sdd.conversion.calibrate`; a layer that they
+            do not reach stays. "observe" changes nothing: the report says how the scale of each layer's output
+            behaves on `batches`, and what calibration would cost.
         output: patterns of the projections that write to the residual stream; None for the names that published
             models give them (o_proj, down_proj, c_proj, fc2, ...).
         alpha_init: initial alpha of the other layers: a number, or a named function of L (`sdd.placement.SCALES`).
@@ -66,16 +77,20 @@ def convert(
         n_layers: L; None for the length of the longest list of blocks of one type.
         eps: added to the mean square of `V x`, inside the root.
         generator: for a reproducible draw; layers are drawn in the model's order, on the generator's device.
+        group: norm groups as in `SDDLinear`, for all layers or by pattern: `{"q_proj": 64, "k_proj": 64}`.
+        batches: for "calibrate" and "observe", examples of what the model was trained on: tensors, tuples of
+            arguments, or mappings of keyword arguments. All are in memory at once, as one batch without gradients.
+        max_error: for "calibrate", the largest median error a token with which a layer is converted.
 
     Returns:
         The report: converted and kept layers, L, and notes.
 
     Raises:
-        ValueError: if mode or a named scale is unknown, n_layers is below 1, a pattern fits no `nn.Linear`, or nothing
-            is left to convert; the model is then unchanged.
+        ValueError: if mode or a named scale is unknown, n_layers is below 1, a pattern fits no `nn.Linear`, a group
+            does not fit, nothing is left to convert, or arguments do not fit the mode; the model is then unchanged.
+        UserError: if the model refuses one of the batches, or puts out values that are not finite; likewise.
     """
-    if mode != "reinit":
-        raise ValueError(f"mode={mode!r}: this version offers 'reinit' (new values, for training from scratch)")
+    check_mode(mode, batches, max_error)
     chosen = {"include": include, "exclude": exclude, "output": output}
     patterns = {argument: as_patterns(given) for argument, given in chosen.items() if given is not None}
     for argument, given in patterns.items():
@@ -87,16 +102,27 @@ def convert(
         raise ValueError(f"nothing to convert in this {type(model).__name__}: {_summary(selection.kept)}")
     depth = n_layers if n_layers is not None else max(selection.blocks.values(), default=1)
     scales = (_scale("alpha_init", alpha_init, depth), _scale("output_alpha_init", output_alpha_init, depth))
+    norms = norms_for(selection.linears, group, eps)
+    if mode == "observe" and batches is not None:
+        return observe_trained(model, selection, norms, batches, depth)
+    if mode == "calibrate" and batches is not None:
+        outputs = {name for name in selection.linears if matches(name, patterns.get("output", OUTPUTS))}
+        report = convert_trained(model, selection, norms, batches, max_error, outputs, depth)
+        leave_fused_inference(model)
+        mark(model, report)
+        return report
     converted = []
     for name, linear in selection.linears.items():
         is_output = matches(name, patterns.get("output", OUTPUTS))
-        layer = _become_sdd(linear, scales[is_output], eps)
+        layer = become_sdd(linear, norms[name], scales[is_output])
         _reinit(layer, generator)
-        converted.append(ConvertedLayer(name, (layer.out_features, layer.in_features), scales[is_output], is_output))
-    _leave_fused_inference(model)
+        converted.append(described(name, layer, is_output))
+    leave_fused_inference(model)
     depth_guessed = n_layers is None and any(layer.is_output for layer in converted)
     notes = _notes(model, selection, depth_guessed)
-    return ConversionReport(tuple(converted), tuple(selection.kept), depth, tuple(notes))
+    report = ConversionReport(tuple(converted), tuple(selection.kept), depth, tuple(notes))
+    mark(model, report)
+    return report
 
 
 def _scale(argument: str, value: float | str, n_layers: int) -> float:
@@ -105,17 +131,6 @@ def _scale(argument: str, value: float | str, n_layers: int) -> float:
             raise ValueError(f"{argument}={value!r} is not a named scale: give a number or one of {list(SCALES)}")
         return SCALES[value](n_layers)
     return float(value)
-
-
-def _become_sdd(linear: nn.Linear, alpha_init: float, eps: float) -> SDDLinear:
-    """Change the layer's class in place, as torch's parametrisations do.
-
-    A new module would lose hooks, second names, and references held outside the module tree.
-    """
-    layer: Any = linear
-    layer.__class__ = SDDLinear
-    layer._add_norm(None, False, alpha_init, eps)
-    return layer
 
 
 @torch.no_grad()
@@ -131,17 +146,6 @@ def _reinit(layer: SDDLinear, generator: torch.Generator | None) -> None:
     weight.copy_(nn.init.trunc_normal_(drawn, std=std, a=-3 * std, b=3 * std, generator=generator))
     if layer.bias is not None:
         layer.bias.zero_()
-
-
-def _leave_fused_inference(model: nn.Module) -> None:
-    """Switch off the fused inference path of nn.TransformerEncoder, which reads converted weights as plain ones."""
-    for module in model.modules():
-        if not any(isinstance(inner, SDDLinear) for inner in module.modules()):
-            continue
-        if isinstance(module, nn.TransformerEncoderLayer):
-            module.activation_relu_or_gelu = 0  # the path requires it to be 1 or 2
-        elif isinstance(module, nn.TransformerEncoder):
-            module.use_nested_tensor = False
 
 
 def _notes(model: nn.Module, selection: Selection, depth_guessed: bool) -> list[str]:

@@ -1,11 +1,33 @@
 """The report of a conversion, layer by layer, as data and as a table."""
 
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from sdd.conversion.observe import ObservedLayer
+from sdd.conversion.spreads import error_lines, observed_lines
 from sdd.files import finite
+from sdd.norm_groups import Group
 from sdd.terminal import aligned
+
+#: The version of the description that `to_json` writes.
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """How near an SDD layer comes to the linear layer that it replaced; see `sdd.conversion.calibrate`.
+
+    Attributes:
+        error: median over tokens of the relative error against the original model's output.
+        inherited: the same if the layer had stayed linear: what the converted layers before it cause alone.
+        tokens: their number.
+    """
+
+    error: float
+    inherited: float
+    tokens: int
 
 
 @dataclass(frozen=True)
@@ -15,14 +37,24 @@ class ConvertedLayer:
     Attributes:
         name: dotted name in the model.
         shape: of V, `(out_features, in_features)`.
-        alpha_init: initial value of every element of alpha.
+        alpha_init: initial value of every element of alpha; after calibration, the root mean square of alpha.
         is_output: whether it was taken for a projection that writes to the residual stream.
+        eps: of the norm.
+        group: of the norm.
+        shared_alpha: of the norm.
+        digest: after calibration, of V, b and alpha, see `sdd.conversion.revert`.
+        calibration: how near calibration came.
     """
 
     name: str
     shape: tuple[int, int]
     alpha_init: float
     is_output: bool
+    eps: float = 1e-6
+    group: Group = None
+    shared_alpha: bool = False
+    digest: str | None = None
+    calibration: Calibration | None = None
 
 
 @dataclass(frozen=True)
@@ -47,18 +79,32 @@ class ConversionReport:
         kept: the layers and bare matrices that stay, with the reason; embeddings are not listed.
         n_layers: L, the number of blocks that the named initial values of alpha refer to.
         notes: advice about this model.
+        mode: of the conversion.
+        observed: with mode "observe", the scale of each layer's output.
     """
 
     converted: tuple[ConvertedLayer, ...]
     kept: tuple[KeptLayer, ...]
     n_layers: int
     notes: tuple[str, ...] = ()
+    mode: str = "reinit"
+    observed: tuple[ObservedLayer, ...] = ()
+
+    def to_json(self) -> str:
+        """The conversion as a description that `sdd.apply` repeats on a model of the same architecture."""
+        layers = [
+            {name: value for name, value in asdict(layer).items() if name != "calibration" and value is not None}
+            for layer in self.converted
+        ]
+        return json.dumps({"format": FORMAT, "mode": self.mode, "n_layers": self.n_layers, "layers": layers})
 
     def to_dict(self) -> dict[str, Any]:
         """The report as dicts, lists, strings and numbers, ready for json."""
         return finite(asdict(self))
 
     def __str__(self) -> str:
+        if self.mode == "observe":
+            return "\n".join([*observed_lines(self.observed), *self._kept_lines()])
         outputs = sum(layer.is_output for layer in self.converted)
         lines = [
             f"{_count(len(self.converted), 'layer')} converted, {outputs} of them output projections; "
@@ -69,12 +115,19 @@ class ConversionReport:
             for layer in self.converted
         ]
         lines += ["", *aligned([("converted", "V [out, in]", "alpha", ""), *collapse(rows)])]
+        errors = [(layer.name, layer.calibration.error) for layer in self.converted if layer.calibration]
+        if errors:
+            lines += ["", *error_lines(errors)]
+        return "\n".join([*lines, *self._kept_lines()])
+
+    def _kept_lines(self) -> list[str]:
+        lines = []
         if self.kept:
             rows = [(layer.name, layer.reason) for layer in self.kept]
             lines += ["", *aligned([("kept", "reason"), *collapse(rows)])]
         if self.notes:
             lines += ["", *(f"note: {note}" for note in self.notes)]
-        return "\n".join(lines)
+        return lines
 
 
 def collapse(rows: Iterable[tuple[str, ...]]) -> list[tuple[str, ...]]:

@@ -1,0 +1,89 @@
+"""`mode="observe"`: how the scale of each layer's output behaves, and what a norm would cost there; nothing changes."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sdd.conversion.calibrate import Norms, as_batches, closed_form, median, run_batches, token_errors, token_mask
+from sdd.functional import scaled_norm
+
+#: A token whose output is this many times larger than the median one is counted as a sink.
+SINK = 10.0
+
+
+@dataclass(frozen=True)
+class ObservedLayer:
+    """The scale of one layer's output over the tokens of a few batches.
+
+    Attributes:
+        name: dotted name in the model.
+        shape: of the matrix, `(out_features, in_features)`.
+        tokens: their number.
+        rms: median over tokens of the root mean square of `W x`.
+        spread: the 90th percentile of that over the 10th; 1 if all tokens have one scale.
+        sinks: tokens whose rms is over 10 times the median.
+        error: the error that calibration would leave with true inputs: the median over tokens of
+            `|alpha norm(W x) - W x| / |W x|`, with the alpha of `sdd.conversion.calibrate`.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    tokens: int
+    rms: float
+    spread: float
+    sinks: int
+    error: float
+
+
+def observe(
+    model: nn.Module, linears: Mapping[str, nn.Linear], norms: Mapping[str, Norms], batches: Iterable[Any]
+) -> list[ObservedLayer]:
+    """Observe each layer that the batches reach.
+
+    Args:
+        model: any module; it is not changed.
+        linears: the layers by name, in the model's order.
+        norms: the norm that each would get.
+        batches: as for calibration.
+
+    Raises:
+        UserError: as `fit_alphas`.
+    """
+    examples = as_batches(batches)
+    masks = [token_mask(batch) for batch in examples]
+    found: dict[str, list[ObservedLayer]] = {}
+
+    def visit(name: str, outputs: Mapping[int, Tensor]) -> dict[int, Tensor | None]:
+        rows = [_rows(linears[name], output, masks[index]) for index, output in outputs.items()]
+        if any(len(tokens) for tokens in rows):
+            found.setdefault(name, []).append(_observed(name, linears[name], torch.cat(rows), norms[name]))
+        return {}
+
+    run_batches(model, linears, examples, visit)
+    # of a layer that is called several times, the call that sees the most tokens
+    return [max(found[name], key=lambda layer: layer.tokens) for name in linears if name in found]
+
+
+def _rows(linear: nn.Linear, output: Tensor, mask: Tensor | None) -> Tensor:
+    z = output if linear.bias is None else output - linear.bias
+    return z.flatten(0, -2) if mask is None or mask.shape != z.shape[:-1] else z[mask.to(z.device)]
+
+
+@torch.no_grad()
+def _observed(name: str, linear: nn.Linear, z: Tensor, norms: Norms) -> ObservedLayer:
+    alpha = closed_form([(z, z)], norms, name)
+    errors = token_errors(scaled_norm(z, alpha, group=norms.parts, eps=norms.eps), z)
+    rms = z.float().square().mean(-1).sqrt()
+    low, middle, high = (rms.kthvalue(1 + round(q * (len(rms) - 1))).values.item() for q in (0.1, 0.5, 0.9))
+    return ObservedLayer(
+        name,
+        (linear.out_features, linear.in_features),
+        len(rms),
+        middle,
+        high / low if low else float("inf"),
+        int((rms > SINK * middle).sum()),
+        median([errors]),
+    )
