@@ -85,7 +85,7 @@ def test_inputs_are_those_of_the_converted_prefix_and_targets_the_originals(seed
             else:
                 x, x_true = hidden.relu(), hidden_true.relu()
             z, u = x @ layer.weight.T, x_true @ layer.weight.T
-            alpha = closed_form([(z, u)], norms[name], name)
+            alpha = closed_form([(z, u)], norms[name], name).float()
             torch.testing.assert_close(fits[name].alpha, alpha, rtol=1e-4, atol=1e-5)
             bias = 0 if layer.bias is None else layer.bias
             hidden, hidden_true = scaled_norm(z, alpha) + bias, u + bias

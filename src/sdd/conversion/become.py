@@ -1,6 +1,7 @@
 """The step that turns one `nn.Linear` into an `SDDLinear`, and the step back; values are not touched."""
 
 import hashlib
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -50,6 +51,11 @@ def described(name: str, layer: SDDLinear, is_output: bool, **more: Any) -> Conv
     )
 
 
+def as_described(layer: ConvertedLayer) -> dict[str, Any]:
+    """A layer as `to_json` writes it: without what is None, and without the numbers of its calibration."""
+    return {name: value for name, value in asdict(layer).items() if name != "calibration" and value is not None}
+
+
 def digest(layer: SDDLinear) -> str:
     """A SHA-256 of V, b and alpha: whether anything was lost since a calibration."""
     whole = hashlib.sha256()
@@ -57,6 +63,17 @@ def digest(layer: SDDLinear) -> str:
         if tensor is not None:
             whole.update(_bytes(tensor))
     return whole.hexdigest()
+
+
+def remember(layer: SDDLinear, digest: str | None) -> None:
+    """Keep the digest that a layer had right after calibration."""
+    vars(layer)["digest"] = digest
+
+
+def is_as_calibrated(layer: SDDLinear) -> bool:
+    """Whether V, b and alpha have the bits that calibration left."""
+    kept = vars(layer).get("digest")
+    return kept is not None and kept == digest(layer)
 
 
 def _bytes(tensor: Tensor) -> Any:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sdd.conversion.lockstep import RefusedBatch, Visit, in_lockstep
+from sdd.conversion.lockstep import RefusedBatch, Stop, Visit, in_lockstep
 from sdd.errors import UserError, one_line
 from sdd.functional import norm, scaled_norm, statistics_dtype
 from sdd.norm_groups import Parts
@@ -89,10 +89,13 @@ def fit_alphas(
         UserError: if there are no batches, if the model refuses one, or if an output is not finite.
     """
     examples = as_batches(batches)
-    calibration = _Calibration(linears, norms, [token_mask(batch) for batch in examples], max_error)
-    # the passes of the original model come first, then those of the converted one in the same order
-    run_batches(model, linears, examples, calibration.visit, twice=True)
-    return calibration.fits()
+    fitting = _Calibration(linears, norms, [token_mask(batch) for batch in examples], max_error)
+    run_batches(model, linears, examples, fitting.visit, twice=True)
+    errors, inherited, tokens = fitting.errors(), fitting.inherited(), fitting.tokens()
+    return {
+        name: Fit(fitting.coefficients[name].float(), errors[name], inherited[name], tokens[name], name in fitting.stays)
+        for name in errors
+    }
 
 
 def as_batches(batches: Iterable[Any]) -> list[Any]:
@@ -128,8 +131,114 @@ def run_batches(
         ) from cause
 
 
-class _Calibration:
-    """The state of a calibration between stops."""
+class Fitting:
+    """Fits one coefficient an output of each layer, when the passes first stop there; later calls of it use the same.
+
+    The first half of the passes is the given model, which sets the targets u, the second half the one that is being
+    made. With z the matrix product in the latter and f(z) its features, `coefficient * f(z) + b` takes the place of
+    `u + b`.
+
+    Args:
+        layers: by name, in the model's order.
+        masks: the tokens of each batch that count.
+        max_error: with a larger median error, a layer is left as it is.
+
+    Attributes:
+        coefficients: by layer, float64.
+        stays: the layers that are left as they are.
+    """
+
+    def __init__(
+        self, layers: Mapping[str, nn.Module], masks: Sequence[Tensor | None], max_error: float | None = None
+    ) -> None:
+        self.coefficients: dict[str, Tensor] = {}
+        self.stays: set[str] = set()
+        self._layers, self._masks = layers, masks
+        self._limit = float("inf") if max_error is None else max_error
+        self._errors: dict[str, list[Tensor]] = {}
+        self._inherited: dict[str, list[Tensor]] = {}
+
+    # what is fitted
+
+    def plain(self, name: str, stop: Stop) -> Tensor:
+        """z, the matrix product without bias."""
+        return self.target(name, stop)
+
+    def target(self, name: str, stop: Stop) -> Tensor:
+        """u, the given model's output without bias."""
+        bias = self._layers[name].bias
+        return stop.y - bias if isinstance(bias, Tensor) else stop.y
+
+    def features(self, name: str, z: Tensor) -> Tensor:
+        """f(z), `[tokens, N]`."""
+        raise NotImplementedError
+
+    def parts(self, name: str) -> Iterable[tuple[int, int]]:
+        """The groups over which the weight of a token is taken."""
+        raise NotImplementedError
+
+    def put_out(self, name: str, z: Tensor, coefficient: Tensor, bias: Tensor | None) -> Tensor:
+        """`coefficient * f(z) + bias`."""
+        raise NotImplementedError
+
+    # the fit
+
+    @torch.no_grad()
+    def visit(self, name: str, stops: Mapping[int, Stop]) -> dict[int, Tensor]:
+        """Answer the passes that have stopped at a layer."""
+        pairs = dict(self._pairs(name, stops))
+        if not pairs:
+            return {}
+        bias = self._layers[name].bias
+        counted = [(self._counted(index, z), self._counted(index, u)) for index, (z, u) in pairs.items()]
+        first = name not in self.coefficients
+        if first:
+            self.coefficients[name] = self._fit(name, counted)
+        found = self.coefficients[name]
+        errors = [token_errors(self.put_out(name, z, found, None), u) for z, u in counted]
+        self._errors.setdefault(name, []).extend(errors)
+        self._inherited.setdefault(name, []).extend(token_errors(z, u) for z, u in counted)
+        if first and median(errors) > self._limit:
+            self.stays.add(name)
+        if name in self.stays:
+            return {}
+        b = bias if isinstance(bias, Tensor) else None
+        return {index: self.put_out(name, z, found, b) for index, (z, _) in pairs.items()}
+
+    def errors(self) -> dict[str, float]:
+        """The median error a token of each layer that was reached, in the model's order."""
+        return {name: median(self._errors[name]) for name in self._layers if name in self._errors}
+
+    def inherited(self) -> dict[str, float]:
+        """The same with z in the place of `coefficient * f(z)`."""
+        return {name: median(self._inherited[name]) for name in self._layers if name in self._inherited}
+
+    def tokens(self) -> dict[str, int]:
+        """How many tokens reached each layer."""
+        return {name: sum(map(len, self._errors[name])) for name in self._layers if name in self._errors}
+
+    def _fit(self, name: str, pairs: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+        return least_squares([(self.features(name, z), u) for z, u in pairs], self.parts(name), name)
+
+    def _pairs(self, name: str, stops: Mapping[int, Stop]) -> Iterator[tuple[int, tuple[Tensor, Tensor]]]:
+        """For each pass of the model that is being made, z and the target u.
+
+        Routing may give an expert other tokens in the two models. Its own outputs are then the target.
+        """
+        n = len(self._masks)
+        for index in (index for index in stops if index >= n):
+            z = self.plain(name, stops[index])
+            u = self.target(name, stops[index - n]) if index - n in stops else None
+            alone = u is None or u.shape != z.shape or "expert" in name
+            yield index, (z, self.target(name, stops[index]) if alone else u)
+
+    def _counted(self, index: int, z: Tensor) -> Tensor:
+        """The rows of the tokens that count, `[tokens, N]`."""
+        return counted_rows(z, self._masks[index % len(self._masks)])
+
+
+class _Calibration(Fitting):
+    """Alpha, with `f(z) = norm(z)`."""
 
     def __init__(
         self,
@@ -138,67 +247,15 @@ class _Calibration:
         masks: Sequence[Tensor | None],
         max_error: float | None,
     ) -> None:
-        self._linears, self._norms, self._masks = linears, norms, masks
-        self._limit = float("inf") if max_error is None else max_error
-        self._alphas: dict[str, Tensor] = {}
-        self._stays: set[str] = set()
-        self._errors: dict[str, list[Tensor]] = {}
-        self._inherited: dict[str, list[Tensor]] = {}
+        super().__init__(linears, masks, max_error)
+        self._norms = norms
 
-    @torch.no_grad()
-    def visit(self, name: str, outputs: Mapping[int, Tensor]) -> dict[int, Tensor | None]:
-        """Fit a layer when the passes first stop at it, and compute what the converted ones go on with."""
-        pairs = dict(self._pairs(name, outputs))
-        if not pairs:
-            return {}
-        norms, bias = self._norms[name], self._linears[name].bias
-        counted = [(self._counted(index, z), self._counted(index, u)) for index, (z, u) in pairs.items()]
-        first = name not in self._alphas
-        if first:
-            self._alphas[name] = closed_form(counted, norms, name)
-        alpha = self._alphas[name]
-        errors = [token_errors(scaled_norm(z, alpha, group=norms.parts, eps=norms.eps), u) for z, u in counted]
-        self._errors.setdefault(name, []).extend(errors)
-        self._inherited.setdefault(name, []).extend(token_errors(z, u) for z, u in counted)
-        if first and median(errors) > self._limit:
-            self._stays.add(name)
-        if name in self._stays:
-            return {}
-        return {
-            index: scaled_norm(z, alpha, bias, group=norms.parts, eps=norms.eps) for index, (z, _) in pairs.items()
-        }
+    def put_out(self, name: str, z: Tensor, coefficient: Tensor, bias: Tensor | None) -> Tensor:
+        norms = self._norms[name]
+        return scaled_norm(z, coefficient.float(), bias, group=norms.parts, eps=norms.eps)
 
-    def fits(self) -> dict[str, Fit]:
-        """The result, in the model's order."""
-        return {
-            name: Fit(
-                self._alphas[name],
-                median(self._errors[name]),
-                median(self._inherited[name]),
-                sum(len(errors) for errors in self._errors[name]),
-                name in self._stays,
-            )
-            for name in self._linears
-            if name in self._alphas
-        }
-
-    def _pairs(self, name: str, outputs: Mapping[int, Tensor]) -> Iterator[tuple[int, tuple[Tensor, Tensor]]]:
-        """For each converted pass, `W x` and the target `W x*`, without bias.
-
-        Routing may give an expert other tokens in the two models. Its own outputs are then the target.
-        """
-        bias, n = self._linears[name].bias, len(self._masks)
-        plain = {index: y if bias is None else y - bias for index, y in outputs.items()}
-        for index in (index for index in plain if index >= n):
-            z, u = plain[index], plain.get(index - n)
-            yield index, (z, z if u is None or u.shape != z.shape or "expert" in name else u)
-
-    def _counted(self, index: int, z: Tensor) -> Tensor:
-        """The rows of the tokens that count, `[tokens, N]`."""
-        mask = self._masks[index % len(self._masks)]
-        if mask is None or mask.shape != z.shape[:-1]:
-            return z.reshape(-1, z.shape[-1])
-        return z[mask.to(z.device)]
+    def _fit(self, name: str, pairs: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+        return closed_form(pairs, self._norms[name], name)
 
 
 def closed_form(pairs: Iterable[tuple[Tensor, Tensor]], norms: Norms, name: str) -> Tensor:
@@ -210,39 +267,48 @@ def closed_form(pairs: Iterable[tuple[Tensor, Tensor]], norms: Norms, name: str)
         name: of the layer, for messages.
 
     Returns:
-        Alpha in float32; an output that is always 0 gets the mean of its part.
+        Alpha in float64; an output that is always 0 gets the value of its whole part.
 
     Raises:
         UserError: if a value is not finite.
     """
-    top, bottom = 0, 0
-    for z, u in pairs:
-        n, w = norm_in_parts(z, norms), _weights(u, norms.parts)
-        top = top + (w * n * u).sum(0, dtype=torch.float64)
-        bottom = bottom + (w * n.square()).sum(0, dtype=torch.float64)
-    assert isinstance(top, Tensor) and isinstance(bottom, Tensor)
-    if not (top.isfinite().all() and bottom.isfinite().all()):
+    features = [(norm_in_parts(z, norms), u) for z, u in pairs]
+    return least_squares(features, norms.parts, name, norms.shared_alpha)
+
+
+def least_squares(
+    pairs: Iterable[tuple[Tensor, Tensor]], parts: Iterable[tuple[int, int]], name: str, shared: bool = False
+) -> Tensor:
+    """`sum_t w f u / sum_t w f^2` for each output, with `w = 1 / mean(u^2)` over each token's group.
+
+    Args:
+        pairs: the features f and the target u of some tokens, both `[tokens, N]`.
+        parts: `(width, group_width)` of consecutive outputs; those of group width 0 are left out.
+        name: of the layer, for messages.
+        shared: one value for each place in a group.
+
+    Raises:
+        UserError: if a value is not finite.
+    """
+    parts, totals = tuple(parts), torch.zeros(())
+    for f, u in pairs:
+        w = _weights(u, parts)
+        sums = ((w * product).sum(0, dtype=torch.float64) for product in (f * u, f.square()))
+        totals = totals.to(u.device) + torch.stack(list(sums))
+    if not totals.isfinite().all():
         raise UserError(f"{name} puts out values that are not finite on these batches: look at the model or the batches")
-    return torch.cat(
-        [
-            _ratio(*(_folded(total[start:stop], width, norms.shared_alpha) for total in (top, bottom)))
-            for start, stop, width in _spans(norms.parts)
-            if width
-        ]
-    ).float()
+    spans = [(totals[:, start:stop], width) for start, stop, width in _spans(parts) if width]
+    return torch.cat([_ratio(total.unflatten(1, (-1, width)).sum(1) if shared else total) for total, width in spans])
 
 
-def _ratio(top: Tensor, bottom: Tensor) -> Tensor:
-    """`top / bottom`; where an output is always 0, that of the whole part."""
-    whole = top.sum() / bottom.sum().clamp_min(torch.finfo(torch.float64).tiny)
-    return torch.where(bottom > 0, top / bottom.clamp_min(torch.finfo(torch.float64).tiny), whole)
+def _ratio(totals: Tensor) -> Tensor:
+    """First row over second; where the second is 0, since an output is always 0, the ratio of their sums."""
+    tiny = torch.finfo(totals.dtype).tiny
+    (top, bottom), (whole, of) = totals, totals.sum(1)
+    return torch.where(bottom > 0, top / bottom.clamp_min(tiny), whole / of.clamp_min(tiny))
 
 
-def _folded(total: Tensor, width: int, shared: bool) -> Tensor:
-    return total.unflatten(0, (-1, width)).sum(0) if shared else total
-
-
-def _spans(parts: Parts) -> Iterator[tuple[int, int, int]]:
+def _spans(parts: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int, int]]:
     """First feature, last feature + 1 and group width of each part."""
     start = 0
     for width, group_width in parts:
@@ -259,7 +325,7 @@ def norm_in_parts(z: Tensor, norms: Norms) -> Tensor:
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, -1)
 
 
-def _weights(u: Tensor, parts: Parts) -> Tensor:
+def _weights(u: Tensor, parts: Iterable[tuple[int, int]]) -> Tensor:
     """`1 / mean(u^2)` over each token's group, for each of its features; 0 where all are 0."""
     pieces = []
     for start, stop, width in _spans(parts):
@@ -288,3 +354,8 @@ def token_mask(batch: Any) -> Tensor | None:
     """Where a batch's `attention_mask` `[B, T]` has tokens; None if it has none."""
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
     return mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
+
+
+def counted_rows(z: Tensor, mask: Tensor | None) -> Tensor:
+    """The rows of the tokens that count, `[tokens, N]`; all where the mask has another shape."""
+    return z.flatten(0, -2) if mask is None or mask.shape != z.shape[:-1] else z[mask.to(z.device)]

@@ -109,7 +109,7 @@ def convert(
         outputs = {name for name in selection.linears if matches(name, patterns.get("output", OUTPUTS))}
         report = convert_trained(model, selection, norms, batches, max_error, outputs, depth)
         leave_fused_inference(model)
-        mark(model, report)
+        mark(model)
         return report
     converted = []
     for name, linear in selection.linears.items():
@@ -121,7 +121,7 @@ def convert(
     depth_guessed = n_layers is None and any(layer.is_output for layer in converted)
     notes = _notes(model, selection, depth_guessed)
     report = ConversionReport(tuple(converted), tuple(selection.kept), depth, tuple(notes))
-    mark(model, report)
+    mark(model)
     return report
 
 

@@ -9,14 +9,22 @@ forward passes a batch, however many layers there are, and the memory of one pas
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-#: Answers a stop at a layer: from the outputs of the passes that stopped there, by pass, to their new outputs.
-#: None leaves an output as it is.
-Visit = Callable[[str, Mapping[int, Tensor]], Mapping[int, Tensor | None]]
+
+class Stop(NamedTuple):
+    """A call of a layer at which a pass is held: its input `[..., in]` and its output `[..., out]`."""
+
+    x: Tensor
+    y: Tensor
+
+
+#: Answers the stops of all passes at a layer, by pass, with the outputs to go on with; a pass without an answer keeps
+#: its own.
+Visit = Callable[[str, Mapping[int, Stop]], Mapping[int, Tensor]]
 
 _here = threading.local()
 
@@ -50,7 +58,7 @@ def in_lockstep(model: nn.Module, layers: Mapping[str, nn.Module], batches: Sequ
         model: any module; its forward is called once for each batch.
         layers: by name, in the model's order.
         batches: one for each pass, see `call`; the number of a pass is its place.
-        visit: is called for each stop with a layer's name and outputs, and answers with the outputs to go on with.
+        visit: is called with a layer's name and the passes that stopped there.
 
     Raises:
         RefusedBatch: if a forward pass fails.
@@ -70,7 +78,7 @@ def _walk(passes: Sequence["_Pass"], places: Mapping[str, int], visit: Visit) ->
         _advance(passes, index, None)
     while waiting := {index: one for index, one in enumerate(passes) if one.name is not None}:
         name = min((one.name for one in waiting.values() if one.name is not None), key=places.__getitem__)
-        there = {index: one.output for index, one in waiting.items() if one.name == name and one.output is not None}
+        there = {index: one.held for index, one in waiting.items() if one.name == name and one.held is not None}
         answers = visit(name, there)
         for index in there:
             _advance(passes, index, answers.get(index))
@@ -88,12 +96,12 @@ class _Pass:
 
     Attributes:
         name: the layer at which it has stopped; None if it has ended.
-        output: of that layer.
+        held: the call of that layer.
     """
 
     def __init__(self, work: Callable[[], Any], settings: Callable[[], ExitStack]) -> None:
         self.name: str | None = None
-        self.output: Tensor | None = None
+        self.held: Stop | None = None
         self._work, self._settings = work, settings
         self._go, self._stopped = threading.Semaphore(0), threading.Semaphore(0)
         self._answer: Tensor | None = None
@@ -103,7 +111,7 @@ class _Pass:
 
     def advance(self, answer: Tensor | None) -> None:
         """Go on to the next stop, or to the end; raises what the forward pass raises."""
-        self._answer, self.output = answer, None
+        self._answer, self.held = answer, None
         if self._thread.ident is None:
             self._thread.start()
         self._go.release()
@@ -118,9 +126,9 @@ class _Pass:
             self._go.release()
             self._thread.join()
 
-    def stop(self, name: str, output: Tensor) -> Tensor | None:
+    def stop(self, name: str, held: Stop) -> Tensor | None:
         """Called in the thread: wait at a layer until `advance` brings an answer."""
-        self.name, self.output = name, output
+        self.name, self.held = name, held
         self._stopped.release()
         self._go.acquire()
         if self._cancelled:
@@ -138,7 +146,7 @@ class _Pass:
         except BaseException as error:
             self._error = error
         finally:
-            self.name = self.output = None
+            self.name = self.held = None
             self._stopped.release()
 
 
@@ -146,16 +154,18 @@ class _Pass:
 def _stops(layers: Mapping[str, nn.Module]) -> Iterator[None]:
     """Hold every pass at the calls of these layers."""
 
-    def stop_at(name: str) -> Callable[..., Tensor | None]:
-        def hook(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor | None:
+    def stop_at(name: str) -> Callable[..., Any]:
+        def hook(_module: nn.Module, inputs: tuple[Tensor, ...], named: Mapping[str, Tensor], y: Tensor) -> Any:
             running: _Pass | None = getattr(_here, "running", None)
-            return None if running is None else running.stop(name, output)
+            if running is None:
+                return None
+            return running.stop(name, Stop(inputs[0] if inputs else named["input"], y))
 
         return hook
 
     with ExitStack() as stack:
         for name, layer in layers.items():
-            stack.callback(layer.register_forward_hook(stop_at(name)).remove)
+            stack.callback(layer.register_forward_hook(stop_at(name), with_kwargs=True).remove)
         yield
 
 

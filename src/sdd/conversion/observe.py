@@ -7,7 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sdd.conversion.calibrate import Norms, as_batches, closed_form, median, run_batches, token_errors, token_mask
+from sdd.conversion.calibrate import (
+    Norms,
+    as_batches,
+    closed_form,
+    counted_rows,
+    median,
+    run_batches,
+    token_errors,
+    token_mask,
+)
+from sdd.conversion.lockstep import Stop
 from sdd.functional import scaled_norm
 
 #: A token whose output is this many times larger than the median one is counted as a sink.
@@ -56,8 +66,9 @@ def observe(
     masks = [token_mask(batch) for batch in examples]
     found: dict[str, list[ObservedLayer]] = {}
 
-    def visit(name: str, outputs: Mapping[int, Tensor]) -> dict[int, Tensor | None]:
-        rows = [_rows(linears[name], output, masks[index]) for index, output in outputs.items()]
+    def visit(name: str, stops: Mapping[int, Stop]) -> dict[int, Tensor]:
+        bias = linears[name].bias
+        rows = [counted_rows(stop.y if bias is None else stop.y - bias, masks[i]) for i, stop in stops.items()]
         if any(len(tokens) for tokens in rows):
             found.setdefault(name, []).append(_observed(name, linears[name], torch.cat(rows), norms[name]))
         return {}
@@ -65,11 +76,6 @@ def observe(
     run_batches(model, linears, examples, visit)
     # of a layer that is called several times, the call that sees the most tokens
     return [max(found[name], key=lambda layer: layer.tokens) for name in linears if name in found]
-
-
-def _rows(linear: nn.Linear, output: Tensor, mask: Tensor | None) -> Tensor:
-    z = output if linear.bias is None else output - linear.bias
-    return z.flatten(0, -2) if mask is None or mask.shape != z.shape[:-1] else z[mask.to(z.device)]
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sdd.conversion.become import become_sdd, described, digest
+from sdd.conversion.become import become_sdd, described, digest, remember
 from sdd.conversion.calibrate import Fit, Norms, fit_alphas
 from sdd.conversion.match import Selection
 from sdd.conversion.observe import observe
@@ -61,7 +61,7 @@ def convert_trained(
         if fit is not None and not fit.stays:
             layer = calibrated(linear, norms[name], fit)
             numbers = Calibration(fit.error, fit.inherited, fit.tokens)
-            converted.append(described(name, layer, name in outputs, digest=layer.digest, calibration=numbers))
+            converted.append(described(name, layer, name in outputs, digest=vars(layer)["digest"], calibration=numbers))
     return ConversionReport(tuple(converted), tuple(kept), n_layers, mode="calibrate")
 
 
@@ -81,7 +81,7 @@ def calibrated(linear: nn.Linear, norms: Norms, fit: Fit) -> SDDLinear:
     """Turn a layer into an SDD layer with the fitted alpha; V and b keep their bits."""
     layer = become_sdd(linear, norms, fit.alpha.square().mean().sqrt().item())
     layer.alpha.copy_(fit.alpha)
-    layer.digest = digest(layer)
+    remember(layer, digest(layer))
     return layer
 
 
