@@ -77,6 +77,7 @@ def test_inputs_are_those_of_the_converted_prefix_and_targets_the_originals(seed
     norms = {name: Norms(resolve_group(None, layer.out_features)) for name, layer in linears(model).items()}
     fits = fit_alphas(model, linears(model), norms, batches)
     original, converted = torch.cat(batches), torch.cat(batches)
+    hidden = hidden_true = torch.empty(0)
     for index in range(2):
         for name in (f"up.{index}", f"down.{index}"):
             layer = model.get_submodule(name)
@@ -128,7 +129,8 @@ def test_a_layer_above_max_error_stays_and_later_ones_see_its_true_outputs():
     model = trained()
     report = convert(model, mode="calibrate", batches=[x], max_error=limit)
     stayed = [layer for layer in report.kept if "max_error" in layer.reason]
-    assert stayed and report.converted
+    assert stayed
+    assert report.converted
     assert all(layer.calibration.error <= limit for layer in report.converted)
     assert all(isinstance(model.get_submodule(layer.name), nn.Linear) for layer in stayed)
     assert [layer.name for layer in report.converted] == ["up.1"]
@@ -233,11 +235,13 @@ def test_observing_changes_nothing_and_tells_scale_spread_sinks_and_error():
     x = x / (x @ model[0].weight.detach().T).square().mean(-1, keepdim=True).sqrt()
     x[:100] *= 2
     x[:3] *= 100
+    x[-2:] /= 100
     before = model[0].weight.clone()
     report = convert(model, mode="observe", batches=[x])
-    assert type(model[0]) is nn.Linear and torch.equal(model[0].weight, before)
+    assert type(model[0]) is nn.Linear
+    assert torch.equal(model[0].weight, before)
     (layer,) = report.observed
-    assert (layer.tokens, layer.sinks) == (200, 3)
+    assert (layer.tokens, layer.sinks, layer.faint) == (200, 3, 2)
     assert layer.spread == pytest.approx(2, rel=1e-3)
     assert not report.converted
     predicted = convert(model, mode="calibrate", batches=[x]).converted[0].calibration.error

@@ -55,6 +55,11 @@ def test_dict_survives_json():
         "shape": [64, 128],
         "alpha_init": 30**-0.5,
         "is_output": True,
+        "eps": 1e-6,
+        "group": None,
+        "shared_alpha": False,
+        "digest": None,
+        "calibration": None,
     }
     assert report["kept"][0] == {"name": "lm_head", "reason": "the head"}
     assert report["notes"] == ["read me"]

@@ -29,7 +29,8 @@ def test_a_calibrated_model_becomes_the_original_bit_for_bit(seed, group):
     assert torch.equal(net(x), before)
     assert list(net.state_dict()) == keys
     assert [type(layer) for layer in net] == [nn.Linear, nn.ReLU, nn.Linear]
-    assert report.restored == ("0", "2") and not report.fitted
+    assert report.restored == ("0", "2")
+    assert not report.fitted
     assert str(net[0]) == str(nn.Linear(8, 12))
 
 
@@ -53,7 +54,8 @@ def test_a_layer_that_was_trained_since_needs_batches(parameter):
         getattr(net[0], parameter).add_(0.01)
     with pytest.raises(UserError, match="1 of 2 layers, such as 0, were trained since"):
         revert(net)
-    assert isinstance(net[0], SDDLinear) and isinstance(net[2], SDDLinear)
+    assert isinstance(net[0], SDDLinear)
+    assert isinstance(net[2], SDDLinear)
     report = revert(net, [x])
     assert report.restored == ("2",)
     assert [name for name, _ in report.fitted] == ["0"]

@@ -46,9 +46,7 @@ def as_group(norms: Norms, width: int) -> Any:
 def described(name: str, layer: SDDLinear, is_output: bool, **more: Any) -> ConvertedLayer:
     """The line of a layer in the report."""
     shape = (layer.out_features, layer.in_features)
-    return ConvertedLayer(
-        name, shape, layer.alpha_init, is_output, layer.eps, layer.group, layer.shared_alpha, **more
-    )
+    return ConvertedLayer(name, shape, layer.alpha_init, is_output, layer.eps, layer.group, layer.shared_alpha, **more)
 
 
 def as_described(layer: ConvertedLayer) -> dict[str, Any]:

@@ -93,7 +93,9 @@ def fit_alphas(
     run_batches(model, linears, examples, fitting.visit, twice=True)
     errors, inherited, tokens = fitting.errors(), fitting.inherited(), fitting.tokens()
     return {
-        name: Fit(fitting.coefficients[name].float(), errors[name], inherited[name], tokens[name], name in fitting.stays)
+        name: Fit(
+            fitting.coefficients[name].float(), errors[name], inherited[name], tokens[name], name in fitting.stays
+        )
         for name in errors
     }
 
@@ -113,7 +115,7 @@ def as_batches(batches: Iterable[Any]) -> list[Any]:
 
 
 def run_batches(
-    model: nn.Module, linears: Mapping[str, nn.Linear], batches: Sequence[Any], visit: Visit, *, twice: bool = False
+    model: nn.Module, layers: Mapping[str, nn.Module], batches: Sequence[Any], visit: Visit, *, twice: bool = False
 ) -> None:
     """Run the batches in lockstep, each of them twice if asked to, and say which one the model refuses.
 
@@ -121,7 +123,7 @@ def run_batches(
         UserError: if the model refuses a batch, or `visit` raises one.
     """
     try:
-        in_lockstep(model, linears, [*batches, *batches] if twice else batches, visit)
+        in_lockstep(model, layers, [*batches, *batches] if twice else batches, visit)
     except RefusedBatch as error:
         cause = error.__cause__
         raise UserError(
@@ -229,8 +231,9 @@ class Fitting:
         for index in (index for index in stops if index >= n):
             z = self.plain(name, stops[index])
             u = self.target(name, stops[index - n]) if index - n in stops else None
-            alone = u is None or u.shape != z.shape or "expert" in name
-            yield index, (z, self.target(name, stops[index]) if alone else u)
+            if u is None or u.shape != z.shape or "expert" in name:
+                u = self.target(name, stops[index])
+            yield index, (z, u)
 
     def _counted(self, index: int, z: Tensor) -> Tensor:
         """The rows of the tokens that count, `[tokens, N]`."""
@@ -296,7 +299,9 @@ def least_squares(
         sums = ((w * product).sum(0, dtype=torch.float64) for product in (f * u, f.square()))
         totals = totals.to(u.device) + torch.stack(list(sums))
     if not totals.isfinite().all():
-        raise UserError(f"{name} puts out values that are not finite on these batches: look at the model or the batches")
+        raise UserError(
+            f"{name} puts out values that are not finite on these batches: look at the model or the batches"
+        )
     spans = [(totals[:, start:stop], width) for start, stop, width in _spans(parts) if width]
     return torch.cat([_ratio(total.unflatten(1, (-1, width)).sum(1) if shared else total) for total, width in spans])
 

@@ -24,7 +24,9 @@ def norms_for(linears: Mapping[str, nn.Linear], group: Group | Mapping[str, Grou
     by_pattern = group if isinstance(group, Mapping) else {"*": group}
     for pattern in by_pattern:
         if not any(matches(name, [pattern]) for name in linears):
-            raise ValueError(f"group={{{pattern!r}: ...}} fits none of the layers to convert, such as {next(iter(linears))}")
+            raise ValueError(
+                f"group={{{pattern!r}: ...}} fits none of the layers to convert, such as {next(iter(linears))}"
+            )
     found = {}
     for name, linear in linears.items():
         chosen = next((by_pattern[pattern] for pattern in by_pattern if matches(name, [pattern])), None)

@@ -20,7 +20,8 @@ from sdd.conversion.calibrate import (
 from sdd.conversion.lockstep import Stop
 from sdd.functional import scaled_norm
 
-#: A token whose output is this many times larger than the median one is counted as a sink.
+#: A token whose output is this many times larger than the median one is counted as a sink, so many times smaller as
+#: faint. Calibration brings both to the common scale, however few they are.
 SINK = 10.0
 
 
@@ -34,7 +35,8 @@ class ObservedLayer:
         tokens: their number.
         rms: median over tokens of the root mean square of `W x`.
         spread: the 90th percentile of that over the 10th; 1 if all tokens have one scale.
-        sinks: tokens whose rms is over 10 times the median.
+        sinks: tokens whose rms is over 10 times the median: massive activations.
+        faint: tokens whose rms is under a tenth of the median, as are the values of attention sinks.
         error: the error that calibration would leave with true inputs: the median over tokens of
             `|alpha norm(W x) - W x| / |W x|`, with the alpha of `sdd.conversion.calibrate`.
     """
@@ -45,6 +47,7 @@ class ObservedLayer:
     rms: float
     spread: float
     sinks: int
+    faint: int
     error: float
 
 
@@ -91,5 +94,6 @@ def _observed(name: str, linear: nn.Linear, z: Tensor, norms: Norms) -> Observed
         middle,
         high / low if low else float("inf"),
         int((rms > SINK * middle).sum()),
+        int((rms * SINK < middle).sum()),
         median([errors]),
     )

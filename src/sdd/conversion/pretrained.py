@@ -37,7 +37,7 @@ def mark(model: nn.Module) -> None:
         converted = any(isinstance(module, SDDLinear) for module in outer.modules())
         if converted:
             _become(outer, describe(outer))
-        elif isinstance(outer, Converted):
+        elif Converted in type(outer).__mro__:
             _become_plain(outer)
 
 
@@ -54,7 +54,8 @@ class Converted:
     """What a converted model's class adds to that of transformers: the conversion, before weights are loaded."""
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
-        super().__init__(config, *args, **kwargs)
+        build: Any = super()
+        build.__init__(config, *args, **kwargs)
         description = getattr(config, FIELD, None)
         if description is None:
             raise UserError(
@@ -107,7 +108,7 @@ def _outermost(model: nn.Module, kind: type) -> list[Any]:
 
 
 def _become(model: Any, description: dict[str, Any]) -> None:
-    if not isinstance(model, Converted):
+    if Converted not in type(model).__mro__:
         model.__class__ = _model_class(type(model))
     old, new = model.config, copy.deepcopy(model.config)
     if not new.model_type.startswith(PREFIX):
@@ -174,14 +175,14 @@ _made: dict[type, Any] = {}
 
 
 def _family(model_type: str) -> None:
-    """Make the config class of a model type of transformers, if there is such a type, and register what goes with it."""
+    """Make the config class of a model type, if transformers has it, and register what goes with it."""
     auto = importlib.import_module("transformers.models.auto.configuration_auto")
     if model_type in auto.CONFIG_MAPPING_NAMES:
         _config_class(auto.CONFIG_MAPPING[model_type])
 
 
 def _register(base: type, config: type) -> None:
-    """Give the new config, in every Auto class, what the original one has there: models converted, the rest as it is."""
+    """Give the new config, in every Auto class, what the original one has there: models converted, the rest not."""
     for name in ("modeling_auto", "tokenization_auto", "processing_auto", "image_processing_auto"):
         module = importlib.import_module(f"transformers.models.auto.{name}")
         for mapping in [value for key, value in vars(module).items() if key.endswith("_MAPPING")]:

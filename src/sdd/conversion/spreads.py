@@ -21,18 +21,20 @@ def error_lines(errors: Iterable[tuple[str, float]]) -> list[str]:
 
 def observed_lines(layers: Sequence[ObservedLayer]) -> list[str]:
     """One line for each kind of layer: how its scale behaves, and the error that calibration would leave."""
-    header = (f"{len(layers)} layers observed", "rms", "spread", "sinks", "error: median", "most", "most at")
+    header = (f"{len(layers)} layers observed", "rms", "spread", "sinks", "faint", "error: median", "most", "most at")
     rows = []
     for kind, members in _by_kind((layer.name, layer) for layer in layers).items():
         found = [layer for _, layer in members]
         worst = max(found, key=lambda layer: layer.error)
         middles = (median(layer.rms for layer in found), median(layer.spread for layer in found))
-        sinks = sum(layer.sinks for layer in found)
+        sinks, faint = (sum(numbers) for numbers in zip(*((x.sinks, x.faint) for x in found), strict=True))
         error = median(layer.error for layer in found)
-        rows.append((kind, *(f"{n:.3g}" for n in middles), sinks, f"{error:.2g}", f"{worst.error:.2g}", worst.name))
+        rows.append(
+            (kind, *(f"{n:.3g}" for n in middles), sinks, faint, f"{error:.2g}", f"{worst.error:.2g}", worst.name)
+        )
     note = (
-        f"rms, spread (90th over 10th percentile) and sinks (tokens over {SINK:g} times the median) are those of W x "
-        "over tokens; error is what calibration would leave with true inputs"
+        f"rms, spread (90th over 10th percentile) and sinks (tokens over {SINK:g} times the median, faint: "
+        f"under 1/{SINK:g} of it) are those of W x over tokens; error is what calibration would leave with true inputs"
     )
     return [*aligned([header, *rows]), "", note]
 
