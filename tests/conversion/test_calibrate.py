@@ -226,6 +226,33 @@ def test_mistakes_are_one_clear_line_and_the_model_is_unchanged():
     refused(trained(), ValueError, "up.0: group=5 does not divide", mode="calibrate", batches=[x], group={"up.*": 5})
 
 
+def test_an_optimiser_goes_on_with_its_state_and_takes_the_alphas():
+    """The recipe of docs/calibrate.md."""
+    model, x = trained(), draw(0, 32, 8)
+    target = trained(1)(x).detach()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+
+    def train(steps: int) -> list[float]:
+        losses = []
+        for _ in range(steps):
+            loss = (model(x) - target).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        return losses
+
+    train(3)
+    moments = {parameter: optimizer.state[parameter]["exp_avg"].clone() for parameter in model.parameters()}
+    report = convert(model, mode="calibrate", batches=[x])
+    alphas = [model.get_parameter(f"{layer.name}.alpha") for layer in report.converted]
+    optimizer.add_param_group({"params": alphas, "weight_decay": 0.0})
+    assert all(torch.equal(optimizer.state[parameter]["exp_avg"], old) for parameter, old in moments.items())
+    assert {id(p) for p in moments} | {id(p) for p in alphas} == {id(p) for p in model.parameters()}
+    losses = train(20)
+    assert losses[-1] < 0.7 * losses[0]
+
+
 # --- observe
 
 
