@@ -121,6 +121,8 @@ def test_a_sink_token_does_not_decide_for_the_others():
     x[:4] *= 1000
     report = convert(model, mode="calibrate", batches=[x])
     assert report.converted[0].calibration.error < 0.3
+    assert report.converted[0].calibration.outliers == 4
+    assert any("over 10 times the usual scale" in note for note in report.notes)
 
 
 def test_a_layer_above_max_error_stays_and_later_ones_see_its_true_outputs():
@@ -196,7 +198,9 @@ def test_batches_that_take_other_paths_are_calibrated_together():
     assert tokens == {"experts.0": 8, "experts.1": 8, "last": 16}
 
 
-@pytest.mark.parametrize("batch", [draw(0, 4, 8), (draw(0, 4, 8), 0.5), {"x": draw(0, 4, 8), "scale": 0.5}])
+@pytest.mark.parametrize(
+    "batch", [draw(0, 4, 8), draw(0, 8), draw(0, 2, 3, 8), (draw(0, 4, 8), 0.5), {"x": draw(0, 4, 8), "scale": 0.5}]
+)
 def test_examples_are_tensors_tuples_or_mappings(batch):
     assert len(convert(trained(), mode="calibrate", batches=iter([batch, batch])).converted) == 4
 
@@ -222,6 +226,7 @@ def test_mistakes_are_one_clear_line_and_the_model_is_unchanged():
     refused(trained(), UserError, "batches is empty", mode="calibrate", batches=[])
     refused(trained(), UserError, r"refused batches\[1\] \(RuntimeError", mode="calibrate", batches=[x, x[:, :5]])
     refused(trained(), UserError, "not finite", mode="calibrate", batches=[x, x * float("nan")])
+    refused(trained().to("meta"), ValueError, "load the weights first", mode="calibrate", batches=[x])
     refused(trained(), ValueError, "fits none of the layers", mode="calibrate", batches=[x], group={"gate": 4})
     refused(trained(), ValueError, "up.0: group=5 does not divide", mode="calibrate", batches=[x], group={"up.*": 5})
 

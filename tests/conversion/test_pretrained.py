@@ -95,6 +95,33 @@ def test_save_and_load_go_both_ways(kind, tied, tmp_path):
         assert torch.equal(output(model), expected)
 
 
+def kinds():
+    encoder = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    vit = transformers.ViTConfig(**encoder, image_size=16, patch_size=8)
+    t5 = transformers.T5Config(vocab_size=32, d_model=16, d_ff=32, d_kv=4, num_layers=2, num_heads=4)
+    return {
+        "vit": (
+            transformers.ViTForImageClassification(vit),
+            "ImageClassification",
+            {"pixel_values": torch.ones(1, 3, 16, 16)},
+        ),
+        "t5": (transformers.T5ForConditionalGeneration(t5), "Seq2SeqLM", {"input_ids": TOKENS, "labels": TOKENS}),
+    }
+
+
+@pytest.mark.parametrize("kind", ["vit", "t5"])
+def test_other_kinds_are_saved_and_loaded_alike(kind, tmp_path):
+    import sdd.interop.converted  # noqa: F401
+
+    model, auto, example = kinds()[kind]
+    convert(model.eval())
+    trained(model).save_pretrained(tmp_path)
+    loaded = getattr(transformers, f"AutoModelFor{auto}").from_pretrained(tmp_path).eval()
+    assert loaded.config.model_type == f"sdd-{kind}"
+    with torch.no_grad():
+        assert torch.equal(loaded(**example).logits, model(**example).logits)
+
+
 def test_a_checkpoint_of_transformers_is_calibrated_saved_loaded_and_reverted(tmp_path):
     import sdd.interop.converted  # noqa: F401
 

@@ -26,6 +26,10 @@ from sdd.errors import UserError, one_line
 from sdd.functional import norm, scaled_norm, statistics_dtype
 from sdd.norm_groups import Parts
 
+#: A token whose output is this many times larger than the median one is a sink, so many times smaller faint. Norms
+#: bring both to the common scale, however few they are.
+FAR = 10.0
+
 
 @dataclass(frozen=True)
 class Norms:
@@ -52,6 +56,7 @@ class Fit:
             converted layers before it included.
         inherited: the same of the plain layer, `|W x - W x*| / |W x*|`: what the layers before it cause alone.
         tokens: their number.
+        outliers: tokens of the original model whose rms is over 10 times the median, or under a tenth of it.
         stays: whether the error is beyond the limit, so that the layer stays plain.
     """
 
@@ -59,6 +64,7 @@ class Fit:
     error: float
     inherited: float
     tokens: int
+    outliers: int = 0
     stays: bool = False
 
 
@@ -94,7 +100,12 @@ def fit_alphas(
     errors, inherited, tokens = fitting.errors(), fitting.inherited(), fitting.tokens()
     return {
         name: Fit(
-            fitting.coefficients[name].float(), errors[name], inherited[name], tokens[name], name in fitting.stays
+            fitting.coefficients[name].float(),
+            errors[name],
+            inherited[name],
+            tokens[name],
+            fitting.outliers[name],
+            name in fitting.stays,
         )
         for name in errors
     }
@@ -219,7 +230,7 @@ class Fitting:
         """How many tokens reached each layer."""
         return {name: sum(map(len, self._errors[name])) for name in self._layers if name in self._errors}
 
-    def _fit(self, name: str, pairs: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+    def _fit(self, name: str, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
         return least_squares([(self.features(name, z), u) for z, u in pairs], self.parts(name), name)
 
     def _pairs(self, name: str, stops: Mapping[int, Stop]) -> Iterator[tuple[int, tuple[Tensor, Tensor]]]:
@@ -251,13 +262,15 @@ class _Calibration(Fitting):
         max_error: float | None,
     ) -> None:
         super().__init__(linears, masks, max_error)
+        self.outliers: dict[str, int] = {}
         self._norms = norms
 
     def put_out(self, name: str, z: Tensor, coefficient: Tensor, bias: Tensor | None) -> Tensor:
         norms = self._norms[name]
         return scaled_norm(z, coefficient.float(), bias, group=norms.parts, eps=norms.eps)
 
-    def _fit(self, name: str, pairs: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+    def _fit(self, name: str, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+        self.outliers[name] = sum(outliers(torch.cat([u for _, u in pairs])))
         return closed_form(pairs, self._norms[name], name)
 
 
@@ -344,7 +357,7 @@ def _weights(u: Tensor, parts: Iterable[tuple[int, int]]) -> Tensor:
 
 def token_errors(y: Tensor, target: Tensor) -> Tensor:
     """`|y - target| / |target|` of each token whose target is not 0, float32 `[tokens]`."""
-    y, target = y.flatten(0, -2).float(), target.flatten(0, -2).float()
+    y, target = (value.reshape(-1, value.shape[-1]).float() for value in (y, target))
     size = target.norm(dim=-1)
     return ((y - target).norm(dim=-1) / size)[size > 0]
 
@@ -355,6 +368,13 @@ def median(parts: Sequence[Tensor]) -> float:
     return numbers.median().item() if numbers.numel() else 0.0
 
 
+def outliers(z: Tensor) -> tuple[int, int]:
+    """How many tokens of `[tokens, N]` have an rms over 10 times the median, and how many one under a tenth of it."""
+    size = z.float().square().mean(-1).sqrt()
+    middle = size.median()
+    return int((size > FAR * middle).sum()), int((size * FAR < middle).sum())
+
+
 def token_mask(batch: Any) -> Tensor | None:
     """Where a batch's `attention_mask` `[B, T]` has tokens; None if it has none."""
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
@@ -363,4 +383,4 @@ def token_mask(batch: Any) -> Tensor | None:
 
 def counted_rows(z: Tensor, mask: Tensor | None) -> Tensor:
     """The rows of the tokens that count, `[tokens, N]`; all where the mask has another shape."""
-    return z.flatten(0, -2) if mask is None or mask.shape != z.shape[:-1] else z[mask.to(z.device)]
+    return z.reshape(-1, z.shape[-1]) if mask is None or mask.shape != z.shape[:-1] else z[mask.to(z.device)]

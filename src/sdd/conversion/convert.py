@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -110,7 +111,7 @@ def convert(
         report = convert_trained(model, selection, norms, batches, max_error, outputs, depth)
         leave_fused_inference(model)
         mark(model)
-        return report
+        return replace(report, notes=(*report.notes, *_notes(model, selection, False)))
     converted = []
     for name, linear in selection.linears.items():
         is_output = matches(name, patterns.get("output", OUTPUTS))

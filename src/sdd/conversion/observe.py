@@ -13,16 +13,13 @@ from sdd.conversion.calibrate import (
     closed_form,
     counted_rows,
     median,
+    outliers,
     run_batches,
     token_errors,
     token_mask,
 )
 from sdd.conversion.lockstep import Stop
 from sdd.functional import scaled_norm
-
-#: A token whose output is this many times larger than the median one is counted as a sink, so many times smaller as
-#: faint. Calibration brings both to the common scale, however few they are.
-SINK = 10.0
 
 
 @dataclass(frozen=True)
@@ -93,7 +90,6 @@ def _observed(name: str, linear: nn.Linear, z: Tensor, norms: Norms) -> Observed
         len(rms),
         middle,
         high / low if low else float("inf"),
-        int((rms > SINK * middle).sum()),
-        int((rms * SINK < middle).sum()),
+        *outliers(z),
         median([errors]),
     )

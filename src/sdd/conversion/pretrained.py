@@ -183,7 +183,7 @@ def _family(model_type: str) -> None:
 
 def _register(base: type, config: type) -> None:
     """Give the new config, in every Auto class, what the original one has there: models converted, the rest not."""
-    for name in ("modeling_auto", "tokenization_auto", "processing_auto", "image_processing_auto"):
+    for name in ("modeling_auto", "tokenization_auto"):
         module = importlib.import_module(f"transformers.models.auto.{name}")
         for mapping in [value for key, value in vars(module).items() if key.endswith("_MAPPING")]:
             if not hasattr(mapping, "register") or base not in mapping:

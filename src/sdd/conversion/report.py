@@ -23,11 +23,13 @@ class Calibration:
         error: median over tokens of the relative error against the original model's output.
         inherited: the same if the layer had stayed linear: what the converted layers before it cause alone.
         tokens: their number.
+        outliers: tokens of the original model whose rms is over 10 times the median, or under a tenth of it.
     """
 
     error: float
     inherited: float
     tokens: int
+    outliers: int = 0
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,8 @@ import re
 from collections.abc import Iterable, Sequence
 from statistics import median
 
-from sdd.conversion.observe import SINK, ObservedLayer
+from sdd.conversion.calibrate import FAR
+from sdd.conversion.observe import ObservedLayer
 from sdd.terminal import aligned
 
 
@@ -33,8 +34,8 @@ def observed_lines(layers: Sequence[ObservedLayer]) -> list[str]:
             (kind, *(f"{n:.3g}" for n in middles), sinks, faint, f"{error:.2g}", f"{worst.error:.2g}", worst.name)
         )
     note = (
-        f"rms, spread (90th over 10th percentile) and sinks (tokens over {SINK:g} times the median, faint: "
-        f"under 1/{SINK:g} of it) are those of W x over tokens; error is what calibration would leave with true inputs"
+        f"rms, spread (90th over 10th percentile) and sinks (tokens over {FAR:g} times the median, faint: "
+        f"under 1/{FAR:g} of it) are those of W x over tokens; error is what calibration would leave with true inputs"
     )
     return [*aligned([header, *rows]), "", note]
 

@@ -1,13 +1,13 @@
 """The two modes of `sdd.convert` that look at a trained model: "calibrate" and "observe"."""
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from sdd.conversion.become import become_sdd, described, digest, remember
-from sdd.conversion.calibrate import Fit, Norms, fit_alphas
+from sdd.conversion.calibrate import FAR, Fit, Norms, fit_alphas
 from sdd.conversion.match import Selection
 from sdd.conversion.observe import observe
 from sdd.conversion.report import Calibration, ConversionReport, ConvertedLayer, KeptLayer
@@ -45,6 +45,8 @@ def convert_trained(
         ValueError: if no layer is converted; the model is unchanged.
         UserError: see `fit_alphas`.
     """
+    if any(linear.weight.is_meta for linear in selection.linears.values()):
+        raise ValueError("some layers are on the meta device: load the weights first, then calibrate")
     fits = fit_alphas(model, selection.linears, norms, batches, max_error)
     reasons = {name: _reason_to_stay(fits.get(name), max_error) for name in selection.linears}
     kept = [*selection.kept, *(KeptLayer(name, reason) for name, reason in reasons.items() if reason)]
@@ -60,9 +62,10 @@ def convert_trained(
         fit = fits.get(name)
         if fit is not None and not fit.stays:
             layer = calibrated(linear, norms[name], fit)
-            numbers = Calibration(fit.error, fit.inherited, fit.tokens)
+            numbers = Calibration(fit.error, fit.inherited, fit.tokens, fit.outliers)
             converted.append(described(name, layer, name in outputs, digest=vars(layer)["digest"], calibration=numbers))
-    return ConversionReport(tuple(converted), tuple(kept), n_layers, mode="calibrate")
+    notes = _outlier_note(converted)
+    return ConversionReport(tuple(converted), tuple(kept), n_layers, notes, mode="calibrate")
 
 
 def observe_trained(
@@ -83,6 +86,19 @@ def calibrated(linear: nn.Linear, norms: Norms, fit: Fit) -> SDDLinear:
     layer.alpha.copy_(fit.alpha)
     remember(layer, digest(layer))
     return layer
+
+
+def _outlier_note(layers: Sequence[ConvertedLayer]) -> tuple[str, ...]:
+    """A note on the layers at which tokens have another scale than the rest, which a median does not show."""
+    found = [layer for layer in layers if layer.calibration and layer.calibration.outliers]
+    if not found:
+        return ()
+    most = max(found, key=lambda layer: layer.calibration.outliers if layer.calibration else 0)
+    return (
+        f"{len(found)} of the converted layers have tokens with over {FAR:g} times the usual scale, or under "
+        f"1/{FAR:g} of it, most of them {most.name}: the norm takes that away, which may cost much; mode='observe' "
+        "shows them, and exclude leaves layers out",
+    )
 
 
 _UNREACHED = "the batches do not reach it"
