@@ -98,7 +98,9 @@ def test_save_and_load_go_both_ways(kind, tied, tmp_path):
 def kinds():
     encoder = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
     vit = transformers.ViTConfig(**encoder, image_size=16, patch_size=8)
-    t5 = transformers.T5Config(vocab_size=32, d_model=16, d_ff=32, d_kv=4, num_layers=2, num_heads=4)
+    t5 = transformers.T5Config(
+        vocab_size=32, d_model=16, d_ff=32, d_kv=4, num_layers=2, num_heads=4, decoder_start_token_id=0
+    )
     return {
         "vit": (
             transformers.ViTForImageClassification(vit),
