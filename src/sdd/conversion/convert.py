@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from sdd.conversion.become import become_sdd, described, leave_fused_inference
-from sdd.conversion.groups import norms_for
 from sdd.conversion.match import OUTPUTS, Selection, as_patterns, check_patterns, matches, select
+from sdd.conversion.norms import norms_for
 from sdd.conversion.pretrained import mark
 from sdd.conversion.report import ConversionReport, KeptLayer
 from sdd.conversion.trained import check_mode, convert_trained, observe_trained
