@@ -254,8 +254,8 @@ def test_without_blocks_l_is_one_and_a_note_says_so():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"mode": "calibrate"}, r"mode='calibrate': this version offers 'reinit'"),
-        ({"mode": "observe"}, r"this version offers 'reinit'"),
+        ({"mode": "calibrate"}, r"mode='calibrate' needs batches"),
+        ({"mode": "observe"}, r"mode='observe' needs batches"),
         ({"alpha_init": "1/L"}, r"alpha_init='1/L' is not a named scale.*1/sqrt\(L\)"),
         ({"output_alpha_init": "two"}, r"output_alpha_init='two'"),
         ({"n_layers": 0}, r"n_layers=0: give the number of blocks"),

@@ -55,7 +55,7 @@ def test_a_tied_llama_keeps_its_head():
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_saved_model_loads_into_a_converted_one(tied, tmp_path):
-    """The recipe of docs/api.md; `from_pretrained` alone builds the model without SDD and drops every alpha."""
+    """Build, convert, load: without the description in the config; test_pretrained.py has the shorter ways."""
     model = llama(tie_word_embeddings=tied)
     convert(model, eps=1e-4)
     with torch.no_grad():
@@ -63,8 +63,7 @@ def test_a_saved_model_loads_into_a_converted_one(tied, tmp_path):
             if name.endswith("alpha"):
                 parameter.uniform_(0.5, 1.5)
     model.save_pretrained(tmp_path)
-    config = transformers.AutoConfig.from_pretrained(tmp_path)
-    loaded = transformers.AutoModelForCausalLM.from_config(config)
+    loaded = llama(tie_word_embeddings=tied)
     convert(loaded, eps=1e-4)
     load_model(loaded, tmp_path / "model.safetensors")
     tokens = torch.randint(32, (2, 9), generator=torch.Generator().manual_seed(1))

@@ -1,6 +1,18 @@
 """SDD for foreign models: choose the layers, convert them in place, and report."""
 
 from sdd.conversion.convert import convert
-from sdd.conversion.report import ConversionReport, ConvertedLayer, KeptLayer
+from sdd.conversion.description import apply, load_converted
+from sdd.conversion.report import Calibration, ConversionReport, ConvertedLayer, KeptLayer
+from sdd.conversion.revert import RevertReport, revert
 
-__all__ = ["ConversionReport", "ConvertedLayer", "KeptLayer", "convert"]
+__all__ = [
+    "Calibration",
+    "ConversionReport",
+    "ConvertedLayer",
+    "KeptLayer",
+    "RevertReport",
+    "apply",
+    "convert",
+    "load_converted",
+    "revert",
+]

@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from sdd.conversion.kinds import features
-from sdd.conversion.report import collapse
+from sdd.conversion.table import collapse
 
 _UNSCALED = ("T5", "MT5", "UMT5", "LongT5", "SwitchTransformers", "Udop", "Pop2Piano", "Pix2Struct", "GPTNeoSelf")
 _QUERIES = ("q", "q_proj", "query", "wq", "q_lin")

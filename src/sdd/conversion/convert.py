@@ -1,20 +1,21 @@
 """`sdd.convert`: turn the layers of a model that was written without SDD into SDD layers."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from typing import Literal
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from sdd.conversion import advice
-from sdd.conversion.experts import become_sdd_experts, expert_shape
 from sdd.conversion.groups import GroupChoice, check_choice
-from sdd.conversion.kinds import become_sdd
 from sdd.conversion.match import Selection, as_patterns, check_patterns, matches, select
 from sdd.conversion.outputs import depth_of
-from sdd.conversion.report import ConversionReport, ConvertedLayer, KeptLayer
-from sdd.nn import SDDLinear
+from sdd.conversion.plan import Plan, parameters_of
+from sdd.conversion.pretrained import mark
+from sdd.conversion.report import ConversionReport, KeptLayer
+from sdd.conversion.trained import check_mode, convert_trained, observe_trained, without_experts
 from sdd.placement import SCALES
 
 #: A number, a named function of L, or either by pattern.
@@ -25,7 +26,7 @@ def convert(
     model: nn.Module,
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
-    mode: Literal["reinit"] = "reinit",
+    mode: Literal["reinit", "calibrate", "observe"] = "reinit",
     *,
     output: str | Sequence[str] | None = None,
     group: GroupChoice = None,
@@ -34,6 +35,8 @@ def convert(
     n_layers: int | None = None,
     eps: float = 1e-6,
     generator: torch.Generator | None = None,
+    batches: Iterable[Any] | None = None,
+    max_error: float | None = None,
 ) -> ConversionReport:
     r"""Turn the fully-connected layers of a model into SDD layers, in place, redrawn for training from scratch.
 
@@ -73,7 +76,10 @@ def convert(
         include: glob patterns (`fnmatch`, `*` crosses dots) of the layers to convert; None for all. A pattern fits a
             full dotted name or its ending after a dot: "q_proj", "mlp.*", "*.layers.0.*".
         exclude: patterns of the layers to leave; it wins over `include`.
-        mode: "reinit", the only one in this version.
+        mode: "reinit" draws new values, as above. "calibrate" is for a trained model: it keeps W as V and b, bit for
+            bit, and fits alpha to the outputs on a few `batches`, see `sdd.conversion.calibrate`; a layer that they
+            do not reach stays, as do stacked experts. "observe" changes nothing: the report says how the scale of each
+            layer's output behaves on `batches`, and what calibration would cost.
         output: patterns of the projections that write to the residual stream; None for the last one to the width of
             the stream in each branch of a block, and outside blocks for the names in use (o_proj, down_proj, ...).
         group: norm groups of the features of a layer. None keeps the parts of fused projections apart where they are
@@ -85,16 +91,19 @@ def convert(
         n_layers: L; None for the length of the longest list of blocks, those of all its stages and types.
         eps: added to the mean square of `V x`, inside the root.
         generator: for a reproducible draw; layers are drawn in the model's order, on the generator's device.
+        batches: for "calibrate" and "observe", examples of what the model was trained on: tensors, tuples of
+            arguments, or mappings of keyword arguments. All are in memory at once, as one batch without gradients.
+        max_error: for "calibrate", the largest median error a token with which a layer is converted.
 
     Returns:
         The report: converted and kept layers, L, and notes.
 
     Raises:
         ValueError: if mode or a named scale is unknown, n_layers is below 1, a pattern fits no layer, a group does not
-            fit, or nothing is left to convert; the model is then unchanged.
+            fit, nothing is left to convert, or arguments do not fit the mode; the model is then unchanged.
+        UserError: if the model refuses one of the batches, or puts out values that are not finite; likewise.
     """
-    if mode != "reinit":
-        raise ValueError(f"mode={mode!r}: this version offers 'reinit' (new values, for training from scratch)")
+    check_mode(mode, batches, max_error)
     chosen = {"include": include, "exclude": exclude, "output": output}
     patterns = {argument: as_patterns(given) for argument, given in chosen.items() if given is not None}
     for argument, given in patterns.items():
@@ -107,43 +116,41 @@ def convert(
     if isinstance(group, Mapping):
         check_patterns("group", list(group), model)
     selection = select(
-        model, patterns.get("include"), patterns.get("exclude", ()), output=patterns.get("output"), group=group
+        model,
+        patterns.get("include"),
+        patterns.get("exclude", ()),
+        output=patterns.get("output"),
+        group=group,
+        redraw=mode == "reinit",
     )
+    if mode != "reinit":
+        selection = without_experts(selection)
     if not selection.linears and not selection.experts:
         raise ValueError(f"nothing to convert in this {type(model).__name__}: {_summary(selection.kept)}")
     guessed = depth_of(model, selection.blocks)
     depth = n_layers or guessed or 1
-    alphas = _alphas(selection, alpha_init, output_alpha_init, depth)
-    converted = []
-    for name, linear in selection.linears.items():
-        layer = become_sdd(linear, selection.groups.get(name), alphas[name], eps)
-        layer.draw(generator)
-        converted.append(_converted(selection, name, (layer.out_features, layer.in_features), alphas[name], eps))
-    for module in dict.fromkeys(module for module, _ in selection.experts.values()):
-        keys = {key: name for name, (owner, key) in selection.experts.items() if owner is module}
-        experts = become_sdd_experts(module, {key: alphas[name] for key, name in keys.items()}, eps)
-        experts.draw(generator)
-        converted += [
-            _converted(selection, name, expert_shape(module, key), alphas[name], eps) for key, name in keys.items()
-        ]
-    _leave_fused_inference(model)
-    converted.sort(key=lambda layer: selection.order[layer.name])
-    depth_unknown = n_layers is None and guessed is None and bool(selection.outputs)
-    notes = _notes(model, selection, depth_unknown)
-    return ConversionReport(tuple(converted), tuple(selection.kept), depth, tuple(notes))
+    plan = Plan(model, selection, _alphas(selection, alpha_init, output_alpha_init, depth), eps, depth)
+    if mode == "observe" and batches is not None:
+        return observe_trained(plan, batches)
+    depth_unknown = mode == "reinit" and n_layers is None and guessed is None and bool(selection.outputs)
+    notes = tuple(_notes(model, selection, depth_unknown))
+    if mode == "calibrate" and batches is not None:
+        report = convert_trained(plan, batches, max_error)
+    else:
+        report = _convert_new(plan, generator)
+    mark(model)
+    return replace(report, notes=(*report.notes, *notes))
 
 
-def _converted(
-    selection: Selection, name: str, shape: tuple[int, ...], alpha_init: float, eps: float
-) -> ConvertedLayer:
-    return ConvertedLayer(
-        name,
-        shape,
-        alpha_init,
-        name in selection.outputs,
-        selection.groups.get(name),
-        eps,
-        name in selection.outside,
+def _convert_new(plan: Plan, generator: torch.Generator | None) -> ConversionReport:
+    redrawn = not any(linear.weight.is_meta for linear in plan.selection.linears.values())
+    parameters = parameters_of(plan.model)
+    modules = plan.carry_out()
+    for module in modules.values():
+        module.draw(generator)
+    lines = tuple(plan.lines(modules))
+    return ConversionReport(
+        lines, tuple(plan.selection.kept), plan.n_layers, redrawn=redrawn, parameters=parameters
     )
 
 
@@ -170,17 +177,6 @@ def _scale(argument: str, value: float | str, n_layers: int) -> float:
             raise ValueError(f"{argument}={value!r} is not a named scale: give a number or one of {list(SCALES)}")
         return SCALES[value](n_layers)
     return float(value)
-
-
-def _leave_fused_inference(model: nn.Module) -> None:
-    """Switch off the fused inference path of nn.TransformerEncoder, which reads converted weights as plain ones."""
-    for module in model.modules():
-        if not any(isinstance(inner, SDDLinear) for inner in module.modules()):
-            continue
-        if isinstance(module, nn.TransformerEncoderLayer):
-            module.activation_relu_or_gelu = 0  # the path requires it to be 1 or 2
-        elif isinstance(module, nn.TransformerEncoder):
-            module.use_nested_tensor = False
 
 
 def _notes(model: nn.Module, selection: Selection, depth_unknown: bool) -> list[str]:

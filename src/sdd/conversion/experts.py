@@ -66,7 +66,7 @@ class SDDExperts(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle by the module's own class, since the mixed one has no name of its own."""
-        return _rebuild, (type(self).__mro__[2],), self.__getstate__()
+        return _rebuild, (plain_class(type(self)),), self.__getstate__()
 
 
 def has_experts(module: nn.Module) -> bool:
@@ -157,6 +157,20 @@ def _normed(z: Tensor, alpha: Tensor, order: Any, module: Any, key: str) -> Tens
         return torch.cat([expert_scaled_norm(part, a, order, eps=module.eps) for part, a in pairs], -1)
     parts = [expert_scaled_norm(z[..., i::2], alpha[..., i::2], order, eps=module.eps) for i in (0, 1)]
     return torch.stack(parts, -1).flatten(-2)
+
+
+def become_plain_experts(module: Any) -> None:
+    """Change the class of a converted experts module back, in place; its alphas and eps are gone."""
+    for name in module.alpha_names:
+        delattr(module, name)
+    for name in ("alpha_names", "alpha_inits", "eps"):
+        delattr(module, name)
+    module.__class__ = plain_class(type(module))
+
+
+def plain_class(mixed: type) -> type:
+    """The class that a converted experts module had."""
+    return mixed.__mro__[2]
 
 
 _classes: dict[type, type] = {}

@@ -1,4 +1,4 @@
-"""Which layers of a foreign model compute `x W^T + b`, and how they become SDD layers in place."""
+"""Which layers of a foreign model compute `x W^T + b`."""
 
 from collections import OrderedDict
 from typing import Any
@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from sdd.nn import SDDLinear
-from sdd.norm_groups import Group
 
 
 class SDDConv1D(SDDLinear):
@@ -92,18 +91,3 @@ def _random(shape: torch.Size, generator: torch.Generator) -> Tensor:
     """Random values, as an outer product where there are two dimensions: a large matrix costs no time."""
     factors = [torch.rand(size, generator=generator) + 0.5 for size in shape]
     return torch.outer(*factors) / shape[-1] if len(factors) == 2 else factors[0]
-
-
-def become_sdd(linear: nn.Module, group: Group, alpha_init: float, eps: float) -> SDDLinear:
-    """Change the layer's class in place, as torch's parametrisations do.
-
-    A new module would lose hooks, second names, and references held outside the module tree.
-    """
-    layer: Any = linear
-    if is_conv1d(layer):
-        layer.in_features, layer.out_features = features(layer)
-        layer.__class__ = SDDConv1D
-    else:
-        layer.__class__ = SDDLinear
-    layer._add_norm(group, False, alpha_init, eps, paper_draw=True)
-    return layer
