@@ -3,13 +3,18 @@
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
+from sdd.conversion.guards import refuse_trained, refuse_wrapped
+from sdd.conversion.known import known_readers
 from sdd.conversion.match import OUTPUTS, Selection, as_patterns, check_patterns, matches, select
 from sdd.conversion.report import ConversionReport, ConvertedLayer, KeptLayer
+from sdd.conversion.trial import Trial
+from sdd.conversion.watch import Watch
 from sdd.nn import SDDLinear
 from sdd.placement import SCALES
 
@@ -26,6 +31,9 @@ def convert(
     n_layers: int | None = None,
     eps: float = 1e-6,
     generator: torch.Generator | None = None,
+    example: Any = None,
+    redraw: bool = False,
+    optimizer: torch.optim.Optimizer | None = None,
 ) -> ConversionReport:
     r"""Turn the `nn.Linear` layers of a model into `SDDLinear`, in place, redrawn for training from scratch.
 
@@ -35,6 +43,12 @@ def convert(
 
     as arXiv 2502.15499 does. Embeddings, norms and the layers that stay keep their values: give a new model, and
     convert it before building the optimiser, compiling, or sharding. `print(sdd.convert(model))` shows what was done.
+
+    With an example, the model is run to prove that it calls each converted layer and reads its weight nowhere else;
+    see `sdd.conversion.prove`. A layer that is refuted is put back bit for bit, with the reason in the report. One that
+    the example does not reach stays converted, is named, and is decided at its first call. The proof leaves nothing
+    behind; while it runs it needs the memory of two more copies of the model. Without an example, a warning at the end
+    of the first forward pass names the layers that it did not call.
 
     A layer stays an `nn.Linear`, with the reason in the report, if
 
@@ -66,13 +80,20 @@ def convert(
         n_layers: L; None for the length of the longest list of blocks of one type.
         eps: added to the mean square of `V x`, inside the root.
         generator: for a reproducible draw; layers are drawn in the model's order, on the generator's device.
+        example: one batch to prove the conversion on: a tensor, a tuple of positional arguments, or a mapping of
+            keyword arguments.
+        redraw: convert a model that shows signs of training: a config that was loaded, a gradient, or an optimiser
+            with state. What its converted layers have learned is lost.
+        optimizer: the model's optimiser, if there is one, to be asked whether it has taken steps.
 
     Returns:
-        The report: converted and kept layers, L, and notes.
+        The report: converted and kept layers, L, what was proven, and notes.
 
     Raises:
         ValueError: if mode or a named scale is unknown, n_layers is below 1, a pattern fits no `nn.Linear`, or nothing
             is left to convert; the model is then unchanged.
+        UserError: if the model shows signs of training and redraw is not given, is in DistributedDataParallel or
+            sharded, or refuses the example, or if every layer is refuted; the model is then unchanged.
     """
     if mode != "reinit":
         raise ValueError(f"mode={mode!r}: this version offers 'reinit' (new values, for training from scratch)")
@@ -82,21 +103,57 @@ def convert(
         check_patterns(argument, given, model)
     if n_layers is not None and n_layers < 1:
         raise ValueError(f"n_layers={n_layers}: give the number of blocks, at least 1, or None to count them")
-    selection = select(model, patterns.get("include"), patterns.get("exclude", ()))
+    refuse_wrapped(model)
+    if mode == "reinit" and not redraw:
+        refuse_trained(model, optimizer)
+    selection = _without_known(model, select(model, patterns.get("include"), patterns.get("exclude", ())))
     if not selection.linears:
         raise ValueError(f"nothing to convert in this {type(model).__name__}: {_summary(selection.kept)}")
     depth = n_layers if n_layers is not None else max(selection.blocks.values(), default=1)
     scales = (_scale("alpha_init", alpha_init, depth), _scale("output_alpha_init", output_alpha_init, depth))
-    converted = []
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    trial = None if example is None else Trial(model, example)
+    converted, layers = [], {}
     for name, linear in selection.linears.items():
         is_output = matches(name, patterns.get("output", OUTPUTS))
-        layer = _become_sdd(linear, scales[is_output], eps)
+        layer = layers[name] = _become_sdd(linear, scales[is_output], eps)
         _reinit(layer, generator)
         converted.append(ConvertedLayer(name, (layer.out_features, layer.in_features), scales[is_output], is_output))
     _leave_fused_inference(model)
     depth_guessed = n_layers is None and any(layer.is_output for layer in converted)
     notes = _notes(model, selection, depth_guessed)
-    return ConversionReport(tuple(converted), tuple(selection.kept), depth, tuple(notes))
+    if optimizer is not None:
+        notes.append("the optimiser does not hold the new alphas: build it anew")
+    redrawn = not any(linear.weight.is_meta for linear in selection.linears.values())
+    report = ConversionReport(tuple(converted), tuple(selection.kept), depth, tuple(notes), redrawn, parameters)
+    return _proven(model, report, layers, trial)
+
+
+def _without_known(model: nn.Module, selection: Selection) -> Selection:
+    known = known_readers(model, selection.linears)
+    linears = {name: linear for name, linear in selection.linears.items() if name not in known}
+    return replace(selection, linears=linears, kept=[*selection.kept, *(KeptLayer(*item) for item in known.items())])
+
+
+def _proven(
+    model: nn.Module, report: ConversionReport, layers: Mapping[str, SDDLinear], trial: Trial | None
+) -> ConversionReport:
+    """The report with what the trial found, or hooks on the model that name what its first pass does not reach."""
+    if trial is None:
+        if report.redrawn:
+            Watch(model, layers, decide=False)
+        return report
+    proof = trial.prove(layers)
+    refuted = proof.named("refuted")
+    missing = {name: layers[name] for name in proof.named("not reached")}
+    if missing:
+        Watch(model, missing, decide=True)
+    return replace(
+        report,
+        converted=tuple(layer for layer in report.converted if layer.name not in refuted),
+        kept=(*report.kept, *(KeptLayer(name, f"refuted: {reason}") for name, reason in refuted.items())),
+        proof=proof,
+    )
 
 
 def _scale(argument: str, value: float | str, n_layers: int) -> float:

@@ -1,11 +1,20 @@
 """The report of a conversion, layer by layer, as data and as a table."""
 
-from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from math import prod
 from typing import Any
 
+from torch import nn
+
+from sdd.conversion.proof import Proof, prove
+from sdd.conversion.table import collapse, count
+from sdd.errors import UserError
 from sdd.files import finite
+from sdd.nn import SDDLinear
 from sdd.terminal import aligned
+
+#: Outcomes that the other tables show: refuted layers are among those kept.
+_SETTLED = ("proven", "refuted")
 
 
 @dataclass(frozen=True)
@@ -47,12 +56,44 @@ class ConversionReport:
         kept: the layers and bare matrices that stay, with the reason; embeddings are not listed.
         n_layers: L, the number of blocks that the named initial values of alpha refer to.
         notes: advice about this model.
+        redrawn: whether the converted layers were given new weights.
+        parameters: elements of all parameters of the model, before it was converted.
+        proof: what running the model showed; None without an example. Layers that it refuted are among those kept.
     """
 
     converted: tuple[ConvertedLayer, ...]
     kept: tuple[KeptLayer, ...]
     n_layers: int
     notes: tuple[str, ...] = ()
+    redrawn: bool = False
+    parameters: int = 0
+    proof: Proof | None = None
+
+    def verify(self, model: nn.Module, example: Any) -> Proof:
+        """Check by running the model that it uses every converted layer as an SDD layer; see `sdd.conversion.prove`.
+
+        Args:
+            model: the converted model; it is left as it was, bit for bit, the layers refuted included.
+            example: one batch: a tensor, a tuple of positional arguments, or a mapping of keyword arguments.
+
+        Returns:
+            What was found of each layer.
+
+        Raises:
+            UserError: if the report is of another model, or the model refuses the example.
+        """
+        modules = dict(model.named_modules(remove_duplicate=False))
+        layers = {}
+        for name in (layer.name for layer in self.converted):
+            module = modules.get(name)
+            if not isinstance(module, SDDLinear):
+                found = "is missing" if module is None else f"is a {type(module).__name__}"
+                raise UserError(
+                    f"the report is of another model: {name} {found} in this {type(model).__name__}; give the model "
+                    "that was converted, without a wrapper"
+                )
+            layers[name] = module
+        return prove(model, layers, example)
 
     def to_dict(self) -> dict[str, Any]:
         """The report as dicts, lists, strings and numbers, ready for json."""
@@ -61,9 +102,14 @@ class ConversionReport:
     def __str__(self) -> str:
         outputs = sum(layer.is_output for layer in self.converted)
         lines = [
-            f"{_count(len(self.converted), 'layer')} converted, {outputs} of them output projections; "
-            f"L = {_count(self.n_layers, 'block')}"
+            f"{count(len(self.converted), 'layer')} converted{', all their weights redrawn' * self.redrawn}, "
+            f"{outputs} of them output projections; L = {count(self.n_layers, 'block')}"
         ]
+        if self.parameters:
+            share = sum(prod(layer.shape) for layer in self.converted) / self.parameters
+            lines.append(f"{share:.1%} of the model's {self.parameters:,} parameters are in converted layers")
+        if self.proof is not None:
+            lines.append(str(self.proof).partition("\n")[0])
         rows = [
             (layer.name, str(list(layer.shape)), f"{layer.alpha_init:.4g}", "output" if layer.is_output else "")
             for layer in self.converted
@@ -72,47 +118,10 @@ class ConversionReport:
         if self.kept:
             rows = [(layer.name, layer.reason) for layer in self.kept]
             lines += ["", *aligned([("kept", "reason"), *collapse(rows)])]
+        unproven = () if self.proof is None else self.proof.verdicts
+        rows = [(found.name, f"{found.outcome}: {found.reason}") for found in unproven if found.outcome not in _SETTLED]
+        if rows:
+            lines += ["", *aligned([("unproven", "reason"), *collapse(rows)])]
         if self.notes:
             lines += ["", *(f"note: {note}" for note in self.notes)]
         return "\n".join(lines)
-
-
-def collapse(rows: Iterable[tuple[str, ...]]) -> list[tuple[str, ...]]:
-    """Merge rows that differ only in the numbers of their dotted name: `layers.{0..29}.q_proj`.
-
-    Args:
-        rows: tuples of which the first element is a dotted name.
-
-    Returns:
-        The merged rows, each at the place of its first member.
-    """
-    split = [(tuple(name.split(".")), columns) for name, *columns in rows]
-    for position in reversed(range(max((len(parts) for parts, _ in split), default=0))):
-        merged: dict[tuple[tuple[str | None, ...], tuple[str, ...]], list[int]] = {}
-        for parts, columns in split:
-            if position < len(parts) and parts[position].isdecimal():
-                hole = (*parts[:position], None, *parts[position + 1 :])
-                merged.setdefault((hole, tuple(columns)), []).append(int(parts[position]))
-            else:
-                merged[(parts, tuple(columns))] = []
-        split = [
-            (tuple(_ranges(numbers) if part is None else part for part in parts), list(columns))
-            for (parts, columns), numbers in merged.items()
-        ]
-    return [(".".join(parts), *columns) for parts, columns in split]
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
-
-
-def _ranges(numbers: Sequence[int]) -> str:
-    """`3`, `{0..29}`, or `{0..3,5}`."""
-    runs: list[list[int]] = []
-    for number in sorted(set(numbers)):
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    text = ",".join(f"{run[0]}..{run[-1]}" if len(run) > 2 else ",".join(map(str, run)) for run in runs)
-    return text if text.isdecimal() else f"{{{text}}}"
