@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from sdd.conversion.guards import refuse_trained, refuse_wrapped
 from sdd.conversion.known import known_readers
@@ -111,7 +112,7 @@ def convert(
         raise ValueError(f"nothing to convert in this {type(model).__name__}: {_summary(selection.kept)}")
     depth = n_layers if n_layers is not None else max(selection.blocks.values(), default=1)
     scales = (_scale("alpha_init", alpha_init, depth), _scale("output_alpha_init", output_alpha_init, depth))
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+    parameters = sum(parameter.numel() for parameter in model.parameters() if not is_lazy(parameter))
     trial = None if example is None else Trial(model, example)
     converted, layers = [], {}
     for name, linear in selection.linears.items():

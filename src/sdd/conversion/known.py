@@ -22,7 +22,6 @@ KNOWN = (
             "BambaMixer": ("out_proj",),
             "FalconH1Mixer": ("out_proj",),
             "GraniteMoeHybridMambaLayer": ("out_proj",),
-            "DisentangledSelfAttention": ("in_proj",),
             "WavLMAttention": ("q_proj", "k_proj", "v_proj", "out_proj"),
             "*MHAttentionMap": ("k_proj",),
             "DabDetrMHAttentionMap": ("k_linear",),

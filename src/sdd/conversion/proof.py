@@ -8,13 +8,16 @@ import copy
 import dataclasses
 import functools
 import math
+import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_map
 
 from sdd.conversion.state import State, same_random_numbers
@@ -25,13 +28,21 @@ from sdd.terminal import aligned
 
 #: V is multiplied by it, eps by its square.
 FACTOR = 4
-# Below it, products of denormal numbers round otherwise at another scale. No value that matters is so small.
+# Below it, products of denormal numbers round otherwise at another scale. No value that matters is so small, unless
+# eps is 0: then squares below 1e-38 are not summed exactly.
 _TINY = 2.0**-100
 _READ = "the model reads its weight instead of calling the layer"
 _READ_TOO = "the model reads its weight beside calling the layer"
 _MODES = {True: "in training mode", False: "in evaluation mode"}
 
 Outcome = Literal["proven", "refuted", "not reached", "undecided"]
+
+_proving: ContextVar[bool] = ContextVar("proving", default=False)
+
+
+def is_proving() -> bool:
+    """Whether the present pass of a model is one of a proof."""
+    return _proving.get()
 
 
 @dataclass(frozen=True)
@@ -115,7 +126,9 @@ class Passes:
     def __init__(self, model: nn.Module, example: Any, state: State | None = None) -> None:
         self.model = model
         self.call = as_call(example)
-        if any(tensor.is_meta for tensor in model.parameters()):
+        if any(is_lazy(parameter) for parameter in model.parameters()):
+            raise UserError("the model has lazy layers without a shape: run it once, then convert")
+        if any(parameter.is_meta for parameter in model.parameters()):
             raise UserError("the model is on the meta device, where no example can run: materialise it first")
         self.state = State(model) if state is None else state
 
@@ -143,9 +156,12 @@ class Passes:
         return Trace(outputs, called, rewritten, graph)
 
     def forward(self, training: bool, grad: bool) -> list[Any]:
-        """One pass in float32 without autocast; the caller puts everything back."""
+        """One pass without autocast and without warnings, which the user's own passes give; nothing is put back."""
         devices = {tensor.device.type for tensor in self.model.parameters()}
         with ExitStack() as stack:
+            stack.callback(_proving.reset, _proving.set(True))
+            stack.enter_context(warnings.catch_warnings())
+            warnings.simplefilter("ignore")
             stack.enter_context(torch.set_grad_enabled(grad))
             for device in devices:
                 stack.enter_context(torch.autocast(device, enabled=False))
@@ -209,6 +225,8 @@ def prove(
         wrong, unclear = _compare(passes, training, layers, trace)
         refuted = {**wrong, **refuted}
         undecided = {**unclear, **undecided}
+    if graphs and len(modes) > 1 and not all(_in_graph(layers[name].alpha, graphs) for name in called):
+        graphs.append(passes.trace(False, {}, grad=True).graph)  # training may skip layers at random
     verdicts = []
     for name, layer in layers.items():
         outcome, reason = "proven", ""
@@ -249,12 +267,7 @@ def _compare(
     if differs([]):
         return refuted, dict.fromkeys(names, f"the model's outputs differ between two equal passes, {mode}")
     for name in _culprits(names, differs):
-        read = (
-            "also reads its weight beside calling it"
-            if name in trace.called
-            else "reads its weight instead of calling the layer"
-        )
-        refuted[name] = f"the model {read}, {mode}"
+        refuted[name] = f"{_READ_TOO if name in trace.called else _READ}, {mode}"
     return refuted, {}
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sdd.conversion.proof import Call, prove
+from sdd.conversion.proof import Call, is_proving, prove
 from sdd.conversion.table import collapse
 from sdd.nn import SDDLinear
 
@@ -31,7 +31,6 @@ class Watch:
     def __init__(self, model: nn.Module, layers: Mapping[str, SDDLinear], decide: bool) -> None:
         self.pending, self.decide = dict(layers), decide
         self.called: list[str] = []
-        self.busy = False
         self.inner: list[Any] = []
         self.outer = [
             model.register_forward_pre_hook(self.before),
@@ -40,7 +39,7 @@ class Watch:
 
     def before(self, model: nn.Module, args: Any) -> None:
         """Watch the layers during this pass."""
-        if self.busy or torch.compiler.is_compiling():
+        if is_proving() or torch.compiler.is_compiling():
             return
         self._remove(self.inner)
         self.called = []
@@ -54,7 +53,7 @@ class Watch:
 
     def after(self, model: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         """Name or decide layers, unless the pass failed."""
-        if self.busy or torch.compiler.is_compiling():
+        if is_proving() or torch.compiler.is_compiling():
             return
         self._remove(self.inner)
         if output is None:
@@ -62,9 +61,7 @@ class Watch:
         if self.decide:
             reached = {name: self.pending.pop(name) for name in self.called}
             if reached:
-                self.busy = True
                 _decide(model, reached, Call(args, kwargs))
-                self.busy = False
         else:
             uncalled = [name for name in self.pending if name not in self.called]
             self.pending.clear()
