@@ -80,6 +80,14 @@ class OnlyInEvaluation(Base):
         return x if self.training else self.tested(x)
 
 
+class DependsOnGrad(Base):
+    """As torch's attention, which takes another kernel where gradients are recorded."""
+
+    def use(self, x: Tensor) -> Tensor:
+        y = self.tested(x)
+        return y * (1 + 1e-6) if torch.is_grad_enabled() else y
+
+
 class Unused(Base):
     def use(self, x: Tensor) -> Tensor:
         return x
@@ -141,7 +149,7 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 # --- outcomes ---
 
 
-@pytest.mark.parametrize("kind", [Base, CallsForward, OnlyInEvaluation, Stateful])
+@pytest.mark.parametrize("kind", [Base, CallsForward, OnlyInEvaluation, DependsOnGrad, Stateful])
 def test_layers_that_are_called_are_proven(kind):
     assert proof_of(kind()).named("proven").keys() == {"good", "tested"}
 
@@ -319,7 +327,9 @@ def test_a_model_that_breaks_only_when_converted_is_as_it_was():
 
     model = Checks()
     before, expected = bits(model), model(X)
-    with pytest.raises(UserError, match=r"refuses the example in training mode \(TypeError: no linear\)"):
+    with pytest.raises(
+        UserError, match=r"once converted, the model refuses the example in training mode \(TypeError: no linear\)"
+    ):
         convert(model, example=X)
     assert type(model.good) is type(model.tested) is nn.Linear
     assert same(bits(model), before)

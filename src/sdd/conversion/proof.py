@@ -53,6 +53,10 @@ class Call:
     kwargs: dict[str, Any]
 
 
+class Refused(UserError):
+    """The model raised an error on the example."""
+
+
 @dataclass(frozen=True)
 class Verdict:
     """What the proof found of one converted layer.
@@ -153,7 +157,7 @@ class Passes:
             rewritten = {name for name, layer in layers.items() if self.state.changed(layer.weight)}
         graph = _leaves_of_graph(outputs)
         outputs = [value.detach() if isinstance(value, Tensor) else value for value in outputs]
-        return Trace(outputs, called, rewritten, graph)
+        return Trace(outputs, called, rewritten, graph, grad)
 
     def forward(self, training: bool, grad: bool) -> list[Any]:
         """One pass without autocast and without warnings, which the user's own passes give; nothing is put back."""
@@ -169,7 +173,7 @@ class Passes:
             try:
                 outputs = self.model(*tree_map(_copy, self.call.args), **tree_map(_copy, self.call.kwargs))
             except Exception as error:
-                raise UserError(
+                raise Refused(
                     f"the model refuses the example {_MODES[training]} ({type(error).__name__}: "
                     f"{_first_line(error)}): give one batch as the model takes it"
                 ) from error
@@ -178,12 +182,13 @@ class Passes:
 
 @dataclass(frozen=True)
 class Trace:
-    """One pass: its outputs, the layers called, those whose V the model changed, and the parameters in the graph."""
+    """One pass: outputs, layers called, layers whose V the model changed, and parameters in the graph, if kept."""
 
     outputs: list[Any]
     called: set[str]
     rewritten: set[str]
     graph: set[int] | None
+    grad: bool
 
 
 def prove(
@@ -258,7 +263,9 @@ def _compare(
     names = sorted((name for name in layers if name not in refuted), key=lambda name: name in trace.called)
 
     def differs(some: Collection[str]) -> bool:
-        return not same_outputs(trace.outputs, passes.run(training, [layers[name] for name in some]))
+        # with gradients or without as in the trace: torch may choose other kernels
+        outputs = passes.run(training, [layers[name] for name in some], grad=trace.grad)
+        return not same_outputs(trace.outputs, outputs)
 
     if not any(isinstance(value, Tensor) and value.isfinite().any() for value in trace.outputs):
         return refuted, dict.fromkeys(names, f"the outputs hold no finite number, {mode}")

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from sdd.conversion.proof import Passes, Proof, Verdict, prove
+from sdd.conversion.proof import Passes, Proof, Refused, Verdict, prove
 from sdd.errors import UserError
 from sdd.nn import SDDLinear
 
@@ -37,6 +37,9 @@ class Trial:
         """
         try:
             return self._prove(dict(layers))
+        except Refused as error:
+            self.before.restore()
+            raise UserError(f"once converted, {error}; it took it before, so exclude the layers to blame") from error
         except BaseException:
             self.before.restore()
             raise
