@@ -12,10 +12,11 @@ from torch import Tensor, nn
 _SIZES = {
     32: "hidden_size d_model n_embd embed_dim dim hidden_dim embedding_size d_embed emb_dim word_embed_proj_dim "
     "vision_embed_dim attention_hidden_size decoder_hidden_size encoder_hidden_size fpn_feature_size "
-    "moe_intermediate_size mask_feature_size feature_size encoder_hidden_dim fusion_hidden_size conv_dim_ projection_hidden_dim",
+    "moe_intermediate_size mask_feature_size feature_size encoder_hidden_dim fusion_hidden_size projection_hidden_dim",
     64: "intermediate_size ffn_dim encoder_ffn_dim decoder_ffn_dim d_ff n_inner dim_feedforward mlp_dim "
     "encoder_intermediate_size decoder_intermediate_size shared_expert_intermediate_size vocab_size "
-    "max_position_embeddings n_positions n_ctx max_source_positions max_target_positions vocab_size_per_layer_input ffn_hidden_size",
+    "max_position_embeddings n_positions n_ctx max_source_positions max_target_positions vocab_size_per_layer_input "
+    "ffn_hidden_size",
     2: "num_hidden_layers n_layer n_layers num_layers encoder_layers decoder_layers num_encoder_layers "
     "num_decoder_layers depth num_key_value_heads num_experts_per_tok top_k num_blocks vision_num_layers",
     4: "num_attention_heads n_head n_heads num_heads encoder_attention_heads decoder_attention_heads num_experts "
@@ -124,7 +125,8 @@ def _values(model: nn.Module) -> dict[str, Any]:
     def noise(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator)
 
-    channels, size = _of_config(model, "num_channels", 3), _of_config(model, "image_size", 64)
+    channels: Any = _of_config(model, "num_channels", 3)
+    size: Any = _of_config(model, "image_size", 64)
     size = size[0] if isinstance(size, list | tuple) else size
     mels, frames = _of_config(model, "num_mel_bins", 80), 2 * _of_config(model, "max_source_positions", 64)
     images = [noise(2, channels, side, side) for side in dict.fromkeys((size, 64, 224))]

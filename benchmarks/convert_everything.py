@@ -158,7 +158,7 @@ def page(content: Mapping[str, Any]) -> str:
         "# Conversion of every class of transformers and timm",
         "",
         f"{len(classes)} classes, each a tiny model built from its config on a CPU, converted with an example and",
-        "proven ([how](convert.md)). The table of known readers was switched off, so that the proof alone had to find them.",
+        "proven ([how](convert.md)). The table of known readers was switched off: the proof alone had to find them.",
         f"{used}. Written by `./dev bench convert_everything` from `benchmarks/results/convert_everything.json`.",
         "",
         "| outcome | classes |",

@@ -125,15 +125,13 @@ def test_a_check_that_fails_does_not_end_training(monkeypatch, caplog):
     assert hooks(model) == 0
 
 
-def test_the_hooks_stand_aside_for_torch_compile():
-    model = Experts()
+def test_the_hooks_stand_aside_for_compile_and_export():
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
     convert(model)
-    compiled = torch.compile(model.experts, backend="eager")
-    assert compiled is not None
-    exported = torch.export.export(nn.Sequential(convert_of(nn.Linear(8, 8))), (X,))
-    assert exported.module()(X).shape == (5, 8)
-
-
-def convert_of(layer: nn.Module) -> nn.Module:
-    convert(layer)
-    return layer
+    graph = torch.export.export(model, (X,)).module()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    y = compiled(X)
+    assert hooks(model) == 2
+    assert torch.equal(y, model(X))
+    assert torch.equal(y, graph(X))
+    assert hooks(model) == 0
