@@ -90,7 +90,7 @@ def _overrides(config: Any) -> dict[str, Any]:
             small[name] = _SIZE[name]
         elif type(value) is int and name.endswith(("_token_id", "_token_index")) and value >= 64:
             small[name] = 50 + len(small) % 14
-        elif type(value) in (list, tuple) and name == "depths":
+        elif isinstance(value, list | tuple) and name == "depths":
             small[name] = [min(depth, 2) for depth in value]
         elif name in ("image_size", "img_size") and type(value) is int and value > 64:
             small[name] = 64
@@ -127,7 +127,7 @@ def _values(model: nn.Module) -> dict[str, Any]:
 
     channels: Any = _of_config(model, "num_channels", 3)
     size: Any = _of_config(model, "image_size", 64)
-    size = size[0] if isinstance(size, list | tuple) else size
+    size = int(torch.as_tensor(size).flatten()[0])
     mels, frames = _of_config(model, "num_mel_bins", 80), 2 * _of_config(model, "max_source_positions", 64)
     images = [noise(2, channels, side, side) for side in dict.fromkeys((size, 64, 224))]
     return {
@@ -139,7 +139,7 @@ def _values(model: nn.Module) -> dict[str, Any]:
         "input_values": [noise(2, 4000), noise(2, 1024, _of_config(model, "num_mel_bins", 128))],
         "input_features": [noise(2, mels, frames), noise(2, frames, mels)],
         "inputs_embeds": noise(2, 16, 32),
-        "x": [noise(2, 3, side, side) for side in (64, 96, 160, 224, 256)],
+        "x": [noise(2, 3, side, side) for side in (64, 96, 160, 224, 256, 384)],
     }
 
 

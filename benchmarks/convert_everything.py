@@ -27,7 +27,7 @@ from sdd.conversion import ConversionReport, convert, known
 from sdd.conversion.proof import Refused
 from sdd.files import write_aside
 
-PAGE = Path(__file__).parent.parent / "docs" / "convert_everything.md"
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "convert_everything.md"
 NAME = "convert_everything"
 WHAT = (
     "one tiny model of each class, converted with an example and without the table of known readers; outcome, share of "

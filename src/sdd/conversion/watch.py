@@ -39,7 +39,7 @@ class Watch:
 
     def before(self, model: nn.Module, args: Any) -> None:
         """Watch the layers during this pass."""
-        if is_proving() or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or is_proving():
             return
         self._remove(self.inner)
         self.called = []
@@ -53,7 +53,7 @@ class Watch:
 
     def after(self, model: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         """Name or decide layers, unless the pass failed."""
-        if is_proving() or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or is_proving():
             return
         self._remove(self.inner)
         if output is None:
