@@ -168,6 +168,7 @@ def test_mode_and_generators_are_put_back_and_dropout_is_off():
     convert(model, mode="calibrate", batches=[draw(0, 4, 8)])
     assert torch.equal(torch.get_rng_state(), state)
     assert [module.training for module in model] == [True, False, True]
+    model(draw(0, 4, 8))  # the first pass names layers that it does not call
     assert not any(module._forward_hooks for module in model.modules())
 
 
@@ -211,6 +212,7 @@ def refused(model: nn.Module, error: type[Exception], match: str, **arguments) -
         convert(model, **arguments)
     assert "\n" not in str(caught.value)
     assert [type(module) for module in model.modules()] == before
+    model(draw(0, 4, 8))  # the first pass names layers that it does not call
     assert not any(module._forward_hooks for module in model.modules())
 
 
@@ -228,7 +230,14 @@ def test_mistakes_are_one_clear_line_and_the_model_is_unchanged():
     refused(trained(), UserError, "not finite", mode="calibrate", batches=[x, x * float("nan")])
     refused(trained().to("meta"), ValueError, "load the weights first", mode="calibrate", batches=[x])
     refused(trained(), ValueError, "group='gate' fits no", mode="calibrate", batches=[x], group={"gate": 4})
-    refused(trained(), ValueError, "group=5 of up.0: group=5 does not divide", mode="calibrate", batches=[x], group={"up.*": 5})
+    refused(
+        trained(),
+        ValueError,
+        "group=5 of up.0: group=5 does not divide",
+        mode="calibrate",
+        batches=[x],
+        group={"up.*": 5},
+    )
 
 
 def test_an_optimiser_goes_on_with_its_state_and_takes_the_alphas():

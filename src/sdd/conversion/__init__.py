@@ -1,7 +1,8 @@
-"""SDD for foreign models: choose the layers, convert them in place, and report."""
+"""SDD for foreign models: choose the layers, convert them in place, prove, calibrate, revert, and report."""
 
 from sdd.conversion.convert import convert
 from sdd.conversion.description import apply, load_converted
+from sdd.conversion.proof import Proof, Verdict, prove
 from sdd.conversion.report import Calibration, ConversionReport, ConvertedLayer, KeptLayer
 from sdd.conversion.revert import RevertReport, revert
 
@@ -10,9 +11,12 @@ __all__ = [
     "ConversionReport",
     "ConvertedLayer",
     "KeptLayer",
+    "Proof",
     "RevertReport",
+    "Verdict",
     "apply",
     "convert",
     "load_converted",
+    "prove",
     "revert",
 ]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sdd.conversion.calibrate import Norms
-from sdd.conversion.experts import SDDExperts, become_plain_experts, expert_parts, expert_shape, plain_class
+from sdd.conversion.experts import SDDExperts, SDDModule, become_plain_experts, expert_parts, expert_shape, plain_class
 from sdd.conversion.kinds import SDDConv1D, features, is_conv1d
 from sdd.conversion.report import ConvertedLayer
 from sdd.nn import SDDLinear
@@ -24,8 +24,8 @@ def become_sdd(linear: nn.Module, norms: Norms, alpha_init: float) -> SDDLinear:
     A new module would lose hooks, second names, and references held outside the module tree.
     """
     layer: Any = linear
-    if type(layer) is not nn.Linear:
-        vars(layer)[_FORMER] = type(layer)
+    if type(linear) is not nn.Linear:
+        vars(layer)[_FORMER] = type(linear)
     if is_conv1d(layer):
         layer.in_features, layer.out_features = features(layer)
         layer.__class__ = SDDConv1D
@@ -36,7 +36,7 @@ def become_sdd(linear: nn.Module, norms: Norms, alpha_init: float) -> SDDLinear:
     return layer
 
 
-def become_plain(module: SDDLinear | SDDExperts) -> None:
+def become_plain(module: SDDModule) -> None:
     """Change the class back, in place; alpha and the settings of the norm are gone."""
     if isinstance(module, SDDExperts):
         return become_plain_experts(module)
@@ -60,7 +60,7 @@ def kind_of(module: nn.Module) -> str:
     return type(module).__name__
 
 
-def converted_in(model: nn.Module) -> Iterator[tuple[str, SDDLinear | SDDExperts]]:
+def converted_in(model: nn.Module) -> Iterator[tuple[str, SDDModule]]:
     """The converted matrices of a model by name; those of stacked experts have one module."""
     for name, module in model.named_modules():
         if isinstance(module, SDDLinear):
@@ -88,15 +88,13 @@ def as_group(norms: Norms, width: int) -> Any:
     return tuple(norms.parts)
 
 
-def described(name: str, module: SDDLinear | SDDExperts, is_output: bool = False, **more: Any) -> ConvertedLayer:
+def described(name: str, module: SDDModule, is_output: bool = False, **more: Any) -> ConvertedLayer:
     """The line of a converted matrix in the report."""
     settings: dict[str, Any] = {"is_output": is_output, "eps": module.eps, "kind": kind_of(module), **more}
     if isinstance(module, SDDExperts):
         key = name.rpartition(".")[2]
         alpha_init = module.alpha_inits[module.alpha_names.index(f"{key}_alpha")]
-        return ConvertedLayer(
-            name, expert_shape(module, key), alpha_init, group=expert_parts(module, key), **settings
-        )
+        return ConvertedLayer(name, expert_shape(module, key), alpha_init, group=expert_parts(module, key), **settings)
     shape = (module.out_features, module.in_features)
     shared, digest = module.shared_alpha, vars(module).get("digest")
     return ConvertedLayer(
@@ -118,7 +116,7 @@ def remember(layer: SDDLinear, digest: str | None) -> None:
     vars(layer)["digest"] = digest
 
 
-def is_as_calibrated(module: SDDLinear | SDDExperts) -> bool:
+def is_as_calibrated(module: SDDModule) -> bool:
     """Whether V, b and alpha have the bits that calibration left."""
     kept = vars(module).get("digest")
     return isinstance(module, SDDLinear) and kept is not None and kept == digest(module)

@@ -9,13 +9,17 @@ import torch
 from torch import nn
 
 from sdd.conversion import advice
+from sdd.conversion.fresh import convert_new
 from sdd.conversion.groups import GroupChoice, check_choice
+from sdd.conversion.guards import refuse_trained, refuse_wrapped
+from sdd.conversion.known import known_readers
 from sdd.conversion.match import Selection, as_patterns, check_patterns, matches, select
 from sdd.conversion.outputs import depth_of
-from sdd.conversion.plan import Plan, parameters_of
+from sdd.conversion.plan import Plan
 from sdd.conversion.pretrained import mark
 from sdd.conversion.report import ConversionReport, KeptLayer
 from sdd.conversion.trained import check_mode, convert_trained, observe_trained, without_experts
+from sdd.conversion.watch import watch
 from sdd.placement import SCALES
 
 #: A number, a named function of L, or either by pattern.
@@ -35,6 +39,9 @@ def convert(
     n_layers: int | None = None,
     eps: float = 1e-6,
     generator: torch.Generator | None = None,
+    example: Any = None,
+    redraw: bool = False,
+    optimizer: torch.optim.Optimizer | None = None,
     batches: Iterable[Any] | None = None,
     max_error: float | None = None,
 ) -> ConversionReport:
@@ -91,30 +98,65 @@ def convert(
         n_layers: L; None for the length of the longest list of blocks, those of all its stages and types.
         eps: added to the mean square of `V x`, inside the root.
         generator: for a reproducible draw; layers are drawn in the model's order, on the generator's device.
+        example: one batch to prove the conversion on: a tensor, a tuple of positional arguments, or a mapping of
+            keyword arguments.
+        redraw: convert a model that shows signs of training: a config that was loaded, a gradient, or an optimiser
+            with state. What its converted layers have learned is lost.
+        optimizer: the model's optimiser, if there is one, to be asked whether it has taken steps.
         batches: for "calibrate" and "observe", examples of what the model was trained on: tensors, tuples of
             arguments, or mappings of keyword arguments. All are in memory at once, as one batch without gradients.
         max_error: for "calibrate", the largest median error a token with which a layer is converted.
 
     Returns:
-        The report: converted and kept layers, L, and notes.
+        The report: converted and kept layers, L, what was proven, and notes.
 
     Raises:
         ValueError: if mode or a named scale is unknown, n_layers is below 1, a pattern fits no layer, a group does not
             fit, nothing is left to convert, or arguments do not fit the mode; the model is then unchanged.
-        UserError: if the model refuses one of the batches, or puts out values that are not finite; likewise.
+        UserError: if the model shows signs of training and redraw is not given, is in DistributedDataParallel or
+            sharded, refuses the example or one of the batches, or puts out values that are not finite, or if every
+            layer is refuted; likewise.
     """
-    check_mode(mode, batches, max_error)
+    check_mode(mode, batches, max_error, example, redraw)
+    if mode != "observe":
+        refuse_wrapped(model)
+    plan = _plan(model, include, exclude, mode, output, group, alpha_init, output_alpha_init, n_layers, eps)
+    if mode == "observe" and batches is not None:
+        return observe_trained(plan, batches)
+    if mode == "reinit" and not redraw:
+        refuse_trained(model, optimizer)
+    notes = _notes(plan, n_layers, optimizer)
+    if mode == "calibrate" and batches is not None:
+        report, modules = convert_trained(plan, batches, max_error, example)
+    else:
+        report, modules = convert_new(plan, generator, example)
+    watch(model, modules, report.proof)
+    mark(model)
+    return replace(report, notes=(*report.notes, *notes))
+
+
+def _plan(
+    model: nn.Module,
+    include: str | Sequence[str] | None,
+    exclude: str | Sequence[str] | None,
+    mode: str,
+    output: str | Sequence[str] | None,
+    group: GroupChoice,
+    alpha_init: AlphaInit,
+    output_alpha_init: float | str,
+    n_layers: int | None,
+    eps: float,
+) -> Plan:
+    """Check the arguments and choose the layers; nothing is changed."""
     chosen = {"include": include, "exclude": exclude, "output": output}
     patterns = {argument: as_patterns(given) for argument, given in chosen.items() if given is not None}
-    for argument, given in patterns.items():
+    check_choice(group)
+    by_pattern = {"alpha_init": alpha_init, "group": group}
+    keys = {argument: list(given) for argument, given in by_pattern.items() if isinstance(given, Mapping)}
+    for argument, given in {**patterns, **keys}.items():
         check_patterns(argument, given, model)
     if n_layers is not None and n_layers < 1:
         raise ValueError(f"n_layers={n_layers}: give the number of blocks, at least 1, or None to count them")
-    if isinstance(alpha_init, Mapping):
-        check_patterns("alpha_init", list(alpha_init), model)
-    check_choice(group)
-    if isinstance(group, Mapping):
-        check_patterns("group", list(group), model)
     selection = select(
         model,
         patterns.get("include"),
@@ -123,35 +165,14 @@ def convert(
         group=group,
         redraw=mode == "reinit",
     )
-    if mode != "reinit":
-        selection = without_experts(selection)
-    if not selection.linears and not selection.experts:
-        raise ValueError(f"nothing to convert in this {type(model).__name__}: {_summary(selection.kept)}")
-    guessed = depth_of(model, selection.blocks)
-    depth = n_layers or guessed or 1
+    depth = n_layers or depth_of(model, selection.blocks) or 1
     plan = Plan(model, selection, _alphas(selection, alpha_init, output_alpha_init, depth), eps, depth)
-    if mode == "observe" and batches is not None:
-        return observe_trained(plan, batches)
-    depth_unknown = mode == "reinit" and n_layers is None and guessed is None and bool(selection.outputs)
-    notes = tuple(_notes(model, selection, depth_unknown))
-    if mode == "calibrate" and batches is not None:
-        report = convert_trained(plan, batches, max_error)
-    else:
-        report = _convert_new(plan, generator)
-    mark(model)
-    return replace(report, notes=(*report.notes, *notes))
-
-
-def _convert_new(plan: Plan, generator: torch.Generator | None) -> ConversionReport:
-    redrawn = not any(linear.weight.is_meta for linear in plan.selection.linears.values())
-    parameters = parameters_of(plan.model)
-    modules = plan.carry_out()
-    for module in modules.values():
-        module.draw(generator)
-    lines = tuple(plan.lines(modules))
-    return ConversionReport(
-        lines, tuple(plan.selection.kept), plan.n_layers, redrawn=redrawn, parameters=parameters
-    )
+    plan = plan.without(known_readers(model, selection.linears))
+    if mode != "reinit":
+        plan = without_experts(plan)
+    if not plan.selection.linears and not plan.selection.experts:
+        raise ValueError(f"nothing to convert in this {type(model).__name__}: {_summary(plan.selection.kept)}")
+    return plan
 
 
 def _alphas(
@@ -179,11 +200,12 @@ def _scale(argument: str, value: float | str, n_layers: int) -> float:
     return float(value)
 
 
-def _notes(model: nn.Module, selection: Selection, depth_unknown: bool) -> list[str]:
+def _notes(plan: Plan, n_layers: int | None, optimizer: torch.optim.Optimizer | None) -> list[str]:
+    model, selection = plan.model, plan.selection
     notes = list(selection.notes)
     if not selection.outputs:
         notes.append("no projection was found that writes to the residual stream: name them in output")
-    if depth_unknown:
+    elif n_layers is None and depth_of(model, selection.blocks) is None:
         notes.append("no list of blocks found, so L = 1: give n_layers if the model has blocks")
     if not selection.has_head:
         notes.append("no head found: if a converted layer gives the model's outputs, name it in exclude")
@@ -197,6 +219,8 @@ def _notes(model: nn.Module, selection: Selection, depth_unknown: bool) -> list[
             "some layers are on the meta device, where nothing is drawn: after to_empty, call the reset_parameters of "
             "every module that has one"
         )
+    if optimizer is not None:
+        notes.append("the optimiser does not hold the new alphas: build it anew, or add them as a group of its own")
     return notes + advice.notes(model, set(selection.linears.values()), selection.outside)
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sdd.kernels.experts import by_row, collect, dispatch, expert_scaled_norm, grouped_linear, sort_by_expert
+from sdd.nn import SDDLinear
 from sdd.parameters import keep_wide, new_alpha, paper_draw_
 
 #: What transformers' decorator notes on a module of the interface.
@@ -67,6 +68,17 @@ class SDDExperts(nn.Module):
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle by the module's own class, since the mixed one has no name of its own."""
         return _rebuild, (plain_class(type(self)),), self.__getstate__()
+
+
+#: What a conversion makes.
+SDDModule = SDDLinear | SDDExperts
+
+
+def matrices(module: SDDModule) -> list[tuple[Tensor, Tensor]]:
+    """V, as it is stored, and alpha of each matrix of an SDD layer or of converted experts."""
+    if isinstance(module, SDDLinear):
+        return [(module.weight, module.alpha)]
+    return [(getattr(module, name.removesuffix("_alpha")), getattr(module, name)) for name in module.alpha_names]
 
 
 def has_experts(module: nn.Module) -> bool:

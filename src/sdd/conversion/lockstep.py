@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from sdd.conversion.state import as_ours
+
 
 class Stop(NamedTuple):
     """A call of a layer at which a pass is held: its input `[..., in]` and its output `[..., out]`."""
@@ -191,6 +193,7 @@ def _settings() -> Callable[[], ExitStack]:
     def enter() -> ExitStack:
         stack = ExitStack()
         stack.enter_context(torch.no_grad())
+        stack.enter_context(as_ours())
         for kind, dtype in cast.items():
             stack.enter_context(torch.autocast(kind, dtype))
         if gpu is not None:

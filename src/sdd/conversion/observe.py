@@ -50,7 +50,7 @@ class ObservedLayer:
 
 
 def observe(
-    model: nn.Module, linears: Mapping[str, nn.Module], norms: Mapping[str, Norms], batches: Iterable[Any]
+    model: nn.Module, linears: Mapping[str, Any], norms: Mapping[str, Norms], batches: Iterable[Any]
 ) -> list[ObservedLayer]:
     """Observe each layer that the batches reach.
 
@@ -83,11 +83,12 @@ def observe(
 def _observed(name: str, linear: nn.Module, z: Tensor, norms: Norms) -> ObservedLayer:
     alpha = closed_form([(z, z)], norms, name)
     errors = token_errors(scaled_norm(z, alpha, group=norms.parts, eps=norms.eps), z)
+    n_in, n_out = features(linear)
     rms = z.float().square().mean(-1).sqrt()
     low, middle, high = (rms.kthvalue(1 + round(q * (len(rms) - 1))).values.item() for q in (0.1, 0.5, 0.9))
     return ObservedLayer(
         name,
-        features(linear)[::-1],
+        (n_out, n_in),
         len(rms),
         middle,
         high / low if low else float("inf"),

@@ -5,16 +5,23 @@ from dataclasses import asdict, dataclass
 from math import prod
 from typing import Any
 
+from torch import nn
+
+from sdd.conversion.experts import SDDModule
 from sdd.conversion.groups import shown
 from sdd.conversion.observe import ObservedLayer
+from sdd.conversion.proof import Proof, prove
 from sdd.conversion.spreads import error_lines, observed_lines
 from sdd.conversion.table import collapse, count
+from sdd.errors import UserError
 from sdd.files import finite
 from sdd.norm_groups import Group
 from sdd.terminal import aligned
 
 #: The version of the description that `to_json` writes.
 FORMAT = 1
+#: Outcomes of the proof that the other tables show: refuted layers are among those kept.
+_SETTLED = ("proven", "refuted")
 #: What only the report tells of a layer: not part of the description.
 _TOLD = ("outside", "calibration")
 
@@ -107,6 +114,7 @@ class ConversionReport:
         observed: with mode "observe", the scale of each layer's output.
         redrawn: whether the converted layers were given new weights.
         parameters: elements of all parameters of the model, before it was converted.
+        proof: what running the model showed; None without an example. Layers that it refuted are among those kept.
     """
 
     converted: tuple[ConvertedLayer, ...]
@@ -117,6 +125,38 @@ class ConversionReport:
     observed: tuple[ObservedLayer, ...] = ()
     redrawn: bool = False
     parameters: int = 0
+    proof: Proof | None = None
+
+    @property
+    def share(self) -> float:
+        """The share of the model's parameters that is in converted layers."""
+        return sum(prod(layer.shape) for layer in self.converted) / max(self.parameters, 1)
+
+    def verify(self, model: nn.Module, example: Any) -> Proof:
+        """Check by running the model that it uses every converted layer as an SDD layer; see `sdd.conversion.prove`.
+
+        Args:
+            model: the converted model; it is left as it was, bit for bit, the layers refuted included.
+            example: one batch: a tensor, a tuple of positional arguments, or a mapping of keyword arguments.
+
+        Returns:
+            What was found of each layer.
+
+        Raises:
+            UserError: if the report is of another model, or the model refuses the example.
+        """
+        modules = dict(model.named_modules(remove_duplicate=False))
+        layers = {}
+        for name in (layer.module_name for layer in self.converted):
+            module = modules.get(name)
+            if not isinstance(module, SDDModule):
+                found = "is missing" if module is None else f"is a {type(module).__name__}"
+                raise UserError(
+                    f"the report is of another model: {name} {found} in this {type(model).__name__}; give the model "
+                    "that was converted, without a wrapper"
+                )
+            layers[name] = module
+        return prove(model, layers, example)
 
     def to_json(self) -> str:
         """The conversion as a description that `sdd.apply` repeats on a model of the same architecture."""
@@ -146,8 +186,9 @@ class ConversionReport:
             f"{outputs} of them output projections; L = {count(self.n_layers, 'block')}"
         ]
         if self.parameters:
-            share = sum(prod(layer.shape) for layer in self.converted) / self.parameters
-            lines.append(f"{share:.1%} of the model's {self.parameters:,} parameters are in converted layers")
+            lines.append(f"{self.share:.1%} of the model's {self.parameters:,} parameters are in converted layers")
+        if self.proof is not None:
+            lines.append(str(self.proof).partition("\n")[0])
         return lines
 
     def _kept_lines(self) -> list[str]:
@@ -155,6 +196,10 @@ class ConversionReport:
         if self.kept:
             rows = [(layer.name, layer.reason) for layer in self.kept]
             lines += ["", *aligned([("kept", "reason"), *collapse(rows)])]
+        unproven = () if self.proof is None else self.proof.verdicts
+        rows = [(found.name, f"{found.outcome}: {found.reason}") for found in unproven if found.outcome not in _SETTLED]
+        if rows:
+            lines += ["", *aligned([("unproven", "reason"), *collapse(rows)])]
         if self.notes:
             lines += ["", *(f"note: {note}" for note in self.notes)]
         return lines

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sdd.conversion.become import become_plain, converted_in, is_as_calibrated
+from sdd.conversion.become import become_plain, is_as_calibrated
 from sdd.conversion.calibrate import Fitting, as_batches, run_batches, token_mask
 from sdd.conversion.lockstep import Stop
 from sdd.conversion.pretrained import mark

@@ -9,16 +9,20 @@ from torch import nn
 
 from sdd.conversion.become import become_sdd, digest, leave_fused_inference, remember
 from sdd.conversion.calibrate import FAR, Fit, Norms, fit_alphas
-from sdd.conversion.match import Selection
+from sdd.conversion.experts import SDDModule
 from sdd.conversion.observe import observe
 from sdd.conversion.plan import Plan, parameters_of
+from sdd.conversion.proof import Proof
 from sdd.conversion.report import Calibration, ConversionReport, ConvertedLayer, KeptLayer
+from sdd.conversion.trial import Trial
 from sdd.nn import SDDLinear
 
 MODES = ("reinit", "calibrate", "observe")
 
 
-def check_mode(mode: str, batches: Iterable[Any] | None, max_error: float | None) -> None:
+def check_mode(
+    mode: str, batches: Iterable[Any] | None, max_error: float | None, example: Any = None, redraw: bool = False
+) -> None:
     """Raise ValueError if there is no such mode, or arguments do not fit it."""
     if mode not in MODES:
         raise ValueError(f"mode={mode!r}: choose one of {', '.join(map(repr, MODES))}")
@@ -28,26 +32,37 @@ def check_mode(mode: str, batches: Iterable[Any] | None, max_error: float | None
         raise ValueError(f"mode={mode!r} needs batches: a few examples of what the model was trained on")
     if max_error is not None and mode != "calibrate":
         raise ValueError(f"max_error={max_error} is for mode='calibrate', not for mode={mode!r}")
+    if example is not None and mode == "observe":
+        raise ValueError("an example proves a conversion, and mode='observe' converts nothing: leave it out")
+    if redraw and mode != "reinit":
+        raise ValueError(f"redraw=True is for mode='reinit': mode={mode!r} keeps all weights")
     if max_error is not None and not max_error > 0:
         raise ValueError(f"max_error={max_error} must be above 0: it is a relative error, 0.1 for instance")
 
 
-def without_experts(selection: Selection) -> Selection:
-    """The selection with stacked experts among the layers that stay, since their alphas cannot be fitted."""
-    kept = [*selection.kept, *(KeptLayer(name, _EXPERTS) for name in selection.experts)]
-    return replace(selection, experts={}, kept=kept)
+def without_experts(plan: Plan) -> Plan:
+    """The plan with stacked experts among the layers that stay, since their alphas cannot be fitted."""
+    return plan.without({name.rpartition(".")[0]: _EXPERTS for name in plan.selection.experts})
 
 
-def convert_trained(plan: Plan, batches: Iterable[Any], max_error: float | None) -> ConversionReport:
-    """Calibrate the layers.
+def convert_trained(
+    plan: Plan, batches: Iterable[Any], max_error: float | None, example: Any = None
+) -> tuple[ConversionReport, dict[str, SDDModule]]:
+    """Calibrate the layers; those that an example refutes are left out before alphas are fitted.
+
+    Returns:
+        The report, and the converted modules by name.
 
     Raises:
         ValueError: if no layer is converted; the model is unchanged.
-        UserError: see `fit_alphas`.
+        UserError: see `fit_alphas` and `Trial`.
     """
-    linears, norms = plan.selection.linears, plan.norms()
-    if any(linear.weight.is_meta for linear in linears.values()):
+    if any(linear.weight.is_meta for linear in plan.selection.linears.values()):
         raise ValueError("some layers are on the meta device: load the weights first, then calibrate")
+    proof = None if example is None else _proof(plan, example)
+    if proof is not None:
+        plan = plan.without({name: f"refuted: {reason}" for name, reason in proof.named("refuted").items()})
+    linears, norms = plan.selection.linears, plan.norms()
     fits = fit_alphas(plan.model, linears, norms, batches, max_error)
     if all(fit.stays for fit in fits.values()):
         least = min((fit.error for fit in fits.values()), default=float("nan"))
@@ -59,15 +74,24 @@ def convert_trained(plan: Plan, batches: Iterable[Any], max_error: float | None)
     reasons = {name: _reason_to_stay(fits.get(name), max_error) for name in linears}
     kept = [*plan.selection.kept, *(KeptLayer(name, reason) for name, reason in reasons.items() if reason)]
     parameters = parameters_of(plan.model)
-    modules = {
+    modules: dict[str, SDDModule] = {
         name: calibrated(linear, norms[name], fits[name]) for name, linear in linears.items() if not reasons[name]
     }
     leave_fused_inference(plan.model)
     lines = [replace(line, calibration=_numbers(fits[line.name])) for line in plan.lines(modules)]
     notes = _outlier_note(lines)
-    return ConversionReport(
-        tuple(lines), tuple(kept), plan.n_layers, notes, mode="calibrate", parameters=parameters
+    report = ConversionReport(
+        tuple(lines), tuple(kept), plan.n_layers, notes, mode="calibrate", parameters=parameters, proof=proof
     )
+    return report, modules
+
+
+def _proof(plan: Plan, example: Any) -> Proof:
+    """The proof of a conversion that is carried out for it and taken back: it does not depend on alpha."""
+    trial = Trial(plan.model, example)
+    proof = trial.prove(plan.carry_out())
+    trial.before.restore()
+    return proof
 
 
 def observe_trained(plan: Plan, batches: Iterable[Any]) -> ConversionReport:
