@@ -15,7 +15,7 @@ TOKENS = {"input_ids": torch.arange(1, 9)[None]}
 
 
 def mamba() -> tuple[nn.Module, dict[str, Tensor]]:
-    config = hf.MambaConfig(vocab_size=32, hidden_size=16, num_hidden_layers=2, state_size=4)
+    config = hf.MambaConfig(vocab_size=32, hidden_size=16, num_hidden_layers=2, state_size=4, time_step_rank=2)
     return hf.MambaForCausalLM(config), TOKENS
 
 

@@ -8,7 +8,9 @@ import sys
 import pytest
 import torch
 
-from sdd import SDDLinear, convert, revert
+from sdd import SDDLinear, apply, convert, revert
+from sdd.conversion import load_converted
+from sdd.conversion.description import describe
 from sdd.errors import UserError
 
 transformers = pytest.importorskip("transformers")
@@ -23,6 +25,7 @@ TINY = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 64,
 }
+ENCODER = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 TOKENS = torch.arange(1, 10)[None]
 
 
@@ -96,8 +99,7 @@ def test_save_and_load_go_both_ways(kind, tied, tmp_path):
 
 
 def kinds():
-    encoder = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-    vit = transformers.ViTConfig(**encoder, image_size=16, patch_size=8)
+    vit = transformers.ViTConfig(**ENCODER, image_size=16, patch_size=8)
     t5 = transformers.T5Config(
         vocab_size=32, d_model=16, d_ff=32, d_kv=4, num_layers=2, num_heads=4, decoder_start_token_id=0
     )
@@ -223,3 +225,124 @@ def test_a_config_without_a_description_is_one_line():
         transformers.AutoModelForCausalLM.from_config(config)
     with pytest.raises(ValueError, match="sdd-nothing"):
         transformers.AutoConfig.for_model("sdd-nothing")
+
+
+def llava():
+    text, vision = transformers.LlamaConfig(**{**TINY, "vocab_size": 40}), {"image_size": 16, "patch_size": 8}
+    vision = transformers.CLIPVisionConfig(**ENCODER, **vision, projection_dim=16)
+    config = transformers.LlavaConfig(vision_config=vision, text_config=text, image_token_id=39)
+    torch.manual_seed(0)
+    return transformers.LlavaForConditionalGeneration(config).eval()
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_part_converted_alone_or_by_name_is_saved_with_the_whole_and_alone(alone, tmp_path):
+    import sdd.interop.converted  # noqa: F401
+
+    model = llava()
+    body = model.model.language_model
+    if alone:
+        convert(body)
+    else:
+        convert(model, include="language_model.*")
+    whole, part = output(trained(model)), output(body)
+    model.save_pretrained(tmp_path / "whole")
+    loaded = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path / "whole").eval()
+    assert torch.equal(output(loaded), whole)
+    for one in (body, loaded.model.language_model):
+        one.save_pretrained(tmp_path / "part")
+        assert torch.equal(output(transformers.AutoModel.from_pretrained(tmp_path / "part").eval()), part)
+    revert(body, [{"input_ids": TOKENS}])
+    assert type(model) is transformers.LlavaForConditionalGeneration
+    assert model.config.model_type == "llava"
+    assert not hasattr(model.config, "sdd_conversion")
+
+
+def test_the_body_of_a_converted_model_is_saved_alone(tmp_path):
+    import sdd.interop.converted  # noqa: F401
+
+    for one in (model := build()), model.model:
+        convert(one)
+        trained(model).model.save_pretrained(tmp_path)
+        body = transformers.AutoModel.from_pretrained(tmp_path).eval()
+        assert torch.equal(output(body), output(model.model))
+        assert model.config is model.model.config
+        revert(model, [{"input_ids": TOKENS}])
+
+
+def gpt2(**changes):
+    config = transformers.GPT2Config(
+        vocab_size=32, n_embd=16, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0, **changes
+    )
+    return transformers.GPT2LMHeadModel(config).eval()
+
+
+def gpt_oss():
+    sizes = {**TINY, "num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8, "pad_token_id": 0}
+    return transformers.GptOssForCausalLM(transformers.GptOssConfig(**sizes, eos_token_id=0)).eval()
+
+
+def falcon():
+    sizes = {name: TINY[name] for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")}
+    return transformers.FalconForCausalLM(transformers.FalconConfig(**sizes, bos_token_id=0, eos_token_id=0)).eval()
+
+
+def mixtral():
+    return build("Mixtral", num_local_experts=4)
+
+
+OTHERS = {"gpt2": "Conv1D", "falcon": "FalconLinear", "mixtral": "MixtralExperts", "gpt_oss": "GptOssExperts"}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_layers_and_experts_are_described_and_loaded_with_all_settings(name, tmp_path):
+    import sdd.interop.converted  # noqa: F401
+
+    make = globals()[name]
+    model = make()
+    report = convert(model, eps=1e-3, alpha_init=0.5, example={"input_ids": TOKENS})
+    assert OTHERS[name] in {layer.kind for layer in report.converted}
+    assert not report.proof.named("refuted")
+    trained(model).save_pretrained(tmp_path)
+    fresh = make()
+    apply(fresh, report.to_json())
+    assert str(fresh) == str(model)
+    load_converted(fresh, model.state_dict())
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    half = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert torch.equal(output(fresh), output(model))
+    assert torch.equal(output(loaded), output(model))
+    assert settings(loaded) == settings(model) == settings(fresh)
+    assert {p.dtype for key, p in half.named_parameters() if key.endswith("alpha")} == {torch.float32}
+
+
+def settings(model) -> dict[str, object]:
+    return {
+        layer["name"]: (layer["eps"], layer["alpha_init"], layer.get("group"), layer["kind"])
+        for layer in describe(model)["layers"]
+    }
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_layers_are_calibrated_and_reverted_bit_for_bit(name):
+    model = globals()[name]()
+    before, kinds = output(model), [type(module) for module in model.modules()]
+    names = [set(vars(module)) for module in model.modules()]
+    report = convert(model, mode="calibrate", batches=[{"input_ids": TOKENS}], example={"input_ids": TOKENS})
+    assert report.proof.named("proven").keys() == {layer.name for layer in report.converted}
+    assert all("stacked experts" in kept.reason for kept in report.kept if "experts." in kept.name)
+    revert(model)
+    assert torch.equal(output(model), before)
+    assert [type(module) for module in model.modules()] == kinds
+    assert [set(vars(module)) for module in model.modules()] == names
+
+
+def test_converted_experts_are_not_reverted_and_the_model_is_unchanged():
+    model = mixtral()
+    convert(model)
+    before, shown = output(model), str(model)
+    with pytest.raises(UserError, match=r"experts.gate_up_proj and 3 more are stacked experts") as caught:
+        revert(model, [{"input_ids": TOKENS}])
+    assert "\n" not in str(caught.value)
+    assert str(model) == shown
+    assert torch.equal(output(model), before)

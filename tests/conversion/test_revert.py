@@ -81,7 +81,7 @@ def test_fitting_is_exact_where_tokens_have_one_scale_and_its_error_is_the_model
 
 
 def test_nothing_to_revert_and_batches_that_reach_nothing_are_one_line():
-    with pytest.raises(UserError, match="has no SDDLinear"):
+    with pytest.raises(UserError, match="has no SDD layer"):
         revert(model())
     net = nn.ModuleDict({"body": nn.Linear(8, 8), "aside": nn.Linear(8, 8)})
     convert(net)

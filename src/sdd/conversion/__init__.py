@@ -1,7 +1,8 @@
 """SDD for foreign models: choose the layers, convert them in place, prove, calibrate, revert, and report."""
 
+from sdd.conversion.apply import apply
 from sdd.conversion.convert import convert
-from sdd.conversion.description import apply, load_converted
+from sdd.conversion.description import load_converted
 from sdd.conversion.proof import Proof, Verdict, prove
 from sdd.conversion.report import Calibration, ConversionReport, ConvertedLayer, KeptLayer
 from sdd.conversion.revert import RevertReport, revert

@@ -30,23 +30,8 @@ from sdd.norm_groups import resolve_group
 _FIELDS = frozenset(ConvertedLayer.__dataclass_fields__) - {"calibration"}
 
 
-def apply(model: nn.Module, description: str | Mapping[str, Any] | ConversionReport) -> ConversionReport:
-    """Repeat a conversion on a model of the same architecture, before its weights are loaded.
-
-    Each named layer, and each named stack of experts' matrices, gets the described norm. V and b keep the values that
-    the layer has, alpha is `alpha_init`: load a state dict next. What is an SDD layer with the same settings already is
-    left alone. Works on the meta device.
-
-    Args:
-        model: the model as it was before the conversion.
-        description: from `report.to_json()`, as text or parsed, or the report itself.
-
-    Returns:
-        The report of this conversion.
-
-    Raises:
-        UserError: if the description cannot be read or is that of another model; the model is then unchanged.
-    """
+def repeat(model: nn.Module, description: str | Mapping[str, Any] | ConversionReport) -> ConversionReport:
+    """As `sdd.apply`, without a word to the config of a model of transformers."""
     values = parsed(description)
     layers = [_layer(entry) for entry in values["layers"]]
     modules = dict(model.named_modules(remove_duplicate=False))

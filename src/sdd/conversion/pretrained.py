@@ -10,6 +10,7 @@ model of it needs none.
 """
 
 import copy
+import gc
 import importlib
 import sys
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 from torch import nn
 
 from sdd.conversion.become import alpha_names, converted_in
-from sdd.conversion.description import apply, check_names, describe
+from sdd.conversion.description import check_names, describe, repeat
 from sdd.errors import UserError, require_extra
 
 PREFIX = "sdd-"
@@ -28,18 +29,17 @@ FIELD = "sdd_conversion"
 
 
 def mark(model: nn.Module) -> None:
-    """Bring the class and the config of every outermost `PreTrainedModel` in line with the SDD layers that it has.
+    """Bring the class and the config of every `PreTrainedModel` in line with the SDD layers that it has.
 
-    The config is copied, because other models may share it.
+    These are all in the model, since each may be saved alone, and what holds it (LLaVA, if its language model was
+    converted alone). Configs are copied, because other models may share them.
     """
     transformers = sys.modules.get("transformers")
     if transformers is None:
         return
-    for outer in _outermost(model, transformers.PreTrainedModel):
-        if any(True for _ in converted_in(outer)):
-            _become(outer, describe(outer))
-        elif Converted in type(outer).__mro__:
-            _become_plain(outer)
+    kind = transformers.PreTrainedModel
+    if any(isinstance(module, kind) for module in model.modules()):
+        _mark_inside(_holder(model, kind), kind)
 
 
 def install() -> None:
@@ -63,7 +63,8 @@ class Converted:
                 f"a config of type {config.model_type} without {FIELD}: it is written by save_pretrained of a model "
                 "that sdd.convert has converted"
             )
-        apply(self, _renamed(self, description))  # pyright: ignore[reportArgumentType] (it is mixed into a module)
+        repeat(self, _renamed(self, description))  # pyright: ignore[reportArgumentType] (it is mixed into a module)
+        _mark_inside(self, sys.modules["transformers"].PreTrainedModel)  # pyright: ignore[reportArgumentType]
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
@@ -94,42 +95,59 @@ class _OnDemand(dict[str, Any]):
         raise KeyError(key)
 
 
-def __getattr__(name: str) -> Any:
-    """The class `SDDX` of transformers' class `X`: unpickling looks them up here."""
-    base = getattr(sys.modules.get("transformers"), name[3:], None) if name.startswith("SDD") else None
-    if not isinstance(base, type):
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return _config_class(base) if not issubclass(base, nn.Module) else _model_class(base)
+def _holder(model: nn.Module, kind: type) -> nn.Module:
+    """The outermost model of this kind that holds another one, or that one; a module does not know what holds it."""
+    alive: list[Any] = [thing for thing in gc.get_objects() if issubclass(type(thing), kind)]
+    around = [one for one in alive if "_modules" in vars(one) and any(inner is model for inner in one.modules())]
+    return max(around, key=lambda one: len(list(one.modules())), default=model)
 
 
-def _outermost(model: nn.Module, kind: type) -> list[Any]:
-    if isinstance(model, kind):
-        return [model]
-    return [inner for child in model.children() for inner in _outermost(child, kind)]
+def _mark_inside(outer: nn.Module, kind: type) -> None:
+    """Mark all models of this kind in a module, those that share a config with the description of the outermost."""
+    done: set[int] = set()
+    for inner in [module for module in outer.modules() if isinstance(module, kind)]:
+        made, converted = isinstance(inner, Converted), any(True for _ in converted_in(inner))
+        if converted != made:
+            inner.__class__ = _model_class(type(inner)) if converted else _original(type(inner))
+        if id(inner.config) not in done:
+            _give(outer, inner.config, _marked(inner.config, describe(inner) if converted else None))
+            done.add(id(inner.config))
 
 
-def _become(model: Any, description: dict[str, Any]) -> None:
-    if Converted not in type(model).__mro__:
-        model.__class__ = _model_class(type(model))
-    old, new = model.config, copy.deepcopy(model.config)
-    if not new.model_type.startswith(PREFIX):
+def _marked(config: Any, description: dict[str, Any] | None) -> Any:
+    """A copy of a config with the description; without one, what it was before any conversion."""
+    made = config.model_type.startswith(PREFIX)
+    if description is None and not made:
+        return config
+    new = copy.deepcopy(config)
+    if description is None:
+        new.__class__ = _original(type(new))
+        delattr(new, FIELD)
+        return new
+    if not made:
         new.__class__ = _config_class(type(new))
     setattr(new, FIELD, description)
-    _give(model, old, new)
-
-
-def _become_plain(model: Any) -> None:
-    model.__class__ = next(base for base in type(model).__mro__[1:] if base is not Converted)
-    old, new = model.config, copy.deepcopy(model.config)
-    new.__class__ = type(new).__mro__[1]
-    delattr(new, FIELD)
-    _give(model, old, new)
+    return new
 
 
 def _give(model: nn.Module, old: Any, new: Any) -> None:
     for module in model.modules():
         if getattr(module, "config", None) is old:
             vars(module)["config"] = new
+
+
+def _original(made: type) -> type:
+    """The class of transformers for which one was made here."""
+    return next(base for base in made.__mro__[1:] if base is not Converted)
+
+
+def _reduce(self: Any, _protocol: Any) -> Any:
+    """Pickle by the class of transformers, since the one made here has no name of its own."""
+    return _rebuild, (_original(type(self)),), self.__getstate__()
+
+
+def _rebuild(base: type) -> Any:
+    return object.__new__(_model_class(base) if issubclass(base, nn.Module) else _config_class(base))
 
 
 def _renamed(model: Any, description: dict[str, Any]) -> dict[str, Any]:
@@ -171,7 +189,7 @@ def _model_class(base: Any) -> Any:
     return made
 
 
-_HERE = {"__module__": __name__}
+_HERE = {"__module__": __name__, "__reduce_ex__": _reduce}
 _made: dict[type, Any] = {}
 
 

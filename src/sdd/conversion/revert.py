@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sdd.conversion.become import become_plain, is_as_calibrated
+from sdd.conversion.become import become_plain, converted_in, is_as_calibrated
 from sdd.conversion.calibrate import Fitting, as_batches, run_batches, token_mask
 from sdd.conversion.lockstep import Stop
 from sdd.conversion.pretrained import mark
@@ -46,7 +46,7 @@ class RevertReport:
 
 
 def revert(model: nn.Module, batches: Iterable[Any] | None = None) -> RevertReport:
-    """Turn every `SDDLinear` of a model back into an `nn.Linear`, in place.
+    """Turn every `SDDLinear` of a model back into the layer that it was, an `nn.Linear` mostly, in place.
 
     A layer that is as calibration left it gets its former values, bit for bit. The others (trained since, or redrawn by
     mode "reinit") are fitted to `batches`, and their outputs differ from now on by the error in the report. Torch's
@@ -60,12 +60,18 @@ def revert(model: nn.Module, batches: Iterable[Any] | None = None) -> RevertRepo
         Which layers were restored, and which fitted with which error.
 
     Raises:
-        UserError: if there is nothing to revert, if batches are needed and not given, or if they do not reach a layer
-            that needs them; the model is then unchanged.
+        UserError: if there is nothing to revert, if stacked experts are converted, if batches are needed and not
+            given, or if they do not reach a layer that needs them; the model is then unchanged.
     """
-    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, SDDLinear)}
-    if not layers:
-        raise UserError(f"this {type(model).__name__} has no SDDLinear: nothing to revert")
+    found = dict(converted_in(model))
+    layers = {name: layer for name, layer in found.items() if isinstance(layer, SDDLinear)}
+    if not found:
+        raise UserError(f"this {type(model).__name__} has no SDD layer: nothing to revert")
+    if stacks := [name for name in found if name not in layers]:
+        raise UserError(
+            f"{stacks[0]} and {len(stacks) - 1} more are stacked experts, which cannot be reverted: no matrix computes "
+            "what they do. Keep experts out of a conversion that is to be reverted: exclude='*experts*'"
+        )
     changed = {name: layer for name, layer in layers.items() if not is_as_calibrated(layer)}
     if changed and batches is None:
         raise UserError(
