@@ -38,7 +38,7 @@ OUTCOMES = {
     "proven": "every converted layer proven",
     "refuted some": "some layers refuted and put back, all others proven",
     "open": "some layers not reached or undecided, none left that was refuted",
-    "failed": "a layer stayed converted that a second proof refuted",
+    "failed": "a layer stayed converted that a second proof refuted, or the converted model raised an error there",
     "nothing": "nothing to convert",
     "refused once converted": "the converted model raised an error; put back",
     "no example": "built, but no batch of ours was accepted",
@@ -123,7 +123,10 @@ def try_one(item: str) -> dict[str, Any]:
         except Exception as error:
             kind = "nothing" if "nothing to convert" in str(error) else "refused once converted"
             return {**_failure(kind, error), "parameters": total}
-        return _result(report, report.verify(model, example).named("refuted"))
+        try:
+            return _result(report, report.verify(model, example).named("refuted"))
+        except Exception as error:
+            return {**_failure("failed", error), "parameters": total}
     return {**_failure("no example", refusals[0] if refusals else "no known input"), "parameters": total}
 
 

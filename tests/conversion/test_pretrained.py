@@ -227,6 +227,35 @@ def test_a_config_without_a_description_is_one_line():
         transformers.AutoConfig.for_model("sdd-nothing")
 
 
+@pytest.mark.parametrize("part", ["LlamaForCausalLM", "LlamaModel"])
+def test_hidden_states_and_attentions_are_returned_as_before(part):
+    model = build("Llama", part.removeprefix("Llama"), attn_implementation="eager")
+    wanted = {"output_hidden_states": True, "output_attentions": True}
+    before = build("Llama", part.removeprefix("Llama"), attn_implementation="eager")(input_ids=TOKENS, **wanted)
+    convert(model)
+    for one in (pickle.loads(pickle.dumps(model)), model):
+        after = one(input_ids=TOKENS, **wanted)
+        assert len(after.hidden_states) == len(before.hidden_states) == 3
+        assert len(after.attentions) == len(before.attentions) == 2
+
+
+def test_a_backbone_that_reads_its_own_hidden_states_runs():
+    backbone = transformers.BeitBackbone(transformers.BeitConfig(**ENCODER, image_size=16, patch_size=8))
+    convert(backbone.eval())
+    assert backbone(torch.ones(1, 3, 16, 16)).feature_maps
+
+
+def test_the_trainer_finds_the_task_by_the_name_of_the_class():
+    from transformers.models.auto import modeling_auto
+
+    model = build()
+    convert(model)
+    names = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    assert names["sdd-llama"] == type(model).__name__ == "SDDLlamaForCausalLM"
+    assert transformers.AutoModelForCausalLM._model_mapping[type(model.config)] is type(model)
+    assert len(list(transformers.AutoModelForCausalLM._model_mapping.keys())) > 100
+
+
 def llava():
     text, vision = transformers.LlamaConfig(**{**TINY, "vocab_size": 40}), {"image_size": 16, "patch_size": 8}
     vision = transformers.CLIPVisionConfig(**ENCODER, **vision, projection_dim=16)

@@ -169,7 +169,7 @@ def _config_class(base: type) -> Any:
     made = _made.get(base)
     if made is None:
         kind: Any = base
-        made = _made[base] = type(f"SDD{base.__name__}", (base,), {"model_type": PREFIX + kind.model_type, **_HERE})
+        made = _made[base] = _subclass((base,), base, {"model_type": PREFIX + kind.model_type})
         auto = importlib.import_module("transformers.models.auto.configuration_auto")
         auto.CONFIG_MAPPING.register(made.model_type, made, exist_ok=True)
         _register(base, made)
@@ -179,17 +179,21 @@ def _config_class(base: type) -> Any:
 
 def _model_class(base: Any) -> Any:
     """The class of a converted model, for that of the original."""
+    config = None if base.config_class is None else _config_class(base.config_class)  # registers, and may make, both
     made = _made.get(base)
     if made is None:
         strict = {*(base._keep_in_fp32_modules_strict or ()), *_WIDE}
-        config = _config_class(base.config_class)
-        fields = {"config_class": config, "_keep_in_fp32_modules_strict": strict, **_HERE}
-        made = _made[base] = type(f"SDD{base.__name__}", (Converted, base), fields)
+        fields = {"config_class": config, "_keep_in_fp32_modules_strict": strict}
+        made = _made[base] = _subclass((Converted, base), base, fields)
         _copy_renamings(base.__name__, made.__name__)
+        _copy_recorded(base, made)
     return made
 
 
-_HERE = {"__module__": __name__, "__reduce_ex__": _reduce}
+def _subclass(bases: tuple[type, ...], base: type, fields: dict[str, Any]) -> Any:
+    return type(f"SDD{base.__name__}", bases, {"__module__": base.__module__, "__reduce_ex__": _reduce, **fields})
+
+
 _made: dict[type, Any] = {}
 
 
@@ -204,13 +208,24 @@ def _register(base: type, config: type) -> None:
     """Give the new config, in every Auto class, what the original one has there: models converted, the rest not."""
     for name in ("modeling_auto", "tokenization_auto"):
         module = importlib.import_module(f"transformers.models.auto.{name}")
-        for mapping in [value for key, value in vars(module).items() if key.endswith("_MAPPING")]:
+        for key, mapping in [item for item in vars(module).items() if item[0].endswith("_MAPPING")]:
             if not hasattr(mapping, "register") or base not in mapping:
                 continue
             found = mapping[base]
             if name == "modeling_auto":
                 found = _model_class(found) if isinstance(found, type) else tuple(map(_model_class, found))
+                # The trainer asks for the task of a class by its name.
+                names = getattr(module, f"{key}_NAMES", {})
+                names[config.model_type] = found.__name__ if isinstance(found, type) else [c.__name__ for c in found]
             mapping.register(config, found, exist_ok=True)
+
+
+def _copy_recorded(base: Any, made: type) -> None:
+    """Give the new class what transformers notes of a class when it is built: which outputs it can record."""
+    capturing = sys.modules.get("transformers.utils.output_capturing")
+    registry: Any = getattr(capturing, "_CAN_RECORD_REGISTRY", None)
+    if isinstance(registry, dict):  # keyed by name; its own methods want an instance
+        dict.__setitem__(registry, str(made), dict.get(registry, str(base), getattr(base, "_can_record_outputs", None)))
 
 
 def _copy_renamings(old: str, new: str) -> None:
