@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from sdd import SDDLinear
 from sdd.conversion import convert
 from sdd.functional import norm, sdd_linear
-from sdd.nn import RMSNorm
+from sdd.nn import RMSNorm, SDDExpertLinear
 
 GROUPS = [None, 4, ((8, 4), (4, 0))]
 
@@ -356,3 +356,27 @@ def test_rms_norm_without_a_scale_has_no_parameters():
     assert module.state_dict() == {}
     assert repr(module) == "RMSNorm(8, scale=False, eps=1e-06)"
     assert repr(RMSNorm(8, 0.5)) == "RMSNorm(8, weight_init=0.5, eps=1e-06)"
+
+
+@pytest.mark.parametrize(
+    "build", [lambda: SDDLinear(6, 4), lambda: SDDLinear(6, 4, scale=False), lambda: SDDExpertLinear(2, 6, 4)]
+)
+@pytest.mark.parametrize("cast", ["half", "bfloat16"])
+def test_a_cast_of_the_module_leaves_alpha_in_float32(build, cast: str):
+    layer = build()
+    alpha = layer.alpha
+    nn.init.uniform_(alpha.data)
+    before = alpha.detach().clone()
+    if alpha.requires_grad:
+        alpha.grad = torch.rand_like(alpha)
+        gradient = alpha.grad.clone()
+    getattr(layer, cast)()
+    assert layer.weight.dtype in (torch.float16, torch.bfloat16)
+    assert layer.alpha.dtype == torch.float32
+    assert torch.equal(layer.alpha, before)
+    if alpha.requires_grad:
+        assert layer.alpha is alpha
+        assert torch.equal(alpha.grad, gradient)
+    assert layer.double().alpha.dtype == torch.float64
+    assert layer.half().float().alpha.dtype == torch.float32
+    assert layer.to("meta").alpha.is_meta

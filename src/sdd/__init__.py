@@ -13,7 +13,7 @@ __version__ = "0.1.0.dev0"
 
 if TYPE_CHECKING:  # what the code below does, for type checkers and editors
     from . import conversion, data, functional, kernels, models, nn, placement, probing, train  # noqa: F401
-    from .conversion import ConversionReport as ConversionReport, convert as convert
+    from .conversion import ConversionReport as ConversionReport, apply as apply, convert as convert, revert as revert
     from .nn import RMSNorm as RMSNorm, SDDLinear as SDDLinear
     from .optim_groups import param_groups as param_groups
     from .placement import Norm as Norm, Placement as Placement, placements as placements
@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # what the code below does, for type checkers and editors
 else:
     #: The public names of each module.
     _PUBLIC = {
-        "conversion": ("ConversionReport", "convert"),
+        "conversion": ("ConversionReport", "apply", "convert", "revert"),
         "nn": ("RMSNorm", "SDDLinear"),
         "optim_groups": ("param_groups",),
         "placement": ("Norm", "Placement", "placements"),

@@ -4,7 +4,8 @@
 is a scale without a norm, and `ExpertLinear` and `SDDExpertLinear` stack one layer for each expert of a mixture.
 """
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ from sdd import probe_points
 from sdd.functional import Eps, Group, alpha_size, norm, resolve_group
 from sdd.kernels import expert_scaled_norm, scaled_norm
 from sdd.kernels.experts import Order, grouped_linear
+from sdd.parameters import keep_wide, new_alpha, paper_draw_
 
 Device = torch.device | str | None
 
@@ -56,6 +58,8 @@ class SDDLinear(nn.Module):
 
     Attributes:
         parts: `group` as consecutive `(width, group_width)` parts, resolved when the layer is built.
+        matrix: V as `[out_features, in_features]`, also where a subclass stores its weight another way.
+        paper_draw: whether `reset_parameters` draws as the paper does, as for the layers that `sdd.convert` made.
 
     Shapes:
         input `[..., in_features]`, output `[..., out_features]`, alpha `[out_features]` for one group.
@@ -70,6 +74,7 @@ class SDDLinear(nn.Module):
     _version = 2
 
     bias: nn.Parameter | None
+    paper_draw = False  # of layers that were pickled before it was kept
 
     def __init__(
         self,
@@ -93,12 +98,22 @@ class SDDLinear(nn.Module):
         self._add_norm(group, shared_alpha, alpha_init, eps, scale)
         self.reset_parameters()
 
-    def _add_norm(self, group: Group, shared_alpha: bool, alpha_init: float, eps: float, scale: bool = True) -> None:
+    def _add_norm(
+        self,
+        group: Group,
+        shared_alpha: bool,
+        alpha_init: float,
+        eps: float,
+        scale: bool = True,
+        *,
+        paper_draw: bool = False,
+    ) -> None:
         """Add alpha and the settings of the norm; `sdd.convert` calls this on a converted `nn.Linear`."""
         self.parts = resolve_group(group, self.out_features)
         self._group: Group = group if group is None or isinstance(group, int) else self.parts
         self.shared_alpha, self.alpha_init, self.eps = shared_alpha, alpha_init, eps
-        alpha = _new_alpha(self.weight, (alpha_size(self.parts, shared_alpha),), alpha_init)
+        self.paper_draw = paper_draw
+        alpha = new_alpha(self.weight, (alpha_size(self.parts, shared_alpha),), alpha_init)
         if scale:
             self.alpha = alpha
         else:
@@ -109,14 +124,32 @@ class SDDLinear(nn.Module):
         """The norm groups as they were given; read-only, because alpha's size and `parts` follow from them."""
         return self._group
 
+    @property
+    def matrix(self) -> Tensor:
+        """V as `[out_features, in_features]`; a subclass may store its weight another way."""
+        return self.weight
+
     def reset_parameters(self) -> None:
-        """Draw V and b as `nn.Linear` does, and set alpha to `alpha_init`."""
-        nn.Linear.reset_parameters(self)  # pyright: ignore[reportArgumentType] (it needs weight and bias only)
+        """Draw V and b as `nn.Linear` does, or as the paper does if `sdd.convert` made the layer; reset alpha."""
+        if self.paper_draw:
+            self.draw()
+        else:
+            nn.Linear.reset_parameters(self)  # pyright: ignore[reportArgumentType] (it needs weight and bias only)
         nn.init.constant_(self.alpha, self.alpha_init)
+
+    def draw(self, generator: torch.Generator | None = None) -> None:
+        """Draw V from the paper's distribution, see `paper_draw_`, and set b to zero; alpha stays."""
+        paper_draw_(self.weight, self.in_features, generator)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Apply `.half()`, `.to(...)` and the like; alpha stays at least float32."""
+        return keep_wide(self, ("alpha",), lambda: super(SDDLinear, self)._apply(fn, recurse))
 
     def forward(self, input: Tensor) -> Tensor:
         """Compute `alpha * norm(V x) + b`; `[..., in_features]` to `[..., out_features]`."""
-        z = F.linear(input, self.weight)
+        z = F.linear(input, self.matrix)
         y = scaled_norm(z, self.alpha, self.bias, group=self.parts, eps=self.eps)
         probe_points.projection(self, z, y)
         return y
@@ -321,13 +354,17 @@ class SDDExpertLinear(ExpertLinear):
     ) -> None:
         super().__init__(n_experts, in_features, out_features, device, dtype)
         self.alpha_init, self.eps = alpha_init, eps
-        self.alpha = _new_alpha(self.weight, (n_experts, out_features), alpha_init)
+        self.alpha = new_alpha(self.weight, (n_experts, out_features), alpha_init)
 
     def reset_parameters(self) -> None:
         """Draw each matrix as `nn.Linear` does, and set alpha to `alpha_init`."""
         super().reset_parameters()
         if "alpha" in self._parameters:  # the first call comes before alpha exists
             nn.init.constant_(self.alpha, self.alpha_init)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Apply `.half()`, `.to(...)` and the like; alpha stays at least float32."""
+        return keep_wide(self, ("alpha",), lambda: super(SDDExpertLinear, self)._apply(fn, recurse))
 
     def forward(self, x_MI: Tensor, order: Order) -> Tensor:
         """`[M, I]` to `[M, O]`."""
@@ -343,9 +380,3 @@ class SDDExpertLinear(ExpertLinear):
     def extra_repr(self) -> str:
         """The shape of the weight, and the arguments of the norm."""
         return f"{super().extra_repr()}, alpha_init={self.alpha_init:.4g}, eps={self.eps:g}"
-
-
-def _new_alpha(weight: Tensor, shape: tuple[int, ...], value: float) -> nn.Parameter:
-    """Alpha for a weight: on its device, in at least float32, trained if the weight is."""
-    dtype = torch.promote_types(weight.dtype, torch.float32)
-    return nn.Parameter(torch.full(shape, value, device=weight.device, dtype=dtype), weight.requires_grad)

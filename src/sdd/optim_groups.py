@@ -75,6 +75,10 @@ def _roles_by_owner(model: nn.Module, sdd: Role) -> dict[nn.Parameter, Role]:
                 roles[alpha] = "alpha"
             if weight is not None:
                 roles.setdefault(weight, sdd)  # shared with an embedding it is the embedding's
+        elif names := getattr(module, "alpha_names", ()):  # experts of a converted model
+            for name in names:
+                roles[module.get_parameter(name)] = "alpha"
+                roles[module.get_parameter(name.removesuffix("_alpha"))] = sdd
         elif isinstance(module, LearnedScale):
             roles[module.weight] = "alpha"
         elif weight is None:

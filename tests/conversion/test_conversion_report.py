@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sdd.conversion import ConversionReport, ConvertedLayer, KeptLayer
-from sdd.conversion.report import collapse
+from sdd.conversion.table import collapse
 
 REPORT = ConversionReport(
     converted=tuple(
@@ -55,6 +55,13 @@ def test_dict_survives_json():
         "shape": [64, 128],
         "alpha_init": 30**-0.5,
         "is_output": True,
+        "eps": 1e-6,
+        "group": None,
+        "shared_alpha": False,
+        "kind": "Linear",
+        "outside": False,
+        "digest": None,
+        "calibration": None,
     }
     assert report["kept"][0] == {"name": "lm_head", "reason": "the head"}
     assert report["notes"] == ["read me"]

@@ -78,6 +78,19 @@ def test_kernels_equal_the_composed_model() -> None:
     assert_same(found["recompute"], found["composed"], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("path", ["composed", "recompute"])
+@pytest.mark.parametrize("group", [None, 4, [(8, 4), (4, 0), (4, 4)]], ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_output_may_be_changed_in_place(path: kernels.Path, group: Group, bias: bool) -> None:
+    """As nn.ReLU(inplace=True) does behind a layer; autograd refuses it for a view that a function returns."""
+    layer = SDDLinear(6, 16, bias, group=group)
+    x = torch.randn(3, 5, 6, requires_grad=True)
+    with kernels.use(path):
+        found = torch.autograd.grad(F.relu(layer(x), inplace=True).square().sum(), [x, *layer.parameters()])
+        expected = torch.autograd.grad(F.relu(layer(x)).square().sum(), [x, *layer.parameters()])
+    assert all(map(torch.equal, found, expected))
+
+
 @needs_kernels
 @pytest.mark.parametrize("path", ["auto", "triton"])
 def test_compiles_to_one_graph_with_the_eager_numbers(path: kernels.Path) -> None:

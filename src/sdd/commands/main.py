@@ -21,6 +21,7 @@ from sdd.errors import SddError, is_out_of_memory, one_line
 COMMANDS = {
     "train": "train a preset",
     "resume": "go on with an interrupted run",
+    "convert": "go on with a run with SDD at some of its projections, calibrated",
     "report": "a page with curves, settings and samples of one or more runs",
     "generate": "continue a text with a trained run",
     "eval": "held-out loss and bits per byte of a run",

@@ -1,33 +1,51 @@
 """`sdd.convert`: turn the layers of a model that was written without SDD into SDD layers."""
 
-import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from sdd.conversion.match import OUTPUTS, Selection, as_patterns, check_patterns, matches, select
-from sdd.conversion.report import ConversionReport, ConvertedLayer, KeptLayer
-from sdd.nn import SDDLinear
+from sdd.conversion import advice
+from sdd.conversion.fresh import convert_new
+from sdd.conversion.groups import GroupChoice, check_choice
+from sdd.conversion.guards import refuse_trained, refuse_wrapped
+from sdd.conversion.known import known_readers
+from sdd.conversion.match import Selection, as_patterns, check_patterns, matches, select
+from sdd.conversion.outputs import depth_of
+from sdd.conversion.plan import Plan
+from sdd.conversion.pretrained import mark
+from sdd.conversion.report import ConversionReport, KeptLayer
+from sdd.conversion.trained import check_mode, convert_trained, observe_trained, without_experts
+from sdd.conversion.watch import watch
 from sdd.placement import SCALES
+
+#: A number, a named function of L, or either by pattern.
+AlphaInit = float | str | Mapping[str, float | str]
 
 
 def convert(
     model: nn.Module,
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
-    mode: Literal["reinit"] = "reinit",
+    mode: Literal["reinit", "calibrate", "observe"] = "reinit",
     *,
     output: str | Sequence[str] | None = None,
-    alpha_init: float | str = "one",
+    group: GroupChoice = None,
+    alpha_init: AlphaInit = "one",
     output_alpha_init: float | str = "1/sqrt(L)",
     n_layers: int | None = None,
     eps: float = 1e-6,
     generator: torch.Generator | None = None,
+    example: Any = None,
+    redraw: bool = False,
+    optimizer: torch.optim.Optimizer | None = None,
+    batches: Iterable[Any] | None = None,
+    max_error: float | None = None,
 ) -> ConversionReport:
-    r"""Turn the `nn.Linear` layers of a model into `SDDLinear`, in place, redrawn for training from scratch.
+    r"""Turn the fully-connected layers of a model into SDD layers, in place, redrawn for training from scratch.
 
     Each converted layer computes `alpha * norm(V x) + b` where it computed `W x + b`. With in_features N,
 
@@ -36,67 +54,142 @@ def convert(
     as arXiv 2502.15499 does. Embeddings, norms and the layers that stay keep their values: give a new model, and
     convert it before building the optimiser, compiling, or sharding. `print(sdd.convert(model))` shows what was done.
 
-    A layer stays an `nn.Linear`, with the reason in the report, if
+    Converted are `nn.Linear`, its subclasses that compute `x W^T + b` (tried on a random input), transformers' Conv1D,
+    and the stacked matrices of experts that go through transformers' experts interface. A layer stays, with the reason
+    in the report, if
 
-    - it is the head: the model's `get_output_embeddings()`, or a layer named like one (lm_head, head, classifier, ...)
-      outside the blocks; or it is a router of experts: named so, or a `gate` beside experts. These are guesses. To
-      overrule them, name the layer in `include` by its full name, without wildcards;
+    - it is the head: the model's `get_output_embeddings()`, a layer named like one (lm_head, classifier, fc, ...)
+      outside the blocks, or one there that has the size of the labels or the vocabulary, or that no layer reads;
+    - it is a router of experts: named so, or a `gate` beside experts, or with as many outputs as there are experts;
+    - it is an adapter or what one wraps; it is frozen; its weight is zero; its bias was set on purpose (a forget gate),
+      or it sets the time step of a state. These, heads and routers are guesses. To overrule them, name the layer in
+      `include` by its full name, without wildcards;
     - another module owns its weight or bias too (tied to the embedding);
-    - it computes something else than `W x + b` from its parameters: a subclass of `nn.Linear` (quantised, LoRA, the
-      out-projection of `nn.MultiheadAttention`), a parametrised layer, a weight that is no plain floating parameter,
-      or a forward that was replaced;
-    - it has one output feature, of which a norm would keep only the sign.
+    - it computes something else than `W x + b` from its parameters: a subclass that does (quantised, LoRA), the
+      out-projection of `nn.MultiheadAttention`, a parametrised layer, a weight that is no plain floating parameter, or
+      a forward that was replaced;
+    - it has one output feature, of which a norm would keep only the sign, or one input feature, whose magnitude a norm
+      would erase.
 
     Every converted layer remains the same object. Its parameters, hooks, training flag, device, dtype and second names
     stay. Only its class changes (`SDDLinear` is not an `nn.Linear`), and alpha is added: float32 in a half-precision
-    model, requires_grad as the weight's. Code that reads `.weight` without calling the layer would compute `V x`
-    without the norm. Torch has one such case, the fused inference path of `nn.TransformerEncoder`; it is switched off
-    where it would read a converted layer. On the meta device nothing is drawn.
+    model, requires_grad as the weight's. Experts get one alpha for each stacked matrix, `down_proj_alpha`. Code that
+    reads `.weight` without calling the layer would compute `V x` without the norm. Torch has one such case, the fused
+    inference path of `nn.TransformerEncoder`; it is switched off where it would read a converted layer. On the meta
+    device nothing is drawn: `to_empty` and `reset_parameters` of each module give the draw above.
 
     Args:
         model: any module.
         include: glob patterns (`fnmatch`, `*` crosses dots) of the layers to convert; None for all. A pattern fits a
             full dotted name or its ending after a dot: "q_proj", "mlp.*", "*.layers.0.*".
         exclude: patterns of the layers to leave; it wins over `include`.
-        mode: "reinit", the only one in this version.
-        output: patterns of the projections that write to the residual stream; None for the names that published
-            models give them (o_proj, down_proj, c_proj, fc2, ...).
-        alpha_init: initial alpha of the other layers: a number, or a named function of L (`sdd.placement.SCALES`).
+        mode: "reinit" draws new values, as above. "calibrate" is for a trained model: it keeps W as V and b, bit for
+            bit, and fits alpha to the outputs on a few `batches`, see `sdd.conversion.calibrate`; a layer that they
+            do not reach stays, as do stacked experts. "observe" changes nothing: the report says how the scale of each
+            layer's output behaves on `batches`, and what calibration would cost.
+        output: patterns of the projections that write to the residual stream; None for the last one to the width of
+            the stream in each branch of a block, and outside blocks for the names in use (o_proj, down_proj, ...).
+        group: norm groups of the features of a layer. None keeps the parts of fused projections apart where they are
+            known (q|k|v, gate|up); "heads" also norms queries and keys head by head; a dict does so by pattern, its
+            values being "heads" or what `SDDLinear` takes: `{"qkv_proj": [(2048, 64), (512, 64), (512, 0)]}`.
+        alpha_init: initial alpha of the other layers: a number, or a named function of L (`sdd.placement.SCALES`), or
+            a dict of them by pattern, which also holds for outputs that a pattern fits; 1 for the rest.
         output_alpha_init: initial alpha of the output projections, likewise.
-        n_layers: L; None for the length of the longest list of blocks of one type.
+        n_layers: L; None for the length of the longest list of blocks, those of all its stages and types.
         eps: added to the mean square of `V x`, inside the root.
         generator: for a reproducible draw; layers are drawn in the model's order, on the generator's device.
+        example: one batch to prove the conversion on: a tensor, a tuple of positional arguments, or a mapping of
+            keyword arguments.
+        redraw: convert a model that shows signs of training: a config that was loaded, a gradient, or an optimiser
+            with state. What its converted layers have learned is lost.
+        optimizer: the model's optimiser, if there is one, to be asked whether it has taken steps.
+        batches: for "calibrate" and "observe", examples of what the model was trained on: tensors, tuples of
+            arguments, or mappings of keyword arguments. All are in memory at once, as one batch without gradients.
+        max_error: for "calibrate", the largest median error a token with which a layer is converted.
 
     Returns:
-        The report: converted and kept layers, L, and notes.
+        The report: converted and kept layers, L, what was proven, and notes.
 
     Raises:
-        ValueError: if mode or a named scale is unknown, n_layers is below 1, a pattern fits no `nn.Linear`, or nothing
-            is left to convert; the model is then unchanged.
+        ValueError: if mode or a named scale is unknown, n_layers is below 1, a pattern fits no layer, a group does not
+            fit, nothing is left to convert, or arguments do not fit the mode; the model is then unchanged.
+        UserError: if the model shows signs of training and redraw is not given, is in DistributedDataParallel or
+            sharded, refuses the example or one of the batches, or puts out values that are not finite, or if every
+            layer is refuted; likewise.
     """
-    if mode != "reinit":
-        raise ValueError(f"mode={mode!r}: this version offers 'reinit' (new values, for training from scratch)")
+    check_mode(mode, batches, max_error, example, redraw)
+    if mode != "observe":
+        refuse_wrapped(model)
+    plan = _plan(model, include, exclude, mode, output, group, alpha_init, output_alpha_init, n_layers, eps)
+    if mode == "observe" and batches is not None:
+        return observe_trained(plan, batches)
+    if mode == "reinit" and not redraw:
+        refuse_trained(model, optimizer)
+    notes = _notes(plan, n_layers, optimizer)
+    if mode == "calibrate" and batches is not None:
+        report, modules = convert_trained(plan, batches, max_error, example)
+    else:
+        report, modules = convert_new(plan, generator, example)
+    watch(model, modules, report.proof)
+    mark(model)
+    return replace(report, notes=(*report.notes, *notes))
+
+
+def _plan(
+    model: nn.Module,
+    include: str | Sequence[str] | None,
+    exclude: str | Sequence[str] | None,
+    mode: str,
+    output: str | Sequence[str] | None,
+    group: GroupChoice,
+    alpha_init: AlphaInit,
+    output_alpha_init: float | str,
+    n_layers: int | None,
+    eps: float,
+) -> Plan:
+    """Check the arguments and choose the layers; nothing is changed."""
     chosen = {"include": include, "exclude": exclude, "output": output}
     patterns = {argument: as_patterns(given) for argument, given in chosen.items() if given is not None}
-    for argument, given in patterns.items():
+    check_choice(group)
+    by_pattern = {"alpha_init": alpha_init, "group": group}
+    keys = {argument: list(given) for argument, given in by_pattern.items() if isinstance(given, Mapping)}
+    for argument, given in {**patterns, **keys}.items():
         check_patterns(argument, given, model)
     if n_layers is not None and n_layers < 1:
         raise ValueError(f"n_layers={n_layers}: give the number of blocks, at least 1, or None to count them")
-    selection = select(model, patterns.get("include"), patterns.get("exclude", ()))
-    if not selection.linears:
-        raise ValueError(f"nothing to convert in this {type(model).__name__}: {_summary(selection.kept)}")
-    depth = n_layers if n_layers is not None else max(selection.blocks.values(), default=1)
-    scales = (_scale("alpha_init", alpha_init, depth), _scale("output_alpha_init", output_alpha_init, depth))
-    converted = []
-    for name, linear in selection.linears.items():
-        is_output = matches(name, patterns.get("output", OUTPUTS))
-        layer = _become_sdd(linear, scales[is_output], eps)
-        _reinit(layer, generator)
-        converted.append(ConvertedLayer(name, (layer.out_features, layer.in_features), scales[is_output], is_output))
-    _leave_fused_inference(model)
-    depth_guessed = n_layers is None and any(layer.is_output for layer in converted)
-    notes = _notes(model, selection, depth_guessed)
-    return ConversionReport(tuple(converted), tuple(selection.kept), depth, tuple(notes))
+    selection = select(
+        model,
+        patterns.get("include"),
+        patterns.get("exclude", ()),
+        output=patterns.get("output"),
+        group=group,
+        redraw=mode == "reinit",
+    )
+    depth = n_layers or depth_of(model, selection.blocks) or 1
+    plan = Plan(model, selection, _alphas(selection, alpha_init, output_alpha_init, depth), eps, depth)
+    plan = plan.without(known_readers(model, selection.linears))
+    if mode != "reinit":
+        plan = without_experts(plan)
+    if not plan.selection.linears and not plan.selection.experts:
+        raise ValueError(f"nothing to convert in this {type(model).__name__}: {_summary(plan.selection.kept)}")
+    return plan
+
+
+def _alphas(
+    selection: Selection, alpha_init: AlphaInit, output_alpha_init: float | str, depth: int
+) -> dict[str, float]:
+    """The initial alpha of each layer to convert, by name."""
+    chosen = alpha_init if isinstance(alpha_init, Mapping) else {}
+    scales = {pattern: _scale("alpha_init", value, depth) for pattern, value in chosen.items()}
+    other = _scale("alpha_init", "one" if isinstance(alpha_init, Mapping) else alpha_init, depth)
+    output = _scale("output_alpha_init", output_alpha_init, depth)
+    return {
+        name: next(
+            (value for pattern, value in scales.items() if matches(name, [pattern])),
+            output if name in selection.outputs else other,
+        )
+        for name in [*selection.linears, *selection.experts]
+    }
 
 
 def _scale(argument: str, value: float | str, n_layers: int) -> float:
@@ -107,46 +200,12 @@ def _scale(argument: str, value: float | str, n_layers: int) -> float:
     return float(value)
 
 
-def _become_sdd(linear: nn.Linear, alpha_init: float, eps: float) -> SDDLinear:
-    """Change the layer's class in place, as torch's parametrisations do.
-
-    A new module would lose hooks, second names, and references held outside the module tree.
-    """
-    layer: Any = linear
-    layer.__class__ = SDDLinear
-    layer._add_norm(None, False, alpha_init, eps)
-    return layer
-
-
-@torch.no_grad()
-def _reinit(layer: SDDLinear, generator: torch.Generator | None) -> None:
-    std = 1 / math.sqrt(2.5 * layer.in_features)
-    weight = layer.weight
-    # Drawn in float32 and then rounded, so that a seed gives a half-precision model the values of the float32 one.
-    drawn = torch.empty(
-        weight.shape,
-        dtype=torch.promote_types(weight.dtype, torch.float32),
-        device=weight.device if generator is None else generator.device,
-    )
-    weight.copy_(nn.init.trunc_normal_(drawn, std=std, a=-3 * std, b=3 * std, generator=generator))
-    if layer.bias is not None:
-        layer.bias.zero_()
-
-
-def _leave_fused_inference(model: nn.Module) -> None:
-    """Switch off the fused inference path of nn.TransformerEncoder, which reads converted weights as plain ones."""
-    for module in model.modules():
-        if not any(isinstance(inner, SDDLinear) for inner in module.modules()):
-            continue
-        if isinstance(module, nn.TransformerEncoderLayer):
-            module.activation_relu_or_gelu = 0  # the path requires it to be 1 or 2
-        elif isinstance(module, nn.TransformerEncoder):
-            module.use_nested_tensor = False
-
-
-def _notes(model: nn.Module, selection: Selection, depth_guessed: bool) -> list[str]:
-    notes = []
-    if depth_guessed and not selection.blocks:
+def _notes(plan: Plan, n_layers: int | None, optimizer: torch.optim.Optimizer | None) -> list[str]:
+    model, selection = plan.model, plan.selection
+    notes = list(selection.notes)
+    if not selection.outputs:
+        notes.append("no projection was found that writes to the residual stream: name them in output")
+    elif n_layers is None and depth_of(model, selection.blocks) is None:
         notes.append("no list of blocks found, so L = 1: give n_layers if the model has blocks")
     if not selection.has_head:
         notes.append("no head found: if a converted layer gives the model's outputs, name it in exclude")
@@ -157,9 +216,12 @@ def _notes(model: nn.Module, selection: Selection, depth_guessed: bool) -> list[
         )
     if any(linear.weight.is_meta for linear in selection.linears.values()):
         notes.append(
-            "some layers are on the meta device, where nothing is drawn: convert after materialising the model"
+            "some layers are on the meta device, where nothing is drawn: after to_empty, call the reset_parameters of "
+            "every module that has one"
         )
-    return notes
+    if optimizer is not None:
+        notes.append("the optimiser does not hold the new alphas: build it anew, or add them as a group of its own")
+    return notes + advice.notes(model, set(selection.linears.values()), selection.outside)
 
 
 def _summary(kept: Sequence[KeptLayer]) -> str:

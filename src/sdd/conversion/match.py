@@ -1,206 +1,256 @@
 """Choose the layers of a foreign model to convert, and say why the others stay."""
 
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
-from fnmatch import fnmatchcase
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.parameter import is_lazy
 
-from sdd.block_lists import block_lists, most_of_one_type
+from sdd.conversion import patterns
+from sdd.conversion.experts import expert_keys, expert_obstacle, expert_parts, has_experts
+from sdd.conversion.groups import GroupChoice, choose
+from sdd.conversion.kinds import is_layer, not_linear
+from sdd.conversion.outputs import is_output_name, residual_outputs
+from sdd.conversion.patterns import as_patterns as as_patterns
+from sdd.conversion.patterns import matches as matches
 from sdd.conversion.report import KeptLayer
+from sdd.conversion.tree import Tree, impure, stacked_matrices
 from sdd.nn import SDDLinear
+from sdd.norm_groups import Group
 
-#: Names of the head, matched against every component of a dotted name outside the blocks.
-HEADS = (
-    "lm_head",
-    "head",
-    "heads",
-    "output",
-    "output_layer",
-    "output_projection",
-    "classifier",
-    "score",
-    "embed_out",
-    "qa_outputs",
-    "to_logits",
-    "unembed",
-)
-#: Projections that write to the residual stream, by the names that published models give them.
-OUTPUTS = (
-    "o_proj",
-    "down_proj",
-    "out_proj",
-    "c_proj",
-    "wo",
-    "w2",
-    "fc2",
-    "fc_out",
-    "linear2",
-    "to_out",
-    "to_out.0",
-    "dense_4h_to_h",
-    "output.dense",
-    "*attention.dense",
-    "self_attn.dense",
-    "*Attention.o",
-    "attn.proj",
-    "mlp.proj",
-)
-_HEAD = "the head: its outputs are logits or predictions"
-_ROUTER = "a router: its outputs choose experts"
-_LINEARS = (nn.Linear, SDDLinear)
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_FROZEN = "frozen: its weight does not require gradients"
+_ZERO = "its weight is zero, as at the end of a branch that is to start without effect"
+_BIAS = "its bias was set on purpose, as for a gate or a time step, and redrawing would lose it"
+#: Above every bias that nn.Linear draws for 4 inputs or more, and far above what initialisations in use draw.
+_LARGE_BIAS = 0.5
 
 
 @dataclass(frozen=True)
 class Selection:
-    """The layers to convert by name, the ones that stay, and how many blocks of one type each list of blocks has."""
+    """The layers to convert by name, the ones that stay, and what the place of each says.
+
+    Attributes:
+        linears: fully-connected layers to convert, by name.
+        kept: layers and matrices that stay.
+        blocks: how many blocks each list of blocks has, by its name.
+        has_head: whether a head was found.
+        experts: stacked matrices to convert, by name: the module that holds them, and the name there.
+        outputs: names of what writes to the residual stream.
+        outside: names of what is converted outside the blocks of a model that has blocks.
+        groups: norm groups by name, where they are not one group.
+        order: the place of each name in the model.
+        notes: what could not be found out.
+    """
 
     linears: Mapping[str, nn.Linear]
     kept: Sequence[KeptLayer]
     blocks: Mapping[str, int]
     has_head: bool
+    experts: Mapping[str, tuple[nn.Module, str]]
+    outputs: Collection[str]
+    outside: Sequence[str]
+    groups: Mapping[str, Group]
+    order: Mapping[str, int]
+    notes: Sequence[str] = ()
 
 
-def as_patterns(patterns: str | Sequence[str]) -> tuple[str, ...]:
-    """One glob pattern or several as a tuple."""
-    return (patterns,) if isinstance(patterns, str) else tuple(patterns)
-
-
-def matches(name: str, patterns: Iterable[str]) -> bool:
-    """Whether a glob pattern fits the whole dotted name or its ending after a dot; `*` crosses dots."""
-    return any(fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}") for pattern in patterns)
-
-
-def check_patterns(argument: str, patterns: Sequence[str], model: nn.Module) -> None:
+def check_patterns(argument: str, given: Sequence[str], model: nn.Module) -> None:
     """Raise ValueError for a pattern that fits no `nn.Linear` of the model, with the nearest names."""
     modules = dict(model.named_modules(remove_duplicate=False))
-    linears = [name for name, module in modules.items() if isinstance(module, _LINEARS)]
-    endings = sorted({name.rpartition(".")[2] for name in linears})
-    for pattern in patterns:
-        if any(matches(name, [pattern]) for name in linears):
-            continue
-        others = [f"{name} (a {type(module).__name__})" for name, module in modules.items() if matches(name, [pattern])]
-        near = get_close_matches(pattern, [*endings, *linears], n=5, cutoff=0.4)
-        hint = f"it fits {others[0]}" if others else f"nearest: {', '.join(near or endings)}"
-        raise ValueError(
-            f"{argument}={pattern!r} fits no nn.Linear of this model ({hint}); give glob patterns of dotted names or "
-            "of their endings, as in 'q_proj' or '*.layers.0.*'"
-        )
+    layers = [name for name, module in modules.items() if is_layer(module)]
+    layers += [
+        _join(name, key) for name, module in modules.items() if has_experts(module) for key in expert_keys(module)
+    ]
+    patterns.check_patterns(argument, given, layers, {name: type(module).__name__ for name, module in modules.items()})
 
 
-def select(model: nn.Module, include: Sequence[str] | None, exclude: Sequence[str]) -> Selection:
-    """Decide for every `nn.Linear` of the model whether it is converted; nothing is changed."""
-    tree = _Tree(model)
-    linears: dict[str, nn.Linear] = {}
-    kept: list[KeptLayer] = []
-    has_head = False
+def select(
+    model: nn.Module,
+    include: Sequence[str] | None,
+    exclude: Sequence[str],
+    *,
+    output: Sequence[str] | None = None,
+    group: GroupChoice = None,
+    redraw: bool = True,
+) -> Selection:
+    """Decide for every layer of the model whether it is converted; nothing is changed.
+
+    Args:
+        model: any module.
+        include: patterns of the layers to convert; None for all.
+        exclude: patterns of the layers to leave.
+        output: patterns of what writes to the residual stream; None to find it by structure and names.
+        group: norm groups, see `sdd.conversion.groups`.
+        redraw: whether converted layers get new values, so that what was set on purpose would be lost.
+    """
+    tree = Tree(model)
+    chooser = _Chooser(tree, include, exclude, redraw)
+    linears: dict[str, Any] = {}
+    experts: dict[str, tuple[nn.Module, str]] = {}
     for module, names in tree.names.items():
-        if not isinstance(module, _LINEARS):
-            kept += _bare_matrices(names[0], module)
-            continue
-        guess = tree.head_or_router(names)
-        has_head = has_head or guess == _HEAD
-        reason = tree.obstacle(module) or _deselected(names, include, exclude)
-        if reason is None and not set(names) & set(include or ()):
+        if is_layer(module):
+            if chooser.takes(names[0], names, chooser.obstacle(module, names), module):
+                linears[names[0]] = module
+        elif has_experts(module):
+            for key in expert_keys(module):
+                aliases = [_join(name, key) for name in names]
+                obstacle = expert_obstacle(module, key) or (_tied(tree, module, key))
+                if chooser.takes(aliases[0], aliases, obstacle, module, key):
+                    experts[aliases[0]] = (module, key)
+            chooser.kept += _bare_matrices(names[0], module, expert_keys(module))
+        else:
+            chooser.kept += _bare_matrices(names[0], module, ())
+    groups, notes = _groups(tree, linears, group)
+    groups |= {name: parts for name, (module, key) in experts.items() if (parts := expert_parts(module, key))}
+    order = {name: i for i, name in enumerate(chooser.taken)}
+    outside = [name for name, layer in linears.items() if tree.outside(layer)]
+    outputs = _outputs(tree, linears, experts) if output is None else {name for name in order if matches(name, output)}
+    return Selection(
+        linears, chooser.kept, tree.blocks, chooser.has_head, experts, outputs, outside, groups, order, tuple(notes)
+    )
+
+
+class _Chooser:
+    """Collects the reasons of the layers that stay."""
+
+    def __init__(self, tree: Tree, include: Sequence[str] | None, exclude: Sequence[str], redraw: bool) -> None:
+        self.tree, self.include, self.exclude, self.redraw = tree, include, exclude, redraw
+        self.kept: list[KeptLayer] = []
+        self.taken: list[str] = []
+        self.has_head = False
+        self.marked = _set_on_purpose(tree, redraw)
+
+    def takes(
+        self, name: str, names: Sequence[str], obstacle: str | None, module: nn.Module, key: str = "weight"
+    ) -> bool:
+        """Whether to convert; if not, note the reason."""
+        guess = self._guess(names, module, key)
+        reason = obstacle or _deselected(names, self.include, self.exclude)
+        if reason is None and not set(names) & set(self.include or ()):
             reason = guess
-        if reason is None and isinstance(module, nn.Linear):
-            linears[names[0]] = module
-        elif reason is not None:
-            kept.append(KeptLayer(names[0], reason))
-    return Selection(linears, kept, tree.blocks, has_head)
+        if reason is not None:
+            self.kept.append(KeptLayer(name, reason))
+        else:
+            self.taken.append(name)
+        return reason is None
 
-
-class _Tree:
-    """The model's modules with all their names, the owners of each parameter, and the lists of blocks."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.modules = dict(model.named_modules(remove_duplicate=False))
-        self.names: dict[nn.Module, list[str]] = {}
-        for name, module in self.modules.items():
-            self.names.setdefault(module, []).append(name)
-        self.owners = Counter(
-            id(parameter) for module in self.names for parameter in module._parameters.values() if parameter is not None
-        )
-        self.heads = {id(head) for head in map(_output_embeddings, self.names) if head is not None}
-        lists = block_lists(self.modules, _is_block)
-        self.blocks = {name: most_of_one_type(blocks) for name, blocks in lists.items()}
-
-    def obstacle(self, linear: nn.Linear | SDDLinear) -> str | None:
-        """The reason why the layer cannot be converted, or why converting it makes no sense."""
-        weight = linear._parameters.get("weight")
-        if isinstance(linear, SDDLinear):
+    def obstacle(self, layer: nn.Module, names: Sequence[str]) -> str | None:
+        """The reason why a layer cannot be converted; no choice of the user overrules it."""
+        if isinstance(layer, SDDLinear):
             return "already an SDDLinear"
-        if parametrize.is_parametrized(linear):
-            return "parametrised: its weight is computed (torch.nn.utils.parametrize)"
-        if type(linear) is not nn.Linear:
-            return f"a {type(linear).__name__}: a subclass of nn.Linear may compute something else"
-        if "forward" in vars(linear):
-            return "its forward was replaced on the instance"
-        if type(weight) is not nn.Parameter:
-            return f"its weight is a {type(linear.weight).__name__}, not a plain parameter"
-        if weight.dtype not in _DTYPES:
+        weight = layer._parameters.get("weight")
+        if (reason := impure(layer)) is not None:
+            return reason
+        if any(isinstance(self.tree.modules[name.rpartition(".")[0]], nn.MultiheadAttention) for name in names):
+            return f"a {type(layer).__name__}: nn.MultiheadAttention reads its weight without calling it"
+        if type(weight) is not nn.Parameter and not isinstance(layer, LazyModuleMixin):
+            return f"its weight is a {type(layer.weight).__name__}, not a plain parameter"
+        if weight is not None and weight.dtype not in _DTYPES:
             return f"its weight is {weight.dtype}, not a 16-, 32- or 64-bit float"
-        if any(self.owners[id(parameter)] > 1 for parameter in linear.parameters(recurse=False)):
-            return "tied: another module owns the same parameter"
-        if linear.out_features == 1:
-            return "one output feature: the norm of a single number is its sign"
-        return None
+        return not_linear(layer) or self.tree.obstacle(layer)
 
-    def head_or_router(self, names: Sequence[str]) -> str | None:
-        """The reason to stay that the layer's names, or the model itself, suggest."""
-        if id(self.modules[names[0]]) in self.heads or any(map(self._is_head, names)):
-            return _HEAD
-        return _ROUTER if any(map(self._is_router, names)) else None
+    def _guess(self, names: Sequence[str], module: nn.Module, key: str) -> str | None:
+        """The reason to stay that holds unless the user names the layer."""
+        if key == "weight":
+            role = self.tree.role(names)
+            self.has_head = self.has_head or (role is not None and "head" in role)
+            if role is not None:
+                return role
+        weight = module._parameters.get(key)
+        if weight is None or is_lazy(weight):
+            return None
+        if not weight.requires_grad:
+            return _FROZEN
+        return self.marked.get(module) if key == "weight" else None
 
-    def _is_head(self, name: str) -> bool:
-        # Inside a block, names such as attention.output belong to projections, not heads.
-        for prefix, component in _components(name):
-            path = f"{prefix}.{component}" if prefix else component
-            if component in HEADS:
-                return True
-            if path in self.blocks or isinstance(self.modules[path], nn.ModuleList):
-                return False
+
+def _outputs(tree: Tree, linears: Mapping[str, nn.Module], experts: Mapping[str, tuple[nn.Module, str]]) -> set[str]:
+    """The names of what writes to the residual stream: by structure in the blocks, by name elsewhere."""
+    structural = residual_outputs([block for blocks in tree.stacks.values() for block in blocks], tree.names)
+    found = {name for name, (_, key) in experts.items() if key == "down_proj"}
+    for name, layer in linears.items():
+        if layer in structural or (layer not in tree.inside and any(map(is_output_name, tree.names[layer]))):
+            found.add(name)
+    return found
+
+
+def _groups(tree: Tree, linears: Mapping[str, nn.Module], choice: GroupChoice) -> tuple[dict[str, Group], list[str]]:
+    groups: dict[str, Group] = {}
+    notes = []
+    for name, layer in linears.items():
+        group, note = choose(name, layer, tree.modules[name.rpartition(".")[0]], choice)
+        if group is not None:
+            groups[name] = group
+        if note is not None:
+            notes.append(note)
+    return groups, notes
+
+
+def _tied(tree: Tree, module: nn.Module, key: str) -> str | None:
+    return "tied: another module owns the same parameter" if tree.owners[id(module._parameters[key])] > 1 else None
+
+
+def _join(name: str, key: str) -> str:
+    return f"{name}.{key}" if name else key
+
+
+def _set_on_purpose(tree: Tree, redraw: bool) -> dict[nn.Module, str]:
+    """The layers whose weight is zero, or whose bias would be lost in a redraw, with the reason to leave them.
+
+    Where that holds for half of all layers, it was not the author's purpose, but memory that nobody has filled yet.
+    """
+    layers: list[Any] = [module for module in tree.names if is_layer(module)]
+    layers = [layer for layer in layers if _is_filled(layer._parameters.get("weight"))]
+    zeros = [layer for layer in layers if not _any(layer.weight)]
+    biases = [
+        layer
+        for layer in layers
+        if redraw and _is_filled(layer._parameters.get("bias")) and _is_unlike_a_draw(layer.bias)
+    ]
+    marked: dict[nn.Module, str] = {}
+    for reason, found in ((_BIAS, biases), (_ZERO, zeros)):
+        if 2 * len(found) < len(layers):
+            marked |= dict.fromkeys(found, reason)
+    return marked
+
+
+def _is_filled(value: Any) -> TypeGuard[Tensor]:
+    return type(value) is nn.Parameter and not value.is_meta
+
+
+def _any(weight: Tensor) -> bool:
+    """Whether a weight has an element other than zero; one row first, which spares reading a large matrix."""
+    return bool(weight[:1].any() or weight.any())
+
+
+@torch.no_grad()
+def _is_unlike_a_draw(bias: Any) -> bool:
+    """Whether a bias has one value other than zero, or values larger than any common initialisation draws."""
+    if not _is_filled(bias) or not bias.any():
         return False
-
-    def _is_router(self, name: str) -> bool:
-        # A `gate` beside `experts` is a router; Llama's gate_proj is not.
-        for prefix, component in _components(name):
-            siblings = [sibling for sibling, _ in self.modules[prefix].named_children()]
-            if "router" in component or (component == "gate" and any("expert" in sibling for sibling in siblings)):
-                return True
-        return False
+    one_value = len(bias) > 1 and bool((bias == bias[0]).all())
+    return one_value or bool(bias.float().abs().mean() > _LARGE_BIAS)
 
 
-def _components(name: str) -> list[tuple[str, str]]:
-    """Each component of a dotted name with the name of the module that holds it."""
-    parts = name.split(".") if name else []
-    return [(".".join(parts[:i]), part) for i, part in enumerate(parts)]
-
-
-def _output_embeddings(module: nn.Module) -> nn.Module | None:
-    """The head that a Hugging Face model names itself."""
-    getter = getattr(module, "get_output_embeddings", None)
-    head = getter() if callable(getter) else None
-    return head if isinstance(head, nn.Module) else None
-
-
-def _is_block(module: nn.Module) -> bool:
-    return not isinstance(module, _LINEARS) and any(isinstance(inner, _LINEARS) for inner in module.modules())
-
-
-def _bare_matrices(name: str, module: nn.Module) -> list[KeptLayer]:
+def _bare_matrices(name: str, module: nn.Module, taken: Sequence[str]) -> list[KeptLayer]:
     """Matrices that belong to no `nn.Linear`: in-projections, packed experts, convolutions."""
     if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
         return []
+    stacked = stacked_matrices(module)
+    kind = type(module).__name__
     return [
-        KeptLayer(f"{name}.{key}" if name else key, f"a matrix of a {type(module).__name__}, not of an nn.Linear")
+        KeptLayer(
+            _join(name, key),
+            f"stacked matrices of a {kind}, which does not go through transformers' interface for experts"
+            if key in stacked and len(value) > 1 and "xpert" in f"{name}{kind}"
+            else f"a matrix of a {kind}, not of an nn.Linear",
+        )
         for key, value in module._parameters.items()
-        if isinstance(value, Tensor) and value.ndim > 1
+        if isinstance(value, Tensor) and value.ndim > 1 and key not in taken and not key.endswith("_bias")
     ]
 
 

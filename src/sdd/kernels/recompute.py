@@ -169,7 +169,9 @@ class _ScaledNorm(torch.autograd.Function):
         r.add_(eps if row_eps is None else row_eps.reshape(-1, 1)).rsqrt_()
         ctx.save_for_backward(z, alpha, bias, row_eps, r)
         ctx.eps, ctx.group, ctx.dtype = eps, group, dtype
-        y = (z_tiles * r.unsqueeze(-1)).mul_(alpha.reshape(-1, group)).reshape(z.shape)
+        # Allocated in its own shape: autograd forbids changing a view in place, as nn.ReLU(inplace=True) does.
+        y = torch.empty(z.shape, dtype=r.dtype, device=z.device)
+        torch.mul(z_tiles, r.unsqueeze(-1), out=_tiles(y, group)).mul_(alpha.reshape(-1, group))
         if bias is not None:
             y.add_(bias)
         return y.to(dtype)

@@ -1,0 +1,54 @@
+"""Models that must not be redrawn in silence, and those that it is too late to convert."""
+
+import gc
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from sdd.errors import UserError
+
+
+def refuse_trained(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
+    """Raise UserError for a model that shows signs of training, which new weights would destroy."""
+    for module in model.modules():
+        source = getattr(getattr(module, "config", None), "_name_or_path", "")
+        if isinstance(source, str) and source:
+            _refuse(f"its config was loaded from {source!r}")
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            _refuse(f"{name} has a gradient")
+    if optimizer is not None and optimizer.state:
+        _refuse("its optimiser has taken steps")
+
+
+def _refuse(sign: str) -> None:
+    raise UserError(
+        f"the model may be trained: {sign}. Converting draws new weights for every converted layer; give redraw=True "
+        "if nothing of them is to be kept"
+    )
+
+
+def refuse_wrapped(model: nn.Module) -> None:
+    """Raise UserError for a model that is already replicated or sharded."""
+    replicated = {id(module) for wrapper in _wrappers() for module in wrapper.modules()}
+    for module in model.modules():
+        if isinstance(module, DistributedDataParallel) or id(module) in replicated:
+            raise UserError(
+                "the model is already in DistributedDataParallel, and every process would draw other weights: convert "
+                "it first, then wrap it"
+            )
+        if isinstance(module, (FSDPModule, FullyShardedDataParallel)):
+            raise UserError("the model is already sharded (fully_shard): convert it first, then shard it")
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, DTensor):
+            raise UserError(f"the model is already sharded ({name} is a DTensor): convert it first, then shard it")
+
+
+def _wrappers() -> list[DistributedDataParallel]:
+    """Every DistributedDataParallel of this process: a model does not know that it is in one."""
+    if not torch.distributed.is_initialized():
+        return []
+    return [thing for thing in gc.get_objects() if type(thing) is DistributedDataParallel]

@@ -1,0 +1,377 @@
+"""Converted models of transformers through save_pretrained and from_pretrained."""
+
+import json
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from sdd import SDDLinear, apply, convert, revert
+from sdd.conversion import load_converted
+from sdd.conversion.description import describe
+from sdd.errors import UserError
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("safetensors.torch")
+
+TINY = {
+    "vocab_size": 32,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+ENCODER = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+TOKENS = torch.arange(1, 10)[None]
+
+
+def build(kind: str = "Llama", head: str = "ForCausalLM", **changes):
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(**TINY, **changes)
+    return getattr(transformers, f"{kind}{head}")(config).eval()
+
+
+def trained(model):
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("alpha"):
+                parameter.uniform_(0.5, 1.5)
+    return model
+
+
+def output(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=TOKENS)[0]
+
+
+LOAD = """
+import sys, torch
+{imports}
+import transformers
+model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1]).eval()
+with torch.no_grad():
+    torch.save(model(input_ids=torch.arange(1, 10)[None]).logits, sys.argv[2])
+"""
+
+
+def load_elsewhere(folder, target, imports: str) -> subprocess.CompletedProcess:
+    code = LOAD.format(imports=imports)
+    return subprocess.run([sys.executable, "-c", code, str(folder), str(target)], capture_output=True, text=True)
+
+
+def test_a_fresh_process_gives_the_same_logits(tmp_path):
+    model = build()
+    convert(model, eps=1e-4, group={"q_proj": 4})
+    trained(model).save_pretrained(tmp_path)
+    done = load_elsewhere(tmp_path, tmp_path / "logits", "import sdd.interop.converted")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert torch.equal(torch.load(tmp_path / "logits"), output(model))
+
+
+def test_without_sdd_the_folder_is_refused(tmp_path):
+    model = build()
+    convert(model)
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "sdd-llama"
+    done = load_elsewhere(tmp_path, tmp_path / "logits", "")
+    assert done.returncode != 0
+    assert "sdd-llama" in done.stderr
+
+
+@pytest.mark.parametrize("kind", ["Llama", "Qwen3", "Mixtral"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_save_and_load_go_both_ways(kind, tied, tmp_path):
+    import sdd.interop.converted  # noqa: F401
+
+    model = build(kind, tie_word_embeddings=tied)
+    convert(model)
+    expected = output(trained(model))
+    for turn in ("first", "second"):
+        model.save_pretrained(tmp_path / turn)
+        model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / turn).eval()
+        assert type(model).__name__ == f"SDD{kind}ForCausalLM"
+        assert isinstance(model.model.layers[0].self_attn.q_proj, SDDLinear)
+        assert torch.equal(output(model), expected)
+
+
+def kinds():
+    vit = transformers.ViTConfig(**ENCODER, image_size=16, patch_size=8)
+    t5 = transformers.T5Config(
+        vocab_size=32, d_model=16, d_ff=32, d_kv=4, num_layers=2, num_heads=4, decoder_start_token_id=0
+    )
+    return {
+        "vit": (
+            transformers.ViTForImageClassification(vit),
+            "ImageClassification",
+            {"pixel_values": torch.ones(1, 3, 16, 16)},
+        ),
+        "t5": (transformers.T5ForConditionalGeneration(t5), "Seq2SeqLM", {"input_ids": TOKENS, "labels": TOKENS}),
+    }
+
+
+@pytest.mark.parametrize("kind", ["vit", "t5"])
+def test_other_kinds_are_saved_and_loaded_alike(kind, tmp_path):
+    import sdd.interop.converted  # noqa: F401
+
+    model, auto, example = kinds()[kind]
+    convert(model.eval())
+    trained(model).save_pretrained(tmp_path)
+    loaded = getattr(transformers, f"AutoModelFor{auto}").from_pretrained(tmp_path).eval()
+    assert loaded.config.model_type == f"sdd-{kind}"
+    with torch.no_grad():
+        assert torch.equal(loaded(**example).logits, model(**example).logits)
+
+
+def test_a_checkpoint_of_transformers_is_calibrated_saved_loaded_and_reverted(tmp_path):
+    import sdd.interop.converted  # noqa: F401
+
+    model = build()
+    model.save_pretrained(tmp_path / "plain")
+    before = output(model)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "plain").eval()
+    convert(model, mode="calibrate", batches=[{"input_ids": TOKENS}])
+    model.save_pretrained(tmp_path / "sdd")
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "sdd").eval()
+    revert(loaded)
+    assert type(loaded) is transformers.LlamaForCausalLM
+    assert torch.equal(output(loaded), before)
+    loaded.save_pretrained(tmp_path / "again")
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["model_type"] == "llama"
+    assert torch.equal(output(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "again")), before)
+
+
+def test_a_half_precision_load_keeps_alpha_in_float32(tmp_path):
+    import sdd.interop.converted  # noqa: F401
+
+    model = build()
+    convert(model)
+    trained(model).save_pretrained(tmp_path)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    q_proj = loaded.model.layers[0].self_attn.q_proj
+    assert q_proj.weight.dtype == torch.bfloat16
+    assert torch.equal(q_proj.alpha, model.model.layers[0].self_attn.q_proj.alpha)
+
+
+def test_with_and_without_a_head(tmp_path):
+    import sdd.interop.converted  # noqa: F401
+
+    model = build()
+    convert(model)
+    trained(model).save_pretrained(tmp_path / "head")
+    body = transformers.AutoModel.from_pretrained(tmp_path / "head").eval()
+    assert torch.equal(output(body), output(model.model))
+    body.save_pretrained(tmp_path / "body")
+    head = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "body").eval()
+    assert torch.equal(output(head.model), output(body))
+
+
+def test_a_state_without_alphas_is_one_line(tmp_path):
+    import sdd.interop.converted  # noqa: F401
+
+    model = build()
+    plain = model.state_dict()
+    convert(model)
+    model.save_pretrained(tmp_path, state_dict=plain)
+    with pytest.raises(UserError, match="14 of 14 alphas are missing") as caught:
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_other_models_of_the_same_config_are_untouched():
+    config = transformers.LlamaConfig(**TINY)
+    one, other = transformers.LlamaForCausalLM(config), transformers.LlamaForCausalLM(config)
+    convert(one)
+    assert (type(config), config.model_type) == (transformers.LlamaConfig, "llama")
+    assert other.config.model_type == "llama"
+    assert one.config is one.model.config
+    assert isinstance(one, transformers.LlamaForCausalLM)
+
+
+def test_a_converted_model_is_pickled():
+    model = build()
+    convert(model)
+    again = pickle.loads(pickle.dumps(model))
+    assert type(again) is type(model)
+    assert torch.equal(output(again), output(model))
+
+
+def test_a_converted_part_of_a_model_is_marked_itself(tmp_path):
+    import sdd.interop.converted  # noqa: F401
+
+    class Wrapper(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.backbone = build("Llama", "Model")
+
+        def forward(self, x):
+            return self.backbone(x)[0]
+
+    wrapper = Wrapper()
+    convert(wrapper)
+    wrapper.backbone.save_pretrained(tmp_path)
+    loaded = transformers.AutoModel.from_pretrained(tmp_path).eval()
+    assert torch.equal(output(loaded), wrapper(TOKENS))
+
+
+def test_a_config_without_a_description_is_one_line():
+    import sdd.interop.converted  # noqa: F401
+
+    config = transformers.AutoConfig.for_model("sdd-llama", **TINY)
+    with pytest.raises(UserError, match="without sdd_conversion"):
+        transformers.AutoModelForCausalLM.from_config(config)
+    with pytest.raises(ValueError, match="sdd-nothing"):
+        transformers.AutoConfig.for_model("sdd-nothing")
+
+
+@pytest.mark.parametrize("part", ["LlamaForCausalLM", "LlamaModel"])
+def test_hidden_states_and_attentions_are_returned_as_before(part):
+    model = build("Llama", part.removeprefix("Llama"), attn_implementation="eager")
+    wanted = {"output_hidden_states": True, "output_attentions": True}
+    before = build("Llama", part.removeprefix("Llama"), attn_implementation="eager")(input_ids=TOKENS, **wanted)
+    convert(model)
+    for one in (pickle.loads(pickle.dumps(model)), model):
+        after = one(input_ids=TOKENS, **wanted)
+        assert len(after.hidden_states) == len(before.hidden_states) == 3
+        assert len(after.attentions) == len(before.attentions) == 2
+
+
+def test_a_backbone_that_reads_its_own_hidden_states_runs():
+    backbone = transformers.BeitBackbone(transformers.BeitConfig(**ENCODER, image_size=16, patch_size=8))
+    convert(backbone.eval())
+    assert backbone(torch.ones(1, 3, 16, 16)).feature_maps
+
+
+def test_the_trainer_finds_the_task_by_the_name_of_the_class():
+    from transformers.models.auto import modeling_auto
+
+    model = build()
+    convert(model)
+    names = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    assert names["sdd-llama"] == type(model).__name__ == "SDDLlamaForCausalLM"
+    assert transformers.AutoModelForCausalLM._model_mapping[type(model.config)] is type(model)
+    assert len(list(transformers.AutoModelForCausalLM._model_mapping.keys())) > 100
+
+
+def llava():
+    text, vision = transformers.LlamaConfig(**{**TINY, "vocab_size": 40}), {"image_size": 16, "patch_size": 8}
+    vision = transformers.CLIPVisionConfig(**ENCODER, **vision, projection_dim=16)
+    config = transformers.LlavaConfig(vision_config=vision, text_config=text, image_token_id=39)
+    torch.manual_seed(0)
+    return transformers.LlavaForConditionalGeneration(config).eval()
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_part_converted_alone_or_by_name_is_saved_with_the_whole_and_alone(alone, tmp_path):
+    import sdd.interop.converted  # noqa: F401
+
+    model = llava()
+    body = model.model.language_model
+    if alone:
+        convert(body)
+    else:
+        convert(model, include="language_model.*")
+    whole, part = output(trained(model)), output(body)
+    model.save_pretrained(tmp_path / "whole")
+    loaded = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path / "whole").eval()
+    assert torch.equal(output(loaded), whole)
+    for one in (body, loaded.model.language_model):
+        one.save_pretrained(tmp_path / "part")
+        assert torch.equal(output(transformers.AutoModel.from_pretrained(tmp_path / "part").eval()), part)
+    revert(body, [{"input_ids": TOKENS}])
+    assert type(model) is transformers.LlavaForConditionalGeneration
+    assert model.config.model_type == "llava"
+    assert not hasattr(model.config, "sdd_conversion")
+
+
+def test_the_body_of_a_converted_model_is_saved_alone(tmp_path):
+    import sdd.interop.converted  # noqa: F401
+
+    for one in (model := build()), model.model:
+        convert(one)
+        trained(model).model.save_pretrained(tmp_path)
+        body = transformers.AutoModel.from_pretrained(tmp_path).eval()
+        assert torch.equal(output(body), output(model.model))
+        assert model.config is model.model.config
+        revert(model, [{"input_ids": TOKENS}])
+
+
+def gpt2(**changes):
+    config = transformers.GPT2Config(
+        vocab_size=32, n_embd=16, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0, **changes
+    )
+    return transformers.GPT2LMHeadModel(config).eval()
+
+
+def gpt_oss():
+    sizes = {**TINY, "num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8, "pad_token_id": 0}
+    return transformers.GptOssForCausalLM(transformers.GptOssConfig(**sizes, eos_token_id=0)).eval()
+
+
+def falcon():
+    sizes = {name: TINY[name] for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")}
+    return transformers.FalconForCausalLM(transformers.FalconConfig(**sizes, bos_token_id=0, eos_token_id=0)).eval()
+
+
+def mixtral():
+    return build("Mixtral", num_local_experts=4)
+
+
+OTHERS = {"gpt2": "Conv1D", "falcon": "FalconLinear", "mixtral": "MixtralExperts", "gpt_oss": "GptOssExperts"}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_layers_and_experts_are_described_and_loaded_with_all_settings(name, tmp_path):
+    import sdd.interop.converted  # noqa: F401
+
+    make = globals()[name]
+    model = make()
+    report = convert(model, eps=1e-3, alpha_init=0.5, example={"input_ids": TOKENS})
+    assert OTHERS[name] in {layer.kind for layer in report.converted}
+    assert not report.proof.named("refuted")
+    trained(model).save_pretrained(tmp_path)
+    fresh = make()
+    apply(fresh, report.to_json())
+    assert str(fresh) == str(model)
+    load_converted(fresh, model.state_dict())
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    half = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert torch.equal(output(fresh), output(model))
+    assert torch.equal(output(loaded), output(model))
+    assert settings(loaded) == settings(model) == settings(fresh)
+    assert {p.dtype for key, p in half.named_parameters() if key.endswith("alpha")} == {torch.float32}
+
+
+def settings(model) -> dict[str, object]:
+    return {
+        layer["name"]: (layer["eps"], layer["alpha_init"], layer.get("group"), layer["kind"])
+        for layer in describe(model)["layers"]
+    }
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_layers_are_calibrated_and_reverted_bit_for_bit(name):
+    model = globals()[name]()
+    before, kinds = output(model), [type(module) for module in model.modules()]
+    names = [set(vars(module)) for module in model.modules()]
+    report = convert(model, mode="calibrate", batches=[{"input_ids": TOKENS}], example={"input_ids": TOKENS})
+    assert report.proof.named("proven").keys() == {layer.name for layer in report.converted}
+    assert all("stacked experts" in kept.reason for kept in report.kept if "experts." in kept.name)
+    revert(model)
+    assert torch.equal(output(model), before)
+    assert [type(module) for module in model.modules()] == kinds
+    assert [set(vars(module)) for module in model.modules()] == names
+
+
+def test_converted_experts_are_not_reverted_and_the_model_is_unchanged():
+    model = mixtral()
+    convert(model)
+    before, shown = output(model), str(model)
+    with pytest.raises(UserError, match=r"experts.gate_up_proj and 3 more are stacked experts") as caught:
+        revert(model, [{"input_ids": TOKENS}])
+    assert "\n" not in str(caught.value)
+    assert str(model) == shown
+    assert torch.equal(output(model), before)
