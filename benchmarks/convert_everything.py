@@ -158,7 +158,7 @@ def page(content: Mapping[str, Any]) -> str:
     counts = Counter(result["outcome"] for result in classes.values())
     used = ", ".join(f"{name} {version}" for name, version in content["versions"].items())
     lines = [
-        "# Conversion of every class of transformers and timm",
+        "# Conversion of the classes of transformers and timm",
         "",
         f"{len(classes)} classes, each a tiny model built from its config on a CPU, converted with an example and",
         "proven ([how](convert.md)). The table of known readers was switched off: the proof alone had to find them.",

@@ -75,6 +75,12 @@ def test_a_trained_model_is_calibrated_without_asking():
     assert isinstance(model.tested, SDDLinear)
 
 
+def test_advice_for_training_from_scratch_is_not_given_to_a_trained_model():
+    new, trained = (nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.1), nn.Linear(8, 8)) for _ in range(2))
+    assert any("dropout" in note for note in convert(new).notes)
+    assert not any("dropout" in note for note in convert(trained, mode="calibrate", batches=[X]).notes)
+
+
 # --- stacked experts ---
 
 

@@ -7,46 +7,13 @@ import sys
 
 import pytest
 import torch
+from helpers_tiny import ENCODER, TINY, TOKENS, build, output, trained
 
-from sdd import SDDLinear, apply, convert, revert
-from sdd.conversion import load_converted
-from sdd.conversion.description import describe
+from sdd import SDDLinear, convert, param_groups, revert
 from sdd.errors import UserError
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("safetensors.torch")
-
-TINY = {
-    "vocab_size": 32,
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-}
-ENCODER = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-TOKENS = torch.arange(1, 10)[None]
-
-
-def build(kind: str = "Llama", head: str = "ForCausalLM", **changes):
-    torch.manual_seed(0)
-    config = getattr(transformers, f"{kind}Config")(**TINY, **changes)
-    return getattr(transformers, f"{kind}{head}")(config).eval()
-
-
-def trained(model):
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("alpha"):
-                parameter.uniform_(0.5, 1.5)
-    return model
-
-
-def output(model) -> torch.Tensor:
-    with torch.no_grad():
-        return model(input_ids=TOKENS)[0]
-
 
 LOAD = """
 import sys, torch
@@ -299,79 +266,31 @@ def test_the_body_of_a_converted_model_is_saved_alone(tmp_path):
         revert(model, [{"input_ids": TOKENS}])
 
 
-def gpt2(**changes):
-    config = transformers.GPT2Config(
-        vocab_size=32, n_embd=16, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0, **changes
-    )
-    return transformers.GPT2LMHeadModel(config).eval()
-
-
-def gpt_oss():
-    sizes = {**TINY, "num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8, "pad_token_id": 0}
-    return transformers.GptOssForCausalLM(transformers.GptOssConfig(**sizes, eos_token_id=0)).eval()
-
-
-def falcon():
-    sizes = {name: TINY[name] for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")}
-    return transformers.FalconForCausalLM(transformers.FalconConfig(**sizes, bos_token_id=0, eos_token_id=0)).eval()
-
-
-def mixtral():
-    return build("Mixtral", num_local_experts=4)
-
-
-OTHERS = {"gpt2": "Conv1D", "falcon": "FalconLinear", "mixtral": "MixtralExperts", "gpt_oss": "GptOssExperts"}
-
-
-@pytest.mark.parametrize("name", OTHERS)
-def test_other_layers_and_experts_are_described_and_loaded_with_all_settings(name, tmp_path):
+def test_the_trainer_leaves_alpha_without_decay_resumes_and_saves(tmp_path):
+    """The recipe of docs/convert.md."""
+    pytest.importorskip("accelerate")
     import sdd.interop.converted  # noqa: F401
 
-    make = globals()[name]
-    model = make()
-    report = convert(model, eps=1e-3, alpha_init=0.5, example={"input_ids": TOKENS})
-    assert OTHERS[name] in {layer.kind for layer in report.converted}
-    assert not report.proof.named("refuted")
-    trained(model).save_pretrained(tmp_path)
-    fresh = make()
-    apply(fresh, report.to_json())
-    assert str(fresh) == str(model)
-    load_converted(fresh, model.state_dict())
-    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
-    half = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
-    assert torch.equal(output(fresh), output(model))
-    assert torch.equal(output(loaded), output(model))
-    assert settings(loaded) == settings(model) == settings(fresh)
-    assert {p.dtype for key, p in half.named_parameters() if key.endswith("alpha")} == {torch.float32}
+    rows = [{"input_ids": row, "labels": row} for row in torch.randint(32, (16, 8))]
 
+    def trainer(folder):
+        model = build()
+        convert(model, example={"input_ids": TOKENS})
+        args = transformers.TrainingArguments(
+            str(tmp_path / folder), max_steps=4, save_steps=2, weight_decay=0.1, report_to=[], use_cpu=True
+        )
+        groups = param_groups(model, weight_decay=args.weight_decay)
+        optimizers = (torch.optim.AdamW(groups, lr=args.learning_rate), None)
+        return transformers.Trainer(model, args, train_dataset=rows, optimizers=optimizers)
 
-def settings(model) -> dict[str, object]:
-    return {
-        layer["name"]: (layer["eps"], layer["alpha_init"], layer.get("group"), layer["kind"])
-        for layer in describe(model)["layers"]
-    }
-
-
-@pytest.mark.parametrize("name", OTHERS)
-def test_other_layers_are_calibrated_and_reverted_bit_for_bit(name):
-    model = globals()[name]()
-    before, kinds = output(model), [type(module) for module in model.modules()]
-    names = [set(vars(module)) for module in model.modules()]
-    report = convert(model, mode="calibrate", batches=[{"input_ids": TOKENS}], example={"input_ids": TOKENS})
-    assert report.proof.named("proven").keys() == {layer.name for layer in report.converted}
-    assert all("stacked experts" in kept.reason for kept in report.kept if "experts." in kept.name)
-    revert(model)
-    assert torch.equal(output(model), before)
-    assert [type(module) for module in model.modules()] == kinds
-    assert [set(vars(module)) for module in model.modules()] == names
-
-
-def test_converted_experts_are_not_reverted_and_the_model_is_unchanged():
-    model = mixtral()
-    convert(model)
-    before, shown = output(model), str(model)
-    with pytest.raises(UserError, match=r"experts.gate_up_proj and 3 more are stacked experts") as caught:
-        revert(model, [{"input_ids": TOKENS}])
-    assert "\n" not in str(caught.value)
-    assert str(model) == shown
-    assert torch.equal(output(model), before)
+    whole, resumed = trainer("whole"), trainer("resumed")
+    whole.train()
+    decayed = {id(p) for group in whole.optimizer.param_groups if group["weight_decay"] for p in group["params"]}
+    alphas = {id(p) for name, p in whole.model.named_parameters() if name.endswith("alpha")}
+    assert decayed
+    assert not decayed & alphas
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "whole" / "checkpoint-4")
+    for other in (resumed.model, loaded):
+        pairs = zip(whole.model.parameters(), other.parameters(), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs)

@@ -69,7 +69,14 @@ def convert(
       out-projection of `nn.MultiheadAttention`, a parametrised layer, a weight that is no plain floating parameter, or
       a forward that was replaced;
     - it has one output feature, of which a norm would keep only the sign, or one input feature, whose magnitude a norm
-      would erase.
+      would erase;
+    - its model is known to read the weight without calling the layer, whatever an example shows.
+
+    With an example, the model is run to prove that it calls each converted layer and reads its weight nowhere else;
+    see `sdd.conversion.prove`. A layer that is refuted is put back bit for bit, with the reason in the report. One that
+    the example does not reach stays converted, is named, and is decided at its first call. The proof leaves nothing
+    behind; while it runs it needs the memory of two more copies of the model. Without an example, a warning at the end
+    of the first forward pass names the layers that it did not call.
 
     Every converted layer remains the same object. Its parameters, hooks, training flag, device, dtype and second names
     stay. Only its class changes (`SDDLinear` is not an `nn.Linear`), and alpha is added: float32 in a half-precision
@@ -125,7 +132,9 @@ def convert(
         return observe_trained(plan, batches)
     if mode == "reinit" and not redraw:
         refuse_trained(model, optimizer)
-    notes = _notes(plan, n_layers, optimizer)
+    notes = _notes(plan, optimizer)
+    if mode == "reinit":
+        notes += _notes_on_a_new_model(plan, n_layers)
     if mode == "calibrate" and batches is not None:
         report, modules = convert_trained(plan, batches, max_error, example)
     else:
@@ -200,13 +209,9 @@ def _scale(argument: str, value: float | str, n_layers: int) -> float:
     return float(value)
 
 
-def _notes(plan: Plan, n_layers: int | None, optimizer: torch.optim.Optimizer | None) -> list[str]:
+def _notes(plan: Plan, optimizer: torch.optim.Optimizer | None) -> list[str]:
     model, selection = plan.model, plan.selection
     notes = list(selection.notes)
-    if not selection.outputs:
-        notes.append("no projection was found that writes to the residual stream: name them in output")
-    elif n_layers is None and depth_of(model, selection.blocks) is None:
-        notes.append("no list of blocks found, so L = 1: give n_layers if the model has blocks")
     if not selection.has_head:
         notes.append("no head found: if a converted layer gives the model's outputs, name it in exclude")
     if any(isinstance(module, nn.MultiheadAttention) for module in model.modules()):
@@ -214,13 +219,23 @@ def _notes(plan: Plan, n_layers: int | None, optimizer: torch.optim.Optimizer | 
             "nn.MultiheadAttention reads its matrices without calling a layer, so none of them is converted: "
             "write q, k, v and the output projection as nn.Linear to convert them"
         )
+    if optimizer is not None:
+        notes.append("the optimiser does not hold the new alphas: build it anew, or add them as a group of its own")
+    return notes
+
+
+def _notes_on_a_new_model(plan: Plan, n_layers: int | None) -> list[str]:
+    """What matters where alphas are not fitted and training starts from scratch."""
+    model, selection, notes = plan.model, plan.selection, []
+    if not selection.outputs:
+        notes.append("no projection was found that writes to the residual stream: name them in output")
+    elif n_layers is None and depth_of(model, selection.blocks) is None:
+        notes.append("no list of blocks found, so L = 1: give n_layers if the model has blocks")
     if any(linear.weight.is_meta for linear in selection.linears.values()):
         notes.append(
             "some layers are on the meta device, where nothing is drawn: after to_empty, call the reset_parameters of "
             "every module that has one"
         )
-    if optimizer is not None:
-        notes.append("the optimiser does not hold the new alphas: build it anew, or add them as a group of its own")
     return notes + advice.notes(model, set(selection.linears.values()), selection.outside)
 
 
