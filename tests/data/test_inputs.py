@@ -84,7 +84,7 @@ def test_saved_datasets(hub: dict, tmp_path: Path, spelled: str):
 
 @pytest.mark.parametrize(
     ("package", "name", "extra"),
-    [("datasets", "hf:name", r"sdd\[datasets\]"), ("pyarrow", "x.parquet", r"sdd\[data\]")],
+    [("datasets", "hf:name", r"sdd-torch\[datasets\]"), ("pyarrow", "x.parquet", r"sdd-torch\[data\]")],
 )
 def test_a_missing_package_is_named_with_its_extra(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str, name: str, extra: str

@@ -169,7 +169,7 @@ def test_missing_extra_is_named(
     tmp_path: Path, make_run: MakeRun, monkeypatch: pytest.MonkeyPatch, missing: str
 ) -> None:
     monkeypatch.setitem(sys.modules, missing, None)
-    with pytest.raises(UserError, match=rf"{missing}: pip install 'sdd\[report\]'"):
+    with pytest.raises(UserError, match=rf"{missing}: pip install 'sdd-torch\[report\]'"):
         write_report([make_run("a")], tmp_path / "r.html")
 
 
