@@ -14,6 +14,7 @@ Where x = x*, the error of a token is how far its own scale is from the common o
 alpha brings it back.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -144,7 +145,7 @@ def run_batches(
         ) from cause
 
 
-class Fitting:
+class Fitting(ABC):
     """Fits one coefficient an output of each layer, when the passes first stop there; later calls of it use the same.
 
     The first half of the passes is the given model, which sets the targets u, the second half the one that is being
@@ -182,17 +183,9 @@ class Fitting:
         bias = self._layers[name].bias
         return stop.y - bias if isinstance(bias, Tensor) else stop.y
 
-    def features(self, name: str, z: Tensor) -> Tensor:
-        """f(z), `[tokens, N]`."""
-        raise NotImplementedError
-
-    def parts(self, name: str) -> Iterable[tuple[int, int]]:
-        """The groups over which the weight of a token is taken."""
-        raise NotImplementedError
-
+    @abstractmethod
     def put_out(self, name: str, z: Tensor, coefficient: Tensor, bias: Tensor | None) -> Tensor:
         """`coefficient * f(z) + bias`."""
-        raise NotImplementedError
 
     # the fit
 
@@ -230,8 +223,9 @@ class Fitting:
         """How many tokens reached each layer."""
         return {name: sum(map(len, self._errors[name])) for name in self._layers if name in self._errors}
 
+    @abstractmethod
     def _fit(self, name: str, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-        return least_squares([(self.features(name, z), u) for z, u in pairs], self.parts(name), name)
+        """The coefficients of a layer from z and u of some tokens, both `[tokens, N]`."""
 
     def _pairs(self, name: str, stops: Mapping[int, Stop]) -> Iterator[tuple[int, tuple[Tensor, Tensor]]]:
         """For each pass of the model that is being made, z and the target u.

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sdd.conversion.become import become_plain, converted_in, is_as_calibrated
-from sdd.conversion.calibrate import Fitting, as_batches, run_batches, token_mask
+from sdd.conversion.calibrate import Fitting, as_batches, least_squares, run_batches, token_mask
 from sdd.conversion.lockstep import Stop
 from sdd.conversion.pretrained import mark
 from sdd.conversion.spreads import error_lines
@@ -107,12 +107,9 @@ class _Reverting(Fitting):
     def plain(self, name: str, stop: Stop) -> Tensor:
         return F.linear(stop.x, self._sdd[name].matrix)
 
-    def features(self, name: str, z: Tensor) -> Tensor:
-        return z
-
-    def parts(self, name: str) -> tuple[tuple[int, int], ...]:
+    def _fit(self, name: str, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
         width = self._sdd[name].out_features
-        return ((width, width),)
+        return least_squares(pairs, ((width, width),), name)
 
     def put_out(self, name: str, z: Tensor, coefficient: Tensor, bias: Tensor | None) -> Tensor:
         y = coefficient * z

@@ -11,6 +11,7 @@ import re
 import socket
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -76,7 +77,7 @@ def open_tracker(
     return TensorBoard(None if kind == "none" else run / "tensorboard", step, say)
 
 
-class Tracker:
+class Tracker(ABC):
     """Receives the rows of metrics.jsonl.
 
     Args:
@@ -99,11 +100,13 @@ class Tracker:
         except Exception as error:
             self._give_up(error)
 
+    @abstractmethod
     def _log(self, step: int, numbers: dict[str, float]) -> None:
-        raise NotImplementedError
+        """Hand numbers to the tracker."""
 
+    @abstractmethod
     def _close(self) -> None:
-        raise NotImplementedError
+        """End the tracked run."""
 
     def _give_up(self, error: Exception) -> None:
         why = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)

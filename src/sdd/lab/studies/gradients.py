@@ -191,6 +191,10 @@ def _picture(outcome: Outcome, group: str) -> Picture:
     )
 
 
+#: The runs that the study `similarity` shares.
+ARMS = tuple(Arm(name, name) for name in ("sdd", "sdd-released", "prenorm-qk", "postnorm", "deepnorm"))
+SIZES = {"nano": {"optim.lr": 1e-3, "steps": 2000, "optim.warmup": 100}, "micro": {"optim.lr": 5e-4}}
+
 DEFINITION = Definition(
     name="gradients",
     title="Do gradients reach every layer?",
@@ -203,10 +207,10 @@ DEFINITION = Definition(
         "The norm of a group is that of all its entries in one block; its spread is the largest over the smallest "
         "layer.",
     ),
-    arms=tuple(Arm(name, name) for name in ("sdd", "sdd-released", "prenorm-qk", "postnorm", "deepnorm")),
+    arms=ARMS,
     conditions=(DEFAULT,),
     rates=Rates("common"),
-    sizes={"nano": {"optim.lr": 1e-3, "steps": 2000, "optim.warmup": 100}, "micro": {"optim.lr": 5e-4}},
+    sizes=SIZES,
     read=read,
     measure=gradients_and_similarity,
 )

@@ -5,13 +5,14 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from sdd.lab.arms import DEFAULT, Arm, Rates
+from sdd.lab.arms import DEFAULT, Rates
 from sdd.lab.definition import Cell, Definition, Outcome
 from sdd.lab.findings import Findings, Interval, Measured, Picture, Table, described, listed, seeds_text
 from sdd.lab.measures import gradients_and_similarity, numbers
 from sdd.lab.results import RunResult
 from sdd.lab.statistics import Estimate, paired_difference
 from sdd.lab.studies import shared
+from sdd.lab.studies.gradients import ARMS, SIZES
 
 #: The two readings of "feature similarity between layers", by the name of what is compared.
 READINGS = {"outputs": "outputs of neighbouring blocks", "updates": "updates of neighbouring blocks"}
@@ -214,10 +215,10 @@ DEFINITION = Definition(
         "Outputs that are alike mean blocks that change little; updates that are alike mean blocks that repeat each "
         "other.",
     ),
-    arms=tuple(Arm(name, name) for name in ("sdd", "sdd-released", "prenorm-qk", "postnorm", "deepnorm")),
+    arms=ARMS,
     conditions=(DEFAULT,),
     rates=Rates("common"),
-    sizes={"nano": {"optim.lr": 1e-3, "steps": 2000, "optim.warmup": 100}, "micro": {"optim.lr": 5e-4}},
+    sizes=SIZES,
     read=read,
     measure=gradients_and_similarity,
 )
