@@ -194,6 +194,37 @@ def test_the_vocabulary_grows_to_the_data(tmp_path):
     assert json.loads((tmp_path / "run" / "config.json").read_text())["model"]["vocab_size"] == 4096
 
 
+def text_folder(folder):
+    folder.mkdir()
+    (folder / "a.txt").write_text("One line of a text that is long enough to train on.\n" * 200)
+    (folder / "a.md5").write_text("0")
+    return folder
+
+
+def test_what_is_left_out_of_the_data_is_said_once(tmp_path, monkeypatch, caplog):
+    text_folder(tmp_path / "data")
+    monkeypatch.chdir(tmp_path)
+    with caplog.at_level("INFO", logger="sdd"):
+        assert run(f"train nano {TINY} --data data --out run") == 0
+    assert sum("of no known kind: a.md5" in line for line in caplog.messages) == 1
+
+
+def test_what_cannot_work_is_noticed_before_the_data_are_tokenised(tmp_path, monkeypatch, capsys, caplog):
+    data, full = text_folder(tmp_path / "data"), tmp_path / "full"
+    full.mkdir()
+    (full / "mine.txt").write_text("keep")
+    monkeypatch.setenv("SDD_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: False)
+    caplog.set_level("INFO", logger="sdd")
+    for wrong, said in (
+        (["--device", "mps", "--out", tmp_path / "run"], "device='mps' is not available"),
+        (["--out", full], "is not empty"),
+    ):
+        assert run(f"train nano {TINY} --data", data, *wrong) == 2
+        assert said in capsys.readouterr().err
+    assert "tokenising" not in caplog.text
+
+
 def test_without_out_a_free_directory_is_chosen(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert run(f"train nano {TINY}") == 0

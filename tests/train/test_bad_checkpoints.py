@@ -375,3 +375,13 @@ def test_a_drawn_config_json_is_one_line_at_most(scratch, data):
         assert "\n" not in str(error)
     else:
         assert config_io.from_dict(config_io.to_dict(config)) == config
+
+
+def test_a_setting_that_was_left_open_and_is_decided_now_is_no_change(scratch, capsys):
+    run = scratch()
+    state = list_checkpoints(run / "checkpoints")[-1] / "state.json"
+    content = json.loads(state.read_text())
+    content["config"]["compile"] = "auto"
+    state.write_text(json.dumps(sealed(content)))
+    assert reopened(run) == 12
+    assert capsys.readouterr().err == ""

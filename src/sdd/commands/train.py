@@ -11,10 +11,8 @@ from sdd.commands.parser import Parser, whole_number
 from sdd.errors import UserError
 from sdd.report.serve import LivePage
 from sdd.train import RunConfig, Trainer, config_io
-from sdd.train.config import resolve
 from sdd.train.parallel import World, joined
 from sdd.train.schedule import fit
-from sdd.train.starting import fit_vocabulary
 from sdd.train.trackers import TRACKERS, check_tracker
 from sdd.train.trainer import start
 
@@ -29,10 +27,8 @@ def main(args: list[str]) -> int:
         if options.out is None and world.may_restart:
             raise UserError("torchrun --max-restarts needs --out RUN, by which a restarted job finds its run")
         out = options.out or world.on_main(lambda: _free_directory(options.preset, config))
-        if getattr(options, "model.vocab_size") is None:
-            config = fit_vocabulary(config, world.in_turn(lambda: resolve(config)))
         live = world.together(lambda: live_page(options, world))
-        trainer = start(config, out, world)
+        trainer = start(config, out, world, fit=getattr(options, "model.vocab_size") is None)
         if options.fitted:
             trainer.log.say(options.fitted)
         return finish(trainer, options, live)

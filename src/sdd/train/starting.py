@@ -64,15 +64,19 @@ def fit_vocabulary(config: RunConfig, data: DataSource) -> RunConfig:
     return replace(config, model=replace(config.model, vocab_size=data.vocab_size))
 
 
-def is_left_by_job(run_dir: RunDir, config: RunConfig, world: World) -> bool:
-    """Whether an earlier attempt at this job made the run: torchrun repeats the command after a failure.
+def is_of_job(run_dir: RunDir, world: World) -> bool:
+    """Whether a run is there that an earlier attempt at this job may have made: torchrun repeats a command that failed.
 
     It also repeats the command, without counting that as a restart, when machines come or go. The job's name is then
     the same.
     """
     before = read_json_object(run_dir.path / "environment.json")
-    if not world.restarted and (world.job is None or before.get("job") != world.job):
-        return False
+    same_job = world.restarted or (world.job is not None and before.get("job") == world.job)
+    return same_job and run_dir.config.exists()
+
+
+def holds(run_dir: RunDir, config: RunConfig) -> bool:
+    """Whether the run that is there is the one that a config describes."""
     there = config_io.load(run_dir.config)
     return there == (replace(config, compile=there.compile) if config.compile == "auto" else config)
 
@@ -165,7 +169,7 @@ def remarks(state: dict[str, Any], config: dict[str, Any], environment: dict[str
     settings = [
         f"{name} {before} -> {now}"
         for name, before, now in _changes(state["config"], config)
-        if not _is_among(name, (*FIXED, *_QUIET))
+        if not _is_among(name, (*FIXED, *_QUIET)) and before != "auto"  # what was left open is settled, not changed
     ]
     if settings:
         yield one_line(f"settings changed since step {state['step']}: {', '.join(settings)}")

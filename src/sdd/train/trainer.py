@@ -14,12 +14,12 @@ from sdd.models import count_parameters
 from sdd.probing import Probe
 from sdd.train import checkpoint as ckpt
 from sdd.train import compiling, config_io, precision, starting
-from sdd.train.config import RunConfig
+from sdd.train.config import RunConfig, resolve
 from sdd.train.evaluate import Evaluation, sample
 from sdd.train.learner import Learner
 from sdd.train.log import RunLog, opening
 from sdd.train.optim import clip_gradients, describe
-from sdd.train.parallel import ALONE, StopSignals, World
+from sdd.train.parallel import ALONE, StopSignals, World, pick_autocast, pick_device
 from sdd.train.recovery import Decision, Guard, Problem, weight_problem
 from sdd.train.run_dir import RunDir, environment
 
@@ -27,22 +27,30 @@ from sdd.train.run_dir import RunDir, environment
 CHECK_EVERY = 10
 
 
-def start(config: RunConfig, out: Path, world: World = ALONE) -> "Trainer":
+def start(config: RunConfig, out: Path, world: World = ALONE, *, fit: bool = False) -> "Trainer":
     """A trainer for a new run in `out`; if torchrun has restarted the job, for the run that it left there.
 
     Args:
         config: the run.
         out: the run directory.
         world: the processes that share the run.
+        fit: enlarge the model's vocabulary to that of the data, if theirs is larger.
 
     Raises:
         UserError: if `out` holds a run already, or the config does not fit machine or data.
     """
     run_dir = RunDir(out, world.is_main)
     config = replace(config, data=config.data.absolute())
-    if world.on_main(run_dir.config.exists) and world.on_main(lambda: starting.is_left_by_job(run_dir, config, world)):
+    # before the data are touched, which may take long to tokenise
+    world.together(lambda: pick_autocast(config.precision, world.place(pick_device(config.device))))
+    left = world.on_main(lambda: starting.is_of_job(run_dir, world))
+    if not left:
+        world.on_main(run_dir.check_free)
+    if fit:
+        config = starting.fit_vocabulary(config, world.in_turn(lambda: resolve(config)))
+    if left and world.on_main(lambda: starting.holds(run_dir, config)):
         return reopen(out, world=world)
-    world.on_main(run_dir.check_free)  # before the data are touched
+    world.on_main(run_dir.check_free)
     trainer, lines = _built(config, run_dir, world)
     world.on_main(lambda: starting.claim(run_dir, trainer.config))
     for line in filter(None, (*lines, precision.hint(config, trainer.device) if world.is_main else None)):
