@@ -33,14 +33,17 @@ class Calibration:
     Attributes:
         error: median over tokens of the relative error against the original model's output.
         inherited: the same if the layer had stayed linear: what the converted layers before it cause alone.
-        tokens: their number.
+        tokens: their number; of stacked experts, that of pairs of a token and an expert.
         outliers: tokens of the original model whose rms is over 10 times the median, or under a tenth of it.
+        few: the experts of a stack that fewer than 32 tokens were sent to; they were fitted on tokens of their layer
+            as if these were sent to them.
     """
 
     error: float
     inherited: float
     tokens: int
     outliers: int = 0
+    few: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
