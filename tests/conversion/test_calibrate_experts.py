@@ -154,8 +154,7 @@ def called(model: nn.Module, tokens: Tensor) -> tuple[Tensor, ...]:
 
 
 @pytest.mark.parametrize("kind", SHAPES)
-def test_what_calibration_says_of_a_stack_is_so(kind: str):
-    """The error is the median over pairs of token and expert of the whole stack; tokens left out do not count."""
+def test_padding_is_not_among_the_pairs_of_token_and_expert(kind: str):
     model = build(kind)
     tokens = torch.randint(32, (4, 40), generator=torch.Generator().manual_seed(1))
     mask = torch.ones_like(tokens)
@@ -164,8 +163,6 @@ def test_what_calibration_says_of_a_stack_is_so(kind: str):
     stacks = [layer for layer in report.converted if len(layer.shape) == 3]
     assert len(stacks) == 4
     assert all(layer.calibration.tokens == 2 * mask.sum() for layer in stacks)
-    assert all(0 < layer.calibration.error < 1 for layer in stacks)
-    assert stacks[0].name in str(report).replace("{0,1}", "0")
 
 
 def test_an_expert_with_few_tokens_is_fitted_on_its_layers_and_named():
@@ -179,6 +176,68 @@ def test_an_expert_with_few_tokens_is_fitted_on_its_layers_and_named():
     gate_up, down = by_hand("Mixtral", plain, 3, x)
     torch.testing.assert_close(model.experts.gate_up_proj_alpha[3].detach(), gate_up)
     torch.testing.assert_close(model.experts.down_proj_alpha[3].detach(), down)
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+def test_the_error_is_the_median_over_all_pairs_of_the_stack(kind: str):
+    model, (x, chosen, weights) = alone(kind), routed(0, 200)
+    plain = copy.deepcopy(model.experts)
+    report = convert(model, mode="calibrate", batches=[(x, chosen, weights)], eps=EPS)
+    errors = []
+    for e in range(4):
+        z = x[(chosen == e).any(-1)] @ matrix(plain, "gate_up_proj", e).T
+        n = whole(kind, tuple(norm(part, EPS) for part in halves(kind, z)))
+        errors.append((model.experts.gate_up_proj_alpha[e] * n - z).norm(dim=-1) / z.norm(dim=-1))
+    assert report.converted[0].calibration.error == pytest.approx(torch.cat(errors).median().item(), rel=1e-5)
+
+
+def test_a_pair_of_weight_zero_does_not_count():
+    """Some models send a token that skips its expert to the first one, with weight 0."""
+    model, (x, chosen, weights) = alone(), routed(0, 200)
+    weights[chosen == 0] = weights[chosen == 0] * (torch.arange(int((chosen == 0).sum())) % 2)
+    plain, own = copy.deepcopy(model.experts), ((chosen == 0) & (weights != 0)).any(-1)
+    report = convert(model, mode="calibrate", batches=[(x, chosen, weights)], eps=EPS)
+    assert report.converted[0].calibration.tokens == (weights != 0).sum()
+    torch.testing.assert_close(model.experts.gate_up_proj_alpha[0].detach(), by_hand("Mixtral", plain, 0, x[own])[0])
+
+
+def sequences(seed: int, n: int = 32) -> Tensor:
+    """Each token follows from the last one by a rule of its sequence, but for one in twenty."""
+    generator = torch.Generator().manual_seed(seed)
+    step, tokens = (torch.randint(low, high, (n, 1), generator=generator) for low, high in ((1, 4), (0, 32)))
+    rows = [tokens]
+    for _ in range(23):
+        rows.append((rows[-1] * step + step) % 32)
+    whole = torch.cat(rows, 1)
+    noise = torch.rand(whole.shape, generator=generator) < 0.05
+    return torch.where(noise, torch.randint(32, whole.shape, generator=generator), whole)
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+def test_a_trained_mixture_keeps_its_loss_within_a_tenth_of_what_redrawing_costs(kind: str):
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(**SIZES, **SHAPES[kind])
+    model = getattr(transformers, f"{kind}ForCausalLM")(config)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for step in range(40):
+        tokens = sequences(step)
+        optimizer.zero_grad()
+        model(input_ids=tokens, labels=tokens).loss.backward()
+        optimizer.step()
+    model.zero_grad(set_to_none=True)
+    batches, held_out = [{"input_ids": sequences(1000)}], sequences(2000)
+
+    def loss(**arguments) -> float:
+        one = copy.deepcopy(model).eval()
+        if arguments:
+            convert(one, include="experts.*_proj", **arguments)
+        with torch.no_grad():
+            return one(input_ids=held_out, labels=held_out).loss.item()
+
+    before, redrawn = loss(), loss(mode="reinit")
+    cost = loss(mode="calibrate", batches=batches) - before
+    assert before < 1.5
+    assert cost < min(0.15, 0.1 * (redrawn - before))
 
 
 def test_max_error_decides_for_each_stack_and_the_next_one_sees_true_outputs():

@@ -84,6 +84,16 @@ class Call(NamedTuple):
         return mask.flatten().to(self.x.device)
 
 
+def joined(calls: Sequence[Call], masks: Sequence[Tensor | None]) -> tuple[Call, Tensor, Tensor]:
+    """The calls of several passes as one, with the tokens `[N]` and the pairs `[N, K]` of it that count.
+
+    A pair of weight 0 does not: some models send a token that skips its expert to the first one so (Zaya).
+    """
+    whole = Call(*(torch.cat(values) for values in zip(*calls, strict=True)))
+    counts = torch.cat([call.counts(mask) for call, mask in zip(calls, masks, strict=True)])
+    return whole, counts, counts.unsqueeze(1) & (whole.weights != 0)
+
+
 class Rows(NamedTuple):
     """Pairs of a token and an expert, sorted by expert.
 
@@ -101,9 +111,9 @@ class Rows(NamedTuple):
 
     @classmethod
     def of(cls, x: Tensor, true: Tensor, counts: Tensor, experts: Tensor, n_experts: int) -> "Rows":
-        """The rows of tokens `[N, I]` and their experts `[N, K]`."""
+        """The rows of tokens `[N, I]` and their experts `[N, K]`; counts `[N, K]` too."""
         order = sort_by_expert(experts, n_experts)
-        return cls(dispatch(x, order), dispatch(true, order), counts[order.tokens_M], order)
+        return cls(dispatch(x, order), dispatch(true, order), counts.flatten()[order.pairs_M], order)
 
     def by_expert(self) -> Iterator[Tensor]:
         """The places of each expert's rows that count."""
@@ -163,22 +173,21 @@ class StackFitting(ABC):
             return {}
         # Without a call of the given model on the same tokens, what the experts give here is the target.
         old = [calls.get(index - n, call).x for index, call in made.items()]
-        true = [x if x.shape == call.x.shape else call.x for x, call in zip(old, made.values(), strict=True)]
-        counts = torch.cat([call.counts(self._masks[index - n]) for index, call in made.items()])
-        if not counts.any():
+        true = [x if x.shape == one.x.shape else one.x for x, one in zip(old, made.values(), strict=True)]
+        call, tokens, pairs = joined(list(made.values()), [self._masks[index - n] for index in made])
+        if not pairs.any():
             return {}
-        x, experts, weights = (torch.cat(values) for values in zip(*made.values(), strict=True))
-        rows = [Rows.of(x, torch.cat(true), counts, experts, stack.n_experts)]
+        rows = [Rows.of(call.x, torch.cat(true), pairs, call.experts, stack.n_experts)]
         if name not in self.few:
             self.few[name] = tuple(e for e, places in enumerate(rows[0].by_expert()) if len(places) < FEW)
             if self.few[name]:
-                rows.append(_spare(x[counts], torch.cat(true)[counts], self.few[name], stack.n_experts))
+                rows.append(_spare(call.x[tokens], torch.cat(true)[tokens], self.few[name], stack.n_experts))
         for key in expert_keys(stack.module):
             rows = self._project(name, key, rows)
         if self.stays.issuperset(stack.names.values()):
             return {}
-        y = after_last(stack.module, rows[0].x, weights, rows[0].order).to(x.dtype)
-        return dict(zip(made, y.split([len(call.x) for call in made.values()]), strict=True))
+        y = after_last(stack.module, rows[0].x, call.weights, rows[0].order).to(call.x.dtype)
+        return dict(zip(made, y.split([len(one.x) for one in made.values()]), strict=True))
 
     def fewer(self) -> dict[str, tuple[int, ...]]:
         """By name of the matrices, the experts that few tokens were sent to."""
@@ -281,4 +290,4 @@ def _spare(x: Tensor, true: Tensor, few: Sequence[int], n_experts: int) -> Rows:
     """Tokens of the layer, evenly spaced, as if each were sent to all of these experts."""
     places = torch.linspace(0, len(x) - 1, min(len(x), SPARE), device=x.device).round().long()
     experts = torch.tensor(few, device=x.device).expand(len(places), -1)
-    return Rows.of(x[places], true[places], torch.ones_like(places, dtype=torch.bool), experts, n_experts)
+    return Rows.of(x[places], true[places], torch.ones_like(experts, dtype=torch.bool), experts, n_experts)

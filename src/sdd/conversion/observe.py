@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from sdd.conversion.calibrate import as_batches, run_batches
 from sdd.conversion.closed_form import Norms, closed_form, counted_rows, median, outliers, token_errors, token_mask
-from sdd.conversion.expert_fits import Call, Rows, Stack, fit_experts
+from sdd.conversion.expert_fits import Call, Rows, Stack, fit_experts, joined
 from sdd.conversion.experts import after_first, expert_keys, expert_shape, normed, product, with_bias
 from sdd.conversion.kinds import features
 from sdd.conversion.lockstep import Stop
@@ -101,10 +101,8 @@ def _observed_layer(name: str, linear: nn.Module, z: Tensor, norms: Norms) -> li
 @torch.no_grad()
 def _observed_experts(stack: Stack, calls: Sequence[tuple[Call, Tensor | None]]) -> list[ObservedLayer]:
     """Each expert's outputs of each projection, for the tokens of one call of the module in several passes."""
-    module = stack.module
-    x, experts = (torch.cat(values) for values in zip(*((call.x, call.experts) for call, _ in calls), strict=True))
-    counts = torch.cat([call.counts(mask) for call, mask in calls])
-    rows, found = Rows.of(x, x, counts, experts, stack.n_experts), []
+    module, (call, _, pairs) = stack.module, joined(*zip(*calls, strict=True))
+    rows, found = Rows.of(call.x, call.x, pairs, call.experts, stack.n_experts), []
     hidden, places = rows.x, list(rows.by_expert())
     for key in expert_keys(module):
         z = product(module, key, hidden, rows.order)
