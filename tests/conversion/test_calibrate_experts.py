@@ -296,6 +296,8 @@ def test_a_calibrated_stack_is_put_back_bit_for_bit_after_a_copy_and_a_saved_sta
     before = model(input_ids=tokens).logits
     report = convert(model, mode="calibrate", batches=[{"input_ids": tokens}])
     assert not torch.equal(model(input_ids=tokens).logits, before)
+    alphas = {layer.alpha_name for layer in report.converted}
+    assert alphas == {name for name, _ in model.named_parameters() if name.endswith("alpha")}
     fresh = build(kind, seed=1)
     sdd.apply(fresh, report.to_json())
     fresh.load_state_dict(model.state_dict())

@@ -290,6 +290,23 @@ def test_a_converted_model_whose_parts_become_plain_is_saved_as_one_without_them
     assert torch.equal(output(transformers.LlamaForCausalLM.from_pretrained(tmp_path).eval()), output(model))
 
 
+def test_a_model_whose_class_builds_sdd_layers_itself_is_saved_as_ever(tmp_path):
+    import sdd.interop.converted  # noqa: F401
+
+    class Own(transformers.PreTrainedModel):
+        config_class = transformers.LlamaConfig
+
+        def __init__(self, config):
+            super().__init__(config)
+            self.layer = SDDLinear(16, 16)
+            self.post_init()
+
+    model = Own(transformers.LlamaConfig(**TINY))
+    model.save_pretrained(tmp_path)
+    assert type(model) is Own
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "llama"
+
+
 def test_the_body_of_a_converted_model_is_saved_alone(tmp_path):
     import sdd.interop.converted  # noqa: F401
 

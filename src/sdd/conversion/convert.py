@@ -92,8 +92,8 @@ def convert(
         exclude: patterns of the layers to leave; it wins over `include`.
         mode: "reinit" draws new values, as above. "calibrate" is for a trained model: it keeps W as V and b, bit for
             bit, and fits alpha to the outputs on a few `batches`, see `sdd.conversion.calibrate`; a layer that they
-            do not reach stays. "observe" changes nothing: the report says how the scale of each
-            layer's output behaves on `batches`, and what calibration would cost.
+            do not reach stays. Stacked experts are fitted one by one. "observe" changes nothing: the report says how
+            the scale of each layer's output, or each expert's, behaves on `batches`, and what calibration would cost.
         output: patterns of the projections that write to the residual stream; None for the last one to the width of
             the stream in each branch of a block, and outside blocks for the names in use (o_proj, down_proj, ...).
         group: norm groups of the features of a layer. None keeps the parts of fused projections apart where they are

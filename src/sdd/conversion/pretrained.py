@@ -5,9 +5,9 @@ A converted `LlamaForCausalLM` becomes an `SDDLlamaForCausalLM`, a subclass, who
 config applies the description before any weight is loaded. So transformers that does not know `sdd-llama`, since `sdd`
 was not imported, refuses the folder, where it would otherwise build a Llama and drop every alpha.
 
-A model that is put together from converted parts later is found when it is saved: `save_pretrained` of transformers then
-brings class and config in line, in every process that converts a model while transformers is imported, or that imports
-`sdd.interop.converted`.
+A model that is put together from converted parts later is found when it is saved: `save_pretrained` of transformers
+brings its class and config in line, in every process that converts a model while transformers is imported, or that
+imports `sdd.interop.converted`.
 
 The classes are made when they are asked for, for any model type. This module does not import transformers: who has no
 model of it needs none.
@@ -26,6 +26,7 @@ from torch import nn
 
 from sdd.conversion.become import alpha_names, converted_in
 from sdd.conversion.description import check_names, describe, repeat
+from sdd.conversion.experts import SDDExperts
 from sdd.errors import UserError, require_extra
 
 PREFIX = "sdd-"
@@ -134,12 +135,13 @@ _LOOKS = "_looks_for_sdd_layers"
 
 
 def _knows(model: Any) -> bool:
-    """Whether class and config of a model of transformers tell of the SDD layers that it has."""
-    made, now = isinstance(model, Converted), describe(model)
-    if not made or not now["layers"]:
-        return made == bool(now["layers"])
+    """Whether class and config of a model of transformers tell of the SDD layers that conversions made in it."""
+    made, modules = isinstance(model, Converted), [module for _, module in converted_in(model)]
+    if not made:
+        # SDD layers that the author of the class wrote are made when it is built.
+        return not any(isinstance(module, SDDExperts) or module.paper_draw for module in modules)
     noted = getattr(model.config, FIELD, None)
-    return noted is not None and _by_name(_renamed(model, noted)) >= _by_name(now)
+    return bool(modules) and noted is not None and _by_name(_renamed(model, noted)) >= _by_name(describe(model))
 
 
 def _by_name(description: dict[str, Any]) -> set[tuple[str, str]]:

@@ -81,6 +81,11 @@ class ConvertedLayer:
         """The name of the module: of stacked experts that which holds the matrix, else the layer itself."""
         return self.name.rpartition(".")[0] if len(self.shape) == 3 else self.name
 
+    @property
+    def alpha_name(self) -> str:
+        """The name of its alpha among the model's parameters."""
+        return f"{self.name}_alpha" if len(self.shape) == 3 else f"{self.name}.alpha".lstrip(".")
+
     def description(self) -> dict[str, Any]:
         """The layer as `to_json` writes it: without what is None, and without what only the report tells."""
         return {name: value for name, value in asdict(self).items() if name not in _TOLD and value is not None}
