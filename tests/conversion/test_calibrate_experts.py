@@ -333,3 +333,32 @@ def test_a_stack_that_was_trained_since_is_fitted(parameter: str):
     w = u.square().mean(-1, keepdim=True).rsqrt()
     expected = ((w * z) * (w * u)).sum(0) / (w * z).square().sum(0)
     torch.testing.assert_close(factors[e, 0], expected)
+
+
+class Foreign(nn.Module):
+    """Experts outside transformers' interface, and attention that reads its matrices itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
+        self.narrow = nn.MultiheadAttention(16, 2, batch_first=True, kdim=8, vdim=8, bias=False)
+        self.router, self.body = nn.Linear(16, 4), nn.Linear(16, 16)
+        self.experts = nn.ParameterDict({"up": torch.randn(4, 16, 8), "down": torch.randn(4, 8, 16)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.body(self.attention(x, x, x)[0] + self.narrow(x, x[..., :8], x[..., :8])[0])
+        hidden = torch.einsum("btd,edf->btef", x, self.experts["up"]).relu()
+        return torch.einsum("btef,efd,bte->btd", hidden, self.experts["down"], self.router(x).softmax(-1))
+
+
+@pytest.mark.parametrize("mode", ["reinit", "calibrate", "observe"])
+def test_every_matrix_that_is_not_converted_is_named(mode):
+    torch.manual_seed(0)
+    model = Foreign()
+    matrices = {name.removesuffix(".weight") for name, value in model.named_parameters() if value.ndim > 1}
+    report = convert(model, mode=mode, batches=None if mode == "reinit" else [torch.randn(2, 10, 16)])
+    named = {layer.name for layer in (*report.converted, *report.observed, *report.kept)}
+    assert matrices <= named
+    reasons = {layer.name: layer.reason for layer in report.kept}
+    assert "does not go through transformers' interface for experts" in reasons["experts.up"]
+    assert all("MultiheadAttention" in reasons[name] for name in matrices if name.startswith(("attention", "narrow")))
