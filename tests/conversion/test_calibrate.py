@@ -258,7 +258,7 @@ def test_an_optimiser_goes_on_with_its_state_and_takes_the_alphas():
     train(3)
     moments = {parameter: optimizer.state[parameter]["exp_avg"].clone() for parameter in model.parameters()}
     report = convert(model, mode="calibrate", batches=[x])
-    alphas = [model.get_parameter(f"{layer.name}.alpha") for layer in report.converted]
+    alphas = [model.get_parameter(layer.alpha_name) for layer in report.converted]
     optimizer.add_param_group({"params": alphas, "weight_decay": 0.0})
     assert all(torch.equal(optimizer.state[parameter]["exp_avg"], old) for parameter, old in moments.items())
     assert {id(p) for p in moments} | {id(p) for p in alphas} == {id(p) for p in model.parameters()}

@@ -4,6 +4,7 @@ import json
 import pickle
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -252,6 +253,58 @@ def test_a_part_converted_alone_or_by_name_is_saved_with_the_whole_and_alone(alo
     assert type(model) is transformers.LlavaForConditionalGeneration
     assert model.config.model_type == "llava"
     assert not hasattr(model.config, "sdd_conversion")
+
+
+@pytest.mark.parametrize("part", ["model", "layer"])
+def test_a_parent_that_is_put_together_after_the_conversion_is_saved_with_its_part(part, tmp_path):
+    import sdd.interop.converted  # noqa: F401
+
+    model = llava()
+    body = transformers.LlamaModel(transformers.LlamaConfig(**{**TINY, "vocab_size": 40})).eval()
+    convert(body if part == "model" else body.layers[1])
+    trained(body)
+    if part == "model":
+        model.model.language_model = body
+    else:
+        model.model.language_model.layers[1] = body.layers[1]
+    whole = output(model)
+    with pytest.warns(UserWarning, match="this LlavaForConditionalGeneration has other layers converted by sdd"):
+        model.save_pretrained(tmp_path / "whole")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        model.save_pretrained(tmp_path / "again")
+    for folder in ("whole", "again"):
+        loaded = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path / folder).eval()
+        assert torch.equal(output(loaded), whole)
+
+
+def test_a_converted_model_whose_parts_become_plain_is_saved_as_one_without_them(tmp_path):
+    import sdd.interop.converted  # noqa: F401
+
+    model = build()
+    convert(model)
+    output(model)
+    model.model.layers = build().model.layers
+    with pytest.warns(UserWarning, match="is a LlamaForCausalLM from now on"):
+        model.save_pretrained(tmp_path)
+    assert torch.equal(output(transformers.LlamaForCausalLM.from_pretrained(tmp_path).eval()), output(model))
+
+
+def test_a_model_whose_class_builds_sdd_layers_itself_is_saved_as_ever(tmp_path):
+    import sdd.interop.converted  # noqa: F401
+
+    class Own(transformers.PreTrainedModel):
+        config_class = transformers.LlamaConfig
+
+        def __init__(self, config):
+            super().__init__(config)
+            self.layer = SDDLinear(16, 16)
+            self.post_init()
+
+    model = Own(transformers.LlamaConfig(**TINY))
+    model.save_pretrained(tmp_path)
+    assert type(model) is Own
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "llama"
 
 
 def test_the_body_of_a_converted_model_is_saved_alone(tmp_path):

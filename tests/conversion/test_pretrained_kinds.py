@@ -72,20 +72,20 @@ def test_other_layers_are_calibrated_and_reverted_bit_for_bit(name):
     before, kinds = output(model), [type(module) for module in model.modules()]
     names = [set(vars(module)) for module in model.modules()]
     report = convert(model, mode="calibrate", batches=[{"input_ids": TOKENS}], example={"input_ids": TOKENS})
-    assert report.proof.named("proven").keys() == {layer.name for layer in report.converted}
-    assert all("stacked experts" in kept.reason for kept in report.kept if "experts." in kept.name)
+    assert report.proof.named("proven").keys() == {layer.module_name for layer in report.converted}
+    assert OTHERS[name] in {layer.kind for layer in report.converted}
     revert(model)
     assert torch.equal(output(model), before)
     assert [type(module) for module in model.modules()] == kinds
     assert [set(vars(module)) for module in model.modules()] == names
 
 
-def test_converted_experts_are_not_reverted_and_the_model_is_unchanged():
+def test_redrawn_experts_need_batches_and_without_them_the_model_is_unchanged():
     model = mixtral()
     convert(model)
     before, shown = output(model), str(model)
-    with pytest.raises(UserError, match=r"experts.gate_up_proj and 3 more are stacked experts") as caught:
-        revert(model, [{"input_ids": TOKENS}])
+    with pytest.raises(UserError, match="were trained since calibration or drawn anew") as caught:
+        revert(model)
     assert "\n" not in str(caught.value)
     assert str(model) == shown
     assert torch.equal(output(model), before)

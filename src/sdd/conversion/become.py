@@ -1,13 +1,13 @@
 """The step that turns a layer, or stacked experts, into SDD ones, and the step back; values are not touched."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sdd.conversion.calibrate import Norms
+from sdd.conversion.closed_form import Norms
 from sdd.conversion.experts import SDDExperts, SDDModule, become_plain_experts, expert_parts, expert_shape, plain_class
 from sdd.conversion.kinds import SDDConv1D, features, is_conv1d
 from sdd.conversion.report import ConvertedLayer
@@ -94,7 +94,9 @@ def described(name: str, module: SDDModule, is_output: bool = False, **more: Any
     if isinstance(module, SDDExperts):
         key = name.rpartition(".")[2]
         alpha_init = module.alpha_inits[module.alpha_names.index(f"{key}_alpha")]
-        return ConvertedLayer(name, expert_shape(module, key), alpha_init, group=expert_parts(module, key), **settings)
+        kept = vars(module).get("digests", {}).get(key)
+        shape, group = expert_shape(module, key), expert_parts(module, key)
+        return ConvertedLayer(name, shape, alpha_init, group=group, digest=kept, **settings)
     shape = (module.out_features, module.in_features)
     shared, digest = module.shared_alpha, vars(module).get("digest")
     return ConvertedLayer(
@@ -102,10 +104,11 @@ def described(name: str, module: SDDModule, is_output: bool = False, **more: Any
     )
 
 
-def digest(layer: SDDLinear) -> str:
-    """A SHA-256 of V, b and alpha: whether anything was lost since a calibration."""
+def digest(module: SDDModule, key: str = "weight") -> str:
+    """A SHA-256 of V, b and alpha of a layer, or of one name in stacked experts: whether anything was lost since."""
     whole = hashlib.sha256()
-    for tensor in (layer.weight, layer.bias, layer.alpha):
+    names = (key, "bias", "alpha") if isinstance(module, SDDLinear) else (key, f"{key}_bias", f"{key}_alpha")
+    for tensor in map(module._parameters.get, names):
         if tensor is not None:
             whole.update(_bytes(tensor))
     return whole.hexdigest()
@@ -116,10 +119,23 @@ def remember(layer: SDDLinear, digest: str | None) -> None:
     vars(layer)["digest"] = digest
 
 
+def remember_experts(module: SDDExperts, digests: Mapping[str, str | None]) -> None:
+    """Keep the digests that stacked matrices had right after calibration, by their names in the module."""
+    vars(module)["digests"] = {key: value for key, value in digests.items() if value is not None}
+
+
 def is_as_calibrated(module: SDDModule) -> bool:
-    """Whether V, b and alpha have the bits that calibration left."""
+    """Whether V, b and alpha have the bits that calibration left; of stacked experts, all of them."""
+    if isinstance(module, SDDExperts):
+        return not changed_keys(module)
     kept = vars(module).get("digest")
-    return isinstance(module, SDDLinear) and kept is not None and kept == digest(module)
+    return kept is not None and kept == digest(module)
+
+
+def changed_keys(module: SDDExperts) -> list[str]:
+    """The names of the converted matrices in a module of experts that have not the bits that calibration left."""
+    kept, keys = vars(module).get("digests", {}), [name.removesuffix("_alpha") for name in module.alpha_names]
+    return [key for key in keys if kept.get(key) != digest(module, key)]
 
 
 def _bytes(tensor: Tensor) -> Any:

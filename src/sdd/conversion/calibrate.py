@@ -11,7 +11,7 @@ is the least-squares solution of `alpha * norm(V x) + b = W x* + b`. The weight 
 it, a few tokens with huge outputs (attention sinks) decide alone. With norm groups, mean squares are those of a group.
 
 Where x = x*, the error of a token is how far its own scale is from the common one: a norm erases the magnitude, and no
-alpha brings it back.
+alpha brings it back. Stacked experts have an alpha for each expert; see `sdd.conversion.expert_fits`.
 """
 
 from abc import ABC, abstractmethod
@@ -22,29 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sdd.conversion.closed_form import Norms, closed_form, counted_rows, median, outliers, token_errors, token_mask
+from sdd.conversion.expert_fits import Stack, StackCalibration, StackFitting
 from sdd.conversion.lockstep import RefusedBatch, Stop, Visit, in_lockstep
 from sdd.errors import UserError, one_line
-from sdd.functional import norm, scaled_norm, statistics_dtype
-from sdd.norm_groups import Parts
-
-#: A token whose output is this many times larger than the median one is a sink, so many times smaller faint. Norms
-#: bring both to the common scale, however few they are.
-FAR = 10.0
-
-
-@dataclass(frozen=True)
-class Norms:
-    """The norm that a layer is to get.
-
-    Attributes:
-        parts: its groups, resolved.
-        eps: added to the mean square, inside the root.
-        shared_alpha: one alpha of group width for all groups of a part.
-    """
-
-    parts: Parts
-    eps: float = 1e-6
-    shared_alpha: bool = False
+from sdd.functional import scaled_norm
 
 
 @dataclass(frozen=True)
@@ -52,13 +34,14 @@ class Fit:
     """A layer's alpha and how near it comes.
 
     Attributes:
-        alpha: float32, on the layer's device.
+        alpha: float32, on the layer's device; of stacked experts, `[experts, out_features]`, at least float32.
         error: median over tokens of `|alpha norm(V x) - W x*| / |W x*|`: against the original model, errors of the
             converted layers before it included.
         inherited: the same of the plain layer, `|W x - W x*| / |W x*|`: what the layers before it cause alone.
-        tokens: their number.
+        tokens: their number; of stacked experts, that of pairs of a token and an expert.
         outliers: tokens of the original model whose rms is over 10 times the median, or under a tenth of it.
         stays: whether the error is beyond the limit, so that the layer stays plain.
+        few: of stacked experts, those that too few tokens were sent to, see `sdd.conversion.expert_fits`.
     """
 
     alpha: Tensor
@@ -67,6 +50,7 @@ class Fit:
     tokens: int
     outliers: int = 0
     stays: bool = False
+    few: tuple[int, ...] = ()
 
 
 def fit_alphas(
@@ -75,6 +59,7 @@ def fit_alphas(
     norms: Mapping[str, Norms],
     batches: Iterable[Any],
     max_error: float | None = None,
+    stacks: Mapping[str, Stack] | None = None,
 ) -> dict[str, Fit]:
     """Fit the alpha of each layer, in the order in which they are called; the model is not changed.
 
@@ -88,28 +73,44 @@ def fit_alphas(
         batches: examples: a tensor, a tuple or list of arguments, or a mapping of keyword arguments. Where a mapping
             has an `attention_mask` `[B, T]`, tokens that it leaves out do not count.
         max_error: a layer whose error exceeds it stays plain, and later layers see its true outputs; None for no limit.
+        stacks: modules of stacked experts by name.
 
     Returns:
-        The fits; a layer that no batch reaches is not among them.
+        The fits by name of the layer, or of the stacked matrices; what no batch reaches is not among them.
 
     Raises:
         UserError: if there are no batches, if the model refuses one, or if an output is not finite.
     """
-    examples = as_batches(batches)
-    fitting = _Calibration(linears, norms, [token_mask(batch) for batch in examples], max_error)
-    run_batches(model, linears, examples, fitting.visit, twice=True)
-    errors, inherited, tokens = fitting.errors(), fitting.inherited(), fitting.tokens()
-    return {
-        name: Fit(
-            fitting.coefficients[name].float(),
-            errors[name],
-            inherited[name],
-            tokens[name],
-            fitting.outliers[name],
-            name in fitting.stays,
-        )
-        for name in errors
-    }
+    examples, stacks = as_batches(batches), stacks or {}
+    masks = [token_mask(batch) for batch in examples]
+    fitting = _Calibration(linears, norms, masks, max_error)
+    experts = StackCalibration(stacks, masks, max_error)
+    fit_together(model, fitting, linears, experts, stacks, examples)
+    few, fits = experts.fewer(), {}
+    for one in (fitting, experts):
+        errors, inherited, tokens = one.errors(), one.inherited(), one.tokens()
+        for name in errors:
+            alpha = one.alpha(name)
+            stays, outside = name in one.stays, one.outliers[name]
+            fits[name] = Fit(alpha, errors[name], inherited[name], tokens[name], outside, stays, few.get(name, ()))
+    return fits
+
+
+def fit_together(
+    model: nn.Module,
+    fitting: "Fitting",
+    layers: Mapping[str, nn.Module],
+    experts: StackFitting,
+    stacks: Mapping[str, Stack],
+    batches: Sequence[Any],
+) -> None:
+    """Fit layers and stacked experts in one run of the batches, see `run_batches`."""
+    modules = {**layers, **{name: stack.module for name, stack in stacks.items()}}
+
+    def visit(name: str, stops: Mapping[int, Stop]) -> Mapping[int, Tensor]:
+        return (experts if name in stacks else fitting).visit(name, stops)
+
+    run_batches(model, modules, batches, visit, twice=True)
 
 
 def as_batches(batches: Iterable[Any]) -> list[Any]:
@@ -134,6 +135,8 @@ def run_batches(
     Raises:
         UserError: if the model refuses a batch, or `visit` raises one.
     """
+    places = {module: place for place, module in enumerate(model.modules())}
+    layers = dict(sorted(layers.items(), key=lambda item: places[item[1]]))
     try:
         in_lockstep(model, layers, [*batches, *batches] if twice else batches, visit)
     except RefusedBatch as error:
@@ -259,6 +262,10 @@ class _Calibration(Fitting):
         self.outliers: dict[str, int] = {}
         self._norms = norms
 
+    def alpha(self, name: str) -> Tensor:
+        """Alpha as the layer will have it."""
+        return self.coefficients[name].float()
+
     def put_out(self, name: str, z: Tensor, coefficient: Tensor, bias: Tensor | None) -> Tensor:
         norms = self._norms[name]
         return scaled_norm(z, coefficient.float(), bias, group=norms.parts, eps=norms.eps)
@@ -266,115 +273,3 @@ class _Calibration(Fitting):
     def _fit(self, name: str, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
         self.outliers[name] = sum(outliers(torch.cat([u for _, u in pairs])))
         return closed_form(pairs, self._norms[name], name)
-
-
-def closed_form(pairs: Iterable[tuple[Tensor, Tensor]], norms: Norms, name: str) -> Tensor:
-    """Alpha by least squares over tokens of equal weight, see the head of this module.
-
-    Args:
-        pairs: `W x` and `W x*` of some tokens, both `[tokens, N]`.
-        norms: the groups and eps.
-        name: of the layer, for messages.
-
-    Returns:
-        Alpha in float64; an output that is always 0 gets the value of its whole part.
-
-    Raises:
-        UserError: if a value is not finite.
-    """
-    features = [(norm_in_parts(z, norms), u) for z, u in pairs]
-    return least_squares(features, norms.parts, name, norms.shared_alpha)
-
-
-def least_squares(
-    pairs: Iterable[tuple[Tensor, Tensor]], parts: Iterable[tuple[int, int]], name: str, shared: bool = False
-) -> Tensor:
-    """`sum_t w f u / sum_t w f^2` for each output, with `w = 1 / mean(u^2)` over each token's group.
-
-    Args:
-        pairs: the features f and the target u of some tokens, both `[tokens, N]`.
-        parts: `(width, group_width)` of consecutive outputs; those of group width 0 are left out.
-        name: of the layer, for messages.
-        shared: one value for each place in a group.
-
-    Raises:
-        UserError: if a value is not finite.
-    """
-    parts, totals = tuple(parts), torch.zeros(())
-    for f, u in pairs:
-        w = _weights(u, parts)
-        sums = ((w * product).sum(0, dtype=torch.float64) for product in (f * u, f.square()))
-        totals = totals.to(u.device) + torch.stack(list(sums))
-    if not totals.isfinite().all():
-        raise UserError(
-            f"{name} puts out values that are not finite on these batches: look at the model or the batches"
-        )
-    spans = [(totals[:, start:stop], width) for start, stop, width in _spans(parts) if width]
-    return torch.cat([_ratio(total.unflatten(1, (-1, width)).sum(1) if shared else total) for total, width in spans])
-
-
-def _ratio(totals: Tensor) -> Tensor:
-    """First row over second; where the second is 0, since an output is always 0, the ratio of their sums."""
-    tiny = torch.finfo(totals.dtype).tiny
-    (top, bottom), (whole, of) = totals, totals.sum(1)
-    return torch.where(bottom > 0, top / bottom.clamp_min(tiny), whole / of.clamp_min(tiny))
-
-
-def _spans(parts: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int, int]]:
-    """First feature, last feature + 1 and group width of each part."""
-    start = 0
-    for width, group_width in parts:
-        yield start, start + width, group_width
-        start += width
-
-
-def norm_in_parts(z: Tensor, norms: Norms) -> Tensor:
-    """`norm(z)` by groups, without alpha, at least float32; plain parts as they are."""
-    pieces = [
-        norm(z[..., start:stop], norms.eps, width) if width else z[..., start:stop].float()
-        for start, stop, width in _spans(norms.parts)
-    ]
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, -1)
-
-
-def _weights(u: Tensor, parts: Iterable[tuple[int, int]]) -> Tensor:
-    """`1 / mean(u^2)` over each token's group, for each of its features; 0 where all are 0."""
-    pieces = []
-    for start, stop, width in _spans(parts):
-        wide = u[..., start:stop].to(statistics_dtype(u.dtype))
-        groups = wide.unflatten(-1, (-1, width or stop - start))
-        square = groups.square().mean(-1, keepdim=True)
-        weight = torch.where(square > 0, 1 / square.clamp_min(torch.finfo(square.dtype).tiny), 0)
-        pieces.append(weight.expand_as(groups).flatten(-2))
-    return torch.cat(pieces, -1)
-
-
-def token_errors(y: Tensor, target: Tensor) -> Tensor:
-    """`|y - target| / |target|` of each token whose target is not 0, float32 `[tokens]`."""
-    y, target = (value.reshape(-1, value.shape[-1]).float() for value in (y, target))
-    size = target.norm(dim=-1)
-    return ((y - target).norm(dim=-1) / size)[size > 0]
-
-
-def median(parts: Sequence[Tensor]) -> float:
-    """The median of some numbers in pieces; 0 of none."""
-    numbers = torch.cat(list(parts))
-    return numbers.median().item() if numbers.numel() else 0.0
-
-
-def outliers(z: Tensor) -> tuple[int, int]:
-    """How many tokens of `[tokens, N]` have an rms over 10 times the median, and how many one under a tenth of it."""
-    size = z.float().square().mean(-1).sqrt()
-    middle = size.median()
-    return int((size > FAR * middle).sum()), int((size * FAR < middle).sum())
-
-
-def token_mask(batch: Any) -> Tensor | None:
-    """Where a batch's `attention_mask` `[B, T]` has tokens; None if it has none."""
-    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    return mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
-
-
-def counted_rows(z: Tensor, mask: Tensor | None) -> Tensor:
-    """The rows of the tokens that count, `[tokens, N]`; all where the mask has another shape."""
-    return z.reshape(-1, z.shape[-1]) if mask is None or mask.shape != z.shape[:-1] else z[mask.to(z.device)]

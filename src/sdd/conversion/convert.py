@@ -18,7 +18,7 @@ from sdd.conversion.outputs import depth_of
 from sdd.conversion.plan import Plan
 from sdd.conversion.pretrained import mark
 from sdd.conversion.report import ConversionReport, KeptLayer
-from sdd.conversion.trained import check_mode, convert_trained, observe_trained, without_experts
+from sdd.conversion.trained import check_mode, convert_trained, observe_trained
 from sdd.conversion.watch import watch
 from sdd.placement import SCALES
 
@@ -92,8 +92,8 @@ def convert(
         exclude: patterns of the layers to leave; it wins over `include`.
         mode: "reinit" draws new values, as above. "calibrate" is for a trained model: it keeps W as V and b, bit for
             bit, and fits alpha to the outputs on a few `batches`, see `sdd.conversion.calibrate`; a layer that they
-            do not reach stays, as do stacked experts. "observe" changes nothing: the report says how the scale of each
-            layer's output behaves on `batches`, and what calibration would cost.
+            do not reach stays. Stacked experts are fitted one by one. "observe" changes nothing: the report says how
+            the scale of each layer's output, or each expert's, behaves on `batches`, and what calibration would cost.
         output: patterns of the projections that write to the residual stream; None for the last one to the width of
             the stream in each branch of a block, and outside blocks for the names in use (o_proj, down_proj, ...).
         group: norm groups of the features of a layer. None keeps the parts of fused projections apart where they are
@@ -177,8 +177,6 @@ def _plan(
     depth = n_layers or depth_of(model, selection.blocks) or 1
     plan = Plan(model, selection, _alphas(selection, alpha_init, output_alpha_init, depth), eps, depth)
     plan = plan.without(known_readers(model, selection.linears))
-    if mode != "reinit":
-        plan = without_experts(plan)
     if not plan.selection.linears and not plan.selection.experts:
         raise ValueError(f"nothing to convert in this {type(model).__name__}: {_summary(plan.selection.kept)}")
     return plan

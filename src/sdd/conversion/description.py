@@ -18,8 +18,9 @@ from sdd.conversion.become import (
     kind_of,
     leave_fused_inference,
     remember,
+    remember_experts,
 )
-from sdd.conversion.calibrate import Norms
+from sdd.conversion.closed_form import Norms
 from sdd.conversion.experts import SDDExperts, become_sdd_experts, expert_keys, expert_shape, has_experts
 from sdd.conversion.kinds import features, is_layer
 from sdd.conversion.report import FORMAT, ConversionReport, ConvertedLayer
@@ -47,8 +48,10 @@ def repeat(model: nn.Module, description: str | Mapping[str, Any] | ConversionRe
             remember(become_sdd(module, norms, layer.alpha_init), layer.digest)
     for name, members in stacks.items():
         if not isinstance(modules[name], SDDExperts):
-            alphas = {layer.name.rpartition(".")[2]: layer.alpha_init for layer in members}
-            become_sdd_experts(modules[name], alphas, members[0].eps)
+            by_key = {layer.name.rpartition(".")[2]: layer for layer in members}
+            alphas = {key: layer.alpha_init for key, layer in by_key.items()}
+            module = become_sdd_experts(modules[name], alphas, members[0].eps)
+            remember_experts(module, {key: layer.digest for key, layer in by_key.items()})
     leave_fused_inference(model)
     return ConversionReport(tuple(layers), (), values.get("n_layers", 1), mode=values.get("mode", "reinit"))
 

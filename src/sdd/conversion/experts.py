@@ -13,7 +13,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from sdd.kernels.experts import by_row, collect, dispatch, expert_scaled_norm, grouped_linear, sort_by_expert
+from sdd.kernels.experts import Order, by_row, collect, dispatch, expert_scaled_norm, grouped_linear, sort_by_expert
 from sdd.nn import SDDLinear
 from sdd.parameters import keep_wide, new_alpha, paper_draw_
 
@@ -143,32 +143,59 @@ def sdd_experts_forward(module: Any, x_NI: Tensor, experts_NK: Tensor, weights_N
         raise ValueError("SDD experts cannot be spread over processes by transformers' expert parallelism")
     order = sort_by_expert(experts_NK, len(module.down_proj))
     first, last = expert_keys(module)
-    gate_up = _projection(module, first, dispatch(x_NI, order), order)
-    hidden = module._apply_gate(gate_up) if module.has_gate else module.act_fn(gate_up)
-    y = _projection(module, last, hidden, order)
+    hidden = after_first(module, _projection(module, first, dispatch(x_NI, order), order))
+    return after_last(module, _projection(module, last, hidden, order), weights_NK, order).to(x_NI.dtype)
+
+
+def after_first(module: Any, y_M: Tensor) -> Tensor:
+    """What the second projection of the experts reads, from what the first one puts out."""
+    return module._apply_gate(y_M) if module.has_gate else module.act_fn(y_M)
+
+
+def after_last(module: Any, y_MI: Tensor, weights_NK: Tensor, order: Order) -> Tensor:
+    """The sum over the experts of each token, `[N, I]`, from what the last projection puts out."""
     if getattr(module, "has_post_expert_norm", False):
-        y = module.post_expert_norm(y)
-    weights_M1 = by_row(weights_NK, order).unsqueeze(-1)
-    return collect(y * weights_M1, order).to(x_NI.dtype)
+        y_MI = module.post_expert_norm(y_MI)
+    return collect(y_MI * by_row(weights_NK, order).unsqueeze(-1), order)
 
 
-def _projection(module: Any, key: str, x: Tensor, order: Any) -> Tensor:
+def product(module: Any, key: str, x: Tensor, order: Order) -> Tensor:
+    """`V_e x` for each row, e being its expert."""
     weight = getattr(module, key)
-    z = grouped_linear(x, weight.transpose(1, 2) if module.is_transposed else weight, order.ends_E)
-    alpha = module._parameters.get(f"{key}_alpha")
-    if alpha is not None:
-        z = _normed(z, alpha, order, module, key)
-    return z + getattr(module, f"{key}_bias")[order.experts_M] if module.has_bias else z
+    return grouped_linear(x, weight.transpose(1, 2) if module.is_transposed else weight, order.ends_E)
 
 
-def _normed(z: Tensor, alpha: Tensor, order: Any, module: Any, key: str) -> Tensor:
+def normed(module: Any, key: str, z: Tensor, alpha: Tensor, order: Order, eps: float) -> Tensor:
+    """`alpha_e * norm(z)` for each row, gate and up with a norm each."""
     if key != "gate_up_proj":
-        return expert_scaled_norm(z, alpha, order, eps=module.eps)
-    if module.is_concatenated:
-        pairs = zip(z.chunk(2, -1), alpha.chunk(2, -1), strict=True)
-        return torch.cat([expert_scaled_norm(part, a, order, eps=module.eps) for part, a in pairs], -1)
-    parts = [expert_scaled_norm(z[..., i::2], alpha[..., i::2], order, eps=module.eps) for i in (0, 1)]
-    return torch.stack(parts, -1).flatten(-2)
+        return expert_scaled_norm(z, alpha, order, eps=eps)
+    z, alpha = side_by_side(module, key, z), side_by_side(module, key, alpha)
+    pairs = zip(z.chunk(2, -1), alpha.chunk(2, -1), strict=True)
+    return interleaved(module, key, torch.cat([expert_scaled_norm(part, a, order, eps=eps) for part, a in pairs], -1))
+
+
+def with_bias(module: Any, key: str, y: Tensor, order: Order) -> Tensor:
+    """Add the bias of each row's expert, if the module has any."""
+    return y + getattr(module, f"{key}_bias")[order.experts_M] if module.has_bias else y
+
+
+def side_by_side(module: Any, key: str, values: Tensor) -> Tensor:
+    """Outputs of a matrix with those of gate before those of up, where the module interleaves them."""
+    if key != "gate_up_proj" or module.is_concatenated:
+        return values
+    return torch.cat([values[..., 0::2], values[..., 1::2]], -1)
+
+
+def interleaved(module: Any, key: str, values: Tensor) -> Tensor:
+    """The way back from `side_by_side`."""
+    if key != "gate_up_proj" or module.is_concatenated:
+        return values
+    return torch.stack(values.chunk(2, -1), -1).flatten(-2)
+
+
+def _projection(module: Any, key: str, x: Tensor, order: Order) -> Tensor:
+    z, alpha = product(module, key, x, order), module._parameters.get(f"{key}_alpha")
+    return with_bias(module, key, z if alpha is None else normed(module, key, z, alpha, order, module.eps), order)
 
 
 def become_plain_experts(module: Any) -> None:
@@ -177,6 +204,7 @@ def become_plain_experts(module: Any) -> None:
         delattr(module, name)
     for name in ("alpha_names", "alpha_inits", "eps"):
         delattr(module, name)
+    vars(module).pop("digests", None)
     module.__class__ = plain_class(type(module))
 
 

@@ -18,10 +18,19 @@ from sdd.conversion.state import as_ours
 
 
 class Stop(NamedTuple):
-    """A call of a layer at which a pass is held: its input `[..., in]` and its output `[..., out]`."""
+    """A call of a layer at which a pass is held.
+
+    Attributes:
+        x: its input `[..., in]`.
+        y: its output `[..., out]`.
+        args: all inputs that were given by place.
+        kwargs: all that were given by name.
+    """
 
     x: Tensor
     y: Tensor
+    args: tuple[Tensor, ...] = ()
+    kwargs: Mapping[str, Tensor] = {}
 
 
 #: Answers the stops of all passes at a layer, by pass, with the outputs to go on with; a pass without an answer keeps
@@ -161,7 +170,7 @@ def _stops(layers: Mapping[str, nn.Module]) -> Iterator[None]:
             running: _Pass | None = getattr(_here, "running", None)
             if running is None:
                 return None
-            return running.stop(name, Stop(inputs[0] if inputs else next(iter(named.values())), y))
+            return running.stop(name, Stop(inputs[0] if inputs else next(iter(named.values())), y, inputs, named))
 
         return hook
 

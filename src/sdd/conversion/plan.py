@@ -7,7 +7,8 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from sdd.conversion.become import become_sdd, described, leave_fused_inference
-from sdd.conversion.calibrate import Norms
+from sdd.conversion.closed_form import Norms
+from sdd.conversion.expert_fits import Stack
 from sdd.conversion.experts import SDDModule, become_sdd_experts
 from sdd.conversion.kinds import features
 from sdd.conversion.match import Selection
@@ -34,9 +35,10 @@ class Plan:
     n_layers: int
 
     def without(self, reasons: Mapping[str, str]) -> "Plan":
-        """The plan without some layers, and modules of stacked experts, which stay for these reasons."""
+        """The plan without some layers, stacked matrices, or whole modules of experts, which stay for these reasons."""
         selection = self.selection
-        kept = [KeptLayer(name, reasons[owner]) for name, owner in self._owners().items() if owner in reasons]
+        found = {name: reasons.get(name, reasons.get(owner)) for name, owner in self._owners().items()}
+        kept = [KeptLayer(name, reason) for name, reason in found.items() if reason is not None]
         gone = {layer.name for layer in kept}
         narrower = replace(
             selection,
@@ -54,6 +56,15 @@ class Plan:
             for name, layer in self.selection.linears.items()
         }
 
+    def stacks(self) -> dict[str, Stack]:
+        """The modules of stacked experts by name."""
+        found: dict[str, Stack] = {}
+        for name, (module, key) in self.selection.experts.items():
+            owner = name.rpartition(".")[0]
+            names = found[owner].names if owner in found else {}
+            found[owner] = Stack(module, {**names, key: name}, self.eps)
+        return found
+
     def carry_out(self) -> dict[str, SDDModule]:
         """Turn every layer into an SDD layer with its initial alpha; V and b keep their values.
 
@@ -64,15 +75,16 @@ class Plan:
         found: dict[str, SDDModule] = {
             name: become_sdd(layer, norms[name], self.alphas[name]) for name, layer in self.selection.linears.items()
         }
-        stacks: dict[nn.Module, dict[str, str]] = {}
-        for name, (module, key) in self.selection.experts.items():
-            stacks.setdefault(module, {})[key] = name
-        for module, keys in stacks.items():
-            name = next(iter(keys.values())).rpartition(".")[0]
-            found[name] = become_sdd_experts(module, {key: self.alphas[full] for key, full in keys.items()}, self.eps)
+        for name, stack in self.stacks().items():
+            alphas = {key: self.alphas[full] for key, full in stack.names.items()}
+            found[name] = become_sdd_experts(stack.module, alphas, self.eps)
         leave_fused_inference(self.model)
+        return self.in_order(found)
+
+    def in_order(self, modules: Mapping[str, SDDModule]) -> dict[str, SDDModule]:
+        """Converted modules by name, in the model's order."""
         places = {owner: self.selection.order[name] for name, owner in reversed(list(self._owners().items()))}
-        return dict(sorted(found.items(), key=lambda item: places[item[0]]))
+        return dict(sorted(modules.items(), key=lambda item: places[item[0]]))
 
     def lines(self, modules: Mapping[str, SDDModule]) -> list[ConvertedLayer]:
         """The lines of the report for the modules that are converted, in the model's order."""

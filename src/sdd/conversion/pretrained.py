@@ -5,20 +5,28 @@ A converted `LlamaForCausalLM` becomes an `SDDLlamaForCausalLM`, a subclass, who
 config applies the description before any weight is loaded. So transformers that does not know `sdd-llama`, since `sdd`
 was not imported, refuses the folder, where it would otherwise build a Llama and drop every alpha.
 
+A model that is put together from converted parts later is found when it is saved: `save_pretrained` of transformers
+brings its class and config in line, in every process that converts a model while transformers is imported, or that
+imports `sdd.interop.converted`.
+
 The classes are made when they are asked for, for any model type. This module does not import transformers: who has no
 model of it needs none.
 """
 
 import copy
+import functools
 import gc
 import importlib
+import json
 import sys
+import warnings
 from typing import Any
 
 from torch import nn
 
 from sdd.conversion.become import alpha_names, converted_in
 from sdd.conversion.description import check_names, describe, repeat
+from sdd.conversion.experts import SDDExperts
 from sdd.errors import UserError, require_extra
 
 PREFIX = "sdd-"
@@ -38,6 +46,7 @@ def mark(model: nn.Module) -> None:
     if transformers is None:
         return
     kind = transformers.PreTrainedModel
+    _look_when_saving(kind)
     if any(isinstance(module, kind) for module in model.modules()):
         _mark_inside(_holder(model, kind), kind)
 
@@ -45,6 +54,7 @@ def mark(model: nn.Module) -> None:
 def install() -> None:
     """Teach transformers' Auto classes every `sdd-` model type, in this process."""
     (auto,) = require_extra("hf", "transformers.models.auto.configuration_auto", needed_by="sdd.interop.converted")
+    _look_when_saving(importlib.import_module("transformers").PreTrainedModel)
     mapping = auto.CONFIG_MAPPING
     if not isinstance(mapping._extra_content, _OnDemand):
         # Its own register() wants a finished class for each name, and there are hundreds.
@@ -93,6 +103,51 @@ class _OnDemand(dict[str, Any]):
         if key in self:
             return self[key]
         raise KeyError(key)
+
+
+def _look_when_saving(kind: Any) -> None:
+    """Make `save_pretrained` see whether a model's class and config know of the SDD layers in it.
+
+    A part cannot know into which model it is put later, and transformers would drop its alphas on loading.
+    """
+    plain = kind.save_pretrained
+    if hasattr(plain, _LOOKS):
+        return
+
+    @functools.wraps(plain)
+    def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not _knows(self):
+            old = type(self).__name__
+            _mark_inside(self, kind)
+            warnings.warn(
+                f"this {old} has other layers converted by sdd than when it was built or converted: it is a "
+                f"{type(self).__name__} from now on, and is saved so, with a description of them in its config",
+                stacklevel=2,
+            )
+        return plain(self, *args, **kwargs)
+
+    setattr(save_pretrained, _LOOKS, True)
+    kind.save_pretrained = save_pretrained
+
+
+#: Marks the function above.
+_LOOKS = "_looks_for_sdd_layers"
+
+
+def _knows(model: Any) -> bool:
+    """Whether class and config of a model of transformers tell of the SDD layers that conversions made in it."""
+    made, modules = isinstance(model, Converted), [module for _, module in converted_in(model)]
+    if not made:
+        # SDD layers that the author of the class wrote are made when it is built.
+        return not any(isinstance(module, SDDExperts) or module.paper_draw for module in modules)
+    noted = getattr(model.config, FIELD, None)
+    return bool(modules) and noted is not None and _by_name(_renamed(model, noted)) >= _by_name(describe(model))
+
+
+def _by_name(description: dict[str, Any]) -> set[tuple[str, str]]:
+    """The layers of a description, ready to be compared; of a config that is shared, some are not in the model."""
+    layers = json.loads(json.dumps(description["layers"]))
+    return {(layer["name"], json.dumps(layer, sort_keys=True)) for layer in layers}
 
 
 def _holder(model: nn.Module, kind: type) -> nn.Module:

@@ -33,14 +33,17 @@ class Calibration:
     Attributes:
         error: median over tokens of the relative error against the original model's output.
         inherited: the same if the layer had stayed linear: what the converted layers before it cause alone.
-        tokens: their number.
+        tokens: their number; of stacked experts, that of pairs of a token and an expert.
         outliers: tokens of the original model whose rms is over 10 times the median, or under a tenth of it.
+        few: the experts of a stack that fewer than 32 tokens were sent to; they were fitted on tokens of their layer
+            as if these were sent to them.
     """
 
     error: float
     inherited: float
     tokens: int
     outliers: int = 0
+    few: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,11 @@ class ConvertedLayer:
     def module_name(self) -> str:
         """The name of the module: of stacked experts that which holds the matrix, else the layer itself."""
         return self.name.rpartition(".")[0] if len(self.shape) == 3 else self.name
+
+    @property
+    def alpha_name(self) -> str:
+        """The name of its alpha among the model's parameters."""
+        return f"{self.name}_alpha" if len(self.shape) == 3 else f"{self.name}.alpha".lstrip(".")
 
     def description(self) -> dict[str, Any]:
         """The layer as `to_json` writes it: without what is None, and without what only the report tells."""

@@ -8,6 +8,8 @@ one with the directions of V has one factor for each output, fitted like alpha i
 reverted model and u = alpha norm(V x) in the SDD model,
 
     W_i = c_i V_i,    c_i = sum_t w(t) z_i(t) u_i(t) / sum_t w(t) z_i(t)^2,    w(t) = 1 / mean(u(t)^2)
+
+Stacked experts have one factor for each expert and output, fitted as alpha is in `sdd.conversion.expert_fits`.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,12 +20,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sdd.conversion.become import become_plain, converted_in, is_as_calibrated
-from sdd.conversion.calibrate import Fitting, as_batches, least_squares, run_batches, token_mask
+from sdd.conversion.become import become_plain, changed_keys, converted_in, is_as_calibrated
+from sdd.conversion.calibrate import Fitting, as_batches, fit_together
+from sdd.conversion.closed_form import least_squares, token_mask
+from sdd.conversion.expert_fits import Stack, StackFitting
+from sdd.conversion.experts import SDDExperts, SDDModule, normed
 from sdd.conversion.lockstep import Stop
 from sdd.conversion.pretrained import mark
 from sdd.conversion.spreads import error_lines
 from sdd.errors import UserError
+from sdd.kernels.experts import Order
 from sdd.nn import SDDLinear
 from sdd.terminal import counted
 
@@ -60,41 +66,61 @@ def revert(model: nn.Module, batches: Iterable[Any] | None = None) -> RevertRepo
         Which layers were restored, and which fitted with which error.
 
     Raises:
-        UserError: if there is nothing to revert, if stacked experts are converted, if batches are needed and not
-            given, or if they do not reach a layer that needs them; the model is then unchanged.
+        UserError: if there is nothing to revert, if batches are needed and not given, or if they do not reach a layer
+            that needs them; the model is then unchanged.
     """
     found = dict(converted_in(model))
-    layers = {name: layer for name, layer in found.items() if isinstance(layer, SDDLinear)}
     if not found:
         raise UserError(f"this {type(model).__name__} has no SDD layer: nothing to revert")
-    if stacks := [name for name in found if name not in layers]:
-        raise UserError(
-            f"{stacks[0]} and {len(stacks) - 1} more are stacked experts, which cannot be reverted: no matrix computes "
-            "what they do. Keep experts out of a conversion that is to be reverted: exclude='*experts*'"
-        )
-    changed = {name: layer for name, layer in layers.items() if not is_as_calibrated(layer)}
+    changed = {name: module for name, module in found.items() if _is_changed(name, module)}
     if changed and batches is None:
         raise UserError(
-            f"{len(changed)} of {len(layers)} layers, such as {next(iter(changed))}, were trained since calibration or "
+            f"{len(changed)} of {len(found)} layers, such as {next(iter(changed))}, were trained since calibration or "
             "drawn anew, and no matrix computes what they do: give batches to fit the nearest one"
         )
-    fitting = _fit(model, changed, as_batches(batches)) if changed and batches is not None else None
-    errors = fitting.errors() if fitting else {}
+    coefficients, errors = _fit(model, changed, as_batches(batches)) if changed and batches is not None else ({}, {})
     if missing := [name for name in changed if name not in errors]:
         raise UserError(f"the batches do not reach {missing[0]}, and {len(missing) - 1} more: give others")
-    for name, layer in layers.items():
-        if fitting and name in changed:
-            with torch.no_grad():
-                layer.matrix.mul_(fitting.coefficients[name].to(layer.weight.dtype)[:, None])
-        become_plain(layer)
+    for name, module in changed.items():
+        _scale(module, name.rpartition(".")[2], coefficients[name])
+    for module in dict.fromkeys(found.values()):
+        become_plain(module)
     mark(model)
-    return RevertReport(tuple(name for name in layers if name not in changed), tuple(errors.items()))
+    fitted = tuple((name, errors[name]) for name in changed)
+    return RevertReport(tuple(name for name in found if name not in changed), fitted)
 
 
-def _fit(model: nn.Module, changed: Mapping[str, SDDLinear], batches: Sequence[Any]) -> Fitting:
-    fitting = _Reverting(changed, [token_mask(batch) for batch in batches])
-    run_batches(model, changed, batches, fitting.visit, twice=True)
-    return fitting
+def _is_changed(name: str, module: SDDModule) -> bool:
+    if isinstance(module, SDDExperts):
+        return name.rpartition(".")[2] in changed_keys(module)
+    return not is_as_calibrated(module)
+
+
+def _fit(
+    model: nn.Module, changed: Mapping[str, SDDModule], batches: Sequence[Any]
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """The factors by name, and the errors that they leave."""
+    layers = {name: module for name, module in changed.items() if isinstance(module, SDDLinear)}
+    stacks: dict[str, Stack] = {}
+    for name, module in changed.items():
+        if isinstance(module, SDDExperts):
+            owner, _, key = name.rpartition(".")
+            names = stacks[owner].names if owner in stacks else {}
+            stacks[owner] = Stack(module, {**names, key: name}, module.eps)
+    masks = [token_mask(batch) for batch in batches]
+    fitting, experts = _Reverting(layers, masks), _RevertingExperts(stacks, masks)
+    fit_together(model, fitting, layers, experts, stacks, batches)
+    return fitting.coefficients | experts.coefficients, fitting.errors() | experts.errors()
+
+
+@torch.no_grad()
+def _scale(module: SDDModule, key: str, factors: Tensor) -> None:
+    """Multiply the row of each output."""
+    if isinstance(module, SDDLinear):
+        module.matrix.mul_(factors.to(module.weight.dtype)[:, None])
+        return
+    weight: Any = getattr(module, key)
+    weight.mul_(factors.to(weight.dtype).unsqueeze(1 if module.is_transposed else 2))
 
 
 class _Reverting(Fitting):
@@ -114,3 +140,18 @@ class _Reverting(Fitting):
     def put_out(self, name: str, z: Tensor, coefficient: Tensor, bias: Tensor | None) -> Tensor:
         y = coefficient * z
         return (y if bias is None else y + bias).to(z.dtype)
+
+
+class _RevertingExperts(StackFitting):
+    """The nearest rows `c_ei V_ei` of each expert."""
+
+    def target(self, stack: Stack, key: str, z: Tensor, order: Order) -> Tensor:
+        alpha = stack.module._parameters.get(f"{key}_alpha")
+        return z if alpha is None else normed(stack.module, key, z, alpha, order, stack.eps)
+
+    def fit(self, stack: Stack, key: str, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+        width = pairs[0][0].shape[1]
+        return torch.stack([least_squares([pair], ((width, width),), stack.names[key]) for pair in pairs])
+
+    def put_out(self, stack: Stack, key: str, z: Tensor, coefficient: Tensor, order: Order) -> Tensor:
+        return (coefficient[order.experts_M] * z).to(z.dtype)

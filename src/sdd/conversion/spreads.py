@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable, Sequence
 from statistics import median
 
-from sdd.conversion.calibrate import FAR
+from sdd.conversion.closed_form import FAR
 from sdd.conversion.observe import ObservedLayer
 from sdd.terminal import aligned
 
@@ -22,7 +22,8 @@ def error_lines(errors: Iterable[tuple[str, float]]) -> list[str]:
 
 def observed_lines(layers: Sequence[ObservedLayer]) -> list[str]:
     """One line for each kind of layer: how its scale behaves, and the error that calibration would leave."""
-    header = (f"{len(layers)} layers observed", "rms", "spread", "sinks", "faint", "error: median", "most", "most at")
+    distinct = len({layer.name for layer in layers})
+    header = (f"{distinct} layers observed", "rms", "spread", "sinks", "faint", "error: median", "most", "most at")
     rows = []
     for kind, members in _by_kind((layer.name, layer) for layer in layers).items():
         found = [layer for _, layer in members]
@@ -30,9 +31,8 @@ def observed_lines(layers: Sequence[ObservedLayer]) -> list[str]:
         middles = (median(layer.rms for layer in found), median(layer.spread for layer in found))
         sinks, faint = (sum(numbers) for numbers in zip(*((x.sinks, x.faint) for x in found), strict=True))
         error = median(layer.error for layer in found)
-        rows.append(
-            (kind, *(f"{n:.3g}" for n in middles), sinks, faint, f"{error:.2g}", f"{worst.error:.2g}", worst.name)
-        )
+        at = worst.name if worst.expert is None else f"{worst.name}, expert {worst.expert}"
+        rows.append((kind, *(f"{n:.3g}" for n in middles), sinks, faint, f"{error:.2g}", f"{worst.error:.2g}", at))
     note = (
         f"rms, spread (90th over 10th percentile) and sinks (tokens over {FAR:g} times the median, faint: "
         f"under 1/{FAR:g} of it) are those of W x over tokens; error is what calibration would leave with true inputs"

@@ -1,15 +1,17 @@
 """The two modes of `sdd.convert` that look at a trained model: "calibrate" and "observe"."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from sdd.conversion.become import become_sdd, digest, leave_fused_inference, remember
-from sdd.conversion.calibrate import FAR, Fit, Norms, fit_alphas
-from sdd.conversion.experts import SDDModule
+from sdd.conversion.become import become_sdd, digest, leave_fused_inference, remember, remember_experts
+from sdd.conversion.calibrate import Fit, fit_alphas
+from sdd.conversion.closed_form import FAR, Norms
+from sdd.conversion.expert_fits import FEW, SPARE, Stack
+from sdd.conversion.experts import SDDExperts, SDDModule, become_sdd_experts
 from sdd.conversion.observe import observe
 from sdd.conversion.plan import Plan, parameters_of
 from sdd.conversion.proof import Proof
@@ -40,11 +42,6 @@ def check_mode(
         raise ValueError(f"max_error={max_error} must be above 0: it is a relative error, 0.1 for instance")
 
 
-def without_experts(plan: Plan) -> Plan:
-    """The plan with stacked experts among the layers that stay, since their alphas cannot be fitted."""
-    return plan.without({name.rpartition(".")[0]: _EXPERTS for name in plan.selection.experts})
-
-
 def convert_trained(
     plan: Plan, batches: Iterable[Any], max_error: float | None, example: Any = None
 ) -> tuple[ConversionReport, dict[str, SDDModule]]:
@@ -57,13 +54,15 @@ def convert_trained(
         ValueError: if no layer is converted; the model is unchanged.
         UserError: see `fit_alphas` and `Trial`.
     """
-    if any(linear.weight.is_meta for linear in plan.selection.linears.values()):
+    if any(linear.weight.is_meta for linear in plan.selection.linears.values()) or any(
+        getattr(module, key).is_meta for module, key in plan.selection.experts.values()
+    ):
         raise ValueError("some layers are on the meta device: load the weights first, then calibrate")
     proof = None if example is None else _proof(plan, example)
     if proof is not None:
         plan = plan.without({name: f"refuted: {reason}" for name, reason in proof.named("refuted").items()})
-    linears, norms = plan.selection.linears, plan.norms()
-    fits = fit_alphas(plan.model, linears, norms, batches, max_error)
+    linears, stacks, norms = plan.selection.linears, plan.stacks(), plan.norms()
+    fits = fit_alphas(plan.model, linears, norms, batches, max_error, stacks)
     if all(fit.stays for fit in fits.values()):
         least = min((fit.error for fit in fits.values()), default=float("nan"))
         raise ValueError(
@@ -71,17 +70,20 @@ def convert_trained(
             if fits
             else "no layer can be calibrated: the batches reach none of the layers to convert"
         )
-    reasons = {name: _reason_to_stay(fits.get(name), max_error) for name in linears}
-    kept = [*plan.selection.kept, *(KeptLayer(name, reason) for name, reason in reasons.items() if reason)]
+    reasons = {name: _reason_to_stay(fits.get(name), max_error) for name in [*linears, *plan.selection.experts]}
+    plan = plan.without({name: reason for name, reason in reasons.items() if reason is not None})
     parameters = parameters_of(plan.model)
     modules: dict[str, SDDModule] = {
-        name: calibrated(linear, norms[name], fits[name]) for name, linear in linears.items() if not reasons[name]
+        name: calibrated(linear, norms[name], fits[name]) for name, linear in plan.selection.linears.items()
     }
+    modules |= {name: calibrated_experts(stack, fits) for name, stack in plan.stacks().items()}
     leave_fused_inference(plan.model)
+    modules = plan.in_order(modules)
     lines = [replace(line, calibration=_numbers(fits[line.name])) for line in plan.lines(modules)]
-    notes = _outlier_note(lines)
+    notes = (*_outlier_note(lines), *_few_note({line.name: fits[line.name].few for line in lines}))
+    kept = tuple(plan.selection.kept)
     report = ConversionReport(
-        tuple(lines), tuple(kept), plan.n_layers, notes, mode="calibrate", parameters=parameters, proof=proof
+        tuple(lines), kept, plan.n_layers, notes, mode="calibrate", parameters=parameters, proof=proof
     )
     return report, modules
 
@@ -95,12 +97,25 @@ def _proof(plan: Plan, example: Any) -> Proof:
 
 
 def observe_trained(plan: Plan, batches: Iterable[Any]) -> ConversionReport:
-    """Observe the layers; the model is not changed."""
-    observed = observe(plan.model, plan.selection.linears, plan.norms(), batches)
-    reached = {layer.name for layer in observed}
-    missing = [KeptLayer(name, _UNREACHED) for name in plan.selection.linears if name not in reached]
-    kept = (*plan.selection.kept, *missing)
-    return ConversionReport((), kept, plan.n_layers, mode="observe", observed=tuple(observed))
+    """Observe the layers, and the experts of each stack; the model is not changed."""
+    stacks = plan.stacks()
+    observed = observe(plan.model, plan.selection.linears, plan.norms(), batches, stacks)
+    reached: dict[str, set[int | None]] = {}
+    for layer in observed:
+        reached.setdefault(layer.name, set()).add(layer.expert)
+    missing = [
+        KeptLayer(name, _UNREACHED)
+        for name in [*plan.selection.linears, *plan.selection.experts]
+        if name not in reached
+    ]
+    idle = {
+        name: tuple(e for e in range(stack.n_experts) if e not in reached[name])
+        for stack in stacks.values()
+        for name in stack.names.values()
+        if name in reached
+    }
+    kept, notes = (*plan.selection.kept, *missing), _experts_note(idle, "saw no token", "nothing is known of them")
+    return ConversionReport((), kept, plan.n_layers, notes, mode="observe", observed=tuple(observed))
 
 
 @torch.no_grad()
@@ -112,8 +127,20 @@ def calibrated(linear: nn.Module, norms: Norms, fit: Fit) -> SDDLinear:
     return layer
 
 
+@torch.no_grad()
+def calibrated_experts(stack: Stack, fits: Mapping[str, Fit]) -> SDDExperts:
+    """Give stacked experts the fitted alphas; V and b keep their bits."""
+    alphas = {key: fits[name].alpha for key, name in stack.names.items()}
+    rms = {key: alpha.square().mean().sqrt().item() for key, alpha in alphas.items()}
+    module = become_sdd_experts(stack.module, rms, stack.eps)
+    for key, alpha in alphas.items():
+        getattr(module, f"{key}_alpha").copy_(alpha)
+    remember_experts(module, {key: digest(module, key) for key in alphas})
+    return module
+
+
 def _numbers(fit: Fit) -> Calibration:
-    return Calibration(fit.error, fit.inherited, fit.tokens, fit.outliers)
+    return Calibration(fit.error, fit.inherited, fit.tokens, fit.outliers, fit.few)
 
 
 def _outlier_note(layers: Sequence[ConvertedLayer]) -> tuple[str, ...]:
@@ -129,8 +156,22 @@ def _outlier_note(layers: Sequence[ConvertedLayer]) -> tuple[str, ...]:
     )
 
 
+def _few_note(few: Mapping[str, tuple[int, ...]]) -> tuple[str, ...]:
+    """A note on the experts that were not fitted on tokens of their own."""
+    done = f"they were fitted on up to {SPARE} tokens of their layer as if these were sent to them; give more batches"
+    return _experts_note(few, f"saw fewer than {FEW} tokens", done)
+
+
+def _experts_note(experts: Mapping[str, tuple[int, ...]], saw: str, what: str) -> tuple[str, ...]:
+    """A note that names experts by the module that holds them."""
+    modules = {name.rpartition(".")[0]: found for name, found in experts.items() if found}
+    if not modules:
+        return ()
+    named = [f"{', '.join(map(str, found))} of {module}" for module, found in modules.items()]
+    return (f"{sum(map(len, modules.values()))} experts {saw} ({'; '.join(named)}): {what}",)
+
+
 _UNREACHED = "the batches do not reach it"
-_EXPERTS = "stacked experts: mode='reinit' converts them, calibration does not yet"
 
 
 def _reason_to_stay(fit: Fit | None, max_error: float | None) -> str | None:
