@@ -1,5 +1,6 @@
-"""README and tutorials do what they say: every block of code is run, in order, each page in a folder of its own."""
+"""README and pages do what they say: every block of code is run, in order, each page in a folder of its own."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -9,33 +10,53 @@ pytest.importorskip("sybil", reason="runs the code of pages: extra test")
 from helpers_pages import LANGUAGES, Page, languages, same_words, skipped
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs" / "tutorials").glob("*.md"))]
+DOCS = ROOT / "docs"
+TUTORIALS = [ROOT / "README.md", *sorted((DOCS / "tutorials").glob("*.md"))]
+REFERENCE = sorted(DOCS.glob("*.md"))
+PAGES = [*TUTORIALS, *REFERENCE]
 #: Pages of more than about 20 seconds of a core.
-LONG = {"pretrain.md", "diagnose.md", "study.md", "cluster.md", "faq.md"}
-#: How many blocks of a page are not run.
-SKIPPED = {"README.md": 3, "cluster.md": 1, "pretrain.md": 2, "study.md": 1}
+LONG = {
+    "generation",
+    *(f"tutorials/{name}" for name in ("choose", "cluster", "diagnose", "faq", "pretrain", "serve", "study")),
+}
+#: How many blocks of a tutorial are not run.
+SKIPPED = {"README": 3, **{f"tutorials/{name}": 1 for name in ("choose", "cluster", "study")}}
+SKIPPED |= {"tutorials/pretrain": 2, "tutorials/serve": 3}
+#: An indented block of Markdown, which no test can tell from a formula, and which holds a command or Python.
+HIDDEN = re.compile(
+    r"^    (sdd|\./dev|torchrun|python3?|pip|import|from|with|for|def|print)\b|^    [\w.]+ = [\w.]+\.\w+\(", re.M
+)
 
 
 def page_name(path: Path) -> str:
-    return path.name
+    return str(path.relative_to(DOCS if path.is_relative_to(DOCS) else ROOT).with_suffix(""))
 
 
 @pytest.mark.parametrize(
-    "page", [pytest.param(page, marks=pytest.mark.ties if page.name in LONG else ()) for page in PAGES], ids=page_name
+    "page",
+    [pytest.param(page, marks=pytest.mark.ties if page_name(page) in LONG else ()) for page in PAGES],
+    ids=page_name,
 )
 def test_the_code_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)  # modules that a page writes
     assert Page(page).run() == skipped(page)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=page_name)
-def test_few_blocks_of_a_page_are_not_run(page: Path) -> None:
-    assert len(skipped(page)) == SKIPPED.get(page.name, 0)
+@pytest.mark.parametrize("page", TUTORIALS, ids=page_name)
+def test_few_blocks_of_a_tutorial_are_not_run(page: Path) -> None:
+    assert len(skipped(page)) == SKIPPED.get(page_name(page), 0)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_name)
 def test_every_block_of_a_page_says_how_it_is_run(page: Path) -> None:
     assert languages(page) <= set(LANGUAGES)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_name)
+def test_no_command_of_a_page_hides_in_an_indented_block(page: Path) -> None:
+    fenced = re.compile(r"^```.*?^```|<!--.*?-->", re.M | re.S)
+    assert HIDDEN.findall(fenced.sub("", page.read_text(encoding="utf-8"))) == []
 
 
 def page_of(tmp_path: Path, text: str) -> Page:

@@ -149,6 +149,25 @@ def test_a_state_without_alphas_is_one_line(tmp_path):
     assert "\n" not in str(caught.value)
 
 
+def test_a_model_type_of_ones_own_is_loaded_by_the_auto_classes(tmp_path):
+    """As in a fresh process: the own type is registered, its converted one has not been asked for yet."""
+    import sdd.interop.converted  # noqa: F401
+
+    own = type("OwnConfig", (transformers.LlamaConfig,), {"model_type": "own-type"})
+    kind = type("OwnForCausalLM", (transformers.LlamaForCausalLM,), {"config_class": own})
+    transformers.AutoConfig.register("own-type", own)
+    transformers.AutoModelForCausalLM.register(own, kind)
+    model = build()
+    convert(model)
+    trained(model).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "model_type": "sdd-own-type"}))
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert isinstance(loaded, kind)
+    assert torch.equal(output(loaded), output(model))
+    assert "sdd-sdd-llama" not in transformers.models.auto.configuration_auto.CONFIG_MAPPING
+
+
 def test_other_models_of_the_same_config_are_untouched():
     config = transformers.LlamaConfig(**TINY)
     one, other = transformers.LlamaForCausalLM(config), transformers.LlamaForCausalLM(config)

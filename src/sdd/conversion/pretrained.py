@@ -253,9 +253,9 @@ _made: dict[type, Any] = {}
 
 
 def _family(model_type: str) -> None:
-    """Make the config class of a model type, if transformers has it, and register what goes with it."""
+    """Make the config class of a model type, if transformers has it or was given it, and register what goes with it."""
     auto = importlib.import_module("transformers.models.auto.configuration_auto")
-    if model_type in auto.CONFIG_MAPPING_NAMES:
+    if not model_type.startswith(PREFIX) and model_type in auto.CONFIG_MAPPING:
         _config_class(auto.CONFIG_MAPPING[model_type])
 
 
