@@ -395,4 +395,5 @@ def test_an_adapters_product_is_added_before_the_norm_and_its_alpha_replaces_the
     y = layer(x, F.linear(x, delta), alpha)
     expected = sdd_linear(x.double(), layer.weight.double() + delta.double(), alpha, layer.bias, group=group, eps=1e-3)
     assert y.dtype == dtype
-    torch.testing.assert_close(y.double(), expected.double(), rtol=1e-9 if dtype == torch.float64 else 0.05, atol=0.05)
+    tolerance = 1e-9 if dtype == torch.float64 else 0.05
+    torch.testing.assert_close(y.double(), expected.double(), rtol=tolerance, atol=tolerance)

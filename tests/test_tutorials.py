@@ -1,4 +1,4 @@
-"""README and tutorials do what they say: every block of code is run, in order, each page in a folder of its own."""
+"""Pages do what they say: every block of code is run, in order, each page in a folder of its own."""
 
 from pathlib import Path
 
@@ -9,9 +9,11 @@ pytest.importorskip("sybil", reason="runs the code of pages: extra test")
 from helpers_pages import LANGUAGES, Page, languages, same_words, skipped
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs" / "tutorials").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs" / "tutorials").glob("*.md")), ROOT / "docs" / "peft.md"]
 #: Pages of more than about 20 seconds of a core.
-LONG = {"pretrain.md", "diagnose.md", "study.md", "cluster.md", "faq.md"}
+LONG = {"pretrain.md", "diagnose.md", "study.md", "cluster.md", "faq.md", "peft.md"}
+#: A package that a page is about, and the suite does without.
+NEEDS = {"peft.md": "peft"}
 #: How many blocks of a page are not run.
 SKIPPED = {"README.md": 3, "cluster.md": 1, "pretrain.md": 2, "study.md": 1}
 
@@ -24,6 +26,8 @@ def page_name(path: Path) -> str:
     "page", [pytest.param(page, marks=pytest.mark.ties if page.name in LONG else ()) for page in PAGES], ids=page_name
 )
 def test_the_code_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if page.name in NEEDS:
+        pytest.importorskip(NEEDS[page.name], reason=f"the extra {NEEDS[page.name]} is not installed")
     monkeypatch.chdir(tmp_path)
     assert Page(page).run() == skipped(page)
 

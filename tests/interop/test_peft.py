@@ -107,25 +107,22 @@ def same(a: Tensor, b: Tensor) -> bool:
     return torch.allclose(a, b, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("make", [SDDLinear, conv1d])
-@pytest.mark.parametrize("lora", LORA.values(), ids=LORA)
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-@settings(max_examples=3)
-@given(seed=SEEDS)
-def test_the_product_goes_under_the_norm(make: Any, lora: dict[str, Any], options: dict[str, Any], seed: int) -> None:
-    model = adapted(base_model(seed, make, **options), seed + 1, **lora)
+@settings(max_examples=10)
+@given(lora=st.sampled_from(list(LORA)), make=st.sampled_from([SDDLinear, conv1d]), seed=SEEDS)
+def test_the_product_goes_under_the_norm(options: dict[str, Any], lora: str, make: Any, seed: int) -> None:
+    model = adapted(base_model(seed, make, **options), seed + 1, **LORA[lora])
     x, first = inputs(seed), model.base_model.model.first
     assert same(first(x), by_equation(first, x, ["default"]))
 
 
-@pytest.mark.parametrize("safe", [False, True])
-@pytest.mark.parametrize("make", [SDDLinear, conv1d])
 @pytest.mark.parametrize("lora", LORA.values(), ids=LORA)
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-@settings(max_examples=2)
-@given(seed=SEEDS)
-def test_merging_keeps_the_outputs(make: Any, lora: Any, options: Any, safe: bool, seed: int) -> None:
-    base, x = base_model(seed, make, **options), inputs(seed)
+@settings(max_examples=10)
+@given(
+    options=st.sampled_from(list(OPTIONS)), make=st.sampled_from([SDDLinear, conv1d]), safe=st.booleans(), seed=SEEDS
+)
+def test_merging_keeps_the_outputs(lora: dict[str, Any], options: str, make: Any, safe: bool, seed: int) -> None:
+    base, x = base_model(seed, make, **OPTIONS[options]), inputs(seed)
     before, names = base(x), dict(base.named_modules()).keys()
     model = adapted(base, seed + 1, **lora)
     y = model(x)
