@@ -164,8 +164,8 @@ def test_adapters_are_set_combined_and_deleted(seed: int) -> None:
         assert same(model(x), before)
     model.set_adapter("default")
     model.delete_adapter("other")
-    assert torch.equal(model(x), one)
-    assert torch.equal(model.unload()(x), before)
+    assert same(model(x), one)
+    assert same(model.unload()(x), before)
 
 
 def test_a_new_adapter_changes_nothing_and_trains_nothing_else() -> None:
@@ -255,7 +255,7 @@ def test_a_safe_merge_refuses_what_is_not_finite(broken: str) -> None:
     assert all(torch.equal(model.get_parameter(name), value) for name, value in weights.items())
 
 
-@pytest.mark.parametrize("init", ["gaussian", "olora", "orthogonal", "pissa", "pissa_niter_4"])
+@pytest.mark.parametrize("init", ["gaussian", "orthogonal", "pissa", "pissa_niter_4"])
 @pytest.mark.parametrize("make", [SDDLinear, conv1d])
 def test_initialisations_from_the_weight_leave_the_function(make: Any, init: str) -> None:
     x, base = inputs(dtype=torch.float32), base_model(make=make).float()
@@ -291,6 +291,7 @@ def test_hooks_of_the_layer_still_see_its_calls() -> None:
         ({"use_dora": True}, "DoraLinearVariant is not for SDD layers, which take plain LoRA"),
         ({"lora_bias": True}, "lora_bias=True would add a bias under the norm"),
         ({"init_lora_weights": "eva"}, "init_lora_weights='eva' is not for SDD layers; choose one of True, False"),
+        ({"init_lora_weights": "olora"}, "init_lora_weights='olora' is not"),  # in PEFT it ignores how Conv1D lies
         ({"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4}}, "init_lora_weights='loftq' is not"),
     ],
 )
@@ -303,7 +304,7 @@ def test_what_is_not_plain_lora_is_refused(changes: dict[str, Any], message: str
 @pytest.mark.parametrize("method", ["IA3Config", "LoHaConfig", "VeraConfig", "OFTConfig"])
 def test_other_methods_of_peft_refuse_sdd_layers_themselves(method: str) -> None:
     options: dict[str, Any] = {"feedforward_modules": []} if method == "IA3Config" else {}
-    with pytest.raises((ValueError, TypeError), match=r"SDDLinear|not supported"):
+    with pytest.raises((ValueError, TypeError), match=r"SDDLinear|not supported|No layers types compatible"):
         peft.get_peft_model(base_model(), getattr(peft, method)(target_modules=["first"], **options))
 
 

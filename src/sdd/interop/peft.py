@@ -29,8 +29,9 @@ _peft, _layer, _utils = require_extra(
     "peft", "peft", "peft.tuners.lora.layer", "peft.tuners.tuners_utils", needed_by=__name__
 )
 
-#: What `init_lora_weights` may be; the others want statistics of a plain matrix, or replace it by a quantised one.
-_INITS = (True, False, "gaussian", "olora", "orthogonal", "pissa")
+#: What `init_lora_weights` may be. The others want statistics of a plain matrix, replace it by a quantised one, or
+#: (olora) take a weight that is stored transposed for one that is not.
+_INITS = (True, False, "gaussian", "orthogonal", "pissa")
 #: The entry of `modules_to_save` that trains alpha.
 _ALPHA = "alpha"
 
