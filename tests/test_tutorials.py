@@ -22,6 +22,7 @@ def page_name(path: Path) -> str:
     return path.name
 
 
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # PEFT asks transformers for it
 @pytest.mark.parametrize(
     "page", [pytest.param(page, marks=pytest.mark.ties if page.name in LONG else ()) for page in PAGES], ids=page_name
 )

@@ -21,6 +21,7 @@ import sdd.interop.peft as sdd_peft
 from sdd.errors import UserError
 from sdd.interop.library import library
 from sdd.models import MoEConfig
+from sdd.models.lean import runs_lean
 
 # PEFT asks transformers for an attribute that it will lose.
 pytestmark = [pytest.mark.ties, pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")]
@@ -103,6 +104,19 @@ def test_our_models_take_adapters(placement: str) -> None:
     names = sdd_peft.targets(model)
     assert not (placement == "sdd-released" and any(name.endswith(("gate_proj", "up_proj")) for name in names))
     check_merge(model, drawn_tokens(model.config), target_modules=names)
+
+
+def test_blocks_run_as_their_equations_while_they_have_adapters() -> None:
+    base = tiny_model("sdd-paper", dtype=torch.float64).eval()
+    for block in base.blocks:
+        block.force_lean = True
+    x = torch.randn(2, 3, base.config.d_model, dtype=torch.float64)
+    model = with_lora(base, target_modules=["o_proj"])
+    assert not any(runs_lean(block, x) for block in base.blocks)
+    y = logits(model, drawn_tokens(base.config))
+    merged = model.merge_and_unload()
+    assert all(runs_lean(block, x) for block in merged.blocks)
+    assert close(logits(merged, drawn_tokens(base.config)), y)
 
 
 def test_plain_and_sdd_layers_of_a_model_are_adapted_together() -> None:

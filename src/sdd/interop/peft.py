@@ -130,8 +130,9 @@ class SDDLoraLinear(_layer.Linear):
         return added
 
     def _alpha(self, adapters: list[str]) -> Tensor | None:
+        alpha: Tensor = self.get_base_layer().alpha
         shifts = [self.lora_scale[name] for name in adapters if name in self.lora_scale]
-        return sum(shifts, self.get_base_layer().alpha) if shifts else None
+        return sum(shifts, alpha) if shifts else None
 
 
 def targets(model: nn.Module) -> list[str]:
@@ -148,7 +149,8 @@ def targets(model: nn.Module) -> list[str]:
         UserError: if there is none.
     """
     if isinstance(model, _peft.PeftModel):
-        model = model.get_base_model()
+        adapted: Any = model
+        model = adapted.get_base_model()
     shared = {
         layer
         for module in model.modules()
