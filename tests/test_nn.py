@@ -380,3 +380,20 @@ def test_a_cast_of_the_module_leaves_alpha_in_float32(build, cast: str):
     assert layer.double().alpha.dtype == torch.float64
     assert layer.half().float().alpha.dtype == torch.float32
     assert layer.to("meta").alpha.is_meta
+
+
+@given(
+    seed=st.integers(0, 2**31),
+    group=st.sampled_from(GROUPS),
+    bias=st.booleans(),
+    dtype=st.sampled_from([torch.float64, torch.bfloat16]),
+)
+def test_an_adapters_product_is_added_before_the_norm_and_its_alpha_replaces_the_own(seed, group, bias, dtype):
+    layer = SDDLinear(5, 12, bias, group=group, eps=1e-3, dtype=dtype)
+    x, delta = randn(3, 5, seed=seed, dtype=dtype), randn(12, 5, seed=seed + 1, dtype=dtype)
+    alpha = randn(*layer.alpha.shape, seed=seed + 2, dtype=layer.alpha.dtype)
+    y = layer(x, F.linear(x, delta), alpha)
+    expected = sdd_linear(x.double(), layer.weight.double() + delta.double(), alpha, layer.bias, group=group, eps=1e-3)
+    assert y.dtype == dtype
+    tolerance = 1e-9 if dtype == torch.float64 else 0.05
+    torch.testing.assert_close(y.double(), expected.double(), rtol=tolerance, atol=tolerance)

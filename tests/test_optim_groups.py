@@ -1,12 +1,14 @@
 """sdd.param_groups: every trainable parameter once, in the group of its role."""
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
 
 from sdd import SDDLinear
-from sdd.nn import RMSNorm
-from sdd.optim_groups import param_groups
+from sdd.nn import RMSNorm, SDDExpertLinear
+from sdd.optim_groups import param_groups, warn_if_decayed
 
 
 class Model(nn.Module):
@@ -111,3 +113,19 @@ def test_adamw_decays_each_role_by_its_own():
 def test_alpha_decay_reaches_alpha_and_norms_only(decay):
     groups = {group["role"]: group["weight_decay"] for group in param_groups(Model(), alpha_weight_decay=decay)}
     assert groups == {"matrix": 0.1, "embedding": 0.0, "alpha": decay, "bias": 0.0}
+
+
+def test_decayed_alphas_are_named_in_one_line():
+    model = nn.ModuleList([Model(), SDDExpertLinear(2, 3, 4), SDDLinear(2, 4, scale=False)])
+    with pytest.warns(UserWarning, match=r"decays 2 alphas of SDD layers, such as 0\.up\.alpha, .*sdd\.param_groups"):
+        assert warn_if_decayed(model, torch.optim.AdamW(model.parameters())) == ["0.up.alpha", "1.alpha"]
+
+
+@pytest.mark.parametrize(
+    "build", [lambda m: torch.optim.AdamW(param_groups(m)), lambda m: torch.optim.SGD(m.parameters())]
+)
+def test_nothing_is_said_where_no_alpha_is_decayed(build):
+    model = Model()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert warn_if_decayed(model, build(model)) == []

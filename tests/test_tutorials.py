@@ -17,8 +17,11 @@ PAGES = [*TUTORIALS, *REFERENCE]
 #: Pages of more than about 20 seconds of a core.
 LONG = {
     "generation",
+    "peft",
     *(f"tutorials/{name}" for name in ("choose", "cluster", "diagnose", "faq", "pretrain", "serve", "study")),
 }
+#: A package that a page is about, and the suite does without.
+NEEDS = {"peft": "peft"}
 #: How many blocks of a tutorial are not run.
 SKIPPED = {"README": 3, **{f"tutorials/{name}": 1 for name in ("choose", "cluster", "study")}}
 SKIPPED |= {"tutorials/pretrain": 2, "tutorials/serve": 3}
@@ -32,12 +35,15 @@ def page_name(path: Path) -> str:
     return str(path.relative_to(DOCS if path.is_relative_to(DOCS) else ROOT).with_suffix(""))
 
 
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # PEFT asks transformers for it
 @pytest.mark.parametrize(
     "page",
     [pytest.param(page, marks=pytest.mark.ties if page_name(page) in LONG else ()) for page in PAGES],
     ids=page_name,
 )
 def test_the_code_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if (package := NEEDS.get(page_name(page))) is not None:
+        pytest.importorskip(package, reason=f"the extra {package} is not installed")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)  # modules that a page writes
     assert Page(page).run() == skipped(page)

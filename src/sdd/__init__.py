@@ -15,7 +15,7 @@ if TYPE_CHECKING:  # what the code below does, for type checkers and editors
     from . import conversion, data, functional, kernels, models, nn, placement, probing, train  # noqa: F401
     from .conversion import ConversionReport as ConversionReport, apply as apply, convert as convert, revert as revert
     from .nn import RMSNorm as RMSNorm, SDDLinear as SDDLinear
-    from .optim_groups import param_groups as param_groups
+    from .optim_groups import param_groups as param_groups, warn_if_decayed as warn_if_decayed
     from .placement import Norm as Norm, Placement as Placement, placements as placements
     from .probing import Probe as Probe
 else:
@@ -23,7 +23,7 @@ else:
     _PUBLIC = {
         "conversion": ("ConversionReport", "apply", "convert", "revert"),
         "nn": ("RMSNorm", "SDDLinear"),
-        "optim_groups": ("param_groups",),
+        "optim_groups": ("param_groups", "warn_if_decayed"),
         "placement": ("Norm", "Placement", "placements"),
         "probing": ("Probe",),
     }

@@ -147,10 +147,21 @@ class SDDLinear(nn.Module):
         """Apply `.half()`, `.to(...)` and the like; alpha stays at least float32."""
         return keep_wide(self, ("alpha",), lambda: super(SDDLinear, self)._apply(fn, recurse))
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Compute `alpha * norm(V x) + b`; `[..., in_features]` to `[..., out_features]`."""
+    def forward(self, input: Tensor, added: Tensor | None = None, alpha: Tensor | None = None) -> Tensor:
+        """Compute `alpha * norm(V x + added) + b`; `[..., in_features]` to `[..., out_features]`.
+
+        Args:
+            input: x.
+            added: an adapter's product, `[..., out_features]`; None for none.
+            alpha: in the place of the layer's own; None for that.
+
+        Returns:
+            y in the dtype of `V x`.
+        """
         z = F.linear(input, self.matrix)
-        y = scaled_norm(z, self.alpha, self.bias, group=self.parts, eps=self.eps)
+        dtype, alpha = z.dtype, self.alpha if alpha is None else alpha
+        z = z if added is None else z + added
+        y = scaled_norm(z, alpha, self.bias, group=self.parts, eps=self.eps, dtype=dtype)
         probe_points.projection(self, z, y)
         return y
 

@@ -1,5 +1,7 @@
 """Optimiser groups by role, so that weight decay reaches the right parameters."""
 
+import warnings
+from collections.abc import Iterator
 from typing import Any, Literal
 
 from torch import nn
@@ -57,6 +59,39 @@ def param_groups(
             group["params"].append(parameter)
             group["names"].append(name)
     return [group for group in groups.values() if group["params"]]
+
+
+def warn_if_decayed(model: nn.Module, optimizer: Any) -> list[str]:
+    """Warn, in one line, if an optimiser decays the alpha of an SDD layer; `param_groups` gives groups that do not.
+
+    Args:
+        model: any module.
+        optimizer: a `torch.optim.Optimizer` over its parameters, or a wrapper that has `param_groups`.
+
+    Returns:
+        The names of the alphas that are decayed, in the model's order.
+    """
+    groups = [group for group in optimizer.param_groups if group.get("weight_decay")]
+    decayed = {parameter for group in groups for parameter in group["params"]}
+    alphas = set(alphas_of(model))
+    names = [name for name, parameter in model.named_parameters() if parameter in alphas & decayed]
+    if names:
+        warnings.warn(
+            f"the optimiser decays {len(names)} alphas of SDD layers, such as {names[0]}, which shrinks the layers' "
+            "outputs: build it from sdd.param_groups(model)",
+            stacklevel=2,
+        )
+    return names
+
+
+def alphas_of(model: nn.Module) -> Iterator[nn.Parameter]:
+    """The alphas of a model's SDD layers and experts, as far as they are learned; not the scales of other norms."""
+    for module in model.modules():
+        own = ("alpha",) if isinstance(module, (SDDLinear, SDDExpertLinear)) else ()
+        for name in own or getattr(module, "alpha_names", ()):  # experts of a converted model
+            alpha = module._parameters.get(name)  # a buffer, if it is not learned
+            if alpha is not None:
+                yield alpha
 
 
 def _roles_by_owner(model: nn.Module, sdd: Role) -> dict[nn.Parameter, Role]:
