@@ -3,7 +3,6 @@
 vLLM and SGLang do not run here. What their transformers backends do to a model is done to it by hand.
 """
 
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -50,17 +49,13 @@ def replace(root: nn.Module, name: str, module: nn.Module) -> None:
 # --- attention, caches and compilers
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa", "flex_attention"])
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_every_attention_gives_the_same_logits(attention: str, theirs: Any) -> None:
-    theirs = theirs.float()  # flex attention has no float64
     tokens = tokens_of(theirs)
     theirs.set_attn_implementation("eager")
     expected = logits(theirs, tokens, use_cache=False)
     theirs.set_attn_implementation(attention)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # flex attention compiles itself
-        found = logits(theirs, tokens, use_cache=False)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * float(expected.std()))
+    torch.testing.assert_close(logits(theirs, tokens, use_cache=False), expected)
 
 
 def test_a_static_cache_writes_the_same_text(theirs: Any) -> None:
@@ -71,40 +66,15 @@ def test_a_static_cache_writes_the_same_text(theirs: Any) -> None:
     )
 
 
-def test_the_whole_model_is_one_graph(theirs: Any) -> None:
+@pytest.mark.parametrize("case", ["sdd", "moe"])
+def test_the_whole_model_is_one_graph(case: str) -> None:
+    theirs: Any = exported(ours(case))
     tokens = tokens_of(theirs)
     expected = logits(theirs, tokens, use_cache=False)
     torch.compiler.reset()
     compiled = torch.compile(theirs, backend="eager", fullgraph=True)
     with torch.no_grad():
         torch.testing.assert_close(compiled(tokens, use_cache=False).logits, expected)
-
-
-@pytest.mark.ties
-@pytest.mark.parametrize("case", ["sdd", "moe"])
-def test_compiled_generation_writes_the_same_text(case: str) -> None:
-    theirs: Any = exported(ours(case, torch.float32))
-    prompt = tokens_of(theirs, 4)
-    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
-    expected = theirs.generate(prompt, **options)
-    torch.compiler.reset()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        theirs.forward = torch.compile(theirs.forward, fullgraph=True)
-        assert torch.equal(theirs.generate(prompt, cache_implementation="static", **options), expected)
-
-
-@pytest.mark.parametrize("case", ["sdd", "moe"])
-def test_continuous_batching_writes_what_each_prompt_alone_does(case: str) -> None:
-    theirs: Any = exported(ours(case, torch.float32))
-    prompts = [tokens_of(theirs, length, 1)[0].tolist() for length in (3, 7, 5)]
-    options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
-    alone = [theirs.generate(torch.tensor([prompt]), **options)[0, len(prompt) :].tolist() for prompt in prompts]
-    settings = transformers.GenerationConfig(**options, eos_token_id=-1)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        found = theirs.generate_batch(inputs=prompts, generation_config=settings)
-    assert sorted(each.generated_tokens for each in found.values()) == sorted(alone)
 
 
 # --- quantisers
