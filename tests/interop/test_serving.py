@@ -100,7 +100,7 @@ def test_int8_weights_of_torchao(case: str, tmp_path: Path) -> None:
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=settings)
     kinds = {name: type(module.weight) for name, module in linears(theirs).items()}
     assert {name for name, kind in kinds.items() if kind is nn.Parameter} == {"lm_head"}  # transformers leaves it out
-    check_quantised(theirs, tokens, expected, norms, 0.05)
+    check_quantised(theirs, tokens, expected, norms, 0.1)
 
 
 @pytest.mark.ties
@@ -116,7 +116,7 @@ def test_dynamic_quantisation_of_torch(case: str) -> None:
         name for name, module in theirs.named_modules() if isinstance(module, torch.ao.nn.quantized.dynamic.Linear)
     }
     assert found == names, "every matrix and nothing else"
-    check_quantised(theirs, tokens, expected, norms, 0.15)
+    check_quantised(theirs, tokens, expected, norms, 0.4)
 
 
 # --- what the transformers backends of serving engines do
