@@ -149,6 +149,27 @@ def test_a_single_layer_can_be_the_model():
 # --- the draw ---
 
 
+class Refusing:
+    """A config of which nothing can be read, as transformers' `head_dim` where it differs between layers."""
+
+    def __getattr__(self, name: str):
+        raise AttributeError(name) if name.startswith("__") else RuntimeError(f"{name} is ambiguous")
+
+
+@pytest.mark.parametrize("projections", [("q_proj", "k_proj"), ("qkv_proj",), ("kv_a_proj", "gate_up_proj")])
+def test_a_config_that_raises_errors_counts_as_none(projections):
+    def report(config: object | None) -> str:
+        torch.manual_seed(0)
+        model = Net()
+        for module in model.modules():
+            if isinstance(module, Block):
+                module.attention = nn.ModuleDict({name: nn.Linear(16, 48) for name in projections})
+            module.config = config
+        return str(convert(model, example=torch.tensor([[1, 2]])))
+
+    assert report(Refusing()) == report(None)
+
+
 def test_reinit_draws_the_papers_distribution():
     model = nn.ModuleDict({"a": nn.Linear(40, 2000)})
     convert(model, generator=torch.Generator().manual_seed(0))

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from sdd.conversion.kinds import features, is_layer
+from sdd.conversion.kinds import features, is_layer, told
 from sdd.conversion.patterns import matches
 from sdd.norm_groups import Group, resolve_group
 
@@ -124,7 +124,7 @@ def _interleaved(name: str, parent: nn.Module) -> bool:
     """Whether the parts of each head stand side by side, or may do so: a group for each head is right either way."""
     if name.endswith("query_key_value") or type(parent).__name__.startswith("CodeGen"):
         return True
-    return type(parent).__name__.startswith("GPTBigCode") and not getattr(parent, "multi_query", False)
+    return type(parent).__name__.startswith("GPTBigCode") and not told(parent, "multi_query", False)
 
 
 def _parts(widths: Sequence[int], head_dim: int = 0) -> Fused:
@@ -138,7 +138,7 @@ def _parts(widths: Sequence[int], head_dim: int = 0) -> Fused:
 def _mamba2(parent: Any) -> list[int]:
     """Gate, x, B, C and dt of Mamba 2; nothing for another module."""
     sizes = _sizes(parent, "intermediate_size", "n_groups", "ssm_state_size", "num_heads")
-    if not sizes or not hasattr(parent, "dt_bias"):
+    if not sizes or told(parent, "dt_bias") is None:
         return []
     inner, groups, state, heads = sizes
     return [inner, inner, groups * state, groups * state, heads]
@@ -156,7 +156,7 @@ def _known_parts(last: str, parent: Any) -> list[int]:
 
 
 def _sizes(module: Any, *names: str) -> list[int]:
-    sizes = [getattr(module, name, None) for name in names]
+    sizes = [told(module, name) for name in names]
     return [size for size in sizes if type(size) is int] if all(type(size) is int for size in sizes) else []
 
 
@@ -197,9 +197,9 @@ def _number(module: Any, names: Sequence[str]) -> int | None:
 
 
 def _numbers(module: Any, names: Sequence[str]) -> Iterator[int]:
-    for owner in (module, getattr(module, "config", None)):
+    for owner in (module, told(module, "config")):
         for name in names:
-            value = getattr(owner, name, None)
+            value = told(owner, name)
             if type(value) is int and value > 0:
                 yield value
 

@@ -1,4 +1,4 @@
-"""Which layers of a foreign model compute `x W^T + b`."""
+"""Which layers of a foreign model compute `x W^T + b`, and what its modules and configs say."""
 
 from collections import OrderedDict
 from typing import Any
@@ -22,6 +22,17 @@ class SDDConv1D(SDDLinear):
     def matrix(self) -> Tensor:
         """V, `[out_features, in_features]`."""
         return self.weight.t()
+
+
+def told(owner: Any, name: str, default: Any = None) -> Any:
+    """What a foreign module or config has under a name; the default also where reading it raises an error.
+
+    Properties may raise anything: transformers refuses `config.head_dim` where it differs between layers.
+    """
+    try:
+        return getattr(owner, name, default)
+    except Exception:
+        return default
 
 
 def is_conv1d(module: nn.Module) -> bool:
