@@ -30,6 +30,8 @@ _SIZES = {
 }
 _SIZE = {name: size for size, names in _SIZES.items() for name in names.split()}
 #: Fields of single kinds of config.
+#: Sizes without a default that a model needs.
+_NEEDED = ("vocab_size", "num_experts_per_tok", "n_routed_experts", "num_experts")
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 _OF_KIND: dict[str, dict[str, Any]] = {
     "autoformer": {"prediction_length": 4, "context_length": 16},
@@ -37,7 +39,10 @@ _OF_KIND: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
     "chameleon": {"vocabulary_map": {"<image>": 5}},
     "glm4v_moe_text": {"rope_parameters": {**_ROPE, "partial_rotary_factor": 0.5, "mrope_section": [2, 0, 0]}},
+    "glm_image_text": {"rope_parameters": {**_ROPE, "mrope_section": [2, 1, 1]}},
+    "glm_ocr_text": {"rope_parameters": {**_ROPE, "mrope_section": [2, 1, 1]}},
     "glm4v_text": {"rope_parameters": {**_ROPE, "partial_rotary_factor": 0.5, "mrope_section": [2, 0, 0]}},
+    "granite_speech5_encoder": {"context_size": 16},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "informer": {"prediction_length": 4, "context_length": 16},
     "lfm2": {"layer_types": ["conv", "full_attention"]},
@@ -128,6 +133,8 @@ def _smaller(name: str, value: Any, staged: bool) -> Any:
         return min(value, 64)
     if name in ("pad_token_id", "head_dim") and value is None:
         return {"pad_token_id": 0, "head_dim": 8}[name]  # heads for sequences ask for a token of padding
+    if name in _NEEDED and value is None:
+        return _SIZE[name]
     if name == "depths" and isinstance(value, list | tuple):
         return [min(depth, 2) for depth in value]
     if name == "hidden_sizes" and isinstance(value, tuple):

@@ -89,10 +89,11 @@ def find(name: str, layer: nn.Module, parent: nn.Module) -> Fused:
     if last in _KV and any(child.lower() in _QUERIES for child, _ in parent.named_children()):
         return _parts([n_out // 2, n_out // 2], head_dim)
     if (widths := _known_parts(last, parent)) and sum(widths) == n_out:
-        return _parts(widths)
+        return _parts([width for width in widths if width])
     if last == "in_proj" and (widths := _mamba2(parent)) and sum(widths) == n_out:
         # dt sets the decay of the state: it stays a plain part
-        group = (*((width, width) for width in widths[:-1]), (widths[-1], 0))
+        parts = [*((width, width) for width in widths[:-1]), (widths[-1], 0)]
+        group = tuple(part for part in parts if part[0])
         return Fused(group, group)
     if last == "in_proj_qkvz" and (sizes := _sizes(parent, "head_k_dim", "head_v_dim")) and sizes[0] == sizes[1]:
         return Fused(sizes[0], sizes[0])  # q, k, v and a gate for each head in turn
@@ -156,8 +157,9 @@ def _known_parts(last: str, parent: Any) -> list[int]:
 
 
 def _sizes(module: Any, *names: str) -> list[int]:
+    """What a module tells under these names, all or nothing. A size may be 0, as of rotary embeddings left out."""
     sizes = [told(module, name) for name in names]
-    return [size for size in sizes if type(size) is int] if all(type(size) is int for size in sizes) else []
+    return sizes if all(type(size) is int and size >= 0 for size in sizes) else []
 
 
 def _reads_half(parent: nn.Module, layer: nn.Module) -> bool:
