@@ -3,6 +3,7 @@
 import importlib
 import inspect
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -53,6 +54,14 @@ _OF_KIND: dict[str, dict[str, Any]] = {
     "reformer": {"axial_pos_embds_dim": [8, 24], "axial_pos_shape": [4, 4], "is_decoder": True},
     "time_series_transformer": {"prediction_length": 4, "context_length": 16},
 }
+#: Arguments that make a model of timm small, the smallest first; builders take what their class knows.
+_TIMM: tuple[dict[str, Any], ...] = (
+    {"depth": 2, "embed_dim": 48, "num_heads": 4, "img_size": 64},
+    {"depth": 2, "img_size": 64},
+    {"img_size": 64},
+    {"depth": 2},
+    {},
+)
 
 
 def transformers_classes() -> dict[str, str]:
@@ -88,15 +97,23 @@ def build(item: str) -> nn.Module:
     library, _, name = item.partition("/")
     torch.manual_seed(0)
     if library == "timm":
-        import timm  # pyright: ignore[reportMissingImports]
-
-        return timm.create_model(name, pretrained=False)
+        return _timm(name)
     import transformers
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     model_class, config = getattr(transformers, name), tiny_config(CONFIG_MAPPING[transformers_classes()[name]])
     parts = [value for value in vars(config).values() if type(value) is model_class.config_class]
     return model_class(config if type(config) is model_class.config_class or not parts else parts[0])
+
+
+def _timm(name: str) -> nn.Module:
+    """The model with the smallest arguments of `_TIMM` that its builder takes."""
+    import timm  # pyright: ignore[reportMissingImports]
+
+    for arguments in _TIMM[:-1]:
+        with suppress(Exception):
+            return timm.create_model(name, pretrained=False, **arguments)
+    return timm.create_model(name, pretrained=False, **_TIMM[-1])
 
 
 def tiny_config(config_class: Any) -> Any:
