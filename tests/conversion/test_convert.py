@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sdd import SDDLinear
-from sdd.conversion import convert
+from sdd.conversion import apply, convert
 
 
 class Block(nn.Module):
@@ -147,6 +147,15 @@ def test_a_single_layer_can_be_the_model():
 
 
 # --- the draw ---
+
+
+def test_sizes_that_a_model_gives_as_tensors_are_numbers_in_the_report():
+    model = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 4))
+    model[0].in_features, model[0].out_features = torch.tensor(8), torch.tensor(6)
+    report = convert(model, include=["0"])
+    assert [type(size) for size in report.converted[0].shape] == [int, int]
+    assert type(report.share) is float
+    assert apply(nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 4)), report.to_json())
 
 
 class Refusing:

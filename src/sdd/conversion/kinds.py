@@ -46,8 +46,9 @@ def is_layer(module: nn.Module) -> bool:
 
 
 def features(layer: Any) -> tuple[int, int]:
-    """Input and output features of a fully-connected layer."""
-    return (layer.nx, layer.nf) if is_conv1d(layer) else (layer.in_features, layer.out_features)
+    """Input and output features of a fully-connected layer, as numbers: some models give them as tensors."""
+    n_in, n_out = (layer.nx, layer.nf) if is_conv1d(layer) else (layer.in_features, layer.out_features)
+    return int(n_in), int(n_out)
 
 
 def not_linear(layer: nn.Module) -> str | None:
