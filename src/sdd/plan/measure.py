@@ -110,7 +110,7 @@ def measure_pass(case: MemoryCase) -> PassMemory:
         UserError: if a tensor has more bytes than 64 bits can count.
     """
     depth, overrides = case.model.n_layers, case.model.placement.overrides
-    alike = 2 if case.model.moe is None else 3  # with two, a few numbers of experts' routers are not linear
+    alike = 2 if case.model.moe is None else 3  # from two, mixtures of experts are off by some bytes more often
     # those blocks at either end that differ from the others, and some that do not
     small = alike + max([0, *(1 + index for index in overrides)]) + max([0, *(-index for index in overrides)])
     if depth <= small + 1:
