@@ -204,14 +204,18 @@ def _orthogonalised(update: Tensor) -> Tensor:
 
 
 def _over_shards(sums: Sequence[Tensor], owners: Sequence[Tensor]) -> list[Tensor]:
-    """Add up, in one exchange, the sums that belong to sharded tensors; the others are whole already."""
-    sharded = [place for place, owner in enumerate(owners) if isinstance(owner, DTensor)]
+    """Add up the sums that belong to sharded tensors, in one exchange for each kind; the others are whole already."""
     totals = list(sums)
-    if sharded:
-        mesh = owners[sharded[0]].device_mesh  # pyright: ignore[reportAttributeAccessIssue]
-        here = torch.stack([sums[place] for place in sharded])
-        added = DTensor.from_local(here, mesh, [Partial()] * mesh.ndim, run_check=False).full_tensor()
-        for place, total in zip(sharded, added, strict=True):
+    kinds: dict[Any, list[int]] = {}
+    for place, owner in enumerate(owners):
+        if isinstance(owner, DTensor):
+            # copies of a part on several processes count once
+            parts = tuple(Replicate() if where.is_replicate() else Partial() for where in owner.placements)
+            kinds.setdefault((owner.device_mesh, parts), []).append(place)
+    for (mesh, parts), places in kinds.items():
+        here = torch.stack([sums[place] for place in places])
+        added = DTensor.from_local(here, mesh, parts, run_check=False).full_tensor()
+        for place, total in zip(places, added, strict=True):
             totals[place] = total
     return totals
 

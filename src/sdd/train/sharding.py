@@ -1,4 +1,4 @@
-"""One model shared by many processes (FSDP2).
+"""One model shared by the processes of a run's mesh: FSDP2 over the data dimensions.
 
 Matrices are sharded block by block, those of experts by expert. Alphas and norm weights, well under 0.1% of a model,
 stay whole and float32 on every rank. So the bfloat16 cast of the matrices' all-gather never touches them, and their
@@ -10,12 +10,12 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from sdd.models import LanguageModel
 from sdd.optim_groups import param_groups
+from sdd.parallel.mesh import fsdp_mesh
 from sdd.train.parallel import World
 
 
@@ -38,7 +38,9 @@ def build_model(
 
 
 def _shard(model: LanguageModel, device: torch.device, autocast_dtype: torch.dtype | None, world: World) -> None:
-    mesh = init_device_mesh(device.type, (world.size,))
+    mesh = None if world.mesh is None else fsdp_mesh(world.mesh)
+    if mesh is None:
+        return
     roles = param_groups(model)
     whole = {parameter for group in roles if group["role"] in ("alpha", "bias") for parameter in group["params"]}
     policy = MixedPrecisionPolicy(autocast_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
@@ -55,14 +57,17 @@ def compile_model(model: LanguageModel) -> None:
 
 
 def average_gradients(model: LanguageModel, world: World) -> None:
-    """Average over ranks the gradients of parameters that every rank holds whole; FSDP averages the others."""
+    """Add up the gradients of parameters that every rank holds whole, over data ranks as a mean; FSDP does the others.
+
+    Ranks that share the rows of a batch hold parts of such a gradient: each has that of its own tokens and features.
+    """
     if world.size == 1:
         return
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     gradients = [gradient for gradient in gradients if not isinstance(gradient, DTensor)]
     if not gradients:  # a placement without any alpha or norm weight
         return
-    mean = world.mean(torch.cat([gradient.flatten() for gradient in gradients]))
+    mean = world.total_of_all(torch.cat([gradient.flatten() for gradient in gradients])) / world.data_size
     for gradient, part in zip(gradients, mean.split([gradient.numel() for gradient in gradients]), strict=True):
         gradient.copy_(part.view_as(gradient))
 
