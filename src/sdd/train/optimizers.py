@@ -199,8 +199,15 @@ def _orthogonalised(update: Tensor) -> Tensor:
         return orthogonalise(update.to_local()).to(update.dtype)
     mesh = update.device_mesh
     thin: Any = update.to(torch.bfloat16) if update.is_cuda else update  # half the bytes to gather
-    whole = DTensor.from_local(orthogonalise(thin.full_tensor()), mesh, [Replicate()] * mesh.ndim, run_check=False)
+    whole = DTensor.from_local(orthogonalise(_gathered(thin)), mesh, [Replicate()] * mesh.ndim, run_check=False)
     return whole.redistribute(placements=update.placements).to_local().to(update.dtype)
+
+
+def _gathered(tensor: DTensor) -> Tensor:
+    """The whole of a sharded tensor, gathered over one dimension of the mesh after the other."""
+    for dim in range(tensor.device_mesh.ndim):
+        tensor = tensor.redistribute(placements=[Replicate()] * (dim + 1) + list(tensor.placements[dim + 1 :]))
+    return tensor.to_local()
 
 
 def _over_shards(sums: Sequence[Tensor], owners: Sequence[Tensor]) -> list[Tensor]:

@@ -128,7 +128,7 @@ class Trainer(Learner):
         self.guard = Guard(config.guard)
         self.log = RunLog(config, run_dir)
         write = partial(self.log.record, "probe.jsonl")
-        self.probe = Probe(self.model, every=config.probe_every, out=write, early=True)
+        self.probe = Probe(self.model, every=config.probe_every, out=write, early=True, losses=self.world.data_size)
         self.step, self.seconds = 0, 0.0
         self._signals = StopSignals()
 
