@@ -46,7 +46,8 @@ def _shard(model: LanguageModel, autocast_dtype: torch.dtype | None, mesh: Devic
         return
     roles = param_groups(model)
     whole = {parameter for group in roles if group["role"] in ("alpha", "bias") for parameter in group["params"]}
-    policy = MixedPrecisionPolicy(autocast_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    wide = None if autocast_dtype is None else torch.float32  # None: the dtype of the weights, at least float32
+    policy = MixedPrecisionPolicy(autocast_dtype, reduce_dtype=wide, cast_forward_inputs=False)
     for block in model.blocks:
         fully_shard(block, mesh=mesh_of_fsdp, mp_policy=policy, ignored_params=whole)
     # embedding and head are gathered in float32: autocast leaves the look-up alone, as it is not a matrix product
