@@ -5,12 +5,14 @@ import torch
 from helpers_processes import in_processes
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.parallel import parallelize_module
 
 import sdd
 from sdd.errors import UserError
 from sdd.functional import norm, scaled_norm
+from sdd.kernels import use
 from sdd.parallel import ColwiseSDD, RowwiseSDD, ShardedNorm, sharded_norm, sharded_scaled_norm
 from sdd.parallel.exchange import gathered, joined, part_of, scattered, summed
 
@@ -120,6 +122,33 @@ def test_a_pair_of_cut_layers_computes_what_whole_ones_do():
     for found in in_processes(2, pairs_of_layers, 2):
         assert len(found) == 2 * len(PAIRS)
         assert max(found.values()) < 1e-12, found
+
+
+def sharded_twice(rank):
+    """A pair of layers that FSDP2 shards further, over rows of the batch; and kernels on parts of the features."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("shard", "tensor"))
+    data = mesh["shard"].get_local_rank()
+    x, g = drawn(2, B, C, seed=3), drawn(2, B, C, seed=4)
+    alone = pair(sdd.SDDLinear)
+    (alone(x) * g).sum().div(2).backward()  # FSDP2 takes the mean over processes
+    shared = parallelize_module(pair(sdd.SDDLinear), mesh["tensor"], {"0": ColwiseSDD(), "2": RowwiseSDD()})
+    fully_shard(shared, mesh=mesh["shard"])
+    assert shared[0].weight.placements[1].is_shard()
+    assert shared[0].weight.to_local().numel() == C * F // 4
+    (shared(x[data]) * g[data]).sum().backward()
+    pairs = [(p.grad, q.grad.full_tensor()) for p, q in zip(alone.parameters(), shared.parameters(), strict=True)]
+    error = max(((a - b).norm() / a.norm()).item() for a, b in pairs)
+    layer = pair(sdd.SDDLinear, group=6)[0].float()
+    expected = layer(x.float())
+    with use("triton"):
+        found = parallelize_module(layer, mesh["tensor"], ColwiseSDD())(x.float())
+    return error, (part_of(expected, mesh["tensor"], -1) - found).abs().max().item()
+
+
+def test_fsdp_shards_cut_layers_further_and_kernels_run_on_parts():
+    for error, kernel_error in in_processes(4, sharded_twice):
+        assert error < 1e-12
+        assert kernel_error < 1e-5
 
 
 # --- what is refused
