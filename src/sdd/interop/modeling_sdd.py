@@ -49,7 +49,7 @@ class SDDConfig(PreTrainedConfig):
     model_type = "sdd"
     keys_to_ignore_at_inference = ["past_key_values"]
     # No plan for tensor parallelism: a norm over a full width needs all of it.
-    base_model_pp_plan = {
+    base_model_pp_plan = {  # pyright: ignore[reportAssignmentType] (pairs of lists, as in transformers itself)
         "embed_tokens": (["input_ids"], ["inputs_embeds"]),
         "embed_norm": (["inputs_embeds"], ["hidden_states"]),
         "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
