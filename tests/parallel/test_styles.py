@@ -169,6 +169,12 @@ def refusals(rank, size):
             parallelize_module(layer, mesh, style)
         except UserError as error:
             said.append(str(error))
+    for style in (ColwiseSDD(), RowwiseSDD()):
+        layer = parallelize_module(sdd.SDDLinear(C, C), mesh, style)
+        try:
+            layer(torch.zeros(2, C), added=torch.zeros(2, C))
+        except UserError as error:
+            said.append(str(error))
     return said
 
 
@@ -181,6 +187,7 @@ def test_what_cannot_be_cut_is_refused_in_a_line():
         "a fused projection is not cut",
         "not Conv1d",
         "a LayerNorm computes something else",
+        *["an adapter does not fit a layer that processes share"] * 2,
     ]
     assert len(said) == len(expected)
     for line, text in zip(said, expected, strict=True):

@@ -49,7 +49,7 @@ class SDDConfig(PreTrainedConfig):
     model_type = "sdd"
     keys_to_ignore_at_inference = ["past_key_values"]
     # No plan for tensor parallelism: a norm over a full width needs all of it.
-    base_model_pp_plan = {  # pyright: ignore[reportAssignmentType] (pairs of lists, as in transformers itself)
+    base_model_pp_plan = {
         "embed_tokens": (["input_ids"], ["inputs_embeds"]),
         "embed_norm": (["inputs_embeds"], ["hidden_states"]),
         "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
@@ -387,7 +387,7 @@ class SDDForCausalLM(SDDPreTrainedModel, GenerationMixin):
     """The language model: `SDDModel` and its head."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
-    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}  # pyright: ignore[reportAssignmentType]
 
     def __init__(self, config: SDDConfig) -> None:
         super().__init__(config)
