@@ -10,7 +10,6 @@ benchmarks/results/smollm2.json, its page docs/smollm2.md with docs/images/smoll
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -47,9 +46,9 @@ def main() -> None:
     if not args.page and (args.model is None or args.work is None):
         parser.error("give the folder of SmolLM2-135M and --work FOLDER, or --page")
     try:
-        result = read_json_object(RESULTS / f"{NAME}.json") if args.page else measured(args)
+        result = _committed() if args.page else measured(args)
     except UserError as error:
-        sys.exit(f"error: {error}")
+        parser.exit(2, f"error: {error}\n")
     save_figure(draw(panels(result), columns=2), DOCS / "images" / NAME)
     write_aside(DOCS / f"{NAME}.md", page(result))
     print(f"written to {RESULTS / NAME}.json and {DOCS / NAME}.md")
@@ -139,6 +138,14 @@ def summary(runs: Sequence[Run], original: np.ndarray, plain: np.ndarray, settin
         "curve": run.values["curve"],
         "cpu_seconds_a_step": round(run.values["cpu_seconds"] / settings.steps, 2),
     }
+
+
+def _committed() -> dict[str, Any]:
+    path = RESULTS / f"{NAME}.json"
+    result = read_json_object(path)
+    if "arms" not in result:
+        raise UserError(f"{path}: no result to write a page from: train first, with MODEL and --work FOLDER")
+    return result
 
 
 def _original(work: Path, model: Any, data: Data) -> np.ndarray:
