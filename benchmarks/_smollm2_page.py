@@ -125,6 +125,11 @@ def _tried(result: Mapping[str, Any]) -> Iterator[str]:
             "that a token of median scale keeps its output. It has the rate found for all layers. Against a constant "
             f"eps of 1e-6 it ends {abs(gain):.3f} nats {'lower' if gain > 0 else 'higher'}."
         )
+    if "all-eps" not in arms:
+        yield _wrapped(
+            "Not run: all layers with a large eps that falls while the model trains (`--arms all-eps`). Not tried: "
+            "alphas at a rate of their own, and more tokens a step."
+        )
     yield _wrapped("More sets of layers were calibrated without training: see LOG.md of the repository, 2026-11-28.")
 
 
