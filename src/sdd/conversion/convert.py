@@ -11,9 +11,10 @@ from torch import nn
 from sdd.conversion import advice
 from sdd.conversion.fresh import convert_new
 from sdd.conversion.groups import GroupChoice, check_choice
-from sdd.conversion.guards import refuse_trained, refuse_wrapped
+from sdd.conversion.guards import refuse_compiled, refuse_no_model, refuse_trained, refuse_wrapped
 from sdd.conversion.known import known_readers
 from sdd.conversion.match import Selection, as_patterns, check_patterns, matches, select
+from sdd.conversion.numbers import is_finite, is_size
 from sdd.conversion.outputs import depth_of
 from sdd.conversion.plan import Plan
 from sdd.conversion.pretrained import mark
@@ -26,6 +27,7 @@ from sdd.placement import SCALES
 AlphaInit = float | str | Mapping[str, float | str]
 
 
+@torch.inference_mode(False)  # within it, alpha would be a tensor that cannot be trained
 def convert(
     model: nn.Module,
     include: str | Sequence[str] | None = None,
@@ -124,7 +126,10 @@ def convert(
             sharded, refuses the example or one of the batches, or puts out values that are not finite, or if every
             layer is refuted; likewise.
     """
+    refuse_no_model(model)
+    refuse_compiled(model)
     check_mode(mode, batches, max_error, example, redraw)
+    _check_numbers(eps, n_layers, generator)
     if mode != "observe":
         refuse_wrapped(model)
     plan = _plan(model, include, exclude, mode, output, group, alpha_init, output_alpha_init, n_layers, eps)
@@ -158,14 +163,16 @@ def _plan(
 ) -> Plan:
     """Check the arguments and choose the layers; nothing is changed."""
     chosen = {"include": include, "exclude": exclude, "output": output}
-    patterns = {argument: as_patterns(given) for argument, given in chosen.items() if given is not None}
+    patterns = {argument: as_patterns(given, argument) for argument, given in chosen.items() if given is not None}
     check_choice(group)
     by_pattern = {"alpha_init": alpha_init, "group": group}
-    keys = {argument: list(given) for argument, given in by_pattern.items() if isinstance(given, Mapping)}
+    keys = {
+        argument: as_patterns(list(given), argument)
+        for argument, given in by_pattern.items()
+        if isinstance(given, Mapping)
+    }
     for argument, given in {**patterns, **keys}.items():
         check_patterns(argument, given, model)
-    if n_layers is not None and n_layers < 1:
-        raise ValueError(f"n_layers={n_layers}: give the number of blocks, at least 1, or None to count them")
     selection = select(
         model,
         patterns.get("include"),
@@ -180,6 +187,15 @@ def _plan(
     if not plan.selection.linears and not plan.selection.experts:
         raise ValueError(f"nothing to convert in this {type(model).__name__}: {_summary(plan.selection.kept)}")
     return plan
+
+
+def _check_numbers(eps: Any, n_layers: Any, generator: Any) -> None:
+    if n_layers is not None and (type(n_layers) is not int or n_layers < 1):
+        raise ValueError(f"n_layers={n_layers!r}: give the number of blocks, at least 1, or None to count them")
+    if not is_size(eps):
+        raise ValueError(f"eps={eps!r}: give a number that is not negative, as 1e-6")
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise ValueError(f"generator={generator!r}: give a torch.Generator, as torch.Generator().manual_seed(0)")
 
 
 def _alphas(
@@ -204,6 +220,8 @@ def _scale(argument: str, value: float | str, n_layers: int) -> float:
         if value not in SCALES:
             raise ValueError(f"{argument}={value!r} is not a named scale: give a number or one of {list(SCALES)}")
         return SCALES[value](n_layers)
+    if not is_finite(value):
+        raise ValueError(f"{argument}={value!r}: give a finite number, or one of {list(SCALES)}")
     return float(value)
 
 
