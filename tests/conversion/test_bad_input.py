@@ -1,23 +1,24 @@
 """What a user may get wrong: each mistake is one line, and the model stays as it was."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-import sdd
 from sdd import SDDLinear, apply, convert, revert
 from sdd.conversion import load_converted
+from sdd.conversion.description import parsed
 from sdd.errors import UserError
 
 
-def model() -> nn.Sequential:
+def model() -> Any:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4))
 
 
-def converted(**options) -> nn.Sequential:
+def converted(**options) -> Any:
     net = model()
     convert(net, **options)
     return net
@@ -82,10 +83,10 @@ def test_what_is_no_model(act, given, message):
 
 @pytest.mark.filterwarnings("ignore:.*deprecated:DeprecationWarning")
 def test_a_program_of_torchscript_and_a_compiled_model():
-    traced = torch.jit.trace(model(), BATCH)
+    traced: Any = torch.jit.trace(model(), BATCH)
     with pytest.raises(UserError, match="TorchScript"):
         convert(traced)
-    compiled = torch.compile(model(), backend="eager")
+    compiled: Any = torch.compile(model(), backend="eager")
     compiled(BATCH)  # the hooks of a calibration would not run
     with pytest.raises(UserError, match=r"in torch\.compile already: convert it first"):
         convert(compiled, mode="calibrate", batches=[BATCH])
@@ -131,12 +132,12 @@ def test_a_calibration_leaves_attributes_and_buffers_as_they_were(mode):
             self.calls, self.last = 0, None
             self.register_buffer("seen", torch.zeros(()))
 
-        def forward(self, x):
-            self.calls, self.last = self.calls + 1, x
-            self.seen += len(x)
-            return super().forward(x)
+        def forward(self, input):
+            self.calls, self.last = self.calls + 1, input
+            self.seen += len(input)
+            return super().forward(input)
 
-    net = Counting()
+    net: Any = Counting()
     convert(net, mode=mode, batches=[BATCH, BATCH])
     assert (net.calls, net.last, net.seen.item()) == (0, None, 0)
 
@@ -176,13 +177,13 @@ def test_weights_that_cannot_be_drawn_stay():
 )
 def test_a_description_with_a_value_that_cannot_be(change):
     description = convert(model(), include=["0", "4"]).to_json()
-    values = sdd.conversion.description.parsed(description)
+    values = parsed(description)
     values["layers"][1] |= change
     refuses(model(), lambda net: apply(net, values), "a layer that cannot be read")
 
 
 def test_a_description_that_names_a_layer_twice():
-    values = sdd.conversion.description.parsed(convert(model(), include="0"))
+    values = parsed(convert(model(), include="0"))
     values["layers"] *= 2
     refuses(model(), lambda net: apply(net, values), "has 0 twice")
 
@@ -233,3 +234,21 @@ def test_what_an_adapter_wraps_is_not_reverted():
 def test_the_last_of_two_layers_is_no_pair():
     net = nn.Sequential(nn.Linear(2, 32), nn.ReLU(), nn.Linear(32, 4))  # Swin's position biases, for four heads
     assert [layer.group for layer in convert(net, include=["0", "2"]).converted] == [None, None]
+
+
+def test_a_conversion_in_two_steps_says_that_it_takes_both_reports():
+    net, new = model(), model()
+    first = convert(net, include="0")
+    second = convert(net)
+    assert [note for note in second.notes if "1 layer of an earlier conversion" in note]
+    for report in (first, second):
+        apply(new, report)
+    load_converted(new, net.state_dict())
+    assert torch.equal(new(BATCH), net(BATCH))
+
+
+def test_two_parameters_over_one_memory_are_tied():
+    net = model()
+    net[4] = nn.Linear(16, 16)
+    net[4].weight = nn.Parameter(net[2].weight.data)
+    assert [layer.reason.partition(":")[0] for layer in convert(net).kept] == ["tied", "tied"]

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from sdd.conversion import advice
+from sdd.conversion.become import converted_in
 from sdd.conversion.fresh import convert_new
 from sdd.conversion.groups import GroupChoice, check_choice
 from sdd.conversion.guards import refuse_compiled, refuse_no_model, refuse_trained, refuse_wrapped
@@ -21,7 +22,9 @@ from sdd.conversion.pretrained import mark
 from sdd.conversion.report import ConversionReport, KeptLayer
 from sdd.conversion.trained import check_mode, convert_trained, observe_trained
 from sdd.conversion.watch import watch
+from sdd.nn import SDDLinear
 from sdd.placement import SCALES
+from sdd.terminal import counted
 
 #: A number, a named function of L, or either by pattern.
 AlphaInit = float | str | Mapping[str, float | str]
@@ -122,9 +125,9 @@ def convert(
     Raises:
         ValueError: if mode or a named scale is unknown, n_layers is below 1, a pattern fits no layer, a group does not
             fit, nothing is left to convert, or arguments do not fit the mode; the model is then unchanged.
-        UserError: if the model shows signs of training and redraw is not given, is in DistributedDataParallel or
-            sharded, refuses the example or one of the batches, or puts out values that are not finite, or if every
-            layer is refuted; likewise.
+        UserError: if it is no module, shows signs of training and redraw is not given, is in torch.compile or
+            DistributedDataParallel or sharded, refuses the example or one of the batches, or puts out values that are
+            not finite, or if every layer is refuted; likewise.
     """
     refuse_no_model(model)
     refuse_compiled(model)
@@ -234,6 +237,12 @@ def _notes(plan: Plan, optimizer: torch.optim.Optimizer | None) -> list[str]:
         notes.append(
             "nn.MultiheadAttention reads its matrices without calling a layer, so none of them is converted: "
             "write q, k, v and the output projection as nn.Linear to convert them"
+        )
+    before = [one for _, one in converted_in(model) if not isinstance(one, SDDLinear) or one.paper_draw]
+    if before:
+        notes.append(
+            f"{counted(len(before), 'layer')} of an earlier conversion, not in this report: for a description of all, "
+            "keep both reports and apply them in turn"
         )
     if optimizer is not None:
         notes.append("the optimiser does not hold the new alphas: build it anew, or add them as a group of its own")

@@ -68,8 +68,8 @@ def revert(model: nn.Module, batches: Iterable[Any] | None = None) -> RevertRepo
         Which layers were restored, and which fitted with which error.
 
     Raises:
-        UserError: if there is nothing to revert, if batches are needed and not given, or if they do not reach a layer
-            that needs them; the model is then unchanged.
+        UserError: if there is nothing to revert, if an adapter is over a layer or its weight is computed, if batches
+            are needed and not given, or if they do not reach a layer that needs them; the model is then unchanged.
     """
     refuse_no_model(model)
     found = dict(converted_in(model))
