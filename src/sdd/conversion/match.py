@@ -191,7 +191,7 @@ def _groups(tree: Tree, linears: Mapping[str, nn.Module], choice: GroupChoice) -
 
 
 def _tied(tree: Tree, module: nn.Module, key: str) -> str | None:
-    return "tied: another module owns the same parameter" if tree.is_tied(module._parameters[key]) else None
+    return "tied: another module owns the same parameter" if tree.is_tied(module.get_parameter(key)) else None
 
 
 def _join(name: str, key: str) -> str:
