@@ -15,7 +15,7 @@ from sdd import probe_points
 from sdd.functional import Eps, Group, alpha_size, norm, resolve_group
 from sdd.kernels import expert_scaled_norm, scaled_norm
 from sdd.kernels.experts import Order, grouped_linear
-from sdd.parameters import keep_wide, new_alpha, paper_draw_
+from sdd.parameters import keep_wide, new_alpha, paper_draw_, widen
 
 Device = torch.device | str | None
 
@@ -182,6 +182,7 @@ class SDDLinear(nn.Module):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+        widen(self, ("alpha",))
         key = prefix + "alpha"
         written_by_linear = local_metadata.get("version", 2) < 2  # without versions nobody knows
         if key in missing_keys and prefix + "weight" in state_dict and written_by_linear:
@@ -376,6 +377,10 @@ class SDDExpertLinear(ExpertLinear):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Apply `.half()`, `.to(...)` and the like; alpha stays at least float32."""
         return keep_wide(self, ("alpha",), lambda: super(SDDExpertLinear, self)._apply(fn, recurse))
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        widen(self, ("alpha",))
 
     def forward(self, x_MI: Tensor, order: Order) -> Tensor:
         """`[M, I]` to `[M, O]`."""

@@ -64,3 +64,11 @@ def keep_wide(module: M, names: Sequence[str], apply: Callable[[], M]) -> M:
             alpha.data = data[name].to(alpha.device, torch.float32)
             alpha.grad = None if grad is None else grad.to(alpha.device, torch.float32)
     return module
+
+
+def widen(module: nn.Module, names: Sequence[str]) -> None:
+    """Give parameters of these names float32 where they are narrower, as after loading with `assign=True`."""
+    for name in names:
+        alpha = module._parameters.get(name)
+        if alpha is not None and alpha.dtype != torch.promote_types(alpha.dtype, torch.float32):
+            setattr(module, name, nn.Parameter(alpha.detach().float(), alpha.requires_grad))

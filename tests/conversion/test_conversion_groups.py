@@ -103,8 +103,8 @@ def test_heads_by_choice():
 
 
 def test_groups_by_pattern():
-    chosen = groups(separate(), group={"[qk]_proj": "heads", "v_proj": 1, "o_proj": [(4, 2), (4, 0)]})
-    assert chosen == {"q_proj": 2, "k_proj": 2, "v_proj": 1, "o_proj": ((4, 2), (4, 0))}
+    chosen = groups(separate(), group={"[qk]_proj": "heads", "v_proj": 2, "o_proj": [(4, 2), (4, 0)]})
+    assert chosen == {"q_proj": 2, "k_proj": 2, "v_proj": 2, "o_proj": ((4, 2), (4, 0))}
     fused = tree(att=attention("qkv_proj", 8, 16, 8, num_heads=4, head_dim=2))
     assert groups(fused, group={"qkv_proj": None})["att.qkv_proj"] is None
 

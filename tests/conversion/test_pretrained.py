@@ -5,6 +5,7 @@ import pickle
 import subprocess
 import sys
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -110,6 +111,41 @@ def test_a_checkpoint_of_transformers_is_calibrated_saved_loaded_and_reverted(tm
     loaded.save_pretrained(tmp_path / "again")
     assert json.loads((tmp_path / "again" / "config.json").read_text())["model_type"] == "llama"
     assert torch.equal(output(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "again")), before)
+
+
+@pytest.mark.parametrize("loads", ["sdd", "plain"])
+def test_a_loaded_model_is_converted_again_after_a_reversion_or_in_two_steps(loads, tmp_path):
+    import sdd.interop.converted  # noqa: F401
+
+    calibration: dict[str, Any] = {"mode": "calibrate", "batches": [{"input_ids": TOKENS}]}
+    model = build()
+    if loads == "sdd":
+        convert(model, **calibration)
+    model.save_pretrained(tmp_path / "first")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "first").eval()
+    if loads == "sdd":
+        revert(model)
+        assert model.config.model_type == "llama"
+    for name in ("q_proj", "v_proj"):
+        convert(model, **calibration, include=name)
+        assert model.config.model_type == "sdd-llama"
+    model.save_pretrained(tmp_path / "second")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "second").eval()
+    assert type(again).__name__ == "SDDLlamaForCausalLM"
+    assert torch.equal(output(again), output(model))
+
+
+@pytest.mark.parametrize("junk", ["text", 3, {"layers": []}])
+def test_a_config_with_a_description_that_is_none(junk, tmp_path):
+    import sdd.interop.converted  # noqa: F401
+
+    model = build()
+    convert(model)
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "sdd_conversion": junk}))
+    with pytest.raises(UserError, match="not a description of a conversion"):
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
 def test_a_half_precision_load_keeps_alpha_in_float32(tmp_path):

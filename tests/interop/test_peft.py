@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sdd.interop.peft as sdd_peft
-from sdd import SDDLinear
+from sdd import SDDLinear, revert
 from sdd.conversion.kinds import SDDConv1D
 from sdd.errors import UserError
 from sdd.functional import sdd_linear
@@ -275,6 +275,23 @@ def test_half_precision_sums_in_float32_and_keeps_alpha_wide() -> None:
     assert first.get_base_layer().alpha.dtype == torch.float32
     exact = by_equation(copy.deepcopy(first).double(), x.double(), ["default"])
     assert (y - exact).abs().max() < 0.03 * exact.abs().max()
+
+
+def test_casting_an_adapted_model_keeps_alpha_and_its_shift() -> None:
+    model = adapted(base_model().float(), modules_to_save=["alpha"])
+    wide = {name: value.clone() for name, value in model.named_parameters() if "scale" in name or "alpha" in name}
+    model.half()
+    cast = dict(model.named_parameters())
+    assert len(wide) == 4
+    assert all(torch.equal(cast[name], value) for name, value in wide.items())
+    assert {value.dtype for name, value in cast.items() if name not in wide} == {torch.float16}
+
+
+def test_an_adapted_model_is_not_reverted() -> None:
+    model = adapted(base_model())
+    with pytest.raises(UserError, match="is an adapter over an SDD layer: merge it first"):
+        revert(model, [inputs()])
+    model(inputs())
 
 
 def test_hooks_of_the_layer_still_see_its_calls() -> None:

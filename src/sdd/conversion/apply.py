@@ -3,13 +3,16 @@
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from sdd.conversion.description import repeat
+from sdd.conversion.guards import refuse_no_model
 from sdd.conversion.pretrained import mark
 from sdd.conversion.report import ConversionReport
 
 
+@torch.inference_mode(False)
 def apply(model: nn.Module, description: str | Mapping[str, Any] | ConversionReport) -> ConversionReport:
     """Repeat a conversion on a model of the same architecture, before its weights are loaded.
 
@@ -27,6 +30,7 @@ def apply(model: nn.Module, description: str | Mapping[str, Any] | ConversionRep
     Raises:
         UserError: if the description cannot be read or is that of another model; the model is then unchanged.
     """
+    refuse_no_model(model)
     report = repeat(model, description)
     mark(model)
     return report

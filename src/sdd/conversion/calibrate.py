@@ -22,7 +22,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sdd.conversion.closed_form import Norms, closed_form, counted_rows, median, outliers, token_errors, token_mask
+from sdd.conversion.closed_form import (
+    Norms,
+    closed_form,
+    counted_rows,
+    has_size,
+    median,
+    outliers,
+    token_errors,
+    token_mask,
+)
 from sdd.conversion.expert_fits import Stack, StackCalibration, StackFitting
 from sdd.conversion.lockstep import RefusedBatch, Stop, Visit, in_lockstep
 from sdd.errors import UserError, one_line
@@ -119,7 +128,7 @@ def as_batches(batches: Iterable[Any]) -> list[Any]:
     Raises:
         UserError: if they are none, or one example instead of several.
     """
-    if isinstance(batches, Tensor | Mapping):
+    if isinstance(batches, Tensor | Mapping | str) or not isinstance(batches, Iterable):
         raise UserError(f"batches is one {type(batches).__name__}: give a list of examples, as in batches=[batch]")
     found = list(batches)
     if not found:
@@ -202,6 +211,8 @@ class Fitting(ABC):
         counted = [(self._counted(index, z), self._counted(index, u)) for index, (z, u) in pairs.items()]
         first = name not in self.coefficients
         if first:
+            if not any(has_size(u) for _, u in counted):
+                return {}  # nothing to fit on, and a coefficient of 0 would switch the layer off
             self.coefficients[name] = self._fit(name, counted)
         found = self.coefficients[name]
         errors = [token_errors(self.put_out(name, z, found, None), u) for z, u in counted]

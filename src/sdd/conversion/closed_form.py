@@ -108,8 +108,14 @@ def _weights(u: Tensor, parts: Iterable[tuple[int, int]]) -> Tensor:
         groups = wide.unflatten(-1, (-1, width or stop - start))
         square = groups.square().mean(-1, keepdim=True)
         weight = torch.where(square > 0, 1 / square.clamp_min(torch.finfo(square.dtype).tiny), 0)
+        weight = weight.masked_fill(square.isinf(), torch.nan)  # too large to be told from infinity
         pieces.append(weight.expand_as(groups).flatten(-2))
     return torch.cat(pieces, -1)
+
+
+def has_size(u: Tensor) -> bool:
+    """Whether a token of `[tokens, N]` has a mean square other than 0, so that a coefficient can be fitted to it."""
+    return bool(u.to(statistics_dtype(u.dtype)).square().any())
 
 
 def token_errors(y: Tensor, target: Tensor) -> Tensor:

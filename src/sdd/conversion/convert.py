@@ -9,23 +9,28 @@ import torch
 from torch import nn
 
 from sdd.conversion import advice
+from sdd.conversion.become import converted_in
 from sdd.conversion.fresh import convert_new
 from sdd.conversion.groups import GroupChoice, check_choice
-from sdd.conversion.guards import refuse_trained, refuse_wrapped
+from sdd.conversion.guards import refuse_compiled, refuse_no_model, refuse_trained, refuse_wrapped
 from sdd.conversion.known import known_readers
 from sdd.conversion.match import Selection, as_patterns, check_patterns, matches, select
+from sdd.conversion.numbers import is_finite, is_size
 from sdd.conversion.outputs import depth_of
 from sdd.conversion.plan import Plan
 from sdd.conversion.pretrained import mark
 from sdd.conversion.report import ConversionReport, KeptLayer
 from sdd.conversion.trained import check_mode, convert_trained, observe_trained
 from sdd.conversion.watch import watch
+from sdd.nn import SDDLinear
 from sdd.placement import SCALES
+from sdd.terminal import counted
 
 #: A number, a named function of L, or either by pattern.
 AlphaInit = float | str | Mapping[str, float | str]
 
 
+@torch.inference_mode(False)  # within it, alpha would be a tensor that cannot be trained
 def convert(
     model: nn.Module,
     include: str | Sequence[str] | None = None,
@@ -120,11 +125,14 @@ def convert(
     Raises:
         ValueError: if mode or a named scale is unknown, n_layers is below 1, a pattern fits no layer, a group does not
             fit, nothing is left to convert, or arguments do not fit the mode; the model is then unchanged.
-        UserError: if the model shows signs of training and redraw is not given, is in DistributedDataParallel or
-            sharded, refuses the example or one of the batches, or puts out values that are not finite, or if every
-            layer is refuted; likewise.
+        UserError: if it is no module, shows signs of training and redraw is not given, is in torch.compile or
+            DistributedDataParallel or sharded, refuses the example or one of the batches, or puts out values that are
+            not finite, or if every layer is refuted; likewise.
     """
+    refuse_no_model(model)
+    refuse_compiled(model)
     check_mode(mode, batches, max_error, example, redraw)
+    _check_numbers(eps, n_layers, generator)
     if mode != "observe":
         refuse_wrapped(model)
     plan = _plan(model, include, exclude, mode, output, group, alpha_init, output_alpha_init, n_layers, eps)
@@ -158,14 +166,16 @@ def _plan(
 ) -> Plan:
     """Check the arguments and choose the layers; nothing is changed."""
     chosen = {"include": include, "exclude": exclude, "output": output}
-    patterns = {argument: as_patterns(given) for argument, given in chosen.items() if given is not None}
+    patterns = {argument: as_patterns(given, argument) for argument, given in chosen.items() if given is not None}
     check_choice(group)
     by_pattern = {"alpha_init": alpha_init, "group": group}
-    keys = {argument: list(given) for argument, given in by_pattern.items() if isinstance(given, Mapping)}
+    keys = {
+        argument: as_patterns(list(given), argument)
+        for argument, given in by_pattern.items()
+        if isinstance(given, Mapping)
+    }
     for argument, given in {**patterns, **keys}.items():
         check_patterns(argument, given, model)
-    if n_layers is not None and n_layers < 1:
-        raise ValueError(f"n_layers={n_layers}: give the number of blocks, at least 1, or None to count them")
     selection = select(
         model,
         patterns.get("include"),
@@ -180,6 +190,15 @@ def _plan(
     if not plan.selection.linears and not plan.selection.experts:
         raise ValueError(f"nothing to convert in this {type(model).__name__}: {_summary(plan.selection.kept)}")
     return plan
+
+
+def _check_numbers(eps: Any, n_layers: Any, generator: Any) -> None:
+    if n_layers is not None and (type(n_layers) is not int or n_layers < 1):
+        raise ValueError(f"n_layers={n_layers!r}: give the number of blocks, at least 1, or None to count them")
+    if not is_size(eps):
+        raise ValueError(f"eps={eps!r}: give a number that is not negative, as 1e-6")
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise ValueError(f"generator={generator!r}: give a torch.Generator, as torch.Generator().manual_seed(0)")
 
 
 def _alphas(
@@ -204,6 +223,8 @@ def _scale(argument: str, value: float | str, n_layers: int) -> float:
         if value not in SCALES:
             raise ValueError(f"{argument}={value!r} is not a named scale: give a number or one of {list(SCALES)}")
         return SCALES[value](n_layers)
+    if not is_finite(value):
+        raise ValueError(f"{argument}={value!r}: give a finite number, or one of {list(SCALES)}")
     return float(value)
 
 
@@ -216,6 +237,12 @@ def _notes(plan: Plan, optimizer: torch.optim.Optimizer | None) -> list[str]:
         notes.append(
             "nn.MultiheadAttention reads its matrices without calling a layer, so none of them is converted: "
             "write q, k, v and the output projection as nn.Linear to convert them"
+        )
+    before = [one for _, one in converted_in(model) if not isinstance(one, SDDLinear) or one.paper_draw]
+    if before:
+        notes.append(
+            f"{counted(len(before), 'layer')} of an earlier conversion, not in this report: for a description of all, "
+            "keep both reports and apply them in turn"
         )
     if optimizer is not None:
         notes.append("the optimiser does not hold the new alphas: build it anew, or add them as a group of its own")

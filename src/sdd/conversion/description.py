@@ -5,10 +5,12 @@ description, load the state dict: V, b and alpha are then those that were saved.
 """
 
 import json
+from collections import Counter
 from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from sdd.conversion.become import (
     alpha_names,
@@ -22,7 +24,9 @@ from sdd.conversion.become import (
 )
 from sdd.conversion.closed_form import Norms
 from sdd.conversion.experts import SDDExperts, become_sdd_experts, expert_keys, expert_shape, has_experts
+from sdd.conversion.guards import refuse_no_model
 from sdd.conversion.kinds import features, is_layer
+from sdd.conversion.numbers import is_finite, is_size
 from sdd.conversion.report import FORMAT, ConversionReport, ConvertedLayer
 from sdd.errors import UserError, nearest
 from sdd.nn import SDDLinear
@@ -36,6 +40,9 @@ def repeat(model: nn.Module, description: str | Mapping[str, Any] | ConversionRe
     values = parsed(description)
     layers = [_layer(entry) for entry in values["layers"]]
     modules = dict(model.named_modules(remove_duplicate=False))
+    twice = [name for name, count in Counter(layer.name for layer in layers).items() if count > 1]
+    if twice:
+        raise UserError(f"the description has {twice[0]} twice: give what report.to_json() returned")
     for layer in layers:
         _check_fits(layer, modules)
     stacks: dict[str, list[ConvertedLayer]] = {}
@@ -88,10 +95,25 @@ def load_converted(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Load a state dict into a converted model, strictly; torch's own `load_state_dict` does the same in more words.
 
     Raises:
-        UserError: if the state dict lacks alphas, or names layers that this model does not have; nothing is loaded.
+        UserError: if the state dict lacks names, has others than this model, or other shapes; nothing is loaded.
     """
+    refuse_no_model(model)
+    if not isinstance(state, Mapping):
+        raise UserError(f"the state is a {type(state).__name__}: give a state dict, as torch.load returns it")
     check_names(model, state.keys())
+    own = model.state_dict()
+    if missing := [name for name in own if name not in state]:
+        raise UserError(f"the state lacks {missing[0]}, and {len(missing) - 1} more: it belongs to another model")
+    for name, value in own.items():
+        if isinstance(value, Tensor) and not is_lazy(value):
+            _check_shape(name, state[name], value)
     model.load_state_dict(state)
+
+
+def _check_shape(name: str, given: Any, own: Tensor) -> None:
+    if not isinstance(given, Tensor) or given.shape != own.shape:
+        what = list(given.shape) if isinstance(given, Tensor) else f"a {type(given).__name__}"
+        raise UserError(f"the state has {what} for {name}, which is {list(own.shape)} here")
 
 
 def check_names(model: nn.Module, names: Collection[str]) -> None:
@@ -121,11 +143,21 @@ def _layer(entry: Any) -> ConvertedLayer:
     try:
         values = {name: value for name, value in entry.items() if name in _FIELDS}
         values["shape"] = tuple(values["shape"])
+        if not _is_sound(values):
+            raise TypeError
         group = values.get("group")
         values["group"] = tuple(map(tuple, group)) if isinstance(group, list) else group
         return ConvertedLayer(**{"is_output": False, **values})
     except (AttributeError, KeyError, TypeError):
         raise UserError(f"the description has a layer that cannot be read: {str(entry)[:80]}") from None
+
+
+def _is_sound(values: Mapping[str, Any]) -> bool:
+    """Whether the fields of a layer, except shape and group, have values that a layer can have."""
+    texts = (values["name"], values.get("kind", "Linear"), values.get("digest") or "")
+    flags = (values.get("shared_alpha", False), values.get("is_output", False))
+    numbers = is_finite(values["alpha_init"]) and is_size(values.get("eps", 0))
+    return numbers and all(isinstance(text, str) for text in texts) and all(isinstance(flag, bool) for flag in flags)
 
 
 def _check_fits(layer: ConvertedLayer, modules: Mapping[str, nn.Module]) -> None:

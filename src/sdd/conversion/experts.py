@@ -13,9 +13,10 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from sdd.conversion.kinds import unwritable
 from sdd.kernels.experts import Order, by_row, collect, dispatch, expert_scaled_norm, grouped_linear, sort_by_expert
 from sdd.nn import SDDLinear
-from sdd.parameters import keep_wide, new_alpha, paper_draw_
+from sdd.parameters import keep_wide, new_alpha, paper_draw_, widen
 
 #: What transformers' decorator notes on a module of the interface.
 _LAYOUT = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
@@ -65,6 +66,10 @@ class SDDExperts(nn.Module):
         """Apply `.half()`, `.to(...)` and the like; alphas stay at least float32."""
         return keep_wide(self, self.alpha_names, lambda: super(SDDExperts, self)._apply(fn, recurse))
 
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        widen(self, self.alpha_names)
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle by the module's own class, since the mixed one has no name of its own."""
         return _rebuild, (plain_class(type(self)),), self.__getstate__()
@@ -111,6 +116,8 @@ def expert_obstacle(module: Any, key: str) -> str | None:
     weight = module._parameters.get(key)
     if type(weight) is not nn.Parameter or not weight.is_floating_point() or weight.element_size() < 2:
         return "its weight is no plain parameter of a 16-, 32- or 64-bit float"
+    if (reason := unwritable(weight)) is not None:
+        return reason
     if module._is_expert_parallel:
         return "its experts are spread over processes: convert before parallelising"
     return None

@@ -83,7 +83,9 @@ def find(name: str, layer: nn.Module, parent: nn.Module) -> Fused:
     """The parts of a layer by its name, its size, and what its module says of heads."""
     last = name.rpartition(".")[2].lower()
     n_out, head_dim = features(layer)[1], _head_dim(parent, layer)
-    is_pair = last not in _QKV and sum(map(is_layer, parent.children())) == 2  # q is half of q|k|v in some models
+    layers = [child for child in parent.children() if is_layer(child)]
+    # The other of two layers reads this one's output; q is half of q|k|v in some models.
+    is_pair = last not in _QKV and len(layers) == 2 and layer is layers[0]
     if (last in _PAIRS or is_pair) and _reads_half(parent, layer):
         return _parts([n_out // 2, n_out // 2])
     if last in _KV and any(child.lower() in _QUERIES for child, _ in parent.named_children()):
@@ -207,10 +209,16 @@ def _numbers(module: Any, names: Sequence[str]) -> Iterator[int]:
 
 
 def _checked(name: str, layer: nn.Module, group: Group) -> Group:
+    if isinstance(group, str | float | Mapping):
+        raise ValueError(f"group={group!r} of {name}: give a width, a list of (width, group_width), 'heads', or None")
     try:
         parts = resolve_group(group, features(layer)[1])
     except (ValueError, TypeError) as error:
         raise ValueError(f"group={group!r} of {name}: {error}") from error
+    if not any(size for _, size in parts):
+        raise ValueError(f"group={group!r} of {name} leaves no norm: name the layer in exclude instead")
+    if any(size == 1 for _, size in parts):
+        raise ValueError(f"group={group!r} of {name}: the norm of a single number is its sign; give a larger width")
     return group if group is None or isinstance(group, int) else tuple(parts)
 
 

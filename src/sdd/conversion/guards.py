@@ -1,6 +1,8 @@
 """Models that must not be redrawn in silence, and those that it is too late to convert."""
 
 import gc
+import sys
+from collections.abc import Mapping
 
 import torch
 from torch import nn
@@ -21,6 +23,8 @@ def refuse_trained(model: nn.Module, optimizer: torch.optim.Optimizer | None) ->
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
             _refuse(f"{name} has a gradient")
+    if optimizer is not None and not isinstance(getattr(optimizer, "state", None), Mapping):
+        raise UserError(f"optimizer is a {type(optimizer).__name__}: give the optimiser of the model, or leave it out")
     if optimizer is not None and optimizer.state:
         _refuse("its optimiser has taken steps")
 
@@ -30,6 +34,28 @@ def _refuse(sign: str) -> None:
         f"the model may be trained: {sign}. Converting draws new weights for every converted layer; give redraw=True "
         "if nothing of them is to be kept"
     )
+
+
+def refuse_no_model(model: object) -> None:
+    """Raise UserError for what is no module of Python code: a path, a state dict, a TorchScript program."""
+    if not isinstance(model, nn.Module):
+        what = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
+        raise UserError(f"the model is {what}: give a torch.nn.Module")
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise UserError(f"{_named(name)} is a TorchScript program, which has no layers: convert before that")
+
+
+def refuse_compiled(model: nn.Module) -> None:
+    """Raise UserError for a model in torch.compile: its layers have other names, and run without hooks."""
+    compiler = sys.modules.get("torch._dynamo.eval_frame")  # slow to import
+    for name, module in model.named_modules():
+        if compiler is not None and isinstance(module, compiler.OptimizedModule):
+            raise UserError(f"{_named(name)} is in torch.compile already: convert it first, then compile it")
+
+
+def _named(name: str) -> str:
+    return name or "the model"
 
 
 def refuse_wrapped(model: nn.Module) -> None:

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.parameter import is_lazy
 
 from sdd.nn import SDDLinear
 
@@ -49,6 +50,17 @@ def features(layer: Any) -> tuple[int, int]:
     """Input and output features of a fully-connected layer, as numbers: some models give them as tensors."""
     n_in, n_out = (layer.nx, layer.nf) if is_conv1d(layer) else (layer.in_features, layer.out_features)
     return int(n_in), int(n_out)
+
+
+def unwritable(weight: Any) -> str | None:
+    """Why a parameter cannot be drawn or trained; None if it can."""
+    if not isinstance(weight, Tensor) or is_lazy(weight):
+        return None
+    if weight.is_inference():
+        return "its weight was made within torch.inference_mode, where nothing can be trained: build it outside"
+    if any(size > 1 and stride == 0 for size, stride in zip(weight.shape, weight.stride(), strict=True)):
+        return "its weight is expanded: rows share their memory"
+    return None
 
 
 def not_linear(layer: nn.Module) -> str | None:

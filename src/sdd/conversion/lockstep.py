@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sdd.conversion.state import as_ours
+from sdd.conversion.state import State, as_ours, same_random_numbers
 
 
 class Stop(NamedTuple):
@@ -182,16 +182,14 @@ def _stops(layers: Mapping[str, nn.Module]) -> Iterator[None]:
 
 @contextmanager
 def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, with every module's mode and the generators put back at the end."""
-    training = {module: module.training for module in model.modules()}
-    devices = {p.get_device() for p in model.parameters() if p.is_cuda}
+    """Evaluation mode, with what the passes change (modes, buffers, attributes, generators) put back at the end."""
+    state = State(model, parameters=False)
     try:
-        with torch.random.fork_rng(sorted(devices)):
+        with same_random_numbers(model):
             model.eval()
             yield
     finally:
-        for module, mode in training.items():
-            module.training = mode
+        state.restore()
 
 
 def _settings() -> Callable[[], ExitStack]:

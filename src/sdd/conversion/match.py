@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 from sdd.conversion import patterns
 from sdd.conversion.experts import expert_keys, expert_obstacle, expert_parts, has_experts
 from sdd.conversion.groups import GroupChoice, choose
-from sdd.conversion.kinds import is_layer, not_linear
+from sdd.conversion.kinds import is_layer, not_linear, unwritable
 from sdd.conversion.outputs import is_output_name, residual_outputs
 from sdd.conversion.patterns import as_patterns as as_patterns
 from sdd.conversion.patterns import matches as matches
@@ -151,7 +151,7 @@ class _Chooser:
             return f"its weight is a {type(layer.weight).__name__}, not a plain parameter"
         if weight is not None and weight.dtype not in _DTYPES:
             return f"its weight is {weight.dtype}, not a 16-, 32- or 64-bit float"
-        return not_linear(layer) or self.tree.obstacle(layer)
+        return unwritable(weight) or not_linear(layer) or self.tree.obstacle(layer)
 
     def _guess(self, names: Sequence[str], module: nn.Module, key: str) -> str | None:
         """The reason to stay that holds unless the user names the layer."""
@@ -191,7 +191,7 @@ def _groups(tree: Tree, linears: Mapping[str, nn.Module], choice: GroupChoice) -
 
 
 def _tied(tree: Tree, module: nn.Module, key: str) -> str | None:
-    return "tied: another module owns the same parameter" if tree.owners[id(module._parameters[key])] > 1 else None
+    return "tied: another module owns the same parameter" if tree.is_tied(module.get_parameter(key)) else None
 
 
 def _join(name: str, key: str) -> str:

@@ -5,9 +5,18 @@ from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
 
-def as_patterns(patterns: str | Sequence[str]) -> tuple[str, ...]:
-    """One glob pattern or several as a tuple."""
-    return (patterns,) if isinstance(patterns, str) else tuple(patterns)
+def as_patterns(patterns: str | Sequence[str], argument: str) -> tuple[str, ...]:
+    """One glob pattern or several as a tuple.
+
+    Raises:
+        ValueError: if they are no text; `argument` is the name of what was given.
+    """
+    if isinstance(patterns, str):
+        return (patterns,)
+    found = list(patterns) if isinstance(patterns, Iterable) else [patterns]
+    if not isinstance(patterns, Iterable) or not all(isinstance(pattern, str) for pattern in found):
+        raise ValueError(f"{argument}={patterns!r}: give a glob pattern, as 'q_proj', or a list of them")
+    return tuple(found)
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:

@@ -25,7 +25,7 @@ from typing import Any
 from torch import nn
 
 from sdd.conversion.become import alpha_names, converted_in
-from sdd.conversion.description import check_names, describe, repeat
+from sdd.conversion.description import check_names, describe, parsed, repeat
 from sdd.conversion.experts import SDDExperts
 from sdd.errors import UserError, require_extra
 
@@ -73,7 +73,7 @@ class Converted:
                 f"a config of type {config.model_type} without {FIELD}: it is written by save_pretrained of a model "
                 "that sdd.convert has converted"
             )
-        repeat(self, _renamed(self, description))  # pyright: ignore[reportArgumentType] (it is mixed into a module)
+        repeat(self, _renamed(self, parsed(description)))  # pyright: ignore[reportArgumentType] (it is mixed into a module)
         _mark_inside(self, sys.modules["transformers"].PreTrainedModel)  # pyright: ignore[reportArgumentType]
 
     @classmethod
@@ -171,10 +171,11 @@ def _mark_inside(outer: nn.Module, kind: type) -> None:
 
 def _marked(config: Any, description: dict[str, Any] | None) -> Any:
     """A copy of a config with the description; without one, what it was before any conversion."""
-    made = config.model_type.startswith(PREFIX)
+    made = type(config).model_type.startswith(PREFIX)
     if description is None and not made:
         return config
     new = copy.deepcopy(config)
+    vars(new).pop("model_type", None)  # a config that was read from a file has it as an attribute of its own too
     if description is None:
         new.__class__ = _original(type(new))
         delattr(new, FIELD)

@@ -25,6 +25,7 @@ from sdd.conversion.calibrate import Fitting, as_batches, fit_together
 from sdd.conversion.closed_form import least_squares, token_mask
 from sdd.conversion.expert_fits import Stack, StackFitting
 from sdd.conversion.experts import SDDExperts, SDDModule, normed
+from sdd.conversion.guards import refuse_no_model
 from sdd.conversion.lockstep import Stop
 from sdd.conversion.pretrained import mark
 from sdd.conversion.spreads import error_lines
@@ -51,6 +52,7 @@ class RevertReport:
         return "\n".join([*lines, "", *error_lines(self.fitted)] if self.fitted else lines)
 
 
+@torch.inference_mode(False)
 def revert(model: nn.Module, batches: Iterable[Any] | None = None) -> RevertReport:
     """Turn every `SDDLinear` of a model back into the layer that it was, an `nn.Linear` mostly, in place.
 
@@ -66,10 +68,12 @@ def revert(model: nn.Module, batches: Iterable[Any] | None = None) -> RevertRepo
         Which layers were restored, and which fitted with which error.
 
     Raises:
-        UserError: if there is nothing to revert, if batches are needed and not given, or if they do not reach a layer
-            that needs them; the model is then unchanged.
+        UserError: if there is nothing to revert, if an adapter is over a layer or its weight is computed, if batches
+            are needed and not given, or if they do not reach a layer that needs them; the model is then unchanged.
     """
+    refuse_no_model(model)
     found = dict(converted_in(model))
+    _refuse_in_use(model, found)
     if not found:
         raise UserError(f"this {type(model).__name__} has no SDD layer: nothing to revert")
     changed = {name: module for name, module in found.items() if _is_changed(name, module)}
@@ -88,6 +92,17 @@ def revert(model: nn.Module, batches: Iterable[Any] | None = None) -> RevertRepo
     mark(model)
     fitted = tuple((name, errors[name]) for name in changed)
     return RevertReport(tuple(name for name in found if name not in changed), fitted)
+
+
+def _refuse_in_use(model: nn.Module, found: Mapping[str, SDDModule]) -> None:
+    """Raise UserError for an adapter over an SDD layer, and for a V that is computed: a plain layer breaks both."""
+    for name, module in model.named_modules():
+        if getattr(module, "base_layer", None) in found.values():
+            raise UserError(f"{name} is an adapter over an SDD layer: merge it first (merge_and_unload of PEFT)")
+    for name, module in found.items():
+        key = "weight" if isinstance(module, SDDLinear) else name.rpartition(".")[2]
+        if module._parameters.get(key) is None:
+            raise UserError(f"the {key} of {name} is computed (parametrised, pruned): make it a parameter first")
 
 
 def _is_changed(name: str, module: SDDModule) -> bool:

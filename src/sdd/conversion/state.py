@@ -40,11 +40,12 @@ class State:
 
     Args:
         model: any module; the state needs the memory of a second copy of it.
+        parameters: whether the values of parameters are kept; without them it needs little memory.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, parameters: bool = True) -> None:
         self._copies: dict[int, tuple[Tensor, Tensor]] = {}
-        self._modules = {module: _ModuleState(module, self._copies) for module in model.modules()}
+        self._modules = {module: _ModuleState(module, self._copies, parameters) for module in model.modules()}
 
     def restore(self, module: nn.Module | None = None) -> None:
         """Put back one module without its children, or all modules."""
@@ -57,7 +58,7 @@ class State:
 
 
 class _ModuleState:
-    def __init__(self, module: nn.Module, copies: dict[int, tuple[Tensor, Tensor]]) -> None:
+    def __init__(self, module: nn.Module, copies: dict[int, tuple[Tensor, Tensor]], parameters: bool) -> None:
         self.module, self.kind, self.attributes = module, type(module), dict(vars(module))
         self.containers: list[tuple[Any, Any]] = [
             (value, value.copy()) for value in self.attributes.values() if type(value) in _CONTAINERS
@@ -67,6 +68,8 @@ class _ModuleState:
             found += copy.values() if isinstance(copy, dict) else copy
         self.generators = [(value, value.get_state()) for value in found if isinstance(value, torch.Generator)]
         self.tensors = [value for value in found if isinstance(value, Tensor) and value.layout == torch.strided]
+        if not parameters:
+            self.tensors = [value for value in self.tensors if not isinstance(value, nn.Parameter)]
         for tensor in self.tensors:
             if id(tensor) not in copies:
                 copies[id(tensor)] = tensor, tensor.detach().clone()

@@ -38,8 +38,8 @@ def check_mode(
         raise ValueError("an example proves a conversion, and mode='observe' converts nothing: leave it out")
     if redraw and mode != "reinit":
         raise ValueError(f"redraw=True is for mode='reinit': mode={mode!r} keeps all weights")
-    if max_error is not None and not max_error > 0:
-        raise ValueError(f"max_error={max_error} must be above 0: it is a relative error, 0.1 for instance")
+    if max_error is not None and not (isinstance(max_error, int | float) and max_error > 0):
+        raise ValueError(f"max_error={max_error!r} must be above 0: it is a relative error, 0.1 for instance")
 
 
 def convert_trained(

@@ -70,9 +70,8 @@ class Tree:
         self.names: dict[nn.Module, list[str]] = {}
         for name, module in self.modules.items():
             self.names.setdefault(module, []).append(name)
-        self.owners = Counter(
-            id(parameter) for module in self.names for parameter in module._parameters.values() if parameter is not None
-        )
+        parameters = [value for module in self.names for value in module._parameters.values() if value is not None]
+        self.owners = Counter(map(_matrix, parameters))
         self.heads = {id(head) for head in map(_output_embeddings, self.names) if head is not None}
         self.stacks = stacks(self.modules)
         self.blocks = {name: len(blocks) for name, blocks in self.stacks.items()}
@@ -99,7 +98,11 @@ class Tree:
 
     def tied(self, module: nn.Module) -> bool:
         """Whether another module owns one of the module's parameters too."""
-        return any(self.owners[id(parameter)] > 1 for parameter in module.parameters(recurse=False))
+        return any(self.is_tied(parameter) for parameter in module.parameters(recurse=False))
+
+    def is_tied(self, parameter: Tensor) -> bool:
+        """Whether several modules own a parameter."""
+        return self.owners[_matrix(parameter)] > 1
 
     def role(self, names: Sequence[str]) -> str | None:
         """The reason to stay that the layer's names, its place, or the model itself suggest."""
@@ -168,6 +171,13 @@ class Tree:
             if wraps or fits(component.lower(), ("*lora_*", "*adapter*", "dora_*")):
                 return True
         return False
+
+
+def _matrix(parameter: Tensor) -> object:
+    """What tied parameters have in common: the object, or, of two over the same memory, its place."""
+    plain = type(parameter) is nn.Parameter and not parameter.is_meta
+    place = parameter.data_ptr() if plain else 0
+    return (parameter.device, place) if place else id(parameter)
 
 
 def has_layers(module: nn.Module) -> bool:

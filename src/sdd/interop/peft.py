@@ -13,17 +13,20 @@ asks each config for layers of its own (`_register_custom_module`). It also lets
 
 import functools
 import warnings
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from sdd.conversion.experts import SDDExperts
+from sdd.conversion.guards import refuse_no_model
 from sdd.conversion.kinds import SDDConv1D
 from sdd.conversion.pretrained import install
 from sdd.errors import UserError, require_extra
 from sdd.models.block import FeedForward
 from sdd.nn import ExpertLinear, SDDLinear
+from sdd.parameters import keep_wide
 
 _peft, _layer, _utils = require_extra(
     "peft", "peft", "peft.tuners.lora.layer", "peft.tuners.tuners_utils", needed_by=__name__
@@ -79,6 +82,11 @@ class SDDLoraLinear(_layer.Linear):
         if alpha is not None and _ALPHA in (config.modules_to_save or ()):
             self.lora_scale[adapter_name] = nn.Parameter(torch.zeros_like(alpha))
             self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Apply `.half()`, `.to(...)` and the like; shifts of alpha stay at least float32, as alpha does."""
+        keep_wide(self.lora_scale, list(self.lora_scale), lambda: super(SDDLoraLinear, self)._apply(fn, recurse))
+        return self
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """`alpha * norm(V x + s B A dropout(x)) + b`, with the sum over the active adapters."""
@@ -148,6 +156,7 @@ def targets(model: nn.Module) -> list[str]:
     Raises:
         UserError: if there is none.
     """
+    refuse_no_model(model)
     if isinstance(model, _peft.PeftModel):
         adapted: Any = model
         model = adapted.get_base_model()
