@@ -16,6 +16,20 @@ def new_alpha(weight: Tensor, shape: tuple[int, ...], value: float) -> nn.Parame
     return nn.Parameter(torch.full(shape, value, device=weight.device, dtype=dtype), weight.requires_grad)
 
 
+def whole(weight: Tensor) -> Tensor:
+    """All of a matrix of which each process holds some rows (a DTensor); others are returned as they are.
+
+    The backward pass adds up the gradients of the processes, each of which uses the matrix for other tokens.
+    """
+    if not hasattr(weight, "device_mesh"):
+        return weight
+    from torch.distributed.tensor import DTensor, Partial, Replicate  # takes seconds to import
+
+    assert isinstance(weight, DTensor)
+    n = weight.device_mesh.ndim
+    return weight.redistribute(placements=[Replicate()] * n).to_local(grad_placements=[Partial()] * n)
+
+
 @torch.no_grad()
 def paper_draw_(weight: Tensor, in_features: int, generator: torch.Generator | None = None) -> None:
     """Fill a matrix, or stacked ones, from N(0, 1/sqrt(2.5 N)) truncated at 3 std, N its input features.

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from sdd.commands.main import main
 from sdd.errors import Interrupted, RunFailed, UserError
+from sdd.parallel import ParallelConfig
 from sdd.placement import placements
 from sdd.train import checkpoint as ckpt
 from sdd.train.optim import optimizer_tensors
@@ -137,7 +138,10 @@ def alone(tmp_path_factory):
     return out, train(World(), CONFIG, out)
 
 
-@pytest.mark.parametrize(("size", "changes"), [(2, {"activation_checkpointing": True}), (4, {})])
+@pytest.mark.parametrize(
+    ("size", "changes"),
+    [(2, {"activation_checkpointing": True}), (4, {}), (4, {"parallel": ParallelConfig(replicate=2)})],
+)
 def test_several_processes_train_as_one_does(tmp_path, alone, size, changes):
     out, reference = alone
     found = in_world(size, train, replace(CONFIG, **changes), tmp_path / "run")

@@ -26,15 +26,20 @@ def add_preset(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--printed-shape", action="store_true", help="581m to 2b: 8 kv heads and 100,278 tokens")
 
 
-def add_fields(parser: argparse.ArgumentParser, names: Mapping[str, str] = SHORT, *, dotted_names: bool = True) -> None:
+def add_fields(
+    parser: argparse.ArgumentParser, names: Mapping[str, str] = SHORT, *, dotted_names: bool = True, only: str = ""
+) -> None:
     """Add an option for each field of a config; `overrides` reads them.
 
     Args:
         parser: gets the options.
         names: short names of fields.
         dotted_names: offer every field by its dotted name; without, only the fields of `names`.
+        only: offer only the fields whose dotted name begins so.
     """
     for dotted, hint, about in config_io.fields():
+        if not dotted.startswith(only):
+            continue
         flags = [f"--{names[dotted]}"] if dotted in names else []
         flags += [f"--{dotted}"] if dotted_names else []
         if flags:

@@ -22,7 +22,9 @@ from sdd.models.kv_cache import KVCache
 from sdd.models.lean import LeanBlock
 from sdd.models.moe import Routing, auxiliary_losses
 from sdd.models.sites import norm_at, scale_at
+from sdd.models.token_split import ALL_TOKENS
 from sdd.norm_precision import statistics_in
+from sdd.parameters import whole
 
 
 class TrainingLoss(NamedTuple):
@@ -51,6 +53,7 @@ class LanguageModel(nn.Module):
         checkpoint_blocks: recompute each block's activations in the backward pass instead of keeping them.
         chunked_loss: compute the loss without ever holding all logits, if this torch can (see `cross_entropy`).
         sum_counts: sums a tensor over the processes that train a mixture of experts together; None for one process.
+        split: how the processes that compute one loss together share the tokens of a sequence.
     """
 
     def __init__(self, config: ModelConfig, device: torch.device | str | None = None) -> None:
@@ -60,6 +63,7 @@ class LanguageModel(nn.Module):
         self.checkpoint_blocks = False
         self.chunked_loss = False
         self.sum_counts: Callable[[Tensor], Tensor] | None = None
+        self.split = ALL_TOKENS
         # Built without storage first: weights are then drawn once, and alike whether or not the model stays on "meta".
         self.embed = nn.Embedding(config.vocab_size, config.d_model, device="meta")
         self.embed_norm = norm_at(config.placement.norms.get("embed"), config, "meta")
@@ -120,15 +124,17 @@ class LanguageModel(nn.Module):
             raise ValueError(f"a sequence of {T} tokens was given, the model's context is {self.config.context}")
         mask = None if document_eos is None else self._document_mask(tokens_BT, document_eos)
         layers: list[Routing] = []
-        x_BTC = self.hidden(tokens_BT, mask, cache, layers)
+        x_BTC = self._own_hidden(tokens_BT, mask, cache, layers)
         if targets_BT is None:
             logits_BTV = F.linear(x_BTC, self.head_weight)
             probe_points.output("logits", logits_BTV)
-            return logits_BTV
+            return self.split.joined(logits_BTV)
+        targets_BT = self.split.own(targets_BT)
         loss, penalty = cross_entropy(
             x_BTC, self.head_weight, targets_BT, z_loss=z_loss, reduction=reduction, chunked=self.chunked_loss
         )
-        total, routing = loss if penalty is None else loss + penalty, None
+        loss = self.split.mean(loss) if reduction == "mean" else self.split.joined(loss)
+        total, routing = loss if penalty is None else loss + self.split.mean(penalty), None
         if self.config.moe is not None and self.training and reduction == "mean":
             auxiliary, routing = auxiliary_losses(layers, self.config.moe, self.sum_counts)
             total = total + auxiliary
@@ -149,6 +155,13 @@ class LanguageModel(nn.Module):
             cache: the tokens come after those that it holds; it makes the mask.
             layers: receives the routing of each mixture of experts.
         """
+        return self.split.joined(self._own_hidden(tokens_BT, mask, cache, layers))
+
+    def _own_hidden(
+        self, tokens_BT: Tensor, mask: Mask | None, cache: KVCache | None, layers: list[Routing] | None
+    ) -> Tensor:
+        """`hidden` of this process's tokens."""
+        self.split.begin(tokens_BT.shape[1], cache is not None)
         if self.config.statistics == "float32":
             return self._hidden(tokens_BT, mask, cache, layers)
         with use("composed"), statistics_in(torch.bfloat16):
@@ -161,7 +174,7 @@ class LanguageModel(nn.Module):
         if cache is not None:
             positions, mask = cache.grow(tokens_BT)
         rope = (self.rope_cos[positions], self.rope_sin[positions])
-        x_BTC = self.embed_norm(self.embed(tokens_BT))
+        x_BTC = self.embed_norm(self.embed(self.split.own(tokens_BT)))
         for layer, block in enumerate(self.blocks):
             if cache is not None:
                 x_BTC, routing = block(x_BTC, rope, mask, partial(cache.write, layer))
@@ -180,7 +193,7 @@ class LanguageModel(nn.Module):
     @property
     def head_weight(self) -> Tensor:
         """The matrix that turns the last hidden state into logits, `[V, C]`; a scale of the logits is in its rows."""
-        weight_VC = self.embed.weight if self.head is None else self.head.weight
+        weight_VC = whole(self.embed.weight if self.head is None else self.head.weight)
         if self.logit_scale is None:
             return weight_VC
         return (self.logit_scale()[:, None] * weight_VC).to(weight_VC.dtype)

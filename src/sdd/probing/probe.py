@@ -57,6 +57,8 @@ class Probe:
             first of several processes writes. On a GPU a row is written at the next step, when it has arrived.
         done: steps done before, in a loop that is resumed.
         early: probe steps 2, 4, 8, ... below `every` too, because runs often break early; `sdd train` does this.
+        losses: the number of losses that the processes train on the mean of; None for one each. Processes that share
+            one loss (tensor parallelism) count as one.
 
     Attributes:
         every, early: as given.
@@ -77,12 +79,14 @@ class Probe:
         *,
         done: int = 0,
         early: bool = False,
+        losses: int | None = None,
     ) -> None:
         if every < 0 or done < 0:
             raise ValueError(f"every={every} and done={done} must not be negative")
         self.every, self.done, self.early = every, done, early
         self.latest: Row | None = None
         self.asked = False
+        self._losses = losses
         self._watched = WatchedModules(model)
         self._write = _writer(out)
         self._met: tuple[list[Key], list[Key]] | None = None  # keys of sums and maxima that any process had
@@ -144,7 +148,7 @@ class Probe:
         if self._pending is None:
             return
         (number, sums), self._pending = self._pending, None
-        self.latest = make_row(number, *sums.read(), self._watched.order, processes())
+        self.latest = make_row(number, *sums.read(), self._watched.order, self._losses or processes())
         if rank() == 0 and self._write is not None:
             self._write(self.latest)
 

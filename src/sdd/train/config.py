@@ -8,6 +8,7 @@ from typing import Literal
 from sdd.data import DataSource, Notify, resolve_data
 from sdd.data.spec import absolute as absolute_spec
 from sdd.models import ModelConfig, model_presets
+from sdd.parallel.layout import ParallelConfig
 from sdd.spikes import ENOUGH
 
 #: More threads than any machine has cores for. A larger number is a typing error, and torch would start them all.
@@ -174,6 +175,7 @@ class RunConfig:
         data: the training data.
         optim: optimiser and schedule.
         guard: how to handle steps that go wrong.
+        parallel: how several processes share the work.
         steps: optimiser steps.
         seed: seed of the initial weights and of the order of the data.
         accumulate: number of equal parts that a step's batch is cut into, one in memory at a time; divides
@@ -198,6 +200,7 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     steps: int = 500
     seed: int = 0
     accumulate: int = 1

@@ -39,8 +39,9 @@ class Learner:
     def __init__(self, config: RunConfig, world: World) -> None:
         if config.compile == "auto":
             config = replace(config, compile=False)
-        self.config, self.world = config, world
         self.device = world.together(lambda: world.place(pick_device(config.device)))
+        world = world.laid_out(config.parallel, config.model, self.device)
+        self.config, self.world = config, world
         self.autocast_dtype = world.together(lambda: pick_autocast(config.precision, self.device))
         if config.threads:
             torch.set_num_threads(config.threads)
@@ -52,7 +53,7 @@ class Learner:
         self.model = build_model(LanguageModel(config.model, "meta"), self.device, self.autocast_dtype, world)
         self.model.checkpoint_blocks = config.activation_checkpointing
         self.model.chunked_loss = config.chunked_loss and HAS_CHUNKED_LOSS
-        self.model.sum_counts = world.total if world.size > 1 else None
+        self.model.sum_counts = world.total if world.data_size > 1 else None
         self.optimizer = build_optimizer(self.model, config.optim)
         self.weight_rule = WeightRule(self.model, self.optimizer, config.weight_rule)
         self.router_stats: RouterStats | None = None
@@ -109,7 +110,7 @@ class Learner:
         return evaluate(
             self.model,
             self.eval_windows,
-            self.config.data.batch_size // (self.world.size * self._passes),
+            self.config.data.batch_size // (self.world.data_size * self._passes),
             token_bytes=self._token_bytes,
             document_eos=self._document_eos,
             autocast_dtype=self.autocast_dtype,
@@ -153,4 +154,4 @@ def _build_loader(config: RunConfig, data: DataSource, world: World) -> Loader:
     if config.data.document_mask and data.eos is None:
         raise UserError("data.document_mask=true needs to know the end-of-document token, and these data name none")
     batch_size, context = config.data.batch_size, config.model.context
-    return Loader(data.parts, batch_size, context, config.seed, rank=world.rank, world_size=world.size)
+    return Loader(data.parts, batch_size, context, config.seed, rank=world.data_rank, world_size=world.data_size)

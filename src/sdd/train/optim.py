@@ -1,11 +1,12 @@
 """The optimiser of a run: parameter groups by role, which rule moves which parameter, and clipping of gradients."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from sdd.optim_groups import param_groups
@@ -91,16 +92,26 @@ def clip_gradients(model: nn.Module, limit: float) -> Tensor:
     """
     limit = limit or math.inf
     parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
-    sharded = [parameter for parameter in parameters if isinstance(parameter.grad, DTensor)]
-    if not sharded:
+    kinds = by_mesh(parameters)
+    if all(mesh is None for mesh in kinds):
         return nn.utils.clip_grad_norm_(parameters, limit)
-    whole = [parameter for parameter in parameters if not isinstance(parameter.grad, DTensor)]
-    norms = [nn.utils.get_total_norm([p.grad for p in part if p.grad is not None]) for part in (sharded, whole)]
-    # the sharded sum of squares: full_tensor() adds up what the processes hold
+    norms = [nn.utils.get_total_norm([p.grad for p in part if p.grad is not None]) for part in kinds.values()]
+    # the sharded sum of squares: full_tensor() adds up what the processes hold, copies of a part once
     norm = torch.stack([part.full_tensor() if isinstance(part, DTensor) else part for part in norms]).norm()
-    for part in (sharded, whole):  # torch's multi-tensor operations do not mix DTensors with plain tensors
+    for part in kinds.values():
         nn.utils.clip_grads_with_norm_(part, limit, norm)
     return norm
+
+
+def by_mesh(parameters: Iterable[Tensor]) -> dict[DeviceMesh | None, list[Tensor]]:
+    """Parameters by the mesh that they are spread over, None for plain ones.
+
+    Torch's operations on many tensors at once take those of one mesh.
+    """
+    kinds: dict[DeviceMesh | None, list[Tensor]] = {}
+    for parameter in parameters:
+        kinds.setdefault(parameter.device_mesh if isinstance(parameter, DTensor) else None, []).append(parameter)
+    return kinds
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

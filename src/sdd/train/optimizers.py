@@ -199,19 +199,30 @@ def _orthogonalised(update: Tensor) -> Tensor:
         return orthogonalise(update.to_local()).to(update.dtype)
     mesh = update.device_mesh
     thin: Any = update.to(torch.bfloat16) if update.is_cuda else update  # half the bytes to gather
-    whole = DTensor.from_local(orthogonalise(thin.full_tensor()), mesh, [Replicate()] * mesh.ndim, run_check=False)
+    whole = DTensor.from_local(orthogonalise(_gathered(thin)), mesh, [Replicate()] * mesh.ndim, run_check=False)
     return whole.redistribute(placements=update.placements).to_local().to(update.dtype)
 
 
+def _gathered(tensor: DTensor) -> Tensor:
+    """The whole of a sharded tensor, gathered over one dimension of the mesh after the other."""
+    for dim in range(tensor.device_mesh.ndim):
+        tensor = tensor.redistribute(placements=[Replicate()] * (dim + 1) + list(tensor.placements[dim + 1 :]))
+    return tensor.to_local()
+
+
 def _over_shards(sums: Sequence[Tensor], owners: Sequence[Tensor]) -> list[Tensor]:
-    """Add up, in one exchange, the sums that belong to sharded tensors; the others are whole already."""
-    sharded = [place for place, owner in enumerate(owners) if isinstance(owner, DTensor)]
+    """Add up the sums that belong to sharded tensors, in one exchange for each kind; the others are whole already."""
     totals = list(sums)
-    if sharded:
-        mesh = owners[sharded[0]].device_mesh  # pyright: ignore[reportAttributeAccessIssue]
-        here = torch.stack([sums[place] for place in sharded])
-        added = DTensor.from_local(here, mesh, [Partial()] * mesh.ndim, run_check=False).full_tensor()
-        for place, total in zip(sharded, added, strict=True):
+    kinds: dict[Any, list[int]] = {}
+    for place, owner in enumerate(owners):
+        if isinstance(owner, DTensor):
+            # copies of a part on several processes count once
+            parts = tuple(Replicate() if where.is_replicate() else Partial() for where in owner.placements)
+            kinds.setdefault((owner.device_mesh, parts), []).append(place)
+    for (mesh, parts), places in kinds.items():
+        here = torch.stack([sums[place] for place in places])
+        added = DTensor.from_local(here, mesh, parts, run_check=False).full_tensor()
+        for place, total in zip(places, added, strict=True):
             totals[place] = total
     return totals
 

@@ -19,10 +19,14 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from sdd.errors import RunFailed, SddError, UserError
+from sdd.models.config import ModelConfig
+from sdd.parallel.layout import ParallelConfig
+from sdd.parallel.mesh import build_mesh, data_mesh
 
 T = TypeVar("T")
 
@@ -93,7 +97,9 @@ class StopSignals:
 class World:
     """The processes of a run. By default that is this process alone, and every method does next to nothing.
 
-    Methods that exchange something must be called by all ranks in the same order.
+    Methods that exchange something must be called by all ranks in the same order. Flags, errors and objects go over all
+    ranks. Numbers of the data (`mean`, `total`, `sum`, `share`, `passes`) go over the data ranks: those that train on
+    other rows. All ranks are data ranks until the world is laid out.
 
     Attributes:
         rank: number of this process, from 0.
@@ -102,6 +108,9 @@ class World:
         restarted: whether torchrun has started the job again after a failure.
         may_restart: whether torchrun would start the job again after a failure.
         job: torchrun's name for the job, the same for every attempt; None if it has none.
+        layout: the sizes of the mesh's dimensions; None before `laid_out`.
+        mesh: of all ranks; None before `laid_out`, and of one process.
+        data: the part of the mesh over which rows differ; None if all ranks train on the same rows.
     """
 
     rank: int = 0
@@ -110,6 +119,33 @@ class World:
     restarted: bool = False
     may_restart: bool = False
     job: str | None = None
+    layout: ParallelConfig | None = None
+    mesh: DeviceMesh | None = None
+    data: DeviceMesh | None = None
+
+    def laid_out(self, parallel: ParallelConfig, model: ModelConfig, device: torch.device) -> "World":
+        """The same processes as a mesh.
+
+        Raises:
+            UserError: if the layout does not fit the number of processes or the model. All ranks raise.
+        """
+        layout = parallel.resolved(self.size, model)
+        if self.size == 1:
+            return replace(self, layout=layout)
+        mesh = build_mesh(layout, device)
+        return replace(self, layout=layout, mesh=mesh, data=data_mesh(mesh))
+
+    @property
+    def data_size(self) -> int:
+        """The number of parts that the rows of a batch are cut into."""
+        return self.size if self.layout is None else self.layout.data
+
+    @property
+    def data_rank(self) -> int:
+        """The number of this process's part of the rows, from 0."""
+        if self.layout is None:
+            return self.rank
+        return 0 if self.data is None else self.data.get_local_rank()
 
     @property
     def is_main(self) -> bool:
@@ -133,39 +169,41 @@ class World:
         return torch.device("cuda", self.local_rank)
 
     def mean(self, value: Tensor) -> Tensor:
-        """The mean over ranks."""
-        return self.total(value) / self.size
+        """The mean over data ranks."""
+        return self.total(value) / self.data_size
 
     def total(self, value: Tensor) -> Tensor:
-        """The sum of a tensor over ranks, in its dtype."""
-        if self.size == 1:
+        """The sum of a tensor over data ranks, in its dtype."""
+        if self.data_size == 1:
             return value
-        total = value.clone()
-        dist.all_reduce(total)
-        return total
+        return _added(value, None if self.data is None else self.data.get_group())
+
+    def total_of_all(self, value: Tensor) -> Tensor:
+        """The sum of a tensor over all ranks, in its dtype."""
+        return value if self.size == 1 else _added(value)
 
     def sum(self, value: float) -> float:
-        """The sum of a number over ranks, in float64."""
+        """The sum of a number over data ranks, in float64."""
         return self.total(torch.tensor(value, dtype=torch.float64)).item()
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is up on any rank."""
-        return bool(self.sum(float(flag)))
+        return bool(self.total_of_all(torch.tensor(float(flag), dtype=torch.float64)).item())
 
     def passes(self, batch_size: int, accumulate: int) -> int:
         """The number of forward and backward passes that each rank makes in a step.
 
-        A batch is cut into `accumulate` equal parts, which the ranks share. So the rows in memory at once do not grow
-        with the number of processes, nor when a run goes on with fewer. Where the parts do not divide among the ranks,
-        they are made smaller. All parts are equal, so the mean of their losses is the loss of the batch.
+        A batch is cut into `accumulate` equal parts, which the data ranks share. So the rows in memory at once do not
+        grow with the number of processes, nor when a run goes on with fewer. Where the parts do not divide among the
+        ranks, they are made smaller. All parts are equal, so the mean of their losses is the loss of the batch.
         """
-        rows = batch_size // self.size
-        return next(n for n in range(1, rows + 1) if rows % n == 0 and n * self.size >= accumulate)
+        rows = batch_size // self.data_size
+        return next(n for n in range(1, rows + 1) if rows % n == 0 and n * self.data_size >= accumulate)
 
     def share(self, n: int) -> Tensor:
-        """The indices (int64) of this rank's part of n items. All parts have one length; -1 pads them."""
-        each = -(-n // self.size)
-        indices = torch.arange(self.rank * each, (self.rank + 1) * each)
+        """The indices (int64) of this data rank's part of n items. All parts have one length; -1 pads them."""
+        each = -(-n // self.data_size)
+        indices = torch.arange(self.data_rank * each, (self.data_rank + 1) * each)
         return indices.masked_fill(indices >= n, -1)
 
     def gather(self, value: T) -> list[T]:
@@ -225,6 +263,13 @@ class World:
 
 def _nothing() -> None:
     return None
+
+
+def _added(value: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+    """The sum over a group of processes, by default over all."""
+    total = value.clone()
+    dist.all_reduce(total, group=group)
+    return total
 
 
 ALONE = World()

@@ -144,7 +144,9 @@ class RunDir:
         write_aside(file, "".join(json.dumps(finite(row)) + "\n" for row in [*rows, *more]))
 
 
-def environment(device: torch.device, precision: str, processes: int = 1, job: str | None = None) -> dict[str, Any]:
+def environment(
+    device: torch.device, precision: str, processes: int = 1, job: str | None = None, layout: str | None = None
+) -> dict[str, Any]:
     """Versions, device and settings that a result depends on beside its config."""
     from sdd import __version__
 
@@ -159,6 +161,7 @@ def environment(device: torch.device, precision: str, processes: int = 1, job: s
         "cuda": torch.version.cuda if cuda else None,
         "precision": precision,
         "processes": processes,
+        "layout": layout,
         "job": job,
         "threads": torch.get_num_threads(),
         "cpu": torch.backends.cpu.get_cpu_capability(),

@@ -1,4 +1,4 @@
-"""One model shared by many processes (FSDP2).
+"""One model shared by the processes of a run's mesh: cut over `tensor`, then FSDP2 over the data dimensions.
 
 Matrices are sharded block by block, those of experts by expert. Alphas and norm weights, well under 0.1% of a model,
 stay whole and float32 on every rank. So the bfloat16 cast of the matrices' all-gather never touches them, and their
@@ -10,12 +10,14 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from sdd.models import LanguageModel
 from sdd.optim_groups import param_groups
+from sdd.parallel.language_model import parallelize
+from sdd.parallel.mesh import fsdp_mesh, submesh
 from sdd.train.parallel import World
 
 
@@ -30,39 +32,47 @@ def build_model(
         autocast_dtype: matrices are cast to it before the blocks gather them, as autocast would do afterwards.
         world: the processes.
     """
-    if world.size > 1:
-        _shard(model, device, autocast_dtype, world)
+    if world.mesh is not None:
+        _shard(model, autocast_dtype, world.mesh)
     model.to_empty(device=device if world.size > 1 else "cpu")
     model.init_weights()
     return model.to(device)
 
 
-def _shard(model: LanguageModel, device: torch.device, autocast_dtype: torch.dtype | None, world: World) -> None:
-    mesh = init_device_mesh(device.type, (world.size,))
+def _shard(model: LanguageModel, autocast_dtype: torch.dtype | None, mesh: DeviceMesh) -> None:
+    if (tensor := submesh(mesh, "tensor")) is not None:
+        parallelize(model, tensor)
+    if (mesh_of_fsdp := fsdp_mesh(mesh)) is None:
+        return
     roles = param_groups(model)
     whole = {parameter for group in roles if group["role"] in ("alpha", "bias") for parameter in group["params"]}
-    policy = MixedPrecisionPolicy(autocast_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    wide = None if autocast_dtype is None else torch.float32  # None: the dtype of the weights, at least float32
+    policy = MixedPrecisionPolicy(autocast_dtype, reduce_dtype=wide, cast_forward_inputs=False)
     for block in model.blocks:
-        fully_shard(block, mesh=mesh, mp_policy=policy, ignored_params=whole)
+        fully_shard(block, mesh=mesh_of_fsdp, mp_policy=policy, ignored_params=whole)
     # embedding and head are gathered in float32: autocast leaves the look-up alone, as it is not a matrix product
-    fully_shard(model, mesh=mesh, mp_policy=replace(policy, param_dtype=None), ignored_params=whole)
+    fully_shard(model, mesh=mesh_of_fsdp, mp_policy=replace(policy, param_dtype=None), ignored_params=whole)
 
 
 def compile_model(model: LanguageModel) -> None:
-    """torch.compile the model. A sharded model is compiled block by block, since parts are gathered in between."""
-    for part in model.blocks if isinstance(model, FSDPModule) else [model]:
+    """torch.compile the model. A shared model is compiled block by block, since parts are gathered in between."""
+    shared = any(isinstance(parameter, DTensor) for parameter in model.parameters())
+    for part in model.blocks if shared else [model]:
         part.compile()
 
 
 def average_gradients(model: LanguageModel, world: World) -> None:
-    """Average over ranks the gradients of parameters that every rank holds whole; FSDP averages the others."""
+    """Add up the gradients of parameters that every rank holds whole, over data ranks as a mean; FSDP does the others.
+
+    Ranks that share the rows of a batch hold parts of such a gradient: each has that of its own tokens and features.
+    """
     if world.size == 1:
         return
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     gradients = [gradient for gradient in gradients if not isinstance(gradient, DTensor)]
     if not gradients:  # a placement without any alpha or norm weight
         return
-    mean = world.mean(torch.cat([gradient.flatten() for gradient in gradients]))
+    mean = world.total_of_all(torch.cat([gradient.flatten() for gradient in gradients])) / world.data_size
     for gradient, part in zip(gradients, mean.split([gradient.numel() for gradient in gradients]), strict=True):
         gradient.copy_(part.view_as(gradient))
 

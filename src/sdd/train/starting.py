@@ -26,9 +26,10 @@ _FORMER = {"optim.name": "adamw", "model.statistics": "float32"}
 _QUIET = (
     *("steps", "eval_every", "eval_sequences", "checkpoint_every", "probe_every", "keep_checkpoints", "sample_tokens"),
     *("data.path", "data.tokenizer", "data.dtype", "data.eos", "device", "precision", "threads"),
+    "parallel",  # the layout in the environment says what became of it
 )
 #: The parts of the environment that the last bits of a result depend on.
-_BITS = ("torch", "device", "cuda", "machine", "cpu", "precision", "processes", "threads")
+_BITS = ("torch", "device", "cuda", "machine", "cpu", "precision", "processes", "layout", "threads")
 
 State = TypeVar("State")
 _Number = Annotated[float, Field(ge=0, lt=2**62)]
@@ -175,9 +176,9 @@ def remarks(state: dict[str, Any], config: dict[str, Any], environment: dict[str
         yield one_line(f"settings changed since step {state['step']}: {', '.join(settings)}")
     then = state["environment"]
     around = [
-        f"{name} {_word(then.get(name))} -> {environment[name]}"
+        f"{name} {_word(then.get(name))} -> {_word(environment.get(name))}"
         for name in _BITS
-        if then.get(name) != environment[name]
+        if then.get(name) != environment.get(name)
     ]
     if around:
         yield one_line(f"from here on not bit-identical to an uninterrupted run: {', '.join(around)}")

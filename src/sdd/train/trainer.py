@@ -1,6 +1,7 @@
 """The training loop of a run: it takes the steps, writes the files, and carries out the guard's decisions."""
 
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -74,13 +75,16 @@ def _built(asked: RunConfig, run_dir: RunDir, world: World) -> tuple["Trainer", 
     return trainer, lines
 
 
-def reopen(out: Path, steps: int | None = None, world: World = ALONE) -> "Trainer":
+def reopen(
+    out: Path, steps: int | None = None, world: World = ALONE, parallel: Mapping[str, Any] | None = None
+) -> "Trainer":
     """A trainer that goes on with the run in `out` from its newest whole checkpoint.
 
     Args:
         out: the run directory.
         steps: a new length of the run; None keeps it.
         world: the processes that share the run; their number may differ from before.
+        parallel: a new layout, fields of the config by dotted name (`{"parallel.tensor": 2}`); the others stay.
 
     Raises:
         UserError: if there is no run, if all its checkpoints are damaged or none fits, or if it is complete.
@@ -91,6 +95,8 @@ def reopen(out: Path, steps: int | None = None, world: World = ALONE) -> "Traine
         config = world.together(lambda: config_io.load(run_dir.config))
         if steps is not None:
             config = replace(config, steps=steps)
+        if parallel:
+            config = config_io.with_overrides(config, parallel)
         config, line = compiling.decide(config, world)
         trainer = Trainer(config, run_dir, world)
         trainer.resume_newest()
@@ -99,7 +105,7 @@ def reopen(out: Path, steps: int | None = None, world: World = ALONE) -> "Traine
             raise UserError(f"{out} is complete at step {trainer.step}: give more with --steps N to go on")
         if line:
             trainer.log.say(line)
-        if line or steps is not None:
+        if line or steps is not None or parallel:
             world.on_main(lambda: config_io.save(config, run_dir.config))
     except BaseException:
         run_dir.unlock()
@@ -130,7 +136,7 @@ class Trainer(Learner):
         self.guard = Guard(config.guard)
         self.log = RunLog(config, run_dir)
         write = partial(self.log.record, "probe.jsonl")
-        self.probe = Probe(self.model, every=config.probe_every, out=write, early=True)
+        self.probe = Probe(self.model, every=config.probe_every, out=write, early=True, losses=self.world.data_size)
         self.step, self.seconds = 0, 0.0
         self._signals = StopSignals()
 
@@ -376,7 +382,10 @@ class Trainer(Learner):
         return evaluation
 
     def _say_opening(self) -> None:
-        where = str(self.device) if self.world.size == 1 else f"{self.world.size} processes ({self.device.type})"
+        spread = "" if self._layout is None else f"; {self._layout}"
+        where = str(self.device)
+        if self.world.size > 1:
+            where = f"{self.world.size} processes ({self.device.type}{spread})"
         how = f"{self.precision}, compiled" if self.config.compile else self.precision
         place = f"{how} on {where}, into {self.run_dir.path}"
         for line in (
@@ -408,7 +417,13 @@ class Trainer(Learner):
 
     def environment(self) -> dict[str, Any]:
         """Versions, device and settings that a result depends on beside the config."""
-        return environment(self.device, self.precision, self.world.size, self.world.job)
+        return environment(self.device, self.precision, self.world.size, self.world.job, self._layout)
+
+    @property
+    def _layout(self) -> str | None:
+        """How the processes share the work; None where they do nothing but shard."""
+        layout = self.world.layout
+        return None if layout is None or layout.is_plain else str(layout)
 
     def _newest(self) -> str:
         found = ckpt.list_checkpoints(self.run_dir.checkpoints)

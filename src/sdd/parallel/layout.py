@@ -1,0 +1,153 @@
+"""How the processes of a run share the work: the sizes of the dimensions of their mesh, and which sizes fit.
+
+    replicate   copies of everything below (with `shard`: HSDP)
+    shard       parts of parameters, gradients and optimiser state (FSDP2)
+    expert      parts of the experts of a mixture
+    context     parts of each sequence
+    tensor      parts of each matrix, the neighbours among the processes
+
+Processes that differ in replicate, shard or expert train on other rows of a batch: these are the data dimensions.
+Processes that differ in context or tensor train on the same rows.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+
+from sdd.errors import UserError
+from sdd.models.config import ModelConfig
+
+#: From the outermost dimension to the innermost.
+DIMENSIONS = ("replicate", "shard", "expert", "context", "tensor")
+#: The dimensions along which the rows of a batch differ.
+DATA = ("replicate", "shard", "expert")
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How the processes of a run share the work; their number is the product of the sizes.
+
+    Attributes:
+        replicate: copies of the model, each shared by the processes of the other dimensions (HSDP).
+        shard: processes that share parameters, gradients and optimiser state (FSDP2); 0 for what the others leave.
+        tensor: processes that share each matrix of the blocks, and the tokens between the matrices.
+        expert: processes that share the experts of a mixture; not built yet.
+        context: processes that share each sequence; not built yet.
+    """
+
+    replicate: int = 1
+    shard: int = 0
+    tensor: int = 1
+    expert: int = 1
+    context: int = 1
+
+    def __post_init__(self) -> None:
+        for name in DIMENSIONS:
+            least = 0 if name == "shard" else 1
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
+
+    @property
+    def data(self) -> int:
+        """The number of parts that the rows of a batch are cut into."""
+        return math.prod(getattr(self, name) for name in DATA)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether every process shards and nothing else."""
+        return self.data == self.shard and self.context == self.tensor == 1
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name} {getattr(self, name)}" for name in DIMENSIONS if getattr(self, name) > 1) or "shard 1"
+
+    def resolved(self, processes: int, model: ModelConfig) -> "ParallelConfig":
+        """The same layout with `shard` as a number.
+
+        Args:
+            processes: their number.
+            model: what they train.
+
+        Raises:
+            UserError: if the layout does not fit; the message names the nearest that does.
+        """
+        layout = self._filled(processes)
+        problem = next(problems(layout, processes, model), None)
+        if problem is None:
+            return layout
+        near = min(layouts(processes, model), key=self._distance)
+        raise UserError(f"{problem}; the nearest layout of {_count(processes)} that fits: {near.words(self)}")
+
+    def words(self, asked: "ParallelConfig | None" = None) -> str:
+        """The layout as options; `shard` only where it was asked for by number."""
+        named = {name: getattr(self, name) for name in DIMENSIONS if getattr(self, name) > 1 and name != "shard"}
+        if asked is None or asked.shard:
+            named["shard"] = self.shard
+        return " ".join(f"--parallel.{name} {named[name]}" for name in DIMENSIONS if name in named) or "shard alone"
+
+    def _filled(self, processes: int) -> "ParallelConfig":
+        others = math.prod(getattr(self, name) for name in DIMENSIONS if name != "shard")
+        return self if self.shard else replace(self, shard=max(1, processes // others))
+
+    def _distance(self, other: "ParallelConfig") -> float:
+        """How far a layout is from the one asked for: the ratios of the sizes, those that were asked for first."""
+        ours, theirs = asdict(self), asdict(other)
+        return sum(
+            abs(math.log2(theirs[name] / ours[name])) * (1.0 if ours[name] > 1 else 1.5)
+            for name in DIMENSIONS
+            if ours[name]
+        )
+
+
+def problems(layout: ParallelConfig, processes: int, model: ModelConfig) -> Iterator[str]:
+    """What is wrong with a layout, one line each.
+
+    Args:
+        layout: resolved.
+        processes: their number.
+        model: what they train.
+    """
+    sizes = asdict(layout)
+    yield from _not_built(layout, model)
+    if math.prod(sizes.values()) != processes:
+        yield f"parallel ({layout}) is for {_count(math.prod(sizes.values()))}, and this run has {processes}"
+    divided = {
+        "tensor": {"n_heads": model.n_heads, "n_kv_heads": model.n_kv_heads, "d_ff": model.d_ff},
+        "expert": {"n_experts": 1 if model.moe is None else model.moe.n_experts},
+    }
+    for name, widths in divided.items():
+        for width, value in widths.items():
+            if value % sizes[name]:
+                yield f"parallel.{name}={sizes[name]} does not divide model.{width}={value}"
+    if model.context % (parts := layout.context * layout.tensor):
+        yield f"parallel.context * parallel.tensor = {parts} does not divide model.context={model.context} tokens"
+
+
+def _not_built(layout: ParallelConfig, model: ModelConfig) -> Iterator[str]:
+    """The layouts that no code carries out yet: the one place that says so."""
+    for name in ("expert", "context"):
+        if getattr(layout, name) > 1:
+            yield f"parallel.{name}={getattr(layout, name)} is not built yet: leave it at 1"
+    if layout.tensor > 1 and model.moe is not None:
+        yield f"parallel.tensor={layout.tensor} is for dense models: a mixture of experts is not cut yet"
+
+
+def layouts(processes: int, model: ModelConfig) -> Iterator[ParallelConfig]:
+    """All layouts of that many processes that fit a model; one of them only shards."""
+    for sizes in _factorisations(processes, len(DIMENSIONS)):
+        layout = ParallelConfig(**dict(zip(DIMENSIONS, sizes, strict=True)))
+        if next(problems(layout, processes, model), None) is None:
+            yield layout
+
+
+def _count(processes: int) -> str:
+    return f"{processes} process{'es' * (processes > 1)}"
+
+
+def _factorisations(number: int, parts: int) -> Iterator[tuple[int, ...]]:
+    """All tuples of that many factors whose product is the number."""
+    if parts == 1:
+        yield (number,)
+        return
+    for first in range(1, number + 1):
+        if number % first == 0:
+            yield from ((first, *rest) for rest in _factorisations(number // first, parts - 1))

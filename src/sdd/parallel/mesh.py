@@ -1,0 +1,36 @@
+"""The one mesh of a run: a torch DeviceMesh with the dimensions of `sdd.parallel.layout`."""
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from sdd.parallel.layout import DATA, DIMENSIONS, ParallelConfig
+
+
+def build_mesh(layout: ParallelConfig, device: torch.device) -> DeviceMesh:
+    """The mesh of a resolved layout. Every process must call it.
+
+    Dimensions of size 1 are left out, so that no tensor carries a placement that says nothing. `shard` stays beside
+    `replicate`, because FSDP2 wants both, and where nothing else is left.
+    """
+    sizes = {name: getattr(layout, name) for name in DIMENSIONS}
+    keep = [name for name in DIMENSIONS if sizes[name] > 1]
+    if "shard" not in keep and ("replicate" in keep or not keep):
+        keep = [name for name in DIMENSIONS if name in keep or name == "shard"]
+    return init_device_mesh(device.type, tuple(sizes[name] for name in keep), mesh_dim_names=tuple(keep))
+
+
+def submesh(mesh: DeviceMesh, *names: str) -> DeviceMesh | None:
+    """The part of the mesh with those of the dimensions that it has; None if it has none of them."""
+    there = tuple(name for name in DIMENSIONS if name in names and name in (mesh.mesh_dim_names or ()))
+    return mesh[there] if there else None
+
+
+def data_mesh(mesh: DeviceMesh) -> DeviceMesh | None:
+    """The data dimensions as one; None if all processes train on the same rows."""
+    found = submesh(mesh, *DATA)
+    return found if found is None or found.ndim == 1 else found._flatten("data")
+
+
+def fsdp_mesh(mesh: DeviceMesh) -> DeviceMesh | None:
+    """The dimensions over which FSDP2 works, `shard` or `replicate` and `shard`; None if there are none."""
+    return submesh(mesh, "replicate", "shard")
