@@ -82,19 +82,18 @@ def parallelize(
 ) -> Any:
     """torchtitan's `parallelize_llama` with one difference: FSDP gathers alphas and norms of blocks in float32.
 
+    A compiled block has a graph break at each norm, because FSDP has hooks there.
+
     Raises:
-        UserError: if `parallelism.spmd_backend` is not "partial_dtensor", or the model is to be compiled.
+        UserError: if `parallelism.spmd_backend` is not "partial_dtensor", or `training.enable_cpu_offload` is on.
     """
     if parallelism.spmd_backend != "partial_dtensor":
         raise UserError(
             f"parallelism.spmd_backend={parallelism.spmd_backend} is not for SDD placements: "
             "set --parallelism.spmd_backend partial_dtensor"
         )
-    if compile_config.enable and "model" in compile_config.components:
-        raise UserError(
-            "compile.components has 'model', whose blocks must be one graph, and float32 alphas have hooks of FSDP "
-            "within: leave it out (loss may stay)"
-        )
+    if training.enable_cpu_offload:
+        raise UserError("training.enable_cpu_offload is not for SDD placements: leave it out")
     if parallel_dims.cp_enabled:
         attentions = [block.attention.inner_attention for block in model.layers.values()]
         apply_cp_to_forward(attentions, parallel_dims.get_mesh("cp"))
@@ -102,10 +101,10 @@ def parallelize(
         model.parallelize(parallel_dims)
     if ac_config is not None:
         ac_config.build(dump_folder=dump_folder).apply(model)
-    names = ["dp_replicate", "fsdp"] if parallel_dims.dp_replicate_enabled else ["fsdp"]
-    mesh, offload = parallel_dims.get_mesh(names), training.enable_cpu_offload
-    if offload:
-        raise UserError("training.enable_cpu_offload is not for SDD placements: leave it out")
+    if compile_config.enable and "model" in compile_config.components:
+        for block in model.layers.values():  # not fullgraph, because FSDP has hooks at each norm
+            block.compile(backend=compile_config.backend)
+    mesh = parallel_dims.get_mesh(["dp_replicate", "fsdp"] if parallel_dims.dp_replicate_enabled else ["fsdp"])
     for block in model.layers.values():
         _gather_wide(block, mesh)
     apply_fsdp_to_decoder(
