@@ -2,10 +2,12 @@
 
     ./dev bench convert_everything                 # goes on where it stopped; --again starts anew
     ./dev bench convert_everything --only Llama    # classes whose names hold a word
+    ./dev bench convert_everything --retry "no example" "not built"    # those with these outcomes once more
 
 Every class is built, converted with an example and checked once more in a process of its own with a limit of time and
 memory. The table of known readers of weights is switched off: the proof has to find them. The result is
-benchmarks/results/convert_everything.json, and its page docs/convert_everything.md.
+benchmarks/results/convert_everything.json, and its page docs/convert_everything.md. It may be put together in several
+environments, also at the same time: each class has the number of the one that it was tried in.
 """
 
 import argparse
@@ -56,29 +58,49 @@ def main() -> None:
     parser.add_argument("--gigabytes", type=float, default=12, help="limit of address space for one class")
     parser.add_argument("--count", type=int, help="at most so many classes")
     parser.add_argument("--again", action="store_true", help="forget the earlier result")
+    parser.add_argument("--retry", nargs="+", default=[], help="outcomes whose classes are tried once more")
     args = parser.parse_args()
     torch.set_num_threads(1)
     file = RESULTS / f"{NAME}.json"
-    done = {} if args.again or not file.exists() else json.loads(file.read_text())["classes"]
-    items = [item for item in _items() if any(word in item for word in args.only) and item not in done]
-    with Record(NAME, RESULTS, {"what": WHAT, "versions": versions(), "classes": done}) as record:
-        for number, item in enumerate(items[: args.count], 1):
-            done[item] = _in_a_process(item, args.seconds, args.gigabytes)
+    if args.again:
+        file.unlink(missing_ok=True)
+    done = _earlier(file)["classes"]
+    items = [item for item in _items() if any(word in item for word in args.only)]
+    items = [item for item in items if item not in done or done[item]["outcome"] in args.retry][: args.count]
+    with Record(NAME, RESULTS, {"what": WHAT}) as record:
+        for number, item in enumerate(items, 1):
+            result = _in_a_process(item, args.seconds, args.gigabytes)
+            _add(item, result, record.values, _earlier(file))
             record.save()
-            print(
-                f"{number}/{len(items[: args.count])}  {item}: {done[item]['outcome']}  {done[item].get('reason', '')}"
-            )
-    write_aside(PAGE, page(record.content))
-    print(f"written to {record.path} and {PAGE}")
+            print(f"{number}/{len(items)}  {item}: {result['outcome']}  {result.get('reason', '')}", flush=True)
+    write_aside(PAGE, page(_earlier(file), len(_items())))
+    print(f"written to {file} and {PAGE}")
+
+
+def _earlier(file: Path) -> dict[str, Any]:
+    return json.loads(file.read_text()) if file.exists() else {"environments": [], "classes": {}}
+
+
+def _add(item: str, result: dict[str, Any], values: dict[str, Any], earlier: dict[str, Any]) -> None:
+    """Add one class to what the file holds by now, with the number of the environment that it was tried in."""
+    environments, here = earlier["environments"], versions()
+    if here not in environments:
+        environments.append(here)
+    classes = {**earlier["classes"], item: {**result, "environment": environments.index(here)}}
+    values.update(environments=environments, classes=classes)
 
 
 def _items() -> list[str]:
-    items = [f"transformers/{name}" for name in transformers_classes()]
+    """One class of each kind of config, then timm's models, then the other classes of transformers."""
+    kinds: dict[str, list[str]] = {}
+    for name, kind in transformers_classes().items():
+        kinds.setdefault(kind, []).append(f"transformers/{name}")
+    first, others = [names[0] for names in kinds.values()], [name for names in kinds.values() for name in names[1:]]
     try:
-        items += [f"timm/{name}" for name in timm_models()]
+        return [*first, *(f"timm/{name}" for name in timm_models()), *others]
     except Exception as error:
         print(f"timm is left out: {type(error).__name__}: {error}")
-    return items
+        return [*first, *others]
 
 
 def _in_a_process(item: str, seconds: float, gigabytes: float) -> dict[str, Any]:
@@ -152,17 +174,19 @@ def _result(report: ConversionReport, failed: Mapping[str, str]) -> dict[str, An
     }
 
 
-def page(content: Mapping[str, Any]) -> str:
+def page(content: Mapping[str, Any], known_classes: int) -> str:
     """The Markdown page of a result file."""
     classes: Mapping[str, Mapping[str, Any]] = content["classes"]
     counts = Counter(result["outcome"] for result in classes.values())
-    used = ", ".join(f"{name} {version}" for name, version in content["versions"].items())
     lines = [
         "# Conversion of the classes of transformers and timm",
         "",
-        f"{len(classes)} classes, each a tiny model built from its config on a CPU, converted with an example and",
-        "proven ([how](convert.md)). The table of known readers was switched off: the proof alone had to find them.",
-        f"{used}. Written by `./dev bench convert_everything` from `benchmarks/results/convert_everything.json`.",
+        f"{len(classes)} classes of {known_classes}, each a tiny model built from its config on a CPU, converted",
+        "with an example and proven ([how](convert.md)). The table of known readers was off: the proof alone had",
+        "to find them. Written by `./dev bench convert_everything` from `benchmarks/results/convert_everything.json`.",
+        "Of timm the smallest model of each of its files was tried, and its models for tests.",
+        "",
+        *_environments(content),
         "",
         "| outcome | classes |",
         "|---|---|",
@@ -186,6 +210,12 @@ def page(content: Mapping[str, Any]) -> str:
     lines += ["", "## Not converted", "", "| class | outcome | reason |", "|---|---|---|"]
     lines += [f"| {item} | {result['outcome']} | {_cell(result.get('reason', ''))} |" for item, result in rest.items()]
     return "\n".join(lines) + "\n"
+
+
+def _environments(content: Mapping[str, Any]) -> list[str]:
+    counts = Counter(result["environment"] for result in content["classes"].values())
+    used = [", ".join(f"{name} {version}" for name, version in one.items()) for one in content["environments"]]
+    return [f"- {counts[number]} classes with {text}." for number, text in enumerate(used)]
 
 
 def _endings(names: Mapping[str, str] | Sequence[str]) -> str:

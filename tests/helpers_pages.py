@@ -8,6 +8,7 @@ Comments of HTML, which no reader sees, stand on the line above a block:
 
 <!-- exits: 2 -->                     the shell block ends with this exit code
 <!-- skip: next "REASON" -->          the block is not run
+<!-- file: NAME -->                  the block is written to this file of the folder, not run
 <!-- invisible-code: python ... -->   code that only the test runs
 """
 
@@ -36,9 +37,9 @@ class Page:
     def __init__(self, path: Path) -> None:
         code = [CodeBlockParser("python", self._python), CodeBlockParser("sh", self._shell)]
         text = CodeBlockParser("text", self._text)
-        sybil = Sybil(parsers=[*code, text, SkipParser(), self._exit_codes])
+        sybil = Sybil(parsers=[*code, text, SkipParser(), self._exit_codes, self._files])
         self.document = sybil.parse(path)
-        self.output, self.exit_code = "", 0
+        self.output, self.exit_code, self.file = "", 0, ""
 
     def run(self) -> list[str]:
         """Run all blocks in order; the reasons of those that are not run."""
@@ -51,6 +52,10 @@ class Page:
         return skipped
 
     def _python(self, example: Example) -> None:
+        if self.file:
+            Path(self.file).write_text(example.parsed, encoding="utf-8")
+            self.file = ""
+            return
         with redirect_stdout(io.StringIO()) as printed:
             PythonEvaluator()(example)
         self.output = printed.getvalue()
@@ -74,6 +79,13 @@ class Page:
     def _exit_codes(self, document: Document) -> Iterable[Region]:
         for region in DirectiveInHTMLCommentLexer("exits")(document):
             yield Region(region.start, region.end, int(region.lexemes["arguments"]), self._expect)
+
+    def _files(self, document: Document) -> Iterable[Region]:
+        for region in DirectiveInHTMLCommentLexer("file")(document):
+            yield Region(region.start, region.end, region.lexemes["arguments"].strip(), self._write)
+
+    def _write(self, example: Example) -> None:
+        self.file = example.parsed
 
     def _expect(self, example: Example) -> None:
         self.exit_code = example.parsed

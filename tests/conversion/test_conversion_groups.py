@@ -54,6 +54,19 @@ def test_interleaved_heads_get_a_group_each():
     assert groups(model)["att.query_key_value"] == 4
 
 
+@given(latent=st.integers(2, 8), rotary=st.integers(0, 4))
+def test_latent_keys_and_their_rotary_part_are_normed_apart(latent: int, rotary: int):
+    model = tree(att=attention("kv_a_proj", 8, latent + rotary, 8, kv_lora_rank=latent, qk_rope_head_dim=rotary))
+    assert groups(model)["att.kv_a_proj"] == (((latent, latent), (rotary, rotary)) if rotary else None)
+
+
+@given(state=st.integers(0, 4), heads=st.integers(0, 4))
+def test_parts_of_width_zero_are_left_out(state: int, heads: int):
+    numbers = {"intermediate_size": 8, "n_groups": 1, "ssm_state_size": state, "num_heads": heads}
+    model = tree(mixer=attention("in_proj", 8, 16 + 2 * state + heads, 8, dt_bias=0, **numbers))
+    assert all(width > 0 for width, _ in groups(model)["mixer.in_proj"])
+
+
 @pytest.mark.parametrize("name", ["gate_up_proj", "w12", "Wi", "in_proj", "fc1"])
 def test_gate_and_up_are_normed_apart(name: str):
     assert groups(tree(mlp=tree(**{name: nn.Linear(8, 24), "out": nn.Linear(12, 8)})))[f"mlp.{name}"] == (

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sdd import SDDLinear
-from sdd.conversion import convert
+from sdd.conversion import apply, convert
 
 
 class Block(nn.Module):
@@ -147,6 +147,36 @@ def test_a_single_layer_can_be_the_model():
 
 
 # --- the draw ---
+
+
+def test_sizes_that_a_model_gives_as_tensors_are_numbers_in_the_report():
+    model = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 4))
+    model[0].in_features, model[0].out_features = torch.tensor(8), torch.tensor(6)
+    report = convert(model, include=["0"])
+    assert [type(size) for size in report.converted[0].shape] == [int, int]
+    assert type(report.share) is float
+    assert apply(nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 4)), report.to_json())
+
+
+class Refusing:
+    """A config of which nothing can be read, as transformers' `head_dim` where it differs between layers."""
+
+    def __getattr__(self, name: str):
+        raise AttributeError(name) if name.startswith("__") else RuntimeError(f"{name} is ambiguous")
+
+
+@pytest.mark.parametrize("projections", [("q_proj", "k_proj"), ("qkv_proj",), ("kv_a_proj", "gate_up_proj")])
+def test_a_config_that_raises_errors_counts_as_none(projections):
+    def report(config: object | None) -> str:
+        torch.manual_seed(0)
+        model = Net()
+        for module in model.modules():
+            if isinstance(module, Block):
+                module.attention = nn.ModuleDict({name: nn.Linear(16, 48) for name in projections})
+            module.config = config
+        return str(convert(model, example=torch.tensor([[1, 2]])))
+
+    assert report(Refusing()) == report(None)
 
 
 def test_reinit_draws_the_papers_distribution():

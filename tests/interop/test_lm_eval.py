@@ -1,6 +1,7 @@
 """A run as a model of lm-eval: the same numbers as `sdd eval`, on a task with local data."""
 
 import json
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +15,7 @@ from sdd.evals.requests import load_task
 from sdd.evals.scorer import RunScorer
 from sdd.evals.tasks import run_tasks
 from sdd.evals.text import evaluate_run, load_trained
+from sdd.interop import lm_eval as adapter
 from sdd.interop.lm_eval import SDDModel
 
 pytestmark = pytest.mark.ties
@@ -26,6 +28,40 @@ def run(tmp_path_factory):
 
 def asked(*args):
     return SimpleNamespace(args=args)
+
+
+def command(monkeypatch, folder, run):
+    """lm-eval's command with our model, on a task of a file on this machine."""
+    monkeypatch.setenv("HF_HOME", str(folder / "cache"))
+    settings = {
+        "task": "sums",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(folder / "documents.json")}, "cache_dir": str(folder / "c")},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "Question: what is {{number}}?\nAnswer:",
+        "doc_to_target": "label",
+        "doc_to_choice": ["one", "two"],
+        "metric_list": [{"metric": "acc"}],
+    }
+    (folder / "tasks").mkdir()
+    (folder / "tasks" / "sums.yaml").write_text(json.dumps(settings))
+    (folder / "documents.json").write_text("".join(f'{{"number": {i}, "label": {i % 2}}}\n' for i in range(6)))
+    words = ["--model", "sdd", "--model_args", f"run={run}", "--tasks", "sums", "--include_path", str(folder / "tasks")]
+    monkeypatch.setattr("sys.argv", ["lm_eval", "run", *words])
+    return adapter.main()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_command_of_lm_eval_takes_a_run(run, tmp_path, monkeypatch, capsys):
+    assert command(monkeypatch, tmp_path, run) == 0
+    assert re.search(r"\|sums *\|.*\|acc *\|", capsys.readouterr().out)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_is_no_run_is_one_line(tmp_path, monkeypatch, capsys):
+    assert command(monkeypatch, tmp_path, tmp_path / "nowhere") == 2
+    assert f"sdd: {tmp_path / 'nowhere'} is no run" in capsys.readouterr().err
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -5,12 +5,14 @@ import torch
 from helpers_processes import in_processes
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.parallel import parallelize_module
 
 import sdd
 from sdd.errors import UserError
 from sdd.functional import norm, scaled_norm
+from sdd.kernels import use
 from sdd.parallel import ColwiseSDD, RowwiseSDD, ShardedNorm, sharded_norm, sharded_scaled_norm
 from sdd.parallel.exchange import gathered, joined, part_of, scattered, summed
 
@@ -122,6 +124,33 @@ def test_a_pair_of_cut_layers_computes_what_whole_ones_do():
         assert max(found.values()) < 1e-12, found
 
 
+def sharded_twice(rank):
+    """A pair of layers that FSDP2 shards further, over rows of the batch; and kernels on parts of the features."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("shard", "tensor"))
+    data = mesh["shard"].get_local_rank()
+    x, g = drawn(2, B, C, seed=3), drawn(2, B, C, seed=4)
+    alone = pair(sdd.SDDLinear)
+    (alone(x) * g).sum().div(2).backward()  # FSDP2 takes the mean over processes
+    shared = parallelize_module(pair(sdd.SDDLinear), mesh["tensor"], {"0": ColwiseSDD(), "2": RowwiseSDD()})
+    fully_shard(shared, mesh=mesh["shard"])
+    assert shared[0].weight.placements[1].is_shard()
+    assert shared[0].weight.to_local().numel() == C * F // 4
+    (shared(x[data]) * g[data]).sum().backward()
+    pairs = [(p.grad, q.grad.full_tensor()) for p, q in zip(alone.parameters(), shared.parameters(), strict=True)]
+    error = max(((a - b).norm() / a.norm()).item() for a, b in pairs)
+    layer = pair(sdd.SDDLinear, group=6)[0].float()
+    expected = layer(x.float())
+    with use("triton"):
+        found = parallelize_module(layer, mesh["tensor"], ColwiseSDD())(x.float())
+    return error, (part_of(expected, mesh["tensor"], -1) - found).abs().max().item()
+
+
+def test_fsdp_shards_cut_layers_further_and_kernels_run_on_parts():
+    for error, kernel_error in in_processes(4, sharded_twice):
+        assert error < 1e-12
+        assert kernel_error < 1e-5
+
+
 # --- what is refused
 
 
@@ -140,6 +169,12 @@ def refusals(rank, size):
             parallelize_module(layer, mesh, style)
         except UserError as error:
             said.append(str(error))
+    for style in (ColwiseSDD(), RowwiseSDD()):
+        layer = parallelize_module(sdd.SDDLinear(C, C), mesh, style)
+        try:
+            layer(torch.zeros(2, C), added=torch.zeros(2, C))
+        except UserError as error:
+            said.append(str(error))
     return said
 
 
@@ -152,6 +187,7 @@ def test_what_cannot_be_cut_is_refused_in_a_line():
         "a fused projection is not cut",
         "not Conv1d",
         "a LayerNorm computes something else",
+        *["an adapter does not fit a layer that processes share"] * 2,
     ]
     assert len(said) == len(expected)
     for line, text in zip(said, expected, strict=True):

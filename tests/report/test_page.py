@@ -9,6 +9,7 @@ import pytest
 
 from helpers_runs import edit_json, probe_row
 from sdd.errors import UserError
+from sdd.placement import placements
 from sdd.probing import append_row
 from sdd.report.html import write_page
 from sdd.report.page import render, write_report
@@ -120,6 +121,15 @@ def test_placements_of_one_name_and_two_definitions_are_told_apart(tmp_path: Pat
     text = (second / "config.json").read_text()
     (second / "config.json").write_text(text.replace("1e-06", "1e-05"))
     assert len(set(re.findall(r"sdd \([0-9a-f]{6}\)", report(tmp_path, first, second).text))) == 2
+
+
+def test_a_page_shows_runs_of_every_placement(tmp_path: Path, make_run: MakeRun) -> None:
+    ends = {name: 4 + 0.01 * index for index, name in enumerate(placements)}
+    runs = [make_run(f"run-{name}", placement=name, end=end) for name, end in ends.items()]
+    page = report(tmp_path, *runs)
+    for run in load_runs(runs):
+        assert f"run-{run.placement}" in page.text
+        assert f"{run.eval_loss:.3f}" in page.text
 
 
 def test_nothing_from_a_file_is_taken_for_html(tmp_path: Path, make_run: MakeRun) -> None:

@@ -8,6 +8,7 @@ import pytest
 from chromium import BROWSER, Chromium
 
 from helpers_runs import config_of, write_run
+from sdd.report import serve
 from sdd.report.html import write_page
 from sdd.report.page import render
 from sdd.report.runs import load_runs
@@ -63,8 +64,12 @@ def test_first_screen_of_a_phone_shows_what_broke_first_and_when(browser: Chromi
     assert "since step 30, first in block 1" in seen[0]
 
 
-def test_live_page_updates_without_losing_the_place(browser: Chromium, tmp_path: Path) -> None:
-    run = write_run(tmp_path / "run", config_of(), until=40, probed=True)
+def test_live_page_updates_without_losing_the_place(
+    browser: Chromium, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serve, "SECONDS_BETWEEN", 0.0)
+    monkeypatch.setattr(serve, "TIMES_THE_LAST", 0.0)
+    run = write_run(tmp_path / "run", config_of(), until=40)
     lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
     live = LivePage(0)
     with live.serving(run):

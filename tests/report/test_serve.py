@@ -38,6 +38,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     monkeypatch.setattr(serve.subprocess, "Popen", Copy)
     monkeypatch.setattr(serve, "SECONDS_BETWEEN", 0.0)
     monkeypatch.setattr(serve, "TIMES_THE_LAST", 0.0)  # a busy machine may take long to notice the last page
+    monkeypatch.setattr(serve, "LINGER", 0.5)
     return started
 
 
@@ -83,11 +84,8 @@ def test_page_follows_the_run_and_is_made_only_when_it_has_gone_on(
         assert len(made) == 2
 
 
-def test_open_browser_gets_the_last_state(
-    made: list[Path], live: LivePage, make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_open_browser_gets_the_last_state(made: list[Path], live: LivePage, make_run: MakeRun) -> None:
     run = make_run("a")
-    monkeypatch.setattr(serve, "LINGER", 0.5)
     with live.serving(run):
         ask(live)
         (run / "result.json").write_text("{}")

@@ -7,7 +7,6 @@ from helpers_train import TINY, assert_same_tensors, little, rows, tiny
 
 from sdd.errors import RunFailed, UserError
 from sdd.placement import placements
-from sdd.report.page import write_report
 from sdd.train import config_io
 from sdd.train.checkpoint import list_checkpoints
 from sdd.train.run_dir import RunDir
@@ -248,14 +247,14 @@ def test_threads_are_set_and_recorded(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("placement", list(placements))
-def test_every_placement_trains_resumes_and_reports(tmp_path, placement):
-    """Four blocks of nano start at a loss of about 8.5 nats, and lose at least 1.2 in 40 steps, resumed at the half."""
+def test_every_placement_trains_and_resumes(tmp_path, placement):
+    """Two blocks of nano start at a loss of about 8.5 nats, and lose at least 1.2 in 40 steps, resumed at the half."""
     from sdd.train import preset
 
     nano = preset("nano")
     config = replace(
         nano,
-        model=replace(nano.model, n_layers=4, placement=placements[placement]),
+        model=replace(nano.model, n_layers=2, context=32, placement=placements[placement]),
         # nGPT's logits start within 1, and their scale grows with the rate
         optim=replace(nano.optim, schedule="constant", warmup=10, lr=0.016 if placement == "ngpt" else nano.optim.lr),
         steps=20,
@@ -267,8 +266,6 @@ def test_every_placement_trains_resumes_and_reports(tmp_path, placement):
     result = resume(tmp_path / "run", 40)
     assert result["step"] == 40
     assert before - result["eval_loss"] > 1.2
-    write_report([tmp_path / "run"], tmp_path / "report.html")
-    assert f"{result['eval_loss']:.3f}" in (tmp_path / "report.html").read_text()
 
 
 def test_a_run_that_ended_before_its_first_step_does_not_block_its_folder(tmp_path):

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from sdd.conversion.kinds import features
+from sdd.conversion.kinds import features, told
 from sdd.conversion.table import collapse
 
 _UNSCALED = ("T5", "MT5", "UMT5", "LongT5", "SwitchTransformers", "Udop", "Pop2Piano", "Pix2Struct", "GPTNeoSelf")
@@ -47,7 +47,7 @@ def _unscaled(modules: Iterable[nn.Module], converted: Collection[nn.Module]) ->
 def _alpha(module: Any, query: nn.Module) -> float:
     """The alpha on queries and keys that makes up for the division by sqrt(d)."""
     names = ("key_value_proj_dim", "head_dim", "d_kv")
-    width = next((value for name in names if type(value := getattr(module, name, None)) is int), features(query)[1])
+    width = next((value for name in names if type(value := told(module, name)) is int), features(query)[1])
     return width**-0.25
 
 
@@ -55,7 +55,7 @@ def _dropout(model: nn.Module) -> list[str]:
     """A note if any dropout is on, since some converted models bear it badly."""
     rates = {module.p for module in model.modules() if isinstance(module, nn.Dropout) and module.p}
     for module in model.modules():
-        settings = getattr(getattr(module, "config", None), "__dict__", {})
+        settings = told(told(module, "config"), "__dict__", {})
         rates |= {value for key, value in settings.items() if _is_rate(key, value)}
     if not rates:
         return []

@@ -31,7 +31,7 @@ def become_sdd(linear: nn.Module, norms: Norms, alpha_init: float) -> SDDLinear:
         layer.__class__ = SDDConv1D
     else:
         layer.__class__ = SDDLinear
-    group = as_group(norms, layer.out_features)
+    group = as_group(norms, int(layer.out_features))
     layer._add_norm(group, norms.shared_alpha, alpha_init, norms.eps, paper_draw=True)
     return layer
 
@@ -97,7 +97,7 @@ def described(name: str, module: SDDModule, is_output: bool = False, **more: Any
         kept = vars(module).get("digests", {}).get(key)
         shape, group = expert_shape(module, key), expert_parts(module, key)
         return ConvertedLayer(name, shape, alpha_init, group=group, digest=kept, **settings)
-    shape = (module.out_features, module.in_features)
+    shape = (int(module.out_features), int(module.in_features))
     shared, digest = module.shared_alpha, vars(module).get("digest")
     return ConvertedLayer(
         name, shape, module.alpha_init, group=module.group, shared_alpha=shared, digest=digest, **settings

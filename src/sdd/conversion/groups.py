@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from sdd.conversion.kinds import features, is_layer
+from sdd.conversion.kinds import features, is_layer, told
 from sdd.conversion.patterns import matches
 from sdd.norm_groups import Group, resolve_group
 
@@ -89,10 +89,11 @@ def find(name: str, layer: nn.Module, parent: nn.Module) -> Fused:
     if last in _KV and any(child.lower() in _QUERIES for child, _ in parent.named_children()):
         return _parts([n_out // 2, n_out // 2], head_dim)
     if (widths := _known_parts(last, parent)) and sum(widths) == n_out:
-        return _parts(widths)
+        return _parts([width for width in widths if width])
     if last == "in_proj" and (widths := _mamba2(parent)) and sum(widths) == n_out:
         # dt sets the decay of the state: it stays a plain part
-        group = (*((width, width) for width in widths[:-1]), (widths[-1], 0))
+        parts = [*((width, width) for width in widths[:-1]), (widths[-1], 0)]
+        group = tuple(part for part in parts if part[0])
         return Fused(group, group)
     if last == "in_proj_qkvz" and (sizes := _sizes(parent, "head_k_dim", "head_v_dim")) and sizes[0] == sizes[1]:
         return Fused(sizes[0], sizes[0])  # q, k, v and a gate for each head in turn
@@ -124,7 +125,7 @@ def _interleaved(name: str, parent: nn.Module) -> bool:
     """Whether the parts of each head stand side by side, or may do so: a group for each head is right either way."""
     if name.endswith("query_key_value") or type(parent).__name__.startswith("CodeGen"):
         return True
-    return type(parent).__name__.startswith("GPTBigCode") and not getattr(parent, "multi_query", False)
+    return type(parent).__name__.startswith("GPTBigCode") and not told(parent, "multi_query", False)
 
 
 def _parts(widths: Sequence[int], head_dim: int = 0) -> Fused:
@@ -138,7 +139,7 @@ def _parts(widths: Sequence[int], head_dim: int = 0) -> Fused:
 def _mamba2(parent: Any) -> list[int]:
     """Gate, x, B, C and dt of Mamba 2; nothing for another module."""
     sizes = _sizes(parent, "intermediate_size", "n_groups", "ssm_state_size", "num_heads")
-    if not sizes or not hasattr(parent, "dt_bias"):
+    if not sizes or told(parent, "dt_bias") is None:
         return []
     inner, groups, state, heads = sizes
     return [inner, inner, groups * state, groups * state, heads]
@@ -156,8 +157,9 @@ def _known_parts(last: str, parent: Any) -> list[int]:
 
 
 def _sizes(module: Any, *names: str) -> list[int]:
-    sizes = [getattr(module, name, None) for name in names]
-    return [size for size in sizes if type(size) is int] if all(type(size) is int for size in sizes) else []
+    """What a module tells under these names, all or nothing. A size may be 0, as of rotary embeddings left out."""
+    sizes = [told(module, name) for name in names]
+    return sizes if all(type(size) is int and size >= 0 for size in sizes) else []
 
 
 def _reads_half(parent: nn.Module, layer: nn.Module) -> bool:
@@ -197,9 +199,9 @@ def _number(module: Any, names: Sequence[str]) -> int | None:
 
 
 def _numbers(module: Any, names: Sequence[str]) -> Iterator[int]:
-    for owner in (module, getattr(module, "config", None)):
+    for owner in (module, told(module, "config")):
         for name in names:
-            value = getattr(owner, name, None)
+            value = told(owner, name)
             if type(value) is int and value > 0:
                 yield value
 

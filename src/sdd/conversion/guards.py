@@ -8,13 +8,14 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from sdd.conversion.kinds import told
 from sdd.errors import UserError
 
 
 def refuse_trained(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
     """Raise UserError for a model that shows signs of training, which new weights would destroy."""
     for module in model.modules():
-        source = getattr(getattr(module, "config", None), "_name_or_path", "")
+        source = told(told(module, "config"), "_name_or_path", "")
         if isinstance(source, str) and source:
             _refuse(f"its config was loaded from {source!r}")
     for name, parameter in model.named_parameters():

@@ -1,4 +1,4 @@
-"""Which layers of a foreign model compute `x W^T + b`."""
+"""Which layers of a foreign model compute `x W^T + b`, and what its modules and configs say."""
 
 from collections import OrderedDict
 from typing import Any
@@ -24,6 +24,17 @@ class SDDConv1D(SDDLinear):
         return self.weight.t()
 
 
+def told(owner: Any, name: str, default: Any = None) -> Any:
+    """What a foreign module or config has under a name; the default also where reading it raises an error.
+
+    Properties may raise anything: transformers refuses `config.head_dim` where it differs between layers.
+    """
+    try:
+        return getattr(owner, name, default)
+    except Exception:
+        return default
+
+
 def is_conv1d(module: nn.Module) -> bool:
     """Whether it is transformers' Conv1D: a fully-connected layer with its weight transposed."""
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and hasattr(module, "nx")
@@ -35,8 +46,9 @@ def is_layer(module: nn.Module) -> bool:
 
 
 def features(layer: Any) -> tuple[int, int]:
-    """Input and output features of a fully-connected layer."""
-    return (layer.nx, layer.nf) if is_conv1d(layer) else (layer.in_features, layer.out_features)
+    """Input and output features of a fully-connected layer, as numbers: some models give them as tensors."""
+    n_in, n_out = (layer.nx, layer.nf) if is_conv1d(layer) else (layer.in_features, layer.out_features)
+    return int(n_in), int(n_out)
 
 
 def not_linear(layer: nn.Module) -> str | None:

@@ -9,6 +9,8 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
+from sdd.conversion.kinds import told
+
 _READ = "its model reads the weight without calling the layer"
 _SCALED = "its model rescales the weight for evaluation"
 
@@ -59,5 +61,5 @@ def known_readers(model: nn.Module, linears: Mapping[str, nn.Module]) -> dict[st
 
 def _reasons(kind: str, child: str, owner: nn.Module) -> Iterator[str]:
     for pattern, layer, reason, *needs in (*KNOWN, *KNOWN_IF):
-        if layer == child and fnmatchcase(kind, pattern) and all(getattr(owner, name, False) for name in needs):
+        if layer == child and fnmatchcase(kind, pattern) and all(told(owner, name, False) for name in needs):
             yield reason

@@ -7,7 +7,7 @@ from itertools import chain
 from torch import nn
 
 from sdd.block_lists import block_lists, most_of_one_type
-from sdd.conversion.kinds import features, is_layer
+from sdd.conversion.kinds import features, is_layer, told
 from sdd.conversion.patterns import matches
 
 #: Projections that write to the residual stream, by the names that published models give them, in lower case.
@@ -71,7 +71,7 @@ def depth_of(model: nn.Module, blocks: Mapping[str, int]) -> int | None:
     """L: the blocks of the longest list, or what the config says of a model that calls one block again and again."""
     if blocks:
         return max(blocks.values())
-    config_says = getattr(getattr(model, "config", None), "num_hidden_layers", None)
+    config_says = told(told(model, "config"), "num_hidden_layers")
     return config_says if isinstance(config_says, int) and config_says > 0 else None
 
 

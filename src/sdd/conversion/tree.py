@@ -10,7 +10,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
-from sdd.conversion.kinds import features, is_layer
+from sdd.conversion.kinds import features, is_layer, told
 from sdd.conversion.outputs import stacks
 
 #: Names of the head, matched against every component of a dotted name outside the blocks.
@@ -191,17 +191,20 @@ def impure(layer: nn.Module) -> str | None:
 
 def _output_embeddings(module: nn.Module) -> nn.Module | None:
     """The head that a Hugging Face model names itself."""
-    getter = getattr(module, "get_output_embeddings", None)
-    head = getter() if callable(getter) else None
+    getter = told(module, "get_output_embeddings")
+    try:
+        head = getter() if callable(getter) else None
+    except Exception:  # of a model that has none
+        return None
     return head if isinstance(head, nn.Module) else None
 
 
 def _sizes(modules: Iterable[nn.Module]) -> Iterator[int]:
     """The sizes that models and their configs give for labels and vocabularies."""
     for module in modules:
-        for owner in (module, getattr(module, "config", None)):
+        for owner in (module, told(module, "config")):
             for attribute in _SIZES:
-                value: Any = getattr(owner, attribute, None)
+                value: Any = told(owner, attribute)
                 if type(value) is int and not isinstance(module, (nn.Embedding, nn.modules.batchnorm._NormBase)):
                     yield value
 

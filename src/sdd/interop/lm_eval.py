@@ -10,12 +10,13 @@ is lm-eval's own command with this model added. From Python:
 Importing this module raises MissingPackage without lm-eval (`pip install 'sdd-torch[lm-eval]'`).
 """
 
+import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sdd.errors import UserError, require_extra
+from sdd.errors import SddError, UserError, one_line, require_extra
 from sdd.evals.generation import continue_texts
 from sdd.evals.likelihood import Pair, encode_pairs, score
 from sdd.evals.scorer import RunScorer
@@ -116,5 +117,15 @@ def _sampling(settings: dict[str, Any]) -> dict[str, Any]:
     return {"temperature": float(settings.get("temperature", 1.0)), **chosen}
 
 
+def main() -> int:
+    """Run lm-eval's command; returns its exit code. What is wrong with the run is one line, as everywhere."""
+    try:
+        require_extra("lm-eval", "lm_eval.__main__", needed_by=__name__)[0].cli_evaluate()
+    except SddError as error:
+        print(f"sdd: {error.heading}{one_line(error)}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
 if __name__ == "__main__":
-    require_extra("lm-eval", "lm_eval.__main__", needed_by=__name__)[0].cli_evaluate()
+    sys.exit(main())

@@ -25,6 +25,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import can_return_tuple
+from transformers.utils.output_capturing import capture_outputs
 
 
 class SDDConfig(PreTrainedConfig):
@@ -47,6 +48,13 @@ class SDDConfig(PreTrainedConfig):
 
     model_type = "sdd"
     keys_to_ignore_at_inference = ["past_key_values"]
+    # No plan for tensor parallelism: a norm over a full width needs all of it.
+    base_model_pp_plan = {
+        "embed_tokens": (["input_ids"], ["inputs_embeds"]),
+        "embed_norm": (["inputs_embeds"], ["hidden_states"]),
+        "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
+        "norm": (["hidden_states"], ["hidden_states"]),
+    }
 
     vocab_size: int = 4096
     hidden_size: int = 64
@@ -218,9 +226,10 @@ class SDDAttention(nn.Module):
         self, hidden_states: Tensor, position_embeddings: Any, attention_mask: Any, past_key_values: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         shape = hidden_states.shape[:-1]
-        q = self.heads(self.q_norm(self.q_proj(hidden_states)))
-        k = self.heads(self.k_norm(self.k_proj(hidden_states)))
-        v = self.heads(self.v_norm(self.v_proj(hidden_states)))
+        q = self.q_norm(self.q_proj(hidden_states))
+        k = self.k_norm(self.k_proj(hidden_states))
+        v = self.v_norm(self.v_proj(hidden_states))
+        q, k, v = (x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for x in (q, k, v))
         q, k = rotated(q, *position_embeddings), rotated(k, *position_embeddings)
         if self.qk_scale is not None:  # s on q and on k alike is s^2 on q
             q = (self.qk_scale.weight.view(-1, 1, self.head_dim).square() * q).to(q.dtype)
@@ -230,10 +239,6 @@ class SDDAttention(nn.Module):
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(chosen, eager_attention)
         y, weights = attention(self, q, k, v, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs)
         return self.o_norm(self.o_proj(self.ctx_norm(y.reshape(*shape, -1).contiguous()))), weights
-
-    def heads(self, x: Tensor) -> Tensor:
-        """`[B, T, width]` to `[B, heads, T, head_dim]`."""
-        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
 
 class SDDMLP(nn.Module):
@@ -264,6 +269,8 @@ class SDDMLP(nn.Module):
 class SDDMoE(nn.Module):
     """A mixture of experts without dropped tokens. Each expert is a module of its own, so that its matrices are seen.
 
+    They stand in a ModuleDict: serving engines put a fused kernel, which has no norms, in place of a list of experts.
+
     With `p = softmax(router x)`, the output is the sum of `p_e * expert_e(x)` over the experts of largest p.
     """
 
@@ -272,7 +279,7 @@ class SDDMoE(nn.Module):
         self.top_k, self.renormalise = config.num_experts_per_tok, config.norm_topk_prob
         hidden, shared = config.intermediate_size, config.shared_intermediate_size
         self.router = nn.Linear(config.hidden_size, config.num_experts, bias=False)
-        self.experts = nn.ModuleList(SDDMLP(config, norms, hidden) for _ in range(config.num_experts))
+        self.experts = nn.ModuleDict({str(e): SDDMLP(config, norms, hidden) for e in range(config.num_experts)})
         self.shared = SDDMLP(config, norms, shared) if shared else None
 
     def forward(self, hidden_states: Tensor) -> Tensor:
@@ -282,9 +289,14 @@ class SDDMoE(nn.Module):
         if self.renormalise:
             weights = weights / weights.sum(-1, keepdim=True)
         total = torch.zeros_like(x, dtype=weights.dtype)
-        for index in chosen.unique().tolist():
-            token, place = (chosen == index).nonzero(as_tuple=True)
-            total = total.index_add(0, token, weights[token, place, None] * self.experts[index](x[token]))
+        if torch.compiler.is_compiling():  # sizes must not depend on the data: each expert computes every token
+            shares = torch.zeros_like(logits, dtype=weights.dtype).scatter(-1, chosen, weights)
+            for expert, share in zip(self.experts.values(), shares.unbind(-1), strict=True):
+                total = total + share[:, None] * expert(x)
+        else:
+            for index in chosen.unique().tolist():
+                token, place = (chosen == index).nonzero(as_tuple=True)
+                total = total.index_add(0, token, weights[token, place, None] * self.experts[str(index)](x[token]))
         y = total.to(x.dtype)
         return (y if self.shared is None else y + self.shared(x)).view_as(hidden_states)
 
@@ -304,11 +316,10 @@ class SDDDecoderLayer(GradientCheckpointingLayer):
         self.ffn_mix = mix_at(config, 2 * layer_idx + 1)
         self.ffn_post_norm = norm_at(norms, "ffn_post", width)
 
-    def forward(self, hidden_states: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
         x = hidden_states
-        f, weights = self.self_attn(self.attn_in_norm(x), **kwargs)
-        x = self.attn_post_norm(self.attn_mix(x, f))
-        return self.ffn_post_norm(self.ffn_mix(x, self.mlp(self.ffn_in_norm(x)))), weights
+        x = self.attn_post_norm(self.attn_mix(x, self.self_attn(self.attn_in_norm(x), **kwargs)[0]))
+        return self.ffn_post_norm(self.ffn_mix(x, self.mlp(self.ffn_in_norm(x))))
 
 
 class SDDPreTrainedModel(PreTrainedModel):
@@ -319,6 +330,8 @@ class SDDPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["SDDDecoderLayer"]
     _skip_keys_device_placement = ["past_key_values"]
+    _can_record_outputs = {"hidden_states": SDDDecoderLayer, "attentions": SDDAttention}
+    _can_compile_fullgraph = True
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
 
     @torch.no_grad()
@@ -342,7 +355,7 @@ class SDDModel(SDDPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
-    @can_return_tuple
+    @capture_outputs
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -351,8 +364,6 @@ class SDDModel(SDDPreTrainedModel):
         past_key_values: Any = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
-        output_hidden_states: bool | None = None,
-        output_attentions: bool | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         if (input_ids is None) == (inputs_embeds is None):
@@ -364,30 +375,19 @@ class SDDModel(SDDPreTrainedModel):
         if position_ids is None:
             seen = 0 if past_key_values is None else past_key_values.get_seq_length()
             position_ids = torch.arange(seen, seen + x.shape[1], device=x.device)[None]
-        mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=x,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            position_ids=position_ids,
-        )
-        options = {"position_ids": position_ids, "past_key_values": past_key_values, **kwargs}
-        angles, states, attentions = rope(position_ids, self.config), [self.embed_norm(x)], []
+        known = {"past_key_values": past_key_values, "position_ids": position_ids}
+        mask = create_causal_mask(config=self.config, inputs_embeds=x, attention_mask=attention_mask, **known)
+        angles, x = rope(position_ids, self.config), self.embed_norm(x)
         for layer in self.layers:
-            x, weights = layer(states[-1], attention_mask=mask, position_embeddings=angles, **options)
-            states.append(x)
-            attentions.append(weights)
-        x = states[-1] = self.norm(states[-1])
-        showing = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        attending = self.config.output_attentions if output_attentions is None else output_attentions
-        shown = tuple(states) if showing else None, tuple(attentions) if attending else None
-        return BaseModelOutputWithPast(x, past_key_values if caching else None, *shown)
+            x = layer(x, attention_mask=mask, position_embeddings=angles, **known, **kwargs)
+        return BaseModelOutputWithPast(self.norm(x), past_key_values if caching else None)
 
 
 class SDDForCausalLM(SDDPreTrainedModel, GenerationMixin):
     """The language model: `SDDModel` and its head."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}  # pyright: ignore[reportAssignmentType]
 
     def __init__(self, config: SDDConfig) -> None:
         super().__init__(config)

@@ -59,6 +59,7 @@ class Definition:
         depths: the default numbers of blocks; each is a condition. Empty if the preset has the depth.
         measure: takes what a result keeps as `measured` from the directory of a run that has ended, see
             `sdd.lab.measures`; None if the study reads losses only.
+        require: raises UserError if something is missing that the study needs beside the data; called before runs.
     """
 
     name: str
@@ -77,6 +78,7 @@ class Definition:
     optional: tuple[Arm, ...] = ()
     depths: tuple[int, ...] = ()
     measure: Measure | None = None
+    require: Callable[[], None] = lambda: None
 
 
 @dataclass(frozen=True)

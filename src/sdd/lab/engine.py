@@ -239,6 +239,7 @@ class Engine:
         if not missing:
             self._say("All of these runs have a result already.")
             return
+        plan.definition.require()  # before hours of work, not after
         grid = Grid(missing, self.out, plan.request.workers)
         waiting = [job.config for job in grid.waiting]
         minutes = math.ceil(grid_seconds(waiting, grid.threads, grid.workers) / 60)

@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sdd.evals.requests import TABLE_1, Task, load_task
+from sdd.evals.scorer import RunScorer
+from sdd.evals.tasks import run_tasks
 from sdd.evals.text import load_trained
 from sdd.files import number
 from sdd.lab.grid.job import diverged
@@ -29,6 +32,9 @@ GROUPS = {
 SHARES = (0.1, 0.5, 1.0)
 _WINDOWS = 16  # of held-out text whose features are compared
 _DIGITS = 4
+#: So many documents of each task of table 1 are asked: the first ones; of MMLU, one of each subject in turn.
+TASK_DOCUMENTS = 500
+_OF_TASK = ("documents", "chance", "bits_per_byte", "cut")
 
 
 def training_losses(run: Path, _: HeldOut) -> dict[str, Any]:
@@ -95,6 +101,27 @@ def gradients_and_similarity(run: Path, held_out: HeldOut) -> dict[str, Any]:
     return {**group_gradients(run, held_out), **layer_similarity(run, held_out)}
 
 
+def downstream_tasks(run: Path, _: HeldOut) -> dict[str, Any]:
+    """`tasks`: of each task of table 1 its accuracy beside what it costs to know nothing; nothing if the run diverged.
+
+    By task: `accuracy` (the one that the task's authors report) and its `stderr`; `documents`, `chance`,
+    `bits_per_byte` and `cut` of `sdd.evals.accuracy.summarise`; `shortest`, the accuracy of always giving the shortest
+    answer. Scores are kept in the run's folder.
+    """
+    if diverged(run):
+        return {}
+    trained = load_trained(run)
+    tasks = [load_task(name, limit=TASK_DOCUMENTS) for name in TABLE_1]
+    found = run_tasks(RunScorer(trained), tasks, run / "evals" / f"step-{trained.step:08d}")
+    return {"tasks": {task.name: _of_task(task, found[task.name]) for task in tasks}}
+
+
+def require_tasks() -> None:
+    """Raise UserError, which says how to get it, if a task of table 1 is not there."""
+    for name in TABLE_1:
+        load_task(name, limit=1)
+
+
 def numbers(result: RunResult, *names: str) -> Any:
     """A value of `measured` by its path of names, with numbers as floats at any depth; None if the run has none."""
     value: Any = result.measured
@@ -107,6 +134,19 @@ def numbers(result: RunResult, *names: str) -> Any:
 
 def _floats(value: Any) -> Any:
     return [_floats(each) for each in value] if isinstance(value, list) else number(value)
+
+
+def _of_task(task: Task, found: dict[str, Any]) -> dict[str, Any]:
+    primary = found["primary"]
+    hits = [
+        min(range(len(document.choices)), key=lambda at: len(document.choices[at][1])) == document.label
+        for document in task.documents
+    ]
+    values = {name: found[name] for name in _OF_TASK} | {
+        "accuracy": found[primary],
+        "stderr": found[f"{primary}_stderr"],
+    }
+    return {name: round(value, 6) for name, value in {**values, "shortest": sum(hits) / len(hits)}.items()}
 
 
 def _kept_rows(probe: ProbeHistory) -> list[int]:

@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from sdd import probe_points
+from sdd.errors import UserError
 from sdd.functional import norm
 from sdd.kernels import scaled_norm
 from sdd.models.block import FeedForward
@@ -52,6 +53,16 @@ class _Cut(nn.Module):
         return shared(vector, self.mesh) if self.adds_up and vector.requires_grad else vector
 
 
+def refuse_adapters(added: Tensor | None, alpha: Tensor | None) -> None:
+    """Refuse what an adapter gives a layer beside its input.
+
+    Raises:
+        UserError: if it gives something: it knows nothing of parts.
+    """
+    if added is not None or alpha is not None:
+        raise UserError("an adapter does not fit a layer that processes share: merge it before the model is cut")
+
+
 class ColwiseLinear(_Cut, nn.Linear):
     """`nn.Linear` with the output features cut."""
 
@@ -68,16 +79,17 @@ class ColwiseSDDLinear(_Cut, SDDLinear):
         """This process's features of `V x`."""
         return F.linear(self.exchange(input), local(self.weight))
 
-    def forward(self, input: Tensor) -> Tensor:
-        """All features of the input, this process's features of the output."""
+    def forward(self, input: Tensor, added: Tensor | None = None, alpha: Tensor | None = None) -> Tensor:
+        """All features of the input, this process's features of the output; without adapters."""
+        refuse_adapters(added, alpha)
         z = self.product(input)
-        alpha = self.all_of(self.alpha) if self.shared_alpha else self.mine(self.alpha)
+        scale = self.all_of(self.alpha) if self.shared_alpha else self.mine(self.alpha)
         bias = None if self.bias is None else self.mine(self.bias)
         group = self.parts[0][1]
         if group == self.out_features:
-            y = sharded_scaled_norm(z, alpha, bias, mesh=self.mesh, eps=self.eps)
+            y = sharded_scaled_norm(z, scale, bias, mesh=self.mesh, eps=self.eps)
         else:
-            y = scaled_norm(z, alpha, bias, group=group, eps=self.eps)
+            y = scaled_norm(z, scale, bias, group=group, eps=self.eps)
         probe_points.projection(self, z, y)
         return y
 
@@ -94,8 +106,9 @@ class RowwiseLinear(_Cut, nn.Linear):
 class RowwiseSDDLinear(_Cut, SDDLinear):
     """`SDDLinear` with the input features cut: the norm comes after the sum over processes."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        """This process's features of the input, all features of the output."""
+    def forward(self, input: Tensor, added: Tensor | None = None, alpha: Tensor | None = None) -> Tensor:
+        """This process's features of the input, all features of the output; without adapters."""
+        refuse_adapters(added, alpha)
         z = self.exchange(F.linear(input, local(self.weight)))
         bias = None if self.bias is None else self.all_of(self.bias)
         y = scaled_norm(z, self.all_of(self.alpha), bias, group=self.parts, eps=self.eps)

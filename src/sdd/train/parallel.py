@@ -136,6 +136,11 @@ class World:
         return replace(self, layout=layout, mesh=mesh, data=data_mesh(mesh))
 
     @property
+    def shape(self) -> str | None:
+        """The layout in words; None where the processes do nothing but shard."""
+        return None if self.layout is None or self.layout.is_plain else str(self.layout)
+
+    @property
     def data_size(self) -> int:
         """The number of parts that the rows of a batch are cut into."""
         return self.size if self.layout is None else self.layout.data

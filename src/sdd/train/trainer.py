@@ -382,10 +382,8 @@ class Trainer(Learner):
         return evaluation
 
     def _say_opening(self) -> None:
-        spread = "" if self._layout is None else f"; {self._layout}"
-        where = str(self.device)
-        if self.world.size > 1:
-            where = f"{self.world.size} processes ({self.device.type}{spread})"
+        spread = f"{self.device.type}; {self.world.shape}" if self.world.shape else self.device.type
+        where = str(self.device) if self.world.size == 1 else f"{self.world.size} processes ({spread})"
         how = f"{self.precision}, compiled" if self.config.compile else self.precision
         place = f"{how} on {where}, into {self.run_dir.path}"
         for line in (
@@ -417,13 +415,7 @@ class Trainer(Learner):
 
     def environment(self) -> dict[str, Any]:
         """Versions, device and settings that a result depends on beside the config."""
-        return environment(self.device, self.precision, self.world.size, self.world.job, self._layout)
-
-    @property
-    def _layout(self) -> str | None:
-        """How the processes share the work; None where they do nothing but shard."""
-        layout = self.world.layout
-        return None if layout is None or layout.is_plain else str(layout)
+        return environment(self.device, self.precision, self.world.size, self.world.job, self.world.shape)
 
     def _newest(self) -> str:
         found = ckpt.list_checkpoints(self.run_dir.checkpoints)

@@ -10,6 +10,7 @@ from sdd.lab.studies import (
     decay,
     demo,
     depth,
+    downstream,
     eps,
     gradients,
     ladder,
@@ -44,6 +45,7 @@ _MODULES = (
     gradients,
     prenorm,
     similarity,
+    downstream,
 )
 #: The studies by name.
 studies: Mapping[str, Definition] = MappingProxyType({study.DEFINITION.name: study.DEFINITION for study in _MODULES})
