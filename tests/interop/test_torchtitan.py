@@ -12,12 +12,12 @@ pytest.importorskip("spmd_types", reason="the extra torchtitan is not installed"
 
 from helpers_torchtitan import built, drawn_placement, shake, small, tokens  # isort: skip (it imports quietly)
 
-import sdd.interop.torchtitan as sdd_titan
 from torchtitan.components.lora import LoRAConverter
 from torchtitan.components.optimizer import OptimizersContainer
 from torchtitan.models import llama3
 from torchtitan.models.common.linear import Linear
 
+import sdd.interop.torchtitan as sdd_titan
 from sdd.errors import UserError
 from sdd.interop.architecture import kind_of
 from sdd.interop.ties import to_ours, to_theirs
@@ -130,7 +130,9 @@ def test_what_decays_is_what_decays_with_us(placement):
     model, adapter = built(spec.model), spec.state_dict_adapter(spec.model, None)
     config = sdd_titan.adamw(1e-3, weight_decay=0.3)
     config.implementation = "for-loop"
-    groups = [group for optimizer in OptimizersContainer(config, model_parts=[model]) for group in optimizer.param_groups]
+    groups = [
+        group for optimizer in OptimizersContainer(config, model_parts=[model]) for group in optimizer.param_groups
+    ]
     decays = {name: group["weight_decay"] for group in groups for name in group["param_names"]}
     ours = LanguageModel(sdd_titan.model_config(spec.model), "meta")
     expected = {

@@ -115,7 +115,7 @@ def _norm_at(shape: ModelConfig, ours: str, site: Any) -> Any:
 
 
 def _titan_name(ours: str, shape: ModelConfig) -> str:
-    """torchtitan's name of a parameter of a `LanguageModel`."""
+    """Torchtitan's name of a parameter of a `LanguageModel`."""
     block = re.match(r"blocks\.(\d+)\.", ours)
     if block is None:
         part, _, leaf = ours.partition(".")

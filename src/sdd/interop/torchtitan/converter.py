@@ -99,9 +99,7 @@ class _Parts:
         }
         found: dict[str, Any] = {name: norms.get(site) for name, site in names.items()}
         found["embed_norm"] = shape.placement.norms.get("embed") if index == 0 else None
-        stream = {
-            name: norm and _norm(norm, shape, C, name="weight", layer=index + 1) for name, norm in found.items()
-        }
+        stream = {name: norm and _norm(norm, shape, C, name="weight", layer=index + 1) for name, norm in found.items()}
         attention, network = layer.attention, layer.feed_forward
         qkv = SDDQKVLinear.Config(
             head_dim=shape.head_dim,

@@ -99,7 +99,7 @@ class Norm(Module):
     def _of_shards(self, z: DTensor, scale: Tensor | None) -> DTensor:
         """The same of this process's part, so that kernels see plain tensors."""
         mesh, placements = z.device_mesh, z.placements
-        cut = [axis for axis, place in enumerate(placements) if place.is_shard() and place.dim % z.ndim == z.ndim - 1]
+        cut = [axis for axis, place in enumerate(placements) if place.is_shard(z.ndim - 1) or place.is_shard(-1)]
         local = z.to_local(grad_placements=placements)
         if isinstance(scale, DTensor):
             # Where processes have other tokens, or other features under one scale, each has a summand of the gradient.

@@ -52,7 +52,7 @@ def model_registry(
 
 
 def adamw(lr: float, weight_decay: float = 0.1, **kwargs: Any) -> Any:
-    """torchtitan's optimiser config with the groups of `sdd.param_groups`: matrices and an untied head decay.
+    """Torchtitan's optimiser config with the groups of `sdd.param_groups`: matrices and an untied head decay.
 
     Args:
         lr: learning rate.
@@ -80,7 +80,7 @@ def parallelize(
     ac_config: Any,
     dump_folder: str,
 ) -> Any:
-    """torchtitan's `parallelize_llama` with one difference: FSDP gathers alphas and norms of blocks in float32.
+    """Torchtitan's `parallelize_llama` with one difference: FSDP gathers alphas and norms of blocks in float32.
 
     A compiled block has a graph break at each norm, because FSDP has hooks there.
 
@@ -121,7 +121,9 @@ def parallelize(
 
 def _gather_wide(block: nn.Module, mesh: Any) -> None:
     """One FSDP group of all scales of a block, which stay float32 from all-gather to reduction."""
-    norms = [module for module in block.modules() if isinstance(module, Norm) and module.scale is not None]
+    norms: list[nn.Module] = [
+        module for module in block.modules() if isinstance(module, Norm) and module.scale is not None
+    ]
     if norms:
         policy = MixedPrecisionPolicy(param_dtype=None, reduce_dtype=torch.float32, cast_forward_inputs=False)
         fully_shard(norms, mesh=mesh, mp_policy=policy, reshard_after_forward=False)

@@ -74,7 +74,11 @@ def check_is_llama(config: Any) -> None:
         raise UserError(f"SDD placements are for torchtitan's Llama 3, not for {type(config).__qualname__}")
     for index, layer in enumerate(config.layers):
         attention, network = layer.attention, layer.feed_forward
-        if not isinstance(attention, GQAttention.Config) or not isinstance(network, FeedForward.Config) or isinstance(network, AllGatherFusedFeedForward.Config):
+        if (
+            not isinstance(attention, GQAttention.Config)
+            or not isinstance(network, FeedForward.Config)
+            or isinstance(network, AllGatherFusedFeedForward.Config)
+        ):
             raise UserError(
                 f"layers.{index} has other parts than those of Llama 3 (mixture of experts or "
                 "tp_gemm_backend='dist_gemm'): build the model without them"
