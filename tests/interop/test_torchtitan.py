@@ -20,7 +20,7 @@ from torchtitan.models.common.linear import Linear
 import sdd.interop.torchtitan as sdd_titan
 from sdd.errors import UserError
 from sdd.interop.architecture import kind_of
-from sdd.interop.ties import to_ours, to_theirs
+from sdd.interop.ties import ties, to_theirs
 from sdd.models import LanguageModel
 from sdd.models.init import init_std
 from sdd.optim_groups import param_groups
@@ -60,9 +60,9 @@ def assert_the_same(placement, seed=0):
     with torch.no_grad():
         expected, found = ours(tokens()), model(tokens())
     assert (found - expected).abs().max() < 5e-5 * expected.std()
-    back = to_ours(adapter.to_hf(model.state_dict()), shape, kind_of(shape))
+    back = dict(sdd_titan.language_model(spec.model, model.state_dict()).named_parameters())
     for name, parameter in ours.named_parameters():
-        torch.testing.assert_close(back[name], parameter.detach(), rtol=1e-6, atol=0, msg=name)
+        torch.testing.assert_close(back[name], parameter, rtol=1e-6, atol=0, msg=name)
 
 
 @pytest.mark.parametrize("placement", EXPRESSIBLE)
@@ -139,14 +139,22 @@ def test_what_decays_is_what_decays_with_us(placement):
         name: group["weight_decay"] for group in param_groups(ours, weight_decay=0.3) for name in group["names"]
     }
     found = {tensor.ours: tensor.theirs for tensor in adapter.tensors}
-    named = to_theirs_names(ours)
+    named = {tie.ours: tie.theirs for tie in ties(ours.config, kind_of(ours.config))}
     assert {found[name]: decay for name, decay in decays.items()} == {named[name]: d for name, d in expected.items()}
 
 
-def to_theirs_names(model):
-    from sdd.interop.ties import ties
+def test_scaled_rope_is_refused_where_it_would_be_another_model():
+    config = sdd_titan.model_registry("debugmodel", rope_scaling="llama").model
+    with pytest.raises(UserError, match="rope_scaling='llama' is not known"):
+        sdd_titan.language_model(config, {})
 
-    return {tie.ours: tie.theirs for tie in ties(model.config, kind_of(model.config))}
+
+def test_the_trainer_can_count_what_a_model_costs():
+    spec = small("sdd")
+    model = spec.model.build()
+    n_parameters, flops = spec.model.get_nparams_and_flops(model, 64)
+    assert n_parameters == sum(p.numel() for p in model.parameters())
+    assert flops > 6 * sum(layer.numel() for layer in model.layers.parameters())
 
 
 def test_converting_leaves_the_given_config_alone():

@@ -9,9 +9,9 @@ Written for torchtitan 0.3.0. The page docs/torchtitan.md says what has been tes
 
 from sdd.errors import require_extra
 
-require_extra("torchtitan", "torchtitan.protocols.model", "triton", needed_by="sdd.interop.torchtitan")
+require_extra("torchtitan", "torchtitan.models.llama3", needed_by="sdd.interop.torchtitan")
 
-from sdd.interop.torchtitan.adapter import SDDStateDictAdapter  # noqa: E402
+from sdd.interop.torchtitan.adapter import SDDStateDictAdapter, language_model  # noqa: E402
 from sdd.interop.torchtitan.converter import SDDConverter  # noqa: E402
 from sdd.interop.torchtitan.modules import Norm, SDDLinear, SDDModel  # noqa: E402
 from sdd.interop.torchtitan.registry import adamw, model_registry, parallelize  # noqa: E402
@@ -24,6 +24,7 @@ __all__ = [
     "SDDModel",
     "SDDStateDictAdapter",
     "adamw",
+    "language_model",
     "model_config",
     "model_registry",
     "parallelize",

@@ -14,9 +14,9 @@ from torchtitan.protocols.state_dict_adapter import StateDictAdapter
 
 from sdd.errors import UserError
 from sdd.interop.architecture import kind_of
-from sdd.interop.ties import ties
-from sdd.interop.torchtitan.shape import model_config
-from sdd.models import ModelConfig
+from sdd.interop.ties import ties, to_ours
+from sdd.interop.torchtitan.shape import model_config as shape_of
+from sdd.models import LanguageModel, ModelConfig
 
 _MODEL_PARTS = {
     "embed.": "tok_embeddings.",
@@ -58,7 +58,7 @@ class SDDStateDictAdapter(StateDictAdapter):
     def __init__(self, model_config: Any, hf_assets_path: str | None) -> None:
         super().__init__(model_config, hf_assets_path)
         self.tied = model_config.enable_weight_tying
-        self.tensors = _tensors(_shape_of(model_config))
+        self.tensors = _tensors(shape_of(model_config))
 
     def to_hf(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """The state dict for transformers, a tied head left out."""
@@ -83,6 +83,25 @@ class SDDStateDictAdapter(StateDictAdapter):
         return ours
 
 
+def language_model(config: Any, state_dict: dict[str, Any]) -> LanguageModel:
+    """The same model as one of ours, which generates, is evaluated and probed.
+
+    Args:
+        config: an `SDDModel.Config`.
+        state_dict: of the model that it builds, whole tensors.
+
+    Raises:
+        UserError: if its RoPE is scaled, or a tensor is missing or belongs to nothing.
+    """
+    scaling = config.layers[0].attention.rope.scaling
+    if scaling != "none":
+        raise UserError(f"rope_scaling={scaling!r} is not known to a LanguageModel, whose text would be another")
+    shape = shape_of(config)
+    model = LanguageModel(shape)
+    model.load_state_dict(to_ours(SDDStateDictAdapter(config, None).to_hf(state_dict), shape, kind_of(shape)))
+    return model
+
+
 class _Tensor(NamedTuple):
     """`theirs = factor * ours`, after the order of RoPE's pairs has been changed in each of some heads (or none)."""
 
@@ -103,10 +122,6 @@ def _tensors(shape: ModelConfig) -> list[_Tensor]:
                 heads = 1
         found.append(_Tensor(_titan_name(tie.ours, shape), tie.theirs, tie.factor, heads))
     return found
-
-
-def _shape_of(config: Any) -> ModelConfig:
-    return model_config(config)
 
 
 def _norm_at(shape: ModelConfig, ours: str, site: Any) -> Any:
