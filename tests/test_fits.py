@@ -14,7 +14,15 @@ from helpers_pages import LANGUAGES, Page, languages
 PAGE = Path(__file__).parents[1] / "docs" / "fits.md"
 BEGINNING, *SECTIONS = re.split(r"^(?=## )", PAGE.read_text(encoding="utf-8"), flags=re.MULTILINE)
 #: Sections that compile, start processes or import much, which takes more than a few seconds.
-LONG = {"torch.compile", "DDP", "FSDP2", "Lightning Fabric", "ONNX"}
+LONG = {
+    "torch.compile",
+    "DDP",
+    "FSDP2",
+    "Accelerate with FSDP2",
+    "Lightning Fabric",
+    "Fabric with ModelParallelStrategy",
+    "ONNX",
+}
 #: The packages that a section imports.
 PACKAGES = {"ONNX": ["onnx", "onnxscript"], "torchao int8": ["torchao"]}
 

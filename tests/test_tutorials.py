@@ -1,6 +1,7 @@
 """README and pages do what they say: every block of code is run, in order, each page in a folder of its own."""
 
 import re
+import warnings
 from pathlib import Path
 
 import pytest
@@ -18,10 +19,11 @@ PAGES = [*TUTORIALS, *REFERENCE]
 LONG = {
     "generation",
     "peft",
+    "torchtitan",
     *(f"tutorials/{name}" for name in ("choose", "cluster", "diagnose", "faq", "pretrain", "serve", "study")),
 }
 #: A package that a page is about, and the suite does without.
-NEEDS = {"peft": "peft"}
+NEEDS = {"peft": "peft", "torchtitan": "torchtitan"}
 #: How many blocks of a tutorial are not run.
 SKIPPED = {"README": 3, **{f"tutorials/{name}": 1 for name in ("choose", "cluster", "study")}}
 SKIPPED |= {"tutorials/pretrain": 2, "tutorials/serve": 3}
@@ -44,6 +46,7 @@ def page_name(path: Path) -> str:
 def test_the_code_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if (package := NEEDS.get(page_name(page))) is not None:
         pytest.importorskip(package, reason=f"the extra {package} is not installed")
+        warnings.simplefilter("default")  # of its own
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)  # modules that a page writes
     assert Page(page).run() == skipped(page)
