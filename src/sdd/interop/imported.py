@@ -102,11 +102,15 @@ def _kind(folder: Path) -> Kind:
     if not (folder / "config.json").is_file():
         what = "has no config.json" if folder.is_dir() else "is no folder"
         raise UserError(f"{folder} {what}: give the folder of a model in transformers' format, on this machine")
-    name = read_json_object(folder / "config.json").get("model_type")
-    if name not in CLASSES:
+    config = read_json_object(folder / "config.json")
+    if "model_type" not in config:
+        what = "is a run already: sdd resume, eval and generate take it" if "model" in config else ""
+        raise UserError(f"{folder} {what or 'names no model_type in its config.json, or the file is damaged'}")
+    name = config["model_type"]
+    if not isinstance(name, str) or name not in CLASSES:
         raise UserError(
-            f"{folder} holds a {one_line(name)} model: sdd import takes {', '.join(CLASSES)} (the last are exports of "
-            "runs); a model of another kind stays in transformers, see sdd.convert"
+            f"{folder} holds a {one_line(name)[:100]} model: sdd import takes {', '.join(CLASSES)} (the last are "
+            "exports of runs); a model of another kind stays in transformers, see sdd.convert"
         )
     return cast(Kind, name)
 

@@ -157,6 +157,10 @@ def load_run(path: Path, name: str | None = None) -> RunHistory:
     config = read_json_object(path / "config.json")
     if not config:
         raise UserError(f"{path} is no run: its config.json is not a JSON object")
+    try:
+        config_io.check_of_run(config)
+    except UserError as error:
+        raise UserError(f"{path}/config.json: {error}") from None
     rows, probed, settings = _rows(path / "metrics.jsonl"), _probed(path), config_io.flatten(config)
     steps = _columns([row for row in rows if "loss" in row], _STEP_COLUMNS)
     evals = _columns([row for row in rows if "eval_loss" in row], _EVAL_COLUMNS)

@@ -89,6 +89,7 @@ def load(path: Path) -> RunConfig:
         values = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(values, dict):
             raise UserError(f"expected a JSON object with the fields of a run, found a {type(values).__name__}")
+        check_of_run(values)
         return from_dict(values)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
@@ -96,6 +97,16 @@ def load(path: Path) -> RunConfig:
         raise UserError(f"{path}: {error}") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON: {str(error).splitlines()[0]}") from None
+
+
+def check_of_run(values: Mapping[str, Any]) -> None:
+    """Refuse the config.json of a folder of transformers, which has the place and the name of a run's.
+
+    Raises:
+        UserError: if it is one.
+    """
+    if "model_type" in values and "model" not in values:
+        raise UserError("a model of transformers, not a run: sdd import DIR --out RUN makes a run of it")
 
 
 def save(config: RunConfig, path: Path) -> None:
