@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from sdd.models import LanguageModel, MoEConfig, model_presets
+from sdd.parallel.layout import ParallelConfig
 from sdd.plan import measure_memory
 from sdd.train import OptimConfig
 from sdd.train.optim import build_optimizer
@@ -48,6 +49,7 @@ if __name__ == "__main__":
     with joined() as world:
         dense = replace(model_presets["nano"], n_layers=6, d_model=128, d_ff=512, vocab_size=512)
         experts = replace(dense, d_ff=256, moe=MoEConfig(4, 2))
+        world = world.laid_out(ParallelConfig(), dense, torch.device("cpu"))
         for bfloat16 in (False, True):
             for checkpoint in (False, True):
                 compare(make_case(dense, world.size, 8, bfloat16=bfloat16, checkpoint=checkpoint), world)

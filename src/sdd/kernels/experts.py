@@ -221,8 +221,10 @@ class _ExpertScaledNorm(torch.autograd.Function):
         square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(z.shape[1])
         r = square.add_(eps.unsqueeze(-1) if isinstance(eps, Tensor) else eps).rsqrt_()
         ctx.save_for_backward(z, alpha, weights, experts, ends, r)
-        y = (wide * r).mul_(alpha.index_select(0, experts))
-        return (y if weights is None else y.mul_(weights.unsqueeze(1))).to(z.dtype)
+        # neither in place nor by a cast that does nothing: torch.compile of torch 2.11 then gives wrong gradients
+        y = wide * r * alpha.index_select(0, experts)
+        y = y if weights is None else y * weights.unsqueeze(1)
+        return y if y.dtype == z.dtype else y.to(z.dtype)
 
     @staticmethod
     @once_differentiable
