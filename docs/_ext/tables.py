@@ -1,10 +1,11 @@
-"""Tables read from the code: the placements' sites and rules, the presets, and the fields of a run."""
+"""Tables read from the code, the placements' sites and rules, the presets, the fields of a run; and from results."""
 
 from typing import Any
 
 from docutils import nodes
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
+from which import which_table
 
 from sdd.models import as_printed, count_parameters, model_presets
 from sdd.models.presets import PRINTED_SHAPES
@@ -138,7 +139,13 @@ def value_text(run: Any, dotted: str) -> str:
     return f"{run:g}" if isinstance(run, float) else str(run)
 
 
-TABLES = {"sites": site_table, "rules": rule_table, "presets": preset_table, "fields": field_table}
+TABLES = {
+    "sites": site_table,
+    "rules": rule_table,
+    "presets": preset_table,
+    "fields": field_table,
+    "which": which_table,
+}
 
 
 class Table(SphinxDirective):
