@@ -33,6 +33,7 @@ from sdd.models.config import ModelConfig, MoEConfig
 from sdd.models.joint import call_jointly
 from sdd.models.sites import experts_at
 from sdd.nn import SDDExpertLinear
+from sdd.parameters import held
 from sdd.placement import Norm, Site
 
 
@@ -134,7 +135,7 @@ class MoE(nn.Module):
 
         def compute(x_gate: Tensor, x_up: Tensor) -> tuple[Tensor, Tensor]:
             z_M2F = torch.cat([gate.product(x_gate, order), up.product(x_up, order)], -1)
-            alpha_E2F = torch.cat([gate.alpha, up.alpha], -1)
+            alpha_E2F = torch.cat([held(gate.alpha), held(up.alpha)], -1)
             y_gate, y_up = expert_scaled_norm(z_M2F, alpha_E2F, order, eps=gate.eps).chunk(2, -1)
             probe_points.projection(gate, z_M2F, y_gate)
             probe_points.projection(up, z_M2F, y_up)
