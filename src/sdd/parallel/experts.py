@@ -89,7 +89,7 @@ class CutMoE(MoE):
 
     def experts(self, x_MC: Tensor, order: Order) -> Tensor:
         """Each row through its expert: `[M, C]` to `[M, C]`."""
-        return self.exchange.through(self.group, x_MC, order)
+        return self.exchange.through(self.group, x_MC, order)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 class ExpertGroup(nn.Module):

@@ -55,7 +55,9 @@ def moved_by_muon(group: dict[str, Any], name: str) -> bool:
 
 def _part(groups: list[dict[str, Any]], *, of_muon: bool) -> list[dict[str, Any]]:
     """The groups with only the parameters that Muon moves, or only the others; empty ones are left out."""
-    kept = (_with(group, [name for name in group["names"] if moved_by_muon(group, name) == of_muon]) for group in groups)
+    kept = (
+        _with(group, [name for name in group["names"] if moved_by_muon(group, name) == of_muon]) for group in groups
+    )
     return [group for group in kept if group["params"]]
 
 

@@ -1,4 +1,4 @@
-"""One model shared by the processes of a run's mesh: cut over `tensor` or `expert`, then FSDP2 over the data dimensions.
+"""One model shared by the processes of a run's mesh: cut over `tensor` and `expert`, then FSDP2 over the data.
 
 Matrices are sharded block by block, those of experts by expert. What is cut over `expert` is sharded over the other
 data dimensions only, as a unit of its own in each block. Alphas and norm weights, well under 0.1% of a model,
@@ -70,8 +70,7 @@ def compile_model(model: LanguageModel) -> None:
 
 
 def average_gradients(model: LanguageModel, world: World) -> None:
-    """Make gradients the mean over data ranks where FSDP does not: those of experts that are cut over ranks, and those
-    of parameters that every rank holds whole.
+    """Make gradients the mean over data ranks where FSDP does not: of experts cut over ranks, of whole parameters.
 
     Ranks that share the rows of a batch hold parts of such a gradient: each has that of its own tokens and features.
     """
