@@ -71,7 +71,7 @@ def test_the_tokens_of_a_sequence_must_divide():
 
 
 def test_what_is_not_built_is_said_in_one_line():
-    with pytest.raises(UserError, match="parallel.context=2 is not built yet"):
+    with pytest.raises(UserError, match=r"parallel.context=2 is not built yet"):
         ParallelConfig(context=2).resolved(2, model_presets["moe-nano"])
 
 
