@@ -24,7 +24,7 @@ from sdd.train.trainer import Trainer, reopen, start
 MOE = MoEConfig(8, 2, d_shared=12, balance_loss=0.5, router_z_loss=0.1)
 CONFIG = replace(
     TINY,
-    model=replace(TINY.model, d_ff=20, moe=MOE, placement=placements["sdd-paper"]),
+    model=replace(TINY.model, d_ff=21, n_heads=4, n_kv_heads=2, moe=MOE, placement=placements["sdd-paper"]),
     data=replace(TINY.data, batch_size=8),
     optim=replace(TINY.optim, grad_clip=0.5),
 )
@@ -36,6 +36,9 @@ LAYOUTS = {
     "expert 4": (4, ParallelConfig(expert=4), MOE),
     "shard 2, expert 2": (4, ParallelConfig(expert=2), SIX),
     "replicate 2, expert 2": (4, ParallelConfig(replicate=2, expert=2), SIX),
+    "tensor 2": (2, ParallelConfig(tensor=2), SIX),
+    "shard 2, tensor 2": (4, ParallelConfig(tensor=2), SIX),
+    "expert 2, tensor 2": (4, ParallelConfig(expert=2, tensor=2), MOE),
 }
 
 
@@ -132,8 +135,8 @@ def test_a_process_holds_its_experts_with_their_alphas(tmp_path):
     assert len(stacks) == answers[0][1] == 2
     for rank, (shapes, _) in enumerate(answers):
         for name in stacks:
-            assert shapes[name] == ("torch.float32", (2 if rank < 2 else 1, 20, 32)), "three experts on two shards"
-            assert shapes[name.replace("weight", "alpha")] == ("torch.float32", (3, 20))
+            assert shapes[name] == ("torch.float32", (2 if rank < 2 else 1, 21, 32)), "three experts on two shards"
+            assert shapes[name.replace("weight", "alpha")] == ("torch.float32", (3, 21))
 
 
 def test_a_dense_model_has_no_experts_to_share():
@@ -145,7 +148,9 @@ def test_a_dense_model_has_no_experts_to_share():
 
 def test_experts_that_do_not_divide_are_refused_with_the_nearest_layout():
     model = replace(CONFIG.model, moe=SIX)
-    line = r"parallel.expert=4 does not divide model.moe.n_experts=6; the nearest layout of 4 .*: --parallel.expert 2$"
+    line = (
+        r"parallel.expert = 4 does not divide model.moe.n_experts=6; the nearest layout of 4 .*: --parallel.expert 2$"
+    )
     with pytest.raises(UserError, match=line):
         ParallelConfig(expert=4).resolved(4, model)
 
@@ -186,8 +191,9 @@ def leaves(value, name=""):
     return {name: value}
 
 
-@pytest.mark.parametrize(("size", "layout"), [(2, ParallelConfig(expert=2)), (4, ParallelConfig(expert=2))])
-def test_a_run_is_that_of_one_process(tmp_path, alone, size, layout):
+@pytest.mark.parametrize("name", ["expert 2", "shard 2, expert 2", "expert 2, tensor 2"])
+def test_a_run_is_that_of_one_process(tmp_path, alone, name):
+    size, layout, _ = LAYOUTS[name]
     in_world(size, train, replace(RUN, parallel=layout), tmp_path / "run")
     for ours, theirs in zip(rows(tmp_path / "run"), rows(alone), strict=True):
         for name in theirs.keys() - {"routing", "expert_load"}:
@@ -269,7 +275,8 @@ def test_checkpoints_load_in_every_layout_bit_for_bit(tmp_path):
         (2, {"parallel.expert": "2"}),
         (1, {"parallel.expert": "1"}),
         (4, {"parallel.expert": "2", "parallel.replicate": "2"}),
-        (4, {"parallel.expert": "1", "parallel.replicate": "1"}),
+        (4, {"parallel.expert": "1", "parallel.replicate": "1", "parallel.tensor": "2"}),
+        (2, {"parallel.tensor": "1"}),
         (4, {"parallel.expert": "2"}),
     ):
         if size == 1:
@@ -307,3 +314,21 @@ def test_every_optimiser_moves_shared_experts_as_whole_ones(tmp_path, layout):
     for ours in in_world(4, rules, tmp_path, layout):
         for name, value in alone.items():
             assert np.allclose(ours[name], value, rtol=1e-3, atol=2e-5), name
+
+
+def sent_in(world, config, out):
+    """The bytes of a step and its loss, in float32 and in bfloat16."""
+    found = []
+    for precision in ("float32", "bfloat16"):
+        trainer = Trainer(replace(config, precision=precision), RunDir(out), world=world)
+        loss, _ = trainer.train_step(0)
+        found.append((loss.item(), trainer.router_stats.row()))
+    return found
+
+
+def test_rows_travel_in_the_precision_of_the_products(tmp_path):
+    alone = sent_in(World(), CONFIG, tmp_path)
+    (_, wide), (loss, narrow) = in_world(4, sent_in, replace(CONFIG, parallel=ParallelConfig(expert=2)), tmp_path)[0]
+    assert loss == pytest.approx(alone[1][0], abs=2e-3)
+    # rounding lets a few tokens choose other experts
+    assert narrow["exchanged_bytes"] == pytest.approx(wide["exchanged_bytes"] / 2, rel=0.1)

@@ -6,11 +6,13 @@
     experts     each process sorts what it received by its own experts, and computes as one process does
     back        the outputs go back in the same way, and are added up with the weights of the router at home
 
-The derivative of an all-to-all is the all-to-all back. So the gradient of an expert is the sum over the tokens of all P
-processes, each of which divides its loss by its own number of tokens: `complete_gradients` divides by P.
+The P processes are those of `expert` and of `tensor`: the latter have other tokens of the same sequences.
 
-Matrices and alphas of the experts are DTensors cut over `expert`, and FSDP2 cuts the matrices further over `shard`.
-Alphas are whole float32 vectors of each expert. A cut mixture runs as the equations of `sdd.models.moe`.
+The derivative of an all-to-all is the all-to-all back. So the gradient of an expert is the sum over the tokens of all P
+processes, where other gradients are means over those that have other rows: `complete_gradients` sees to that.
+
+Matrices and alphas of the experts are DTensors cut over the P processes, and FSDP2 cuts the matrices further over
+`shard`. Alphas are whole float32 vectors of each expert. A cut mixture runs as the equations of `sdd.models.moe`.
 
 Shape suffixes: M rows of this process's tokens, R rows that it received, E experts, P processes, C d_model.
 """
@@ -28,7 +30,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 from sdd.kernels.experts import Order, collect, dispatch, sort_by_expert
 from sdd.models.moe import MoE
-from sdd.parallel.mesh import submesh
+from sdd.parallel.mesh import experts_mesh, submesh
 from sdd.parameters import held
 
 #: What computes the rows of experts: `[R, C]` and their order to `[R, C]`.
@@ -82,10 +84,12 @@ class CutMoE(MoE):
     Attributes:
         exchange: between the processes.
         group: the experts that this process holds.
+        copies: how many processes hold the same experts, or parts of them.
     """
 
     exchange: Exchange
     group: "ExpertGroup"
+    copies: int
 
     def experts(self, x_MC: Tensor, order: Order) -> Tensor:
         """Each row through its expert: `[M, C]` to `[M, C]`."""
@@ -113,20 +117,20 @@ def cut_experts(model: nn.Module, mesh: DeviceMesh) -> None:
 
     Args:
         model: with weights or on "meta".
-        mesh: of all processes; `expert` must divide the number of experts.
+        mesh: of all processes; those of `expert` and `tensor` together must divide the number of experts.
     """
-    expert = mesh["expert"]
-    exchange = Exchange(expert)
-    everywhere = submesh(mesh, "replicate", "shard", "expert", "context")
-    assert everywhere is not None
-    copies = [Shard(0) if name == "expert" else Replicate() for name in everywhere.mesh_dim_names or ()]
+    holders, others = experts_mesh(mesh), submesh(mesh, "replicate", "shard", "context")
+    assert holders is not None
+    exchange = Exchange(holders)
+    everywhere = holders if others is None else DeviceMesh._concatenate([others, holders])
+    copies = [*[Replicate()] * (everywhere.ndim - 1), Shard(0)]
     for moe in [module for module in model.modules() if isinstance(module, MoE)]:
         for layer in (moe.gate_proj, moe.up_proj, moe.down_proj):
-            _cut(layer, "weight", expert, [Shard(0)])
+            _cut(layer, "weight", holders, [Shard(0)])
             _cut(layer, "alpha", everywhere, copies)
         moe.__class__ = CutMoE
         assert isinstance(moe, CutMoE)
-        moe.exchange, moe.group = exchange, ExpertGroup(moe)
+        moe.exchange, moe.group, moe.copies = exchange, ExpertGroup(moe), everywhere.size() // holders.size()
 
 
 def mixtures(model: nn.Module) -> Iterator[CutMoE]:
@@ -145,8 +149,8 @@ def exchange_of(model: nn.Module) -> Exchange | None:
 def complete_gradients(model: nn.Module, data_size: int) -> None:
     """Make the gradients of experts the mean over all data ranks, after a backward pass.
 
-    Those of matrices are sums over the P processes and means over all others already, those of alphas are sums over
-    the P processes alone.
+    Those of matrices are sums over the P processes and means over all that hold the same experts, those of alphas are
+    sums over the P processes alone.
 
     Args:
         model: with cut mixtures, or without, and then nothing happens.
@@ -156,7 +160,7 @@ def complete_gradients(model: nn.Module, data_size: int) -> None:
     for moe in mixtures(model):
         for layer in (moe.gate_proj, moe.up_proj, moe.down_proj):
             if layer.weight.grad is not None:
-                held(layer.weight.grad).div_(moe.exchange.mesh.size())
+                held(layer.weight.grad).mul_(moe.copies / data_size)
             gradient = None if (alpha := getattr(layer, "alpha", None)) is None else alpha.grad
             if isinstance(gradient, DTensor):
                 alphas.append(gradient)
@@ -165,9 +169,8 @@ def complete_gradients(model: nn.Module, data_size: int) -> None:
     parts = [gradient.to_local() for gradient in alphas]
     mean = torch.cat([part.flatten() for part in parts]) / data_size
     mesh = alphas[0].device_mesh
-    for name in mesh.mesh_dim_names or ():
-        if name != "expert":
-            dist.all_reduce(mean, group=mesh.get_group(name))
+    for dim in range(mesh.ndim - 1):  # the last is that of the P processes
+        dist.all_reduce(mean, group=mesh.get_group(dim))
     for part, total in zip(parts, mean.split([part.numel() for part in parts]), strict=True):
         part.copy_(total.view_as(part))
 

@@ -113,13 +113,19 @@ def problems(layout: ParallelConfig, processes: int, model: ModelConfig) -> Iter
     if math.prod(sizes.values()) != processes:
         yield f"parallel ({layout}) is for {_count(math.prod(sizes.values()))}, and this run has {processes}"
     divided = {
-        "tensor": {"n_heads": model.n_heads, "n_kv_heads": model.n_kv_heads, "d_ff": model.d_ff},
-        "expert": {} if model.moe is None else {"moe.n_experts": model.moe.n_experts},
+        "tensor": {
+            "n_heads": model.n_heads,
+            "n_kv_heads": model.n_kv_heads,
+            **({"d_ff": model.d_ff} if model.moe is None else {"moe.d_shared": model.moe.d_shared}),
+        },
     }
     for name, widths in divided.items():
         for width, value in widths.items():
             if value % sizes[name]:
                 yield f"parallel.{name}={sizes[name]} does not divide model.{width}={value}"
+    if model.moe is not None and model.moe.n_experts % (parts := layout.expert * layout.tensor):
+        names = " * ".join(f"parallel.{name}" for name in ("expert", "tensor") if sizes[name] > 1)
+        yield f"{names} = {parts} does not divide model.moe.n_experts={model.moe.n_experts}"
     if model.context % (parts := layout.context * layout.tensor):
         yield f"parallel.context * parallel.tensor = {parts} does not divide model.context={model.context} tokens"
 
@@ -128,8 +134,6 @@ def _not_built(layout: ParallelConfig, model: ModelConfig) -> Iterator[str]:
     """The layouts that no code carries out yet: the one place that says so."""
     if layout.context > 1:
         yield f"parallel.context={layout.context} is not built yet: leave it at 1"
-    if layout.tensor > 1 and model.moe is not None:
-        yield f"parallel.tensor={layout.tensor} is for dense models: a mixture of experts is not cut yet"
 
 
 def layouts(processes: int, model: ModelConfig) -> Iterator[ParallelConfig]:

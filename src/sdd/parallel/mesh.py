@@ -40,8 +40,14 @@ def fsdp_mesh(mesh: DeviceMesh) -> DeviceMesh | None:
     return _after_copies(mesh, "shard", "expert", "context")
 
 
+def experts_mesh(mesh: DeviceMesh) -> DeviceMesh | None:
+    """The processes that share experts, as one dimension: those of `expert` and of `tensor`, which differ in tokens."""
+    found = submesh(mesh, "expert", "tensor")
+    return found if found is None or found.ndim == 1 else found._flatten("expert_tensor")
+
+
 def experts_fsdp_mesh(mesh: DeviceMesh) -> DeviceMesh | None:
-    """The same for experts that are cut over `expert` already."""
+    """`fsdp_mesh` of experts, which are cut over `experts_mesh` already."""
     return _after_copies(mesh, "shard", "context")
 
 

@@ -28,7 +28,7 @@ class RouterStats:
     """Statistics of the routing of all tokens of a step, kept on the device until they are asked for.
 
     Args:
-        passes: the routing of each forward pass. Its counts cover all processes, the rest this one.
+        passes: the routing of each forward pass. Its counts cover all processes, the rest those of its own rows.
         world: the processes; all of them must create their `RouterStats` at the same point.
         sent_bytes: what this process sent for experts to others; None if no experts are shared.
     """
@@ -37,7 +37,7 @@ class RouterStats:
         means = [torch.stack([each.balance_loss, each.z_loss, each.entropy]) for each in passes]
         self._means: Tensor = world.mean(torch.stack(means).mean(0))
         self._counts = torch.stack([each.counts for each in passes]).sum(0)
-        self._parts = 1 if world.layout is None else world.layout.expert
+        self._parts = 1 if world.layout is None else world.layout.expert * world.layout.tensor
         self._bytes = (
             None if sent_bytes is None else world.total_of_all(torch.tensor(sent_bytes, dtype=torch.float64)).item()
         )

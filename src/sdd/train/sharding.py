@@ -19,7 +19,7 @@ from sdd.models import LanguageModel
 from sdd.optim_groups import param_groups
 from sdd.parallel.experts import complete_gradients, cut_experts, mixtures
 from sdd.parallel.language_model import parallelize
-from sdd.parallel.mesh import experts_fsdp_mesh, fsdp_mesh, submesh
+from sdd.parallel.mesh import experts_fsdp_mesh, experts_mesh, fsdp_mesh, submesh
 from sdd.train.parallel import World
 
 
@@ -44,7 +44,7 @@ def build_model(
 def _shard(model: LanguageModel, autocast_dtype: torch.dtype | None, mesh: DeviceMesh) -> None:
     if (tensor := submesh(mesh, "tensor")) is not None:
         parallelize(model, tensor)
-    if submesh(mesh, "expert") is not None:
+    if model.config.moe is not None and experts_mesh(mesh) is not None:
         cut_experts(model, mesh)
     if (mesh_of_fsdp := fsdp_mesh(mesh)) is None:
         return
