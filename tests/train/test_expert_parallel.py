@@ -172,7 +172,15 @@ def train(world, config, out):
 
 
 # few tokens of text: a rounding may decide between two experts, and then the text goes on in another way
-RUN = replace(CONFIG, steps=8, eval_every=4, checkpoint_every=4, eval_sequences=9, probe_every=4, sample_tokens=5)
+RUN = replace(
+    with_model(CONFIG, placement=placements["sdd"]),
+    steps=8,
+    eval_every=4,
+    checkpoint_every=4,
+    eval_sequences=9,
+    probe_every=4,
+    sample_tokens=5,
+)
 
 
 @pytest.fixture(scope="module")
