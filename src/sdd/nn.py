@@ -15,7 +15,7 @@ from sdd import probe_points
 from sdd.functional import Eps, Group, alpha_size, norm, resolve_group
 from sdd.kernels import expert_scaled_norm, scaled_norm
 from sdd.kernels.experts import Order, grouped_linear
-from sdd.parameters import keep_wide, new_alpha, paper_draw_, widen
+from sdd.parameters import held, keep_wide, new_alpha, paper_draw_, widen
 
 Device = torch.device | str | None
 
@@ -325,7 +325,7 @@ class ExpertLinear(nn.Module):
 
     def product(self, x_MI: Tensor, order: Order) -> Tensor:
         """`W_e x`, `[M, O]`."""
-        return grouped_linear(x_MI, self.weight, order.ends_E)
+        return grouped_linear(x_MI, held(self.weight), order.ends_E)
 
     def forward(self, x_MI: Tensor, order: Order) -> Tensor:
         """`[M, I]` to `[M, O]`."""
@@ -391,7 +391,7 @@ class SDDExpertLinear(ExpertLinear):
 
     def scale(self, z_MO: Tensor, order: Order, weights_M: Tensor | None = None, eps: Eps | None = None) -> Tensor:
         """`alpha_e * norm(z)`, times each row's weight; with the layer's own eps unless another is given."""
-        return expert_scaled_norm(z_MO, self.alpha, order, weights_M, eps=self.eps if eps is None else eps)
+        return expert_scaled_norm(z_MO, held(self.alpha), order, weights_M, eps=self.eps if eps is None else eps)
 
     def extra_repr(self) -> str:
         """The shape of the weight, and the arguments of the norm."""

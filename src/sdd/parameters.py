@@ -30,6 +30,12 @@ def whole(weight: Tensor) -> Tensor:
     return weight.redistribute(placements=[Replicate()] * n).to_local(grad_placements=[Partial()] * n)
 
 
+def held(parameter: Tensor) -> Tensor:
+    """The part of a parameter that this process holds; its gradient is that of the part."""
+    to_local = getattr(parameter, "to_local", None)  # a DTensor has it; to import its class takes seconds
+    return parameter if to_local is None else to_local()
+
+
 @torch.no_grad()
 def paper_draw_(weight: Tensor, in_features: int, generator: torch.Generator | None = None) -> None:
     """Fill a matrix, or stacked ones, from N(0, 1/sqrt(2.5 N)) truncated at 3 std, N its input features.

@@ -136,7 +136,7 @@ class LanguageModel(nn.Module):
         loss = self.split.mean(loss) if reduction == "mean" else self.split.joined(loss)
         total, routing = loss if penalty is None else loss + self.split.mean(penalty), None
         if self.config.moe is not None and self.training and reduction == "mean":
-            auxiliary, routing = auxiliary_losses(layers, self.config.moe, self.sum_counts)
+            auxiliary, routing = auxiliary_losses(layers, self.config.moe, self.sum_counts, self.split.mean)
             total = total + auxiliary
         return TrainingLoss(total, loss.detach(), routing) if detailed else total
 

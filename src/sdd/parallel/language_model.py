@@ -8,8 +8,10 @@
                 q, k, v and ctx by heads: none. q, k, v, ctx, gate and up of full width: `sdd.parallel.norms`
     head        each process computes the logits and the loss of its own tokens, with the whole head
 
-Embedding and head are kept in parts, and gathered where they are used. A gathered matrix is smaller than the logits of
-a batch, and every loss (chunked, z-loss, tied embeddings, scaled logits) stays what it is.
+    mixture     each process routes its own tokens, and the experts are shared, see `sdd.parallel.experts`
+
+Embedding, head and routers are kept in parts, and gathered where they are used. A gathered matrix is smaller than the
+logits of a batch, and every loss (chunked, z-loss, tied embeddings, scaled logits) stays what it is.
 
 Tokens that do not divide by P, and those after a cache, are on all processes instead: for generation, without
 gradients.
@@ -29,12 +31,14 @@ from sdd.models.moe import MoE
 from sdd.models.token_split import TokenSplit
 from sdd.nn import LearnedScale, RMSNorm
 from sdd.parallel.exchange import gathered, joined, part_of, scattered, summed
-from sdd.parallel.layers import CutEmbedding, CutFeedForward, CutScale, cut_matrix
+from sdd.parallel.layers import CutEmbedding, CutFeedForward, CutRouter, CutScale, cut_matrix
 from sdd.parallel.styles import cut_colwise, cut_norm, cut_rowwise
 
 
 def parallelize(model: LanguageModel, mesh: DeviceMesh) -> LanguageModel:
-    """Cut a dense language model, in place; it takes the same tokens on every process and gives the same results.
+    """Cut a language model, in place; it takes the same tokens on every process and gives the same results.
+
+    The experts of a mixture are left whole; `sdd.parallel.experts.cut_experts` shares them.
 
     Gradients of matrices (DTensors) are complete after the backward pass. Those of vectors (alphas, scales of norms)
     are summands: add them up over the processes of the mesh, as `sdd train` does for all at once.
@@ -56,8 +60,10 @@ def parallelize(model: LanguageModel, mesh: DeviceMesh) -> LanguageModel:
     for block in model.blocks:
         assert isinstance(block, Block)
         _cut_attention(block.attn, split)
-        assert not isinstance(block.ffn, MoE)
-        _cut_feed_forward(block.ffn, split)
+        if isinstance(block.ffn, MoE):
+            _cut_mixture(block.ffn, split)
+        else:
+            _cut_feed_forward(block.ffn, split)
     return model
 
 
@@ -126,6 +132,14 @@ def _cut_feed_forward(ffn: FeedForward, split: StreamSplit) -> None:
     _cut_scale(ffn.up_scale, mesh)
     ffn.__class__ = CutFeedForward
     ffn.register_forward_pre_hook(partial(_gather_first, split))
+
+
+def _cut_mixture(moe: MoE, split: StreamSplit) -> None:
+    """Each process routes its own tokens; the shared network is cut like that of a dense model."""
+    _become(moe.router, CutRouter, split.mesh)
+    cut_matrix(moe.router, split.mesh, 0)
+    if isinstance(moe.shared, FeedForward):
+        _cut_feed_forward(moe.shared, split)
 
 
 def _cut_scale(scale: LearnedScale | None, mesh: DeviceMesh) -> None:

@@ -159,6 +159,14 @@ class CutEmbedding(_Cut, nn.Embedding):
         return F.embedding(input, whole(self.weight))
 
 
+class CutRouter(_Cut, nn.Linear):
+    """The router of a mixture, of which each process keeps some rows, and uses all for its own tokens."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """As `nn.Linear`."""
+        return F.linear(input, whole(self.weight))
+
+
 class CutFeedForward(FeedForward):
     """`FeedForward` whose gate and up projections are cut by rows; a norm over both spans all processes."""
 

@@ -31,7 +31,7 @@ class ParallelConfig:
         replicate: copies of the model, each shared by the processes of the other dimensions (HSDP).
         shard: processes that share parameters, gradients and optimiser state (FSDP2); 0 for what the others leave.
         tensor: processes that share each matrix of the blocks, and the tokens between the matrices.
-        expert: processes that share the experts of a mixture; not built yet.
+        expert: processes that share the experts of a mixture, and send each other its tokens.
         context: processes that share each sequence; not built yet.
     """
 
@@ -108,27 +108,32 @@ def problems(layout: ParallelConfig, processes: int, model: ModelConfig) -> Iter
     """
     sizes = asdict(layout)
     yield from _not_built(layout, model)
+    if layout.expert > 1 and model.moe is None:
+        yield f"parallel.expert={layout.expert} shares the experts of a mixture, and this model is dense"
     if math.prod(sizes.values()) != processes:
         yield f"parallel ({layout}) is for {_count(math.prod(sizes.values()))}, and this run has {processes}"
     divided = {
-        "tensor": {"n_heads": model.n_heads, "n_kv_heads": model.n_kv_heads, "d_ff": model.d_ff},
-        "expert": {"n_experts": 1 if model.moe is None else model.moe.n_experts},
+        "tensor": {
+            "n_heads": model.n_heads,
+            "n_kv_heads": model.n_kv_heads,
+            **({"d_ff": model.d_ff} if model.moe is None else {"moe.d_shared": model.moe.d_shared}),
+        },
     }
     for name, widths in divided.items():
         for width, value in widths.items():
             if value % sizes[name]:
                 yield f"parallel.{name}={sizes[name]} does not divide model.{width}={value}"
+    if model.moe is not None and model.moe.n_experts % (parts := layout.expert * layout.tensor):
+        names = " * ".join(f"parallel.{name}" for name in ("expert", "tensor") if sizes[name] > 1)
+        yield f"{names} = {parts} does not divide model.moe.n_experts={model.moe.n_experts}"
     if model.context % (parts := layout.context * layout.tensor):
         yield f"parallel.context * parallel.tensor = {parts} does not divide model.context={model.context} tokens"
 
 
 def _not_built(layout: ParallelConfig, model: ModelConfig) -> Iterator[str]:
     """The layouts that no code carries out yet: the one place that says so."""
-    for name in ("expert", "context"):
-        if getattr(layout, name) > 1:
-            yield f"parallel.{name}={getattr(layout, name)} is not built yet: leave it at 1"
-    if layout.tensor > 1 and model.moe is not None:
-        yield f"parallel.tensor={layout.tensor} is for dense models: a mixture of experts is not cut yet"
+    if layout.context > 1:
+        yield f"parallel.context={layout.context} is not built yet: leave it at 1"
 
 
 def layouts(processes: int, model: ModelConfig) -> Iterator[ParallelConfig]:

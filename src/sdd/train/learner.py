@@ -10,6 +10,7 @@ from sdd.errors import UserError
 from sdd.models import LanguageModel
 from sdd.models.moe import Routing
 from sdd.models.transformer import HAS_CHUNKED_LOSS, TrainingLoss
+from sdd.parallel.experts import exchange_of
 from sdd.train.config import RunConfig, resolve
 from sdd.train.evaluate import Evaluation, evaluate
 from sdd.train.optim import build_optimizer, set_learning_rate
@@ -53,7 +54,7 @@ class Learner:
         self.model = build_model(LanguageModel(config.model, "meta"), self.device, self.autocast_dtype, world)
         self.model.checkpoint_blocks = config.activation_checkpointing
         self.model.chunked_loss = config.chunked_loss and HAS_CHUNKED_LOSS
-        self.model.sum_counts = world.total if world.data_size > 1 else None
+        self.model.sum_counts = world.total_of_all if world.size > 1 else None
         self.optimizer = build_optimizer(self.model, config.optim)
         self.weight_rule = WeightRule(self.model, self.optimizer, config.weight_rule)
         self.router_stats: RouterStats | None = None
@@ -88,6 +89,9 @@ class Learner:
         parts = self._batch(step).chunk(self._passes)
         total, objective = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
         passes: list[Routing] = []
+        exchange = exchange_of(self.model)
+        if exchange is not None:
+            exchange.sent_bytes = 0
         for part in parts:
             loss = self._loss(part)
             (loss.total / len(parts)).backward()
@@ -96,7 +100,9 @@ class Learner:
             if loss.routing is not None:
                 passes.append(loss.routing)
         average_gradients(self.model, self.world)
-        self.router_stats = RouterStats(passes, self.world) if passes else None
+        self.router_stats = None
+        if passes:
+            self.router_stats = RouterStats(passes, self.world, None if exchange is None else exchange.sent_bytes)
         self.objective = self.world.mean(objective) if self.config.optim.z_loss else None
         return self.world.mean(total)
 

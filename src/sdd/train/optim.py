@@ -32,13 +32,16 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
 
 
 def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
-    """The groups of `sdd.param_groups` with the weight decays of a config, and what multiplies a group's rate."""
+    """The groups of `sdd.param_groups` with the weight decays of a config, and what multiplies a group's rate.
+
+    A group has parameters of one mesh, see `by_mesh`.
+    """
     decays = config.weight_decay, config.alpha_weight_decay, config.embedding_weight_decay, config.sdd_weight_decay
     groups = param_groups(model, *decays)
     for group in groups:
         if group["role"] == "alpha":
             group["lr_factor"] = config.alpha_lr
-    return groups
+    return [part for group in groups for part in _by_mesh(group)]
 
 
 def moved_by_muon(group: dict[str, Any], name: str) -> bool:
@@ -52,13 +55,23 @@ def moved_by_muon(group: dict[str, Any], name: str) -> bool:
 
 def _part(groups: list[dict[str, Any]], *, of_muon: bool) -> list[dict[str, Any]]:
     """The groups with only the parameters that Muon moves, or only the others; empty ones are left out."""
-    found: list[dict[str, Any]] = []
-    for group in groups:
-        pairs = zip(group["names"], group["params"], strict=True)
-        kept = [(name, p) for name, p in pairs if moved_by_muon(group, name) == of_muon]
-        if kept:
-            found.append({**group, "names": [name for name, _ in kept], "params": [p for _, p in kept]})
-    return found
+    kept = (
+        _with(group, [name for name in group["names"] if moved_by_muon(group, name) == of_muon]) for group in groups
+    )
+    return [group for group in kept if group["params"]]
+
+
+def _by_mesh(group: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """One group for each mesh that the parameters of a group are spread over."""
+    names = dict(zip(group["params"], group["names"], strict=True))
+    for part in by_mesh(group["params"]).values():
+        yield _with(group, [names[parameter] for parameter in part])
+
+
+def _with(group: dict[str, Any], names: list[str]) -> dict[str, Any]:
+    """The group with only the parameters of these names."""
+    params = dict(zip(group["names"], group["params"], strict=True))
+    return {**group, "names": names, "params": [params[name] for name in names]}
 
 
 def describe(optimizer: torch.optim.Optimizer) -> Iterator[str]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate
 from torch.optim import Optimizer
 
 #: Of the Newton-Schulz iteration, see `orthogonalise`; those of torch.optim.Muon.
@@ -195,12 +195,17 @@ def _orthogonalised(update: Tensor) -> Tensor:
     """The part of the orthogonalised matrices that this process holds."""
     if not isinstance(update, DTensor):
         return orthogonalise(update).to(update.dtype)
-    if update.ndim > 2 and all(place == Shard(0) for place in update.placements):
+    if update.ndim > 2 and all(_keeps_matrices_whole(place) for place in update.placements):
         return orthogonalise(update.to_local()).to(update.dtype)
     mesh = update.device_mesh
     thin: Any = update.to(torch.bfloat16) if update.is_cuda else update  # half the bytes to gather
     whole = DTensor.from_local(orthogonalise(_gathered(thin)), mesh, [Replicate()] * mesh.ndim, run_check=False)
     return whole.redistribute(placements=update.placements).to_local().to(update.dtype)
+
+
+def _keeps_matrices_whole(place: Placement) -> bool:
+    """Whether a placement of a stack of matrices leaves each on one process, or on several."""
+    return place.is_replicate() or getattr(place, "dim", None) == 0  # FSDP2's own kind of shard is no `Shard`
 
 
 def _gathered(tensor: DTensor) -> Tensor:

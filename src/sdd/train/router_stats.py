@@ -7,6 +7,11 @@ worst_load        the most tokens on one expert over the mean, in the worst laye
 dead_experts      number of experts that no token of the step chose, over all layers
 routing           entropy, worst_load and dead_experts by layer
 expert_load       tokens over the mean, by layer and expert (in rows of evaluations, of the step before)
+
+and where processes share the experts:
+
+process_load      the most tokens on the experts of one process over the mean, in the worst layer
+exchanged_bytes   what all processes sent to others, forward and backward: rows of tokens, outputs and their gradients
 """
 
 from collections.abc import Sequence
@@ -23,14 +28,19 @@ class RouterStats:
     """Statistics of the routing of all tokens of a step, kept on the device until they are asked for.
 
     Args:
-        passes: the routing of each forward pass. Its counts cover all processes, the rest this one.
+        passes: the routing of each forward pass. Its counts cover all processes, the rest those of its own rows.
         world: the processes; all of them must create their `RouterStats` at the same point.
+        sent_bytes: what this process sent for experts to others; None if no experts are shared.
     """
 
-    def __init__(self, passes: Sequence[Routing], world: World) -> None:
+    def __init__(self, passes: Sequence[Routing], world: World, sent_bytes: int | None = None) -> None:
         means = [torch.stack([each.balance_loss, each.z_loss, each.entropy]) for each in passes]
         self._means: Tensor = world.mean(torch.stack(means).mean(0))
         self._counts = torch.stack([each.counts for each in passes]).sum(0)
+        self._parts = 1 if world.layout is None else world.layout.expert * world.layout.tensor
+        self._bytes = (
+            None if sent_bytes is None else world.total_of_all(torch.tensor(sent_bytes, dtype=torch.float64)).item()
+        )
 
     def row(self) -> dict[str, Any]:
         """The columns of a step."""
@@ -44,7 +54,15 @@ class RouterStats:
             "worst_load": worst.max().item(),
             "dead_experts": int(dead.sum()),
             "routing": {"entropy": _short(entropy), "worst_load": _short(worst), "dead_experts": dead.tolist()},
+            **self._traffic(load),
         }
+
+    def _traffic(self, load: Tensor) -> dict[str, Any]:
+        """The columns of experts that processes share."""
+        if self._bytes is None:
+            return {}
+        of_processes = load.unflatten(1, (self._parts, -1)).mean(-1)
+        return {"process_load": of_processes.max().item(), "exchanged_bytes": int(self._bytes)}
 
     def loads(self) -> dict[str, Any]:
         """The column of an evaluation."""

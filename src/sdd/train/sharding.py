@@ -1,6 +1,7 @@
-"""One model shared by the processes of a run's mesh: cut over `tensor`, then FSDP2 over the data dimensions.
+"""One model shared by the processes of a run's mesh: cut over `tensor` and `expert`, then FSDP2 over the data.
 
-Matrices are sharded block by block, those of experts by expert. Alphas and norm weights, well under 0.1% of a model,
+Matrices are sharded block by block, those of experts by expert. What is cut over `expert` is sharded over the other
+data dimensions only, as a unit of its own in each block. Alphas and norm weights, well under 0.1% of a model,
 stay whole and float32 on every rank. So the bfloat16 cast of the matrices' all-gather never touches them, and their
 gradients are averaged in one all-reduce. All master weights, moments and reductions are float32.
 """
@@ -16,8 +17,9 @@ from torch.distributed.tensor import DTensor
 
 from sdd.models import LanguageModel
 from sdd.optim_groups import param_groups
+from sdd.parallel.experts import complete_gradients, cut_experts, mixtures
 from sdd.parallel.language_model import parallelize
-from sdd.parallel.mesh import fsdp_mesh, submesh
+from sdd.parallel.mesh import experts_fsdp_mesh, experts_mesh, fsdp_mesh, submesh
 from sdd.train.parallel import World
 
 
@@ -42,12 +44,18 @@ def build_model(
 def _shard(model: LanguageModel, autocast_dtype: torch.dtype | None, mesh: DeviceMesh) -> None:
     if (tensor := submesh(mesh, "tensor")) is not None:
         parallelize(model, tensor)
+    if model.config.moe is not None and experts_mesh(mesh) is not None:
+        cut_experts(model, mesh)
     if (mesh_of_fsdp := fsdp_mesh(mesh)) is None:
         return
     roles = param_groups(model)
     whole = {parameter for group in roles if group["role"] in ("alpha", "bias") for parameter in group["params"]}
     wide = None if autocast_dtype is None else torch.float32  # None: the dtype of the weights, at least float32
     policy = MixedPrecisionPolicy(autocast_dtype, reduce_dtype=wide, cast_forward_inputs=False)
+    for moe in mixtures(model):
+        if (mesh_of_experts := experts_fsdp_mesh(mesh)) is not None:
+            fully_shard(moe.group, mesh=mesh_of_experts, mp_policy=policy, ignored_params=whole)
+        whole |= set(moe.group.parameters())  # those outside leave them alone
     for block in model.blocks:
         fully_shard(block, mesh=mesh_of_fsdp, mp_policy=policy, ignored_params=whole)
     # embedding and head are gathered in float32: autocast leaves the look-up alone, as it is not a matrix product
@@ -62,12 +70,13 @@ def compile_model(model: LanguageModel) -> None:
 
 
 def average_gradients(model: LanguageModel, world: World) -> None:
-    """Add up the gradients of parameters that every rank holds whole, over data ranks as a mean; FSDP does the others.
+    """Make gradients the mean over data ranks where FSDP does not: of experts cut over ranks, of whole parameters.
 
     Ranks that share the rows of a batch hold parts of such a gradient: each has that of its own tokens and features.
     """
     if world.size == 1:
         return
+    complete_gradients(model, world.data_size)
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     gradients = [gradient for gradient in gradients if not isinstance(gradient, DTensor)]
     if not gradients:  # a placement without any alpha or norm weight
