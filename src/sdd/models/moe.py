@@ -144,7 +144,10 @@ class MoE(nn.Module):
 
 
 def auxiliary_losses(
-    layers: Sequence[Routing], config: MoEConfig, sum_counts: Callable[[Tensor], Tensor] | None = None
+    layers: Sequence[Routing],
+    config: MoEConfig,
+    sum_counts: Callable[[Tensor], Tensor] | None = None,
+    mean: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Routing]:
     """The routers' part of the training loss, `balance_loss * mean balance + router_z_loss * mean z`.
 
@@ -156,6 +159,7 @@ def auxiliary_losses(
         layers: one for each layer.
         config: the weights.
         sum_counts: sums a tensor over the processes that train together; None for one process.
+        mean: the mean, with gradient, over the processes that have parts of the same sequences; None for one process.
 
     Returns:
         The scalar, and the routing of all layers (first dimension L), detached, with the counts of all processes.
@@ -163,5 +167,7 @@ def auxiliary_losses(
     routing = Routing(*(torch.stack(values) for values in zip(*layers, strict=True)))
     if sum_counts is not None:
         routing = routing._replace(counts=sum_counts(routing.counts))
+    if mean is not None:
+        routing = Routing(routing.counts, *(mean(value) for value in routing[1:]))
     total = config.balance_loss * routing.balance_loss.mean() + config.router_z_loss * routing.z_loss.mean()
     return total, Routing(*(value.detach() for value in routing))

@@ -32,7 +32,7 @@ class ParallelConfig:
         shard: processes that share parameters, gradients and optimiser state (FSDP2); 0 for what the others leave.
         tensor: processes that share each matrix of the blocks, and the tokens between the matrices.
         expert: processes that share the experts of a mixture; not built yet.
-        context: processes that share each sequence; not built yet.
+        context: processes that share each sequence, two pieces of it each.
     """
 
     replicate: int = 1
@@ -118,15 +118,16 @@ def problems(layout: ParallelConfig, processes: int, model: ModelConfig) -> Iter
         for width, value in widths.items():
             if value % sizes[name]:
                 yield f"parallel.{name}={sizes[name]} does not divide model.{width}={value}"
+    if layout.context > 1 and model.context % (parts := 2 * layout.context):
+        yield f"2 * parallel.context = {parts} does not divide model.context={model.context} tokens"
     if model.context % (parts := layout.context * layout.tensor):
         yield f"parallel.context * parallel.tensor = {parts} does not divide model.context={model.context} tokens"
 
 
 def _not_built(layout: ParallelConfig, model: ModelConfig) -> Iterator[str]:
     """The layouts that no code carries out yet: the one place that says so."""
-    for name in ("expert", "context"):
-        if getattr(layout, name) > 1:
-            yield f"parallel.{name}={getattr(layout, name)} is not built yet: leave it at 1"
+    if layout.expert > 1:
+        yield f"parallel.expert={layout.expert} is not built yet: leave it at 1"
     if layout.tensor > 1 and model.moe is not None:
         yield f"parallel.tensor={layout.tensor} is for dense models: a mixture of experts is not cut yet"
 

@@ -32,5 +32,19 @@ def data_mesh(mesh: DeviceMesh) -> DeviceMesh | None:
 
 
 def fsdp_mesh(mesh: DeviceMesh) -> DeviceMesh | None:
-    """The dimensions over which FSDP2 works, `shard` or `replicate` and `shard`; None if there are none."""
-    return submesh(mesh, "replicate", "shard")
+    """The mesh over which FSDP2 works: one dimension along which it shards, after `replicate` if there is that.
+
+    Processes that share experts or sequences hold parts of everything else, like those of `shard`. None if there are
+    no such processes.
+    """
+    return _after_copies(mesh, "shard", "expert", "context")
+
+
+def _after_copies(mesh: DeviceMesh, *names: str) -> DeviceMesh | None:
+    """These dimensions as one, after `replicate`, where the mesh has them."""
+    parts, copies = submesh(mesh, *names), submesh(mesh, "replicate")
+    if parts is not None and parts.ndim > 1:
+        parts = parts._flatten("_".join(parts.mesh_dim_names or ()))
+    if parts is None or copies is None:
+        return parts
+    return DeviceMesh._concatenate([copies, parts])

@@ -53,7 +53,7 @@ class Learner:
         self.model = build_model(LanguageModel(config.model, "meta"), self.device, self.autocast_dtype, world)
         self.model.checkpoint_blocks = config.activation_checkpointing
         self.model.chunked_loss = config.chunked_loss and HAS_CHUNKED_LOSS
-        self.model.sum_counts = world.total if world.data_size > 1 else None
+        self.model.sum_counts = world.total_of_all if world.size > 1 else None
         self.optimizer = build_optimizer(self.model, config.optim)
         self.weight_rule = WeightRule(self.model, self.optimizer, config.weight_rule)
         self.router_stats: RouterStats | None = None
