@@ -43,14 +43,15 @@ def attention_mask(
         positions_L: the ascending positions of the queries; None for those of all tokens.
     """
     document_BT = torch.zeros_like(tokens_BT) if eos is None else documents(tokens_BT, eos)
-    if tokens_BT.is_cuda and may_run() and flex_attends(tokens_BT.shape[1], head_dim, dtype):
+    queries = tokens_BT.shape[1] if positions_L is None else len(positions_L)
+    if tokens_BT.is_cuda and may_run() and flex_attends(queries, head_dim, dtype):
         return block_mask(document_BT, positions_L)
     return dense_mask(document_BT[:1] if eos is None else document_BT, positions_L)
 
 
-def flex_attends(T: int, head_dim: int, dtype: torch.dtype) -> bool:
+def flex_attends(queries: int, head_dim: int, dtype: torch.dtype) -> bool:
     """Whether a GPU attends within documents by flex attention: what its kernels take, longer than one block."""
-    return HAS_TRITON and T > BLOCK and head_dim >= _SMALLEST_HEAD and dtype != torch.float64
+    return HAS_TRITON and queries > BLOCK and head_dim >= _SMALLEST_HEAD and dtype != torch.float64
 
 
 def documents(tokens_BT: Tensor, eos: int) -> Tensor:
