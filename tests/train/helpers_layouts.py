@@ -84,7 +84,8 @@ def assert_same_run(run, alone):
     for ours, theirs in zip(rows(run), rows(alone), strict=True):
         assert leaves(ours).keys() == leaves(theirs).keys()
         for name, value in leaves(ours).items():
-            assert value == pytest.approx(leaves(theirs)[name], rel=5e-5, abs=1e-5), name
+            near = 1e-5 if name.count(".") == 1 else 2e-3  # those by layer have three decimals
+            assert value == pytest.approx(leaves(theirs)[name], rel=5e-5, abs=near), name
     samples = [json.loads((each / "samples.jsonl").read_text()) for each in (run, alone)]
     assert samples[0] == samples[1], "text is written in one token at a time, which no processes share"
     ours, theirs = (list(read_json_lines(each / "probe.jsonl")) for each in (run, alone))

@@ -24,9 +24,9 @@ __all__ = [
     "build_mesh",
     "layouts",
     "parallelize",
-    "share_sequences",
     "sharded_norm",
     "sharded_scaled_norm",
+    "share_sequences",
 ]
 
 _HOMES = {

@@ -23,7 +23,7 @@ class RouterStats:
     """Statistics of the routing of all tokens of a step, kept on the device until they are asked for.
 
     Args:
-        passes: the routing of each forward pass. Its counts cover all processes, the rest this one.
+        passes: the routing of each forward pass. Its counts cover all processes, the rest those of its own rows.
         world: the processes; all of them must create their `RouterStats` at the same point.
     """
 
