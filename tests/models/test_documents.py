@@ -90,6 +90,43 @@ def test_blocks_and_mask_allow_the_same(length: int, ends: float, seed: int):
     assert torch.equal(documents.as_dense(block_mask(document)), dense_mask(document))
 
 
+@lengths_and_ends
+@settings(max_examples=30)
+def test_some_rows_of_the_mask_are_its_rows(length: int, ends: float, seed: int):
+    document = drawn_documents(length, ends, seed)
+    some = torch.rand(length, generator=torch.Generator().manual_seed(seed)) < 0.4
+    some[seed % length] = True
+    rows = some.nonzero().squeeze(1)
+    mask, whole = block_mask(document, rows), dense_mask(document)
+    assert torch.equal(dense_mask(document, rows), whole[:, :, rows])
+    assert torch.equal(documents.as_dense(mask), whole[:, :, rows])
+    # blocks that torch finds are among ours, and all of a full block is allowed
+    expected = create_block_mask(mask.mask_mod, 2, None, len(rows), length, device="cpu")
+    listed, full = (_listed(mask, side) for side in ("kv", "full_kv"))
+    wanted, wanted_full = (_listed(expected, side) for side in ("kv", "full_kv"))
+    assert not (wanted | wanted_full)[~(listed | full)].any()
+    assert not full[~wanted_full].any()
+
+
+def _listed(mask: BlockMask, side: str) -> Tensor:
+    """Which blocks one of a mask's two lists names, bool `[B, M, N]`."""
+    count, columns = (getattr(mask, f"{side}_{part}")[:, 0] for part in ("num_blocks", "indices"))
+    named = torch.arange(columns.shape[-1]) < count[..., None]
+    return torch.zeros_like(named).scatter(-1, columns.long(), named)
+
+
+@given(st.integers(2, 4), st.integers(1, 3), st.sampled_from([0, 1e-3, 1e-2]), st.integers(0, 99))
+@settings(max_examples=30)
+def test_blocks_of_two_pieces_are_those_that_torch_finds(size: int, blocks: int, ends: float, seed: int):
+    document = drawn_documents(2 * size * blocks * BLOCK, ends, seed)
+    pieces = torch.arange(document.shape[1]).chunk(2 * size)
+    mask = block_mask(document, torch.cat([pieces[seed % size], pieces[-1 - seed % size]]))
+    expected = create_block_mask(mask.mask_mod, 2, None, *mask.shape[-2:], device="cpu")
+    assert mask.shape == expected.shape
+    for side in ("kv", "full_kv"):
+        assert torch.equal(_listed(mask, side), _listed(expected, side)), side
+
+
 def test_blocks_skip_other_documents():
     row = torch.arange(64 * BLOCK) // BLOCK
     mask = block_mask(row[None])

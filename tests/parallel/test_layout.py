@@ -13,7 +13,9 @@ from sdd.errors import UserError
 from sdd.models import model_presets
 from sdd.parallel import ParallelConfig, layouts
 
-sizes = st.builds(ParallelConfig, st.integers(1, 4), st.integers(0, 4), st.integers(1, 5))
+sizes = st.builds(
+    ParallelConfig, st.integers(1, 4), st.integers(0, 4), st.integers(1, 5), context=st.sampled_from([1, 1, 2, 3])
+)
 
 
 @given(sizes, st.integers(1, 24), models)
@@ -64,15 +66,18 @@ def test_messages_of_refused_layouts(asked, processes, line):
         ParallelConfig(**asked).resolved(processes, model_presets["nano"])
 
 
-def test_the_tokens_of_a_sequence_must_divide():
-    model = replace(model_presets["nano"], context=127)
-    with pytest.raises(UserError, match=r"= 2 does not divide model.context=127"):
-        ParallelConfig(tensor=2).resolved(2, model)
-
-
-def test_what_is_not_built_is_said_in_one_line():
-    with pytest.raises(UserError, match=r"parallel.context=2 is not built yet"):
-        ParallelConfig(context=2).resolved(2, model_presets["moe-nano"])
+@pytest.mark.parametrize(
+    ("asked", "context", "line"),
+    [
+        ({"tensor": 2}, 127, "parallel.context * parallel.tensor = 2 does not divide model.context=127 tokens"),
+        ({"context": 2}, 126, "2 * parallel.context = 4 does not divide model.context=126 tokens"),
+        ({"context": 2, "tensor": 4}, 132, "parallel.context * parallel.tensor = 8 does not divide model.context=132"),
+    ],
+)
+def test_the_tokens_of_a_sequence_must_divide(asked, context, line):
+    model = replace(model_presets["nano"], context=context, n_kv_heads=4)
+    with pytest.raises(UserError, match=re.escape(line)):
+        ParallelConfig(**asked).resolved(math.prod(asked.values()), model)
 
 
 @pytest.mark.parametrize("name", ["replicate", "tensor", "expert", "context"])

@@ -1,5 +1,7 @@
 """Runs whose processes form a mesh of several dimensions: who exchanges what with whom."""
 
+import math
+import re
 from dataclasses import replace
 
 import torch
@@ -20,6 +22,9 @@ LAYOUTS = {
     "shard 2, tensor 2": ParallelConfig(tensor=2),
     "tensor 4": ParallelConfig(tensor=4),
     "replicate 2, tensor 2": ParallelConfig(replicate=2, tensor=2),
+    "shard 2, context 2": ParallelConfig(context=2),
+    "replicate 2, context 2": ParallelConfig(replicate=2, context=2),
+    "context 2, tensor 2": ParallelConfig(context=2, tensor=2),
 }
 MODEL = replace(TINY.model, n_heads=4, n_kv_heads=4)
 
@@ -42,18 +47,19 @@ def test_numbers_go_over_the_ranks_that_have_other_rows_and_flags_over_all():
     asked = list(LAYOUTS.values())
     answers = list(zip(*in_world(4, numbers_of_each, asked), strict=True))
     for name, ranks in zip(LAYOUTS, answers, strict=True):
-        tensor = int(name.partition("tensor ")[2] or 1)
-        data = [rank // tensor for rank in range(4)]
+        alike = math.prod(int(size) for size in re.findall(r"(?:context|tensor) (\d)", name))
+        data = [rank // alike for rank in range(4)]
         for rank, found in enumerate(ranks):
             assert found["layout"] == name
-            assert found["data"] == (data[rank], 4 // tensor)
-            assert found["sum"] == sum(10.0**other for other in range(4) if other % tensor == rank % tensor)
+            assert found["data"] == (data[rank], 4 // alike)
+            assert found["sum"] == sum(10.0**other for other in range(4) if other % alike == rank % alike)
             assert found["of all"] == 6
             assert found["any"]
-        rows = [row for found in ranks[::tensor] for row in found["rows"] if row >= 0]
+        rows = [row for found in ranks[::alike] for row in found["rows"] if row >= 0]
         assert rows == list(range(7)), "every row once"
     assert [found[0]["fsdp"] for found in answers] == [
         *(["shard"], ["replicate", "shard"], ["replicate", "shard"], ["shard"], None, ["replicate", "shard"]),
+        *(["shard_context"], ["replicate", "shard_context"], ["context"]),
     ]
 
 

@@ -29,6 +29,7 @@ from sdd.models.joint import call_jointly
 from sdd.models.kv_cache import Extend
 from sdd.models.moe import MoE, Routing
 from sdd.models.sites import norm_at, projection_at, scale_at, scaled_by
+from sdd.models.token_split import ALL_TOKENS, TokenSplit
 from sdd.nn import SDDLinear
 from sdd.placement import LEARNED_RESIDUAL, RESIDUALS, Norm, Site
 
@@ -115,7 +116,13 @@ def mix_at(config: ModelConfig, sublayer: int, device: torch.device | str | None
 
 
 class Attention(nn.Module):
-    """Causal grouped-query attention with RoPE, `o(ctx(softmax(q k^T / sqrt(D)) v))`."""
+    """Causal grouped-query attention with RoPE, `o(ctx(softmax(q k^T / sqrt(D)) v))`.
+
+    Attributes:
+        split: how processes share the tokens that attend.
+    """
+
+    split: TokenSplit = ALL_TOKENS
 
     def __init__(
         self,
@@ -150,6 +157,7 @@ class Attention(nn.Module):
         if extend is not None:
             k_BKTD, v_BKTD = extend(k_BKTD, v_BKTD)
         else:
+            k_BKTD, v_BKTD = self.split.attended(k_BKTD, v_BKTD)
             self._show(q_BHTD, k_BKTD, mask)
         if isinstance(mask, BlockMask):
             y_BHTD = attend_in_blocks(q_BHTD, k_BKTD, v_BKTD, mask)
@@ -166,7 +174,8 @@ class Attention(nn.Module):
     def _show(self, q_BHTD: Tensor, k_BKTD: Tensor, mask: Mask | None) -> None:
         if probe_points.recording():
             shown = as_dense(mask) if isinstance(mask, BlockMask) else mask
-            probe_points.attention(self, q_BHTD, k_BKTD, shown)
+            shown = None if shown is None else self.split.all_queries(shown)
+            probe_points.attention(self, self.split.all_queries(q_BHTD), k_BKTD, shown)
 
     def scaled(self, q_BHTD: Tensor) -> Tensor:
         """`s^2 q`, which is what s on both q and k gives; so keys, which heads may share, need no scale."""

@@ -1,12 +1,14 @@
 """How the processes that compute one loss together share the tokens of a sequence; a single process has all."""
 
+import torch
 from torch import Tensor
 
 
 class TokenSplit:
     """All tokens on one process; a subclass shares them (`sdd.parallel`).
 
-    The model asks for its own tokens where the residual stream begins, and joins what comes out at its end.
+    The model asks for its own tokens where the residual stream begins, and joins what comes out at its end. In between,
+    attention has the queries of some tokens and the keys and values of all.
     """
 
     def begin(self, n_tokens: int, cached: bool) -> None:
@@ -28,6 +30,17 @@ class TokenSplit:
     def mean(self, value: Tensor) -> Tensor:
         """The mean over all tokens, from that over the tokens of each process."""
         return value
+
+    def positions(self, n_tokens: int, device: torch.device) -> Tensor | None:
+        """The positions, int64 `[T]`, of the tokens whose queries this process has; None for all in their order."""
+
+    def attended(self, k_BKTD: Tensor, v_BKTD: Tensor) -> tuple[Tensor, Tensor]:
+        """The keys and values of all tokens `[B, K, S, D]`, from those of the tokens whose queries this process has."""
+        return k_BKTD, v_BKTD
+
+    def all_queries(self, x_BHTD: Tensor) -> Tensor:
+        """A row for each token, dimension 2, from those of the tokens whose queries this process has; no gradient."""
+        return x_BHTD
 
 
 #: One process has all tokens.

@@ -122,9 +122,8 @@ class LanguageModel(nn.Module):
         T = tokens_BT.shape[1] + (max(cache.lengths) if cache is not None else 0)
         if self.config.context < T:
             raise ValueError(f"a sequence of {T} tokens was given, the model's context is {self.config.context}")
-        mask = None if document_eos is None else self._document_mask(tokens_BT, document_eos)
         layers: list[Routing] = []
-        x_BTC = self._own_hidden(tokens_BT, mask, cache, layers)
+        x_BTC = self._own_hidden(tokens_BT, document_eos, cache, layers)
         if targets_BT is None:
             logits_BTV = F.linear(x_BTC, self.head_weight)
             probe_points.output("logits", logits_BTV)
@@ -140,39 +139,43 @@ class LanguageModel(nn.Module):
             total = total + auxiliary
         return TrainingLoss(total, loss.detach(), routing) if detailed else total
 
-    def hidden(
-        self,
-        tokens_BT: Tensor,
-        mask: Mask | None = None,
-        cache: KVCache | None = None,
-        layers: list[Routing] | None = None,
-    ) -> Tensor:
+    def hidden(self, tokens_BT: Tensor, cache: KVCache | None = None) -> Tensor:
         """The last hidden state, which the head reads: `[B, T]` to `[B, T, C]`.
 
         Args:
             tokens_BT: int64.
-            mask: where attention is allowed; None for causal.
-            cache: the tokens come after those that it holds; it makes the mask.
-            layers: receives the routing of each mixture of experts.
+            cache: the tokens come after those that it holds.
         """
-        return self.split.joined(self._own_hidden(tokens_BT, mask, cache, layers))
+        return self.split.joined(self._own_hidden(tokens_BT, None, cache, []))
 
     def _own_hidden(
-        self, tokens_BT: Tensor, mask: Mask | None, cache: KVCache | None, layers: list[Routing] | None
+        self, tokens_BT: Tensor, document_eos: int | None, cache: KVCache | None, layers: list[Routing]
     ) -> Tensor:
-        """`hidden` of this process's tokens."""
+        """`hidden` of this process's tokens; `layers` receives the routing of each mixture of experts."""
         self.split.begin(tokens_BT.shape[1], cache is not None)
+        positions, mask = self._attended(tokens_BT, document_eos) if cache is None else cache.grow(tokens_BT)
         if self.config.statistics == "float32":
-            return self._hidden(tokens_BT, mask, cache, layers)
+            return self._hidden(tokens_BT, positions, mask, cache, layers)
         with use("composed"), statistics_in(torch.bfloat16):
-            return self._hidden(tokens_BT, mask, cache, layers)
+            return self._hidden(tokens_BT, positions, mask, cache, layers)
+
+    def _attended(self, tokens_BT: Tensor, document_eos: int | None) -> tuple[slice | Tensor, Mask | None]:
+        """The positions of the tokens whose queries this process has, and their mask; None for causal."""
+        positions = self.split.positions(tokens_BT.shape[1], tokens_BT.device)
+        if positions is None and document_eos is None:
+            return slice(tokens_BT.shape[1]), None
+        dtype = sdd_F.product_dtype(self.embed.weight)
+        mask = attention_mask(tokens_BT, document_eos, self.config.head_dim, dtype, positions)
+        return slice(tokens_BT.shape[1]) if positions is None else positions, mask
 
     def _hidden(
-        self, tokens_BT: Tensor, mask: Mask | None, cache: KVCache | None, layers: list[Routing] | None
+        self,
+        tokens_BT: Tensor,
+        positions: slice | Tensor,
+        mask: Mask | None,
+        cache: KVCache | None,
+        layers: list[Routing],
     ) -> Tensor:
-        positions = slice(tokens_BT.shape[1])
-        if cache is not None:
-            positions, mask = cache.grow(tokens_BT)
         rope = (self.rope_cos[positions], self.rope_sin[positions])
         x_BTC = self.embed_norm(self.embed(self.split.own(tokens_BT)))
         for layer, block in enumerate(self.blocks):
@@ -182,13 +185,9 @@ class LanguageModel(nn.Module):
                 x_BTC, routing = checkpoint(block, x_BTC, rope, mask, use_reentrant=False)
             else:
                 x_BTC, routing = block(x_BTC, rope, mask)
-            if layers is not None and routing is not None:
+            if routing is not None:
                 layers.append(routing)
         return self.final_norm(x_BTC)
-
-    def _document_mask(self, tokens_BT: Tensor, eos: int) -> Mask:
-        dtype = sdd_F.product_dtype(self.embed.weight)
-        return attention_mask(tokens_BT, eos, self.config.head_dim, dtype)
 
     @property
     def head_weight(self) -> Tensor:

@@ -1,7 +1,7 @@
-"""One model shared by many processes: layouts and their mesh, and tensor parallelism.
+"""One model shared by many processes: layouts and their mesh, tensor and context parallelism.
 
 `ColwiseSDD`, `RowwiseSDD` and `ShardedNorm` are styles for torch's `parallelize_module`; `parallelize` cuts our own
-language models. `sdd train` needs none of them by name: `--parallel.tensor 2`.
+language models, and `share_sequences` their sequences. `sdd train` needs none of them by name: `--parallel.tensor 2`.
 """
 
 from importlib import import_module
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from sdd.parallel.layout import ParallelConfig, layouts
 
 if TYPE_CHECKING:
+    from sdd.parallel.context import share_sequences
     from sdd.parallel.language_model import parallelize
     from sdd.parallel.mesh import build_mesh
     from sdd.parallel.norms import sharded_norm, sharded_scaled_norm
@@ -25,9 +26,11 @@ __all__ = [
     "parallelize",
     "sharded_norm",
     "sharded_scaled_norm",
+    "share_sequences",
 ]
 
 _HOMES = {
+    "context": ("share_sequences",),
     "language_model": ("parallelize",),
     "mesh": ("build_mesh",),
     "norms": ("sharded_norm", "sharded_scaled_norm"),

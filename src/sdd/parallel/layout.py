@@ -32,7 +32,7 @@ class ParallelConfig:
         shard: processes that share parameters, gradients and optimiser state (FSDP2); 0 for what the others leave.
         tensor: processes that share each matrix of the blocks, and the tokens between the matrices.
         expert: processes that share the experts of a mixture, and send each other its tokens.
-        context: processes that share each sequence; not built yet.
+        context: processes that share each sequence, two pieces of it each.
     """
 
     replicate: int = 1
@@ -107,7 +107,6 @@ def problems(layout: ParallelConfig, processes: int, model: ModelConfig) -> Iter
         model: what they train.
     """
     sizes = asdict(layout)
-    yield from _not_built(layout, model)
     if layout.expert > 1 and model.moe is None:
         yield f"parallel.expert={layout.expert} shares the experts of a mixture, and this model is dense"
     if math.prod(sizes.values()) != processes:
@@ -126,14 +125,10 @@ def problems(layout: ParallelConfig, processes: int, model: ModelConfig) -> Iter
     if model.moe is not None and model.moe.n_experts % (parts := layout.expert * layout.tensor):
         names = " * ".join(f"parallel.{name}" for name in ("expert", "tensor") if sizes[name] > 1)
         yield f"{names} = {parts} does not divide model.moe.n_experts={model.moe.n_experts}"
+    if layout.context > 1 and model.context % (parts := 2 * layout.context):
+        yield f"2 * parallel.context = {parts} does not divide model.context={model.context} tokens"
     if model.context % (parts := layout.context * layout.tensor):
         yield f"parallel.context * parallel.tensor = {parts} does not divide model.context={model.context} tokens"
-
-
-def _not_built(layout: ParallelConfig, model: ModelConfig) -> Iterator[str]:
-    """The layouts that no code carries out yet: the one place that says so."""
-    if layout.context > 1:
-        yield f"parallel.context={layout.context} is not built yet: leave it at 1"
 
 
 def layouts(processes: int, model: ModelConfig) -> Iterator[ParallelConfig]:

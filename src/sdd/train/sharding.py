@@ -1,4 +1,4 @@
-"""One model shared by the processes of a run's mesh: cut over `tensor` and `expert`, then FSDP2 over the data.
+"""One model shared by the processes of a run's mesh: cut over `tensor` and `expert`, then sharded by FSDP2.
 
 Matrices are sharded block by block, those of experts by expert. What is cut over `expert` is sharded over the other
 data dimensions only, as a unit of its own in each block. Alphas and norm weights, well under 0.1% of a model,
@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from sdd.models import LanguageModel
 from sdd.optim_groups import param_groups
+from sdd.parallel.context import share_sequences
 from sdd.parallel.experts import complete_gradients, cut_experts, mixtures
 from sdd.parallel.language_model import parallelize
 from sdd.parallel.mesh import experts_fsdp_mesh, experts_mesh, fsdp_mesh, submesh
@@ -35,17 +36,19 @@ def build_model(
         world: the processes.
     """
     if world.mesh is not None:
-        _shard(model, autocast_dtype, world.mesh)
+        _shard(model, autocast_dtype, world.mesh, world.data_size)
     model.to_empty(device=device if world.size > 1 else "cpu")
     model.init_weights()
     return model.to(device)
 
 
-def _shard(model: LanguageModel, autocast_dtype: torch.dtype | None, mesh: DeviceMesh) -> None:
+def _shard(model: LanguageModel, autocast_dtype: torch.dtype | None, mesh: DeviceMesh, data_size: int) -> None:
     if (tensor := submesh(mesh, "tensor")) is not None:
         parallelize(model, tensor)
     if model.config.moe is not None and experts_mesh(mesh) is not None:
         cut_experts(model, mesh)
+    if (context := submesh(mesh, "context")) is not None:
+        share_sequences(model, context)
     if (mesh_of_fsdp := fsdp_mesh(mesh)) is None:
         return
     roles = param_groups(model)
@@ -60,6 +63,11 @@ def _shard(model: LanguageModel, autocast_dtype: torch.dtype | None, mesh: Devic
         fully_shard(block, mesh=mesh_of_fsdp, mp_policy=policy, ignored_params=whole)
     # embedding and head are gathered in float32: autocast leaves the look-up alone, as it is not a matrix product
     fully_shard(model, mesh=mesh_of_fsdp, mp_policy=replace(policy, param_dtype=None), ignored_params=whole)
+    if context is not None:  # whose processes have summands of a gradient, where FSDP takes the mean of all
+        for module in (model, *model.blocks):
+            assert isinstance(module, FSDPModule)
+            module.set_gradient_divide_factor(data_size)
+            module.set_force_sum_reduction_for_comms(True)  # gloo cannot multiply while it adds
 
 
 def compile_model(model: LanguageModel) -> None:
