@@ -85,7 +85,7 @@ def mixture_config(placement: str, **changes: Any) -> ModelConfig:
 
 def peak_bytes(function: Callable[[], object]) -> int:
     """The most that a call holds at once of what it allocates, by torch's profiler."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
         function()
     assert profiler.profiler is not None
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]

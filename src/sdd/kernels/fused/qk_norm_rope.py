@@ -253,15 +253,17 @@ qk_norm_rope_op.register_autograd(_backward, setup_context=_setup_context)
 def qk_norm_rope(z, alpha, cos, sin, *, n_heads, group, eps) -> Tensor:
     """`rope(alpha * norm(z))`; the norm is a kernel of its own for other groups, wide rows and an eps for each row."""
     *batch, length, width = z.shape
-    head_dim, parts, full = width // n_heads, resolve_group(group, width), ((width, width),)
+    head_dim, parts = width // n_heads, resolve_group(group, width)
+    # a number, since torch 2.11 while it compiles takes a `Parts` and an equal tuple for different
+    one_group = parts[0][1] if len(parts) == 1 else None
     if alpha is not None:
         split_alpha(alpha, parts)  # raises if its size does not fit
-        one_kernel = parts == ((width, head_dim),) or (parts == full and width <= MAX_FUSED)
+        one_kernel = one_group == head_dim or (one_group == width and width <= MAX_FUSED)
         if not one_kernel or isinstance(eps, Tensor):
             z, alpha = scaled_norm(z, alpha, group=parts, eps=eps), None
     if cos.shape not in ((length, head_dim), (*batch, 1, length, head_dim)) or sin.shape != cos.shape:
         return sdd_F.qk_norm_rope(z, alpha, cos, sin, n_heads=n_heads, group=group, eps=eps)
-    whole, eps = alpha is not None and parts == full, 0.0 if alpha is None else eps
+    whole, eps = alpha is not None and one_group == width, 0.0 if alpha is None else eps
     return qk_norm_rope_op(z, alpha, cos, sin, n_heads, whole, eps)[0].transpose(-3, -2)
 
 
