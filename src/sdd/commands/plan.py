@@ -85,14 +85,15 @@ def _plan_layouts(options: argparse.Namespace, config: RunConfig, gpu: Gpu) -> i
             f"no layout of {options.gpus} GPUs fits: the smallest ({least.layout}) takes {least.peak / 2**30:.1f} GiB "
             f"of {least.capacity / 2**30:.1f}: give more --gpus, or --activation-checkpointing true"
         )
-    best = search.fitting[0] if options.best else None
+    best = search.best if options.best else None
     found = {
-        "layouts": [plan.to_dict() | {"fits": plan.fits} for plan in (*search.fitting, *search.too_large)],
+        "layouts": [plan.to_dict() for plan in (*search.fitting, *search.too_large)],
+        **({} if best is None else {"best": best.to_dict()}),
         "left_out": {why: [asdict(layout) for layout in found] for why, found in search.left_out.items()},
     }
     text = show_search(options.preset, search)
     if best is not None:
-        text = f"{text}\n\nThe fastest\n\n{show_layout(options.preset, best)}"
+        text = f"{text}\n\nProposed: of those within 1% of the fastest, the one with the smallest states\n\n{show_layout(options.preset, best)}"
     _answer(options, found, text, best)
     return 0
 
@@ -152,7 +153,7 @@ def _parser() -> Parser:
     parser.add_argument("--mfu", type=float, default=0.4, help="assumed model FLOPs utilisation (default 0.4)")
     parser.add_argument("--micro-batch", type=positive_int, help="sequences at once on a GPU (default: what fits)")
     parser.add_argument("--layouts", action="store_true", help="plan every layout of the GPUs that fits: traffic too")
-    parser.add_argument("--best", action="store_true", help="the same, and propose the fastest with its command")
+    parser.add_argument("--best", action="store_true", help="the same, and propose one with its command")
     parser.add_argument("--gpus-per-node", metavar="N", type=positive_int, default=8, help="of a node (default 8)")
     parser.add_argument(
         "--link", metavar="GB/S", type=_bandwidth, help="a GPU to its node, one way (default: the GPU's)"

@@ -19,6 +19,7 @@ The search leaves out, and says so:
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 from sdd.errors import UserError
@@ -28,7 +29,7 @@ from sdd.plan.cluster import Cluster, Exchange, exchanges
 from sdd.plan.estimate import USABLE, check_share, divisors
 from sdd.plan.gpus import Gpu
 from sdd.plan.measure import MemoryCase
-from sdd.plan.sharded import Trace, trace
+from sdd.plan.sharded import Trace, fake_world, trace
 from sdd.train import RunConfig
 
 
@@ -159,6 +160,12 @@ class Search:
     too_large: list[LayoutPlan]
     left_out: dict[str, list[ParallelConfig]]
 
+    @property
+    def best(self) -> LayoutPlan | None:
+        """Of those that are within 1% of the fastest, the one with the smallest states; None if none fits."""
+        near = [plan for plan in self.fitting if plan.step <= 1.01 * self.fitting[0].step]
+        return min(near, key=lambda plan: plan.trace.memory.states, default=None)
+
 
 class Planner:
     """Plans layouts of one run on given GPUs.
@@ -220,13 +227,14 @@ class Planner:
         # less memory first: what does not fit then rules out more copies of it
         wanted.sort(key=lambda layout: (layout.expert, layout.tensor, layout.context, layout.replicate))
         found: list[LayoutPlan] = []
-        for done, layout in enumerate(wanted):
-            report(done, len(wanted))
-            reason = next((why for why, plan in self._ruled_out(layout, found) if plan), None)
-            if reason is not None:
-                left_out.setdefault(reason, []).append(layout)
-            else:
-                found.append(self.plan(layout))
+        with fake_world(self.gpus):
+            for done, layout in enumerate(wanted):
+                report(done, len(wanted))
+                reason = next((why for why, plan in self._ruled_out(layout, found) if plan), None)
+                if reason is not None:
+                    left_out.setdefault(reason, []).append(layout)
+                else:
+                    found.append(self.plan(layout))
         fitting = sorted((plan for plan in found if plan.fits), key=lambda plan: plan.step)
         return Search(fitting, [plan for plan in found if not plan.fits], left_out)
 
@@ -284,8 +292,12 @@ class Planner:
             plan = first if first.layout == layout and sizes[index] == 1 else self._traced(layout, sizes[index])
             if plan.fits or index == 0:
                 return plan
-            excess, size = plan.peak - plan.capacity, sizes[index]
-            index = min(index - 1, _last(sizes, lambda s: (size - s) * growth >= excess))
+            index = min(index - 1, _last(sizes, partial(self._frees, plan, growth)))
+
+    @staticmethod
+    def _frees(plan: LayoutPlan, growth: float, size: int) -> bool:
+        """Whether a smaller micro-batch should make a plan fit."""
+        return (plan.case.micro_batch - size) * growth >= plan.peak - plan.capacity
 
     def _growth(self, layout: ParallelConfig, sizes: list[int]) -> tuple[LayoutPlan, float]:
         """The plan of a like layout with one sequence at once, and the bytes that each further one adds."""

@@ -244,9 +244,7 @@ class LiveBytes(TorchDispatchMode):
         self._now = self._peak = 0
         self._live: dict[int, tuple[int, int]] = {}  # by address: bytes, and the phase that allocated them
         self._of_weights = {storage._cdata for storage in _storages(list(weights))}  # weights, and copies of them
-        self._resized: dict[
-            int, torch.UntypedStorage
-        ] = {}  # what FSDP2 gathers weights into, to empty and fill it again
+        self._resized: dict[int, torch.UntypedStorage] = {}  # into which FSDP2 gathers weights
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if DTensor in types:

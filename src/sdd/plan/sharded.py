@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sdd import kernels
@@ -107,7 +108,7 @@ def trace(case: MemoryCase, layout: ParallelConfig) -> Trace:
 
 def trace_directly(case: MemoryCase, layout: ParallelConfig) -> Trace:
     """Trace one process of a layout at the depth of the case; see `trace`."""
-    with _fake_world(case.gpus) as alone, too_large(case), kernels.use("triton" if case.has_kernels else "composed"):
+    with fake_world(case.gpus) as alone, too_large(case), kernels.use("triton" if case.has_kernels else "composed"):
         world = alone.laid_out(layout, case.model, torch.device("cpu"))
         fake = FakeTensorMode()
         with fake:
@@ -161,12 +162,19 @@ class _EvenSpread(TorchDispatchMode):
 
 
 @contextmanager
-def _fake_world(size: int) -> Iterator[World]:
-    """Process 0 of a world that exchanges nothing."""
+def fake_world(size: int) -> Iterator[World]:
+    """Process 0 of a world that exchanges nothing; a block inside another of the same size shares its groups.
+
+    Raises:
+        UserError: if this process belongs to a real world.
+    """
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     if dist.is_initialized():
-        raise UserError("a plan takes one process: leave torchrun out")
+        if dist.get_backend() != "fake" or dist.get_world_size() != size:
+            raise UserError("a plan takes one process: leave torchrun out")
+        yield World(0, size)
+        return
     # which says that clipping adds up over one dimension of the mesh after the other: a fact of training, not of a plan
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=size)
@@ -174,6 +182,7 @@ def _fake_world(size: int) -> Iterator[World]:
         yield World(0, size)
     finally:
         dist.destroy_process_group()
+        _clear_sharding_prop_cache()  # it knows the meshes of groups that are gone, and takes them for equal ones
 
 
 def _local(tensor: Tensor) -> Tensor:
