@@ -1,10 +1,13 @@
 """What a process of a layout keeps and exchanges: without numbers as on real processes."""
 
+from dataclasses import replace
+
 import pytest
 from helpers_layouts import real_traces, with_optimizer
 from helpers_plan import make_case, mixture_config, small_config
 
 from sdd.errors import UserError
+from sdd.models import model_presets
 from sdd.parallel import ParallelConfig, layouts
 from sdd.plan import measure_memory
 from sdd.plan.sharded import trace, trace_directly
@@ -58,7 +61,8 @@ def test_a_deep_model_is_exact_from_two_shallow_ones(layout, optimizer):
 @pytest.mark.parametrize("bfloat16", [False, True])
 @pytest.mark.parametrize("checkpoint", [False, True])
 def test_memory_under_fsdp_is_that_of_the_plan_without_layouts(bfloat16, checkpoint):
-    case = make_case(small_config("sdd", d_model=128, d_ff=512, n_layers=6), 2, 8, bfloat16=bfloat16, checkpoint=checkpoint)
+    shape = replace(model_presets["nano"], n_layers=6, d_model=128, d_ff=512, vocab_size=512)
+    case = make_case(shape, 2, 8, bfloat16=bfloat16, checkpoint=checkpoint)
     found, planned = trace(case, ParallelConfig(shard=2)).memory, measure_memory(case)
     assert (found.weights, found.gradients, found.moments) == (planned.weights, planned.gradients, planned.moments)
     assert found.activations == planned.activations
@@ -86,5 +90,5 @@ def test_one_process_exchanges_nothing():
 
 
 def test_a_layout_that_cannot_be_sharded_is_refused():
-    with pytest.raises(UserError, match="parallel.tensor=4 does not divide model.n_kv_heads=2"):
+    with pytest.raises(UserError, match=r"parallel\.tensor=4 does not divide model\.n_kv_heads=2"):
         trace(make_case(small_config("sdd"), 4), ParallelConfig(tensor=4))

@@ -93,7 +93,8 @@ def _plan_layouts(options: argparse.Namespace, config: RunConfig, gpu: Gpu) -> i
     }
     text = show_search(options.preset, search)
     if best is not None:
-        text = f"{text}\n\nProposed: of those within 1% of the fastest, the one with the smallest states\n\n{show_layout(options.preset, best)}"
+        head = "Proposed: of those within 1% of the fastest, the one with the smallest states"
+        text = "\n\n".join([text, head, show_layout(options.preset, best)])
     _answer(options, found, text, best)
     return 0
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import _resolve_process_group  # pyright: ignore[reportPrivateImportUsage]
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
@@ -127,7 +128,8 @@ def _group(values: Iterable[Any]) -> dist.ProcessGroup:
             return value
         if isinstance(value, torch.ScriptObject) and "ProcessGroup" in str(value._type()):
             return dist.ProcessGroup.unbox(value)
-    return dist.distributed_c10d._resolve_process_group([value for value in values if isinstance(value, str)][-1])
+    name: Any = [value for value in values if isinstance(value, str)][-1]
+    return _resolve_process_group(name)
 
 
 def _asked_by_fsdp() -> bool:
