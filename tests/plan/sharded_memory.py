@@ -2,6 +2,7 @@
 
 import gc
 from dataclasses import replace
+from itertools import product
 
 import torch
 from helpers_plan import CpuCase, make_case, peak_bytes
@@ -11,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from sdd.models import LanguageModel, MoEConfig, model_presets
 from sdd.parallel.layout import ParallelConfig
 from sdd.plan import measure_memory
+from sdd.plan.sharded import trace
 from sdd.train import OptimConfig
 from sdd.train.optim import build_optimizer
 from sdd.train.parallel import World, joined
@@ -21,7 +23,8 @@ def nbytes(tensor: Tensor) -> int:
     return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).nbytes
 
 
-def compare(case: CpuCase, world: World) -> None:
+def compare(case: CpuCase, traced: int, world: World) -> None:
+    """Compare with the plan, and with the peak of a trace, beside the states."""
     model = LanguageModel(case.model, device="meta")
     model.checkpoint_blocks = case.run.activation_checkpointing
     model = build_model(model, torch.device("cpu"), torch.bfloat16 if case.bfloat16 else None, world)
@@ -42,16 +45,20 @@ def compare(case: CpuCase, world: World) -> None:
     assert memory.weights == sum(map(nbytes, model.parameters()))
     assert memory.moments == sum(nbytes(value) for state in optimizer.state.values() for value in state.values())
     assert abs((memory.peak - memory.states) / seen - 1) < 0.03, (case, memory, seen)
+    assert abs(traced / seen - 1) < 0.07, (case, traced, seen)
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    dense = replace(model_presets["nano"], n_layers=6, d_model=128, d_ff=512, vocab_size=512)
+    experts = replace(dense, d_ff=256, moe=MoEConfig(4, 2))
+    options = [
+        {"bfloat16": bfloat16, "checkpoint": checkpoint} for bfloat16, checkpoint in product((False, True), repeat=2)
+    ]
+    cases = [*(make_case(dense, 2, 8, **each) for each in options), make_case(experts, 2, 8)]
+    traces = [trace(case, ParallelConfig(shard=2)).memory for case in cases]  # before there is a real group
     with joined() as world:
-        dense = replace(model_presets["nano"], n_layers=6, d_model=128, d_ff=512, vocab_size=512)
-        experts = replace(dense, d_ff=256, moe=MoEConfig(4, 2))
         world = world.laid_out(ParallelConfig(), dense, torch.device("cpu"))
-        for bfloat16 in (False, True):
-            for checkpoint in (False, True):
-                compare(make_case(dense, world.size, 8, bfloat16=bfloat16, checkpoint=checkpoint), world)
-        compare(make_case(experts, world.size, 8), world)
+        for case, memory in zip(cases, traces, strict=True):
+            compare(case, memory.peak - memory.states, world)
         print("compared", flush=True)

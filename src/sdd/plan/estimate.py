@@ -200,9 +200,8 @@ def make_plan(
         )
     if micro_batch is not None and rows % micro_batch:
         raise UserError(f"micro-batches of {micro_batch} do not divide the {rows} sequences of one GPU")
-    if not 0 < mfu <= 1:
-        raise UserError(f"mfu={mfu:g} is not a share of the peak: give more than 0 and at most 1")
-    cases = [MemoryCase(run, gpus, n) for n in (_divisors(rows) if micro_batch is None else [micro_batch])]
+    check_share(mfu)
+    cases = [MemoryCase(run, gpus, n) for n in (divisors(rows) if micro_batch is None else [micro_batch])]
     case, memory = _largest_fitting(cases, gpu)
     plan = Plan(case, gpu, memory, mfu, tokens or run.steps * run.tokens_per_step)
     if plan.hardware_utilisation > 1:
@@ -212,7 +211,18 @@ def make_plan(
     return plan
 
 
-def _divisors(number: int) -> list[int]:
+def check_share(mfu: float) -> None:
+    """Refuse a utilisation that is none.
+
+    Raises:
+        UserError: if it is not in (0, 1].
+    """
+    if not 0 < mfu <= 1:
+        raise UserError(f"mfu={mfu:g} is not a share of the peak: give more than 0 and at most 1")
+
+
+def divisors(number: int) -> list[int]:
+    """All divisors, the smallest first."""
     small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
     return sorted({*small, *(number // n for n in small)})
 

@@ -19,6 +19,10 @@ class Gpu:
         float32: peak of plain float32 (no TF32, which torch leaves off), TFLOP/s.
         memory: GB as printed, which for GPU memory are GiB.
         bandwidth: of the memory, GB/s.
+        link: to other GPUs of the node, GB/s in one direction: NVLink or Infinity Fabric, else PCIe x16. Half of what
+            datasheets print for both directions.
+        network: to other nodes, GB/s in one direction: an InfiniBand adapter for each GPU, 400 Gb/s (NDR) or, for GPUs
+            of PCIe 4, 200 Gb/s (HDR), as in the vendors' reference systems.
         source: the datasheet.
     """
 
@@ -27,6 +31,8 @@ class Gpu:
     float32: float
     memory: float
     bandwidth: float
+    link: float
+    network: float
     source: str
 
     def peak(self, precision: str) -> float:
@@ -35,22 +41,22 @@ class Gpu:
 
 
 _TABLE = (
-    Gpu("A100-40", 312, 19.5, 40, 1555, "NVIDIA A100 datasheet, SXM 40 GB"),
-    Gpu("A100-80", 312, 19.5, 80, 2039, "NVIDIA A100 datasheet, SXM 80 GB"),
-    Gpu("H100-SXM", 989, 67, 80, 3350, "NVIDIA H100 datasheet"),
-    Gpu("H100-PCIe", 756, 51, 80, 2000, "NVIDIA H100 datasheet"),
-    Gpu("H100-NVL", 835, 60, 94, 3900, "NVIDIA H100 datasheet"),
-    Gpu("H200", 989, 67, 141, 4800, "NVIDIA H200 datasheet, SXM"),
-    Gpu("B200", 2250, 80, 180, 8000, "NVIDIA Blackwell architecture brief, HGX B200"),
-    Gpu("L4", 121, 30.3, 24, 300, "NVIDIA L4 datasheet"),
-    Gpu("L40S", 362, 91.6, 48, 864, "NVIDIA L40S datasheet"),
-    Gpu("A10", 125, 31.2, 24, 600, "NVIDIA A10 datasheet"),
-    Gpu("A40", 149.7, 37.4, 48, 696, "NVIDIA A40 datasheet"),
-    Gpu("RTX-3090", 71, 35.6, 24, 936, "NVIDIA GA102 architecture whitepaper"),
-    Gpu("RTX-4090", 165.2, 82.6, 24, 1008, "NVIDIA Ada architecture whitepaper"),
-    Gpu("RTX-5090", 209.5, 104.8, 32, 1792, "NVIDIA RTX Blackwell architecture whitepaper"),
-    Gpu("MI300X", 1307.4, 163.4, 192, 5300, "AMD Instinct MI300X datasheet"),
-    Gpu("MI325X", 1307.4, 163.4, 256, 6000, "AMD Instinct MI325X datasheet"),
+    Gpu("A100-40", 312, 19.5, 40, 1555, 300, 25, "NVIDIA A100 datasheet, SXM 40 GB"),
+    Gpu("A100-80", 312, 19.5, 80, 2039, 300, 25, "NVIDIA A100 datasheet, SXM 80 GB"),
+    Gpu("H100-SXM", 989, 67, 80, 3350, 450, 50, "NVIDIA H100 datasheet"),
+    Gpu("H100-PCIe", 756, 51, 80, 2000, 64, 50, "NVIDIA H100 datasheet"),
+    Gpu("H100-NVL", 835, 60, 94, 3900, 64, 50, "NVIDIA H100 datasheet"),
+    Gpu("H200", 989, 67, 141, 4800, 450, 50, "NVIDIA H200 datasheet, SXM"),
+    Gpu("B200", 2250, 80, 180, 8000, 900, 50, "NVIDIA Blackwell architecture brief, HGX B200"),
+    Gpu("L4", 121, 30.3, 24, 300, 32, 25, "NVIDIA L4 datasheet"),
+    Gpu("L40S", 362, 91.6, 48, 864, 32, 25, "NVIDIA L40S datasheet"),
+    Gpu("A10", 125, 31.2, 24, 600, 32, 25, "NVIDIA A10 datasheet"),
+    Gpu("A40", 149.7, 37.4, 48, 696, 32, 25, "NVIDIA A40 datasheet"),
+    Gpu("RTX-3090", 71, 35.6, 24, 936, 32, 25, "NVIDIA GA102 architecture whitepaper"),
+    Gpu("RTX-4090", 165.2, 82.6, 24, 1008, 32, 25, "NVIDIA Ada architecture whitepaper"),
+    Gpu("RTX-5090", 209.5, 104.8, 32, 1792, 64, 50, "NVIDIA RTX Blackwell architecture whitepaper"),
+    Gpu("MI300X", 1307.4, 163.4, 192, 5300, 448, 50, "AMD Instinct MI300X datasheet"),
+    Gpu("MI325X", 1307.4, 163.4, 256, 6000, 448, 50, "AMD Instinct MI325X datasheet"),
 )
 #: Known GPUs by name.
 gpus: Mapping[str, Gpu] = MappingProxyType({gpu.name: gpu for gpu in _TABLE})

@@ -5,7 +5,9 @@ size takes about a second, and each of its operations keeps, allocates and frees
 stand on the CPU, where the fused kernels and the flash attention of a GPU are forced.
 """
 
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -14,6 +16,7 @@ from weakref import finalize
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.tensor import DTensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
@@ -109,14 +112,18 @@ def measure_pass(case: MemoryCase) -> PassMemory:
     Raises:
         UserError: if a tensor has more bytes than 64 bits can count.
     """
-    depth, overrides = case.model.n_layers, case.model.placement.overrides
-    alike = 2 if case.model.moe is None else 3  # from two, mixtures of experts are off by some bytes more often
-    # those blocks at either end that differ from the others, and some that do not
-    small = alike + max([0, *(1 + index for index in overrides)]) + max([0, *(-index for index in overrides)])
+    depth, small = case.model.n_layers, shallow(case.model)
     if depth <= small + 1:
         return measure_directly(case)
     one, two = (measure_directly(case.with_model(n_layers=layers)) for layers in (small, small + 1))
     return PassMemory(*(b + (depth - small - 1) * (b - a) for a, b in zip(one, two, strict=True)))
+
+
+def shallow(model: ModelConfig) -> int:
+    """The depth from which on each further block adds the same: blocks at either end that differ, and some alike."""
+    overrides = model.placement.overrides
+    alike = 2 if model.moe is None else 3  # from two, mixtures of experts are off by some bytes more often
+    return alike + max([0, *(1 + index for index in overrides)]) + max([0, *(-index for index in overrides)])
 
 
 def measure_directly(case: MemoryCase) -> PassMemory:
@@ -125,9 +132,15 @@ def measure_directly(case: MemoryCase) -> PassMemory:
     Raises:
         UserError: as `measure_pass`.
     """
+    with too_large(case), FakeTensorMode(), kernels.use("triton" if case.has_kernels else "composed"):
+        return run_pass(fake_model(case), case)
+
+
+@contextmanager
+def too_large(case: MemoryCase) -> Iterator[None]:
+    """Context in which sizes that 64 bits cannot count are a user's mistake."""
     try:
-        with FakeTensorMode(), kernels.use("triton" if case.has_kernels else "composed"):
-            return run_pass(_fake_model(case), case)
+        yield
     except RuntimeError as error:
         if "overflow" not in str(error):
             raise
@@ -150,8 +163,15 @@ def run_pass(model: LanguageModel, case: MemoryCase) -> PassMemory:
         for weight in weights:
             weight.grad = torch.zeros_like(weight)
     gradients = [weight.grad for weight in weights if weight.grad is not None]
+    with LiveBytes([*weights, *model.buffers(), *gradients]) as memory:
+        return run_measured(model, case, memory)
+
+
+def run_measured(model: LanguageModel, case: MemoryCase, memory: "LiveBytes") -> PassMemory:
+    """Run a forward and backward pass inside a `LiveBytes` block; see `run_pass`."""
+    run = case.run
     backend = SDPBackend.FLASH_ATTENTION if case.has_fused_attention else SDPBackend.MATH
-    with LiveBytes([*weights, *model.buffers(), *gradients]) as memory, sdpa_kernel(backend):
+    with sdpa_kernel(backend):
         for module in (model.embed_norm, model.final_norm):
             module.register_forward_hook(memory.end_phase_at)
         tokens = torch.zeros(case.micro_batch, case.model.context + 1, dtype=torch.int64)
@@ -166,7 +186,7 @@ def run_pass(model: LanguageModel, case: MemoryCase) -> PassMemory:
     return PassMemory(*held, *memory.peaks)
 
 
-def _fake_model(case: MemoryCase) -> LanguageModel:
+def fake_model(case: MemoryCase) -> LanguageModel:
     """The model on the CPU, under a fake tensor mode.
 
     On several GPUs, blocks compute with matrices that FSDP2 has gathered in the dtype of autocast.
@@ -224,14 +244,21 @@ class LiveBytes(TorchDispatchMode):
         self._now = self._peak = 0
         self._live: dict[int, tuple[int, int]] = {}  # by address: bytes, and the phase that allocated them
         self._of_weights = {storage._cdata for storage in _storages(list(weights))}  # weights, and copies of them
+        self._resized: dict[int, torch.UntypedStorage] = {}  # into which FSDP2 gathers weights
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if DTensor in types:
+            return NotImplemented  # to be called again for the tensors that it holds
         result = func(*args, **(kwargs or {}))
         if func is torch.ops.prim.device.default:  # two calls of three: a fake tensor is asked where it stands
             return result
         inputs = {storage._cdata for storage in _storages((args, kwargs))}
+        self._measure_again()
+        gathers = func is torch.ops.aten.empty.memory_format and _in_call("init_all_gather_outputs")
         for storage in _storages(result):
-            self._count(storage, bool(inputs) and inputs <= self._of_weights)
+            self._count(storage, gathers or (bool(inputs) and inputs <= self._of_weights))
+            if gathers:
+                self._resized[storage._cdata] = storage
         return result
 
     def end_phase(self) -> None:
@@ -261,9 +288,25 @@ class LiveBytes(TorchDispatchMode):
         self._peak = max(self._peak, self._now)
         finalize(storage, self._free, address)
 
+    def _measure_again(self) -> None:
+        for address, storage in self._resized.items():
+            size, phase = self._live[address]
+            if (now := storage.nbytes()) != size:
+                self._live[address] = now, phase
+                self._now += now - size
+        self._peak = max(self._peak, self._now)
+
     def _free(self, address: int) -> None:
         self._of_weights.discard(address)
         self._now -= self._live.pop(address)[0]
+
+
+def _in_call(name: str) -> bool:
+    """Whether a function of that name is being called."""
+    frame = sys._getframe()
+    while frame is not None and frame.f_code.co_name != name:
+        frame = frame.f_back
+    return frame is not None
 
 
 def _storages(tree: object) -> Iterable[torch.UntypedStorage]:

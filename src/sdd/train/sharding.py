@@ -35,11 +35,16 @@ def build_model(
         autocast_dtype: matrices are cast to it before the blocks gather them, as autocast would do afterwards.
         world: the processes.
     """
-    if world.mesh is not None:
-        _shard(model, autocast_dtype, world.mesh, world.data_size)
+    shard_model(model, autocast_dtype, world)
     model.to_empty(device=device if world.size > 1 else "cpu")
     model.init_weights()
     return model.to(device)
+
+
+def shard_model(model: LanguageModel, autocast_dtype: torch.dtype | None, world: World) -> None:
+    """Cut a model among the processes, in place: without storage ("meta"), or with weights that all of them have."""
+    if world.mesh is not None:
+        _shard(model, autocast_dtype, world.mesh, world.data_size)
 
 
 def _shard(model: LanguageModel, autocast_dtype: torch.dtype | None, mesh: DeviceMesh, data_size: int) -> None:
