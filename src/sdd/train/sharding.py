@@ -8,6 +8,8 @@ gradients are averaged in one all-reduce. All master weights, moments and reduct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import pairwise
+from typing import cast
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
@@ -32,14 +34,14 @@ def build_model(
         autocast_dtype: matrices are cast to it before the blocks gather them, as autocast would do afterwards.
         world: the processes.
     """
-    if world.mesh is not None:
-        _shard(model, autocast_dtype, world.mesh)
+    if world.mesh is not None and world.layout is not None:
+        _shard(model, autocast_dtype, world.mesh, world.layout.reshard)
     model.to_empty(device=device if world.size > 1 else "cpu")
     model.init_weights()
     return model.to(device)
 
 
-def _shard(model: LanguageModel, autocast_dtype: torch.dtype | None, mesh: DeviceMesh) -> None:
+def _shard(model: LanguageModel, autocast_dtype: torch.dtype | None, mesh: DeviceMesh, reshard: str) -> None:
     if (tensor := submesh(mesh, "tensor")) is not None:
         parallelize(model, tensor)
     if (mesh_of_fsdp := fsdp_mesh(mesh)) is None:
@@ -48,10 +50,15 @@ def _shard(model: LanguageModel, autocast_dtype: torch.dtype | None, mesh: Devic
     whole = {parameter for group in roles if group["role"] in ("alpha", "bias") for parameter in group["params"]}
     wide = None if autocast_dtype is None else torch.float32  # None: the dtype of the weights, at least float32
     policy = MixedPrecisionPolicy(autocast_dtype, reduce_dtype=wide, cast_forward_inputs=False)
-    for block in model.blocks:
-        fully_shard(block, mesh=mesh_of_fsdp, mp_policy=policy, ignored_params=whole)
+    for number, block in enumerate(model.blocks, 1):
+        again = reshard == "always" or (reshard == "auto" and number < len(model.blocks))
+        options = {"mp_policy": policy, "ignored_params": whole, "reshard_after_forward": again}
+        fully_shard(block, mesh=mesh_of_fsdp, **options)
     # embedding and head are gathered in float32: autocast leaves the look-up alone, as it is not a matrix product
     fully_shard(model, mesh=mesh_of_fsdp, mp_policy=replace(policy, param_dtype=None), ignored_params=whole)
+    # the next block is gathered while one computes; FSDP2 does so by itself in the backward pass alone
+    for part, following in pairwise([model, *model.blocks]):
+        cast("FSDPModule", part).set_modules_to_forward_prefetch([cast("FSDPModule", following)])
 
 
 def compile_model(model: LanguageModel) -> None:
@@ -81,8 +88,8 @@ def average_gradients(model: LanguageModel, world: World) -> None:
 def gathered(model: LanguageModel) -> Iterator[None]:
     """Context in which every rank holds the whole embedding, final norm and head of a sharded model.
 
-    So all ranks can call parts of the model other than its `forward`. Afterwards each rank holds its part again; a
-    forward pass that no backward pass follows would leave them whole.
+    So all ranks can call parts of the model other than its `forward`. Afterwards each rank holds its part again, of
+    blocks too: a forward pass that no backward pass follows would leave some of them whole.
     """
     if not isinstance(model, FSDPModule):
         yield
@@ -91,4 +98,6 @@ def gathered(model: LanguageModel) -> Iterator[None]:
     try:
         yield
     finally:
-        model.reshard()
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
