@@ -87,6 +87,34 @@ def test_a_disk_that_fills_up_in_mid_run_costs_the_steps_since_the_last_checkpoi
         assert_equal(whole, run)
 
 
+@pytest.mark.parametrize("harm", ["full", "no folder"])
+def test_a_checkpoint_that_cannot_be_written_beside_the_training_ends_the_run_in_one_line(
+    whole, tmp_path, capsys, monkeypatch, harm
+):
+    run = tmp_path / "run"
+    folder = run / "checkpoints"
+    with ExitStack() as disk:
+
+        def spoil():
+            if harm == "full":
+                disk.enter_context(no_file_larger_than((run / "metrics.jsonl").stat().st_size + 5000))
+            else:
+                folder.rename(tmp_path / "elsewhere")
+                folder.touch()
+
+        at_step(monkeypatch, 6, spoil)
+        assert (
+            main(["train", str(whole.parent / "settings.json"), "--out", str(run), "--checkpoint_async", "true"]) == 3
+        )
+    assert "cannot write" in one_line(capsys, "sdd: the run failed: step ")
+    if harm == "no folder":
+        folder.unlink()
+        (tmp_path / "elsewhere").rename(folder)
+    assert [path.name for path in folder.iterdir()] == ["step-00000004"]
+    assert main(["resume", str(run)]) == 0
+    assert_equal(whole, run)
+
+
 @pytest.mark.parametrize("name", ["metrics.jsonl", "environment.json", "result.json"])
 def test_a_full_disk_on_resume_is_one_line(whole, tmp_path, capsys, name):
     run = tmp_path / "run"

@@ -194,17 +194,17 @@ def test_a_write_that_failed_ends_the_run_at_the_next_step_as_one_that_is_waited
 
 
 def test_a_write_that_failed_in_one_process_ends_the_run_in_all(tmp_path):
-    config = replace(UNEVEN, steps=8, checkpoint_async=True)
+    config = replace(UNEVEN, steps=8, checkpoint_every=4, checkpoint_async=True)
     messages = in_world(2, failing_run, config, tmp_path / "run", 1)
     assert messages[0] == messages[1]
     assert messages[0].startswith("step 5: cannot write the/file: No space left on device")
 
 
-def test_a_write_that_failed_is_said_where_something_else_ends_the_run(tmp_path, monkeypatch, caplog):
+def test_a_write_that_failed_is_said_where_something_else_ends_the_run(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(ckpt, "write_checkpoint", refusing)
     trainer = start(ASIDE, tmp_path / "run")
     trainer.save_beside()
     trainer.settle()
     trainer.run_dir.unlock()
-    assert "a checkpoint could not be written" in caplog.text
+    assert "a checkpoint could not be written" in capsys.readouterr().err
     trainer.saver.finish()
