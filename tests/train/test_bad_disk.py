@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+import time
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
@@ -85,6 +86,35 @@ def test_a_disk_that_fills_up_in_mid_run_costs_the_steps_since_the_last_checkpoi
         assert kept == [f"step-{done:08d}" for done in range(4, step + 1, 4)][-2:]
         assert main(["resume", str(run)]) == 0
         assert_equal(whole, run)
+
+
+@pytest.mark.parametrize("harm", ["full", "no folder"])
+def test_a_disk_that_refuses_what_is_written_beside_the_training_ends_the_run_in_one_line(
+    whole, tmp_path, capsys, monkeypatch, harm
+):
+    run = tmp_path / "run"
+    folder = run / "checkpoints"
+    with ExitStack() as disk:
+
+        def spoil():
+            while not (folder / "step-00000004").exists():
+                time.sleep(0.01)
+            if harm == "full":
+                disk.enter_context(no_file_larger_than((run / "metrics.jsonl").stat().st_size + 5000))
+            else:
+                folder.rename(tmp_path / "elsewhere")
+                folder.touch()
+
+        at_step(monkeypatch, 6, spoil)
+        words = ["train", str(whole.parent / "settings.json"), "--out", str(run)]
+        assert main([*words, "--checkpoint_async", "true"]) == 3
+    assert "cannot write" in one_line(capsys, "sdd: the run failed: step ")
+    if harm == "no folder":
+        folder.unlink()
+        (tmp_path / "elsewhere").rename(folder)
+    assert [path.name for path in folder.iterdir()] == ["step-00000004"]
+    assert main(["resume", str(run)]) == 0
+    assert_equal(whole, run)
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "environment.json", "result.json"])

@@ -28,3 +28,12 @@ def test_a_mixture_of_experts_that_is_killed_as_it_saves_ends_bit_equal_too(tmp_
     assert kill.moment == "saving"
     assert kill.step > 0, "killed before there was anything to lose"
     compare(tmp_path / "whole", tmp_path / "killed")
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_as_it_saves_beside_the_training_ends_bit_equal_too(tmp_path):
+    settings = config(steps=40)
+    start(settings, tmp_path / "whole").run()
+    kills = killed_run(replace(settings, checkpoint_async=True), tmp_path, kills=2, seed=0)
+    assert kills[0].moment == "saving"
+    compare(tmp_path / "whole", tmp_path / "killed")

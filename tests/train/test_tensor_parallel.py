@@ -22,7 +22,7 @@ from helpers_layouts import (
 from helpers_parallel import in_world
 
 from sdd.parallel import ParallelConfig
-from sdd.placement import placements
+from sdd.placement import Norm, placements
 from sdd.train.parallel import World
 from sdd.train.run_dir import RunDir
 from sdd.train.trainer import Trainer
@@ -41,6 +41,31 @@ def test_placements_have_the_losses_and_gradients_of_one_process(tmp_path, name)
     alone = gradients(World(), configs, dtypes, tmp_path)
     shared = {name: replace(config, parallel=layout) for name, config in configs.items()}
     for ours in in_world(size, gradients, shared, dtypes, tmp_path):
+        assert_same_gradients(ours, alone)
+
+
+SDD = placements["sdd"]
+LOSSES = {
+    "z-loss": replace(CONFIG, optim=replace(CONFIG.optim, z_loss=1e-2)),
+    "tied embeddings": replace(CONFIG, model=replace(CONFIG.model, tie_embeddings=True)),
+    "chunked loss": replace(CONFIG, chunked_loss=True),
+    "tied embeddings, chunked loss": replace(
+        CONFIG, model=replace(CONFIG.model, tie_embeddings=True), chunked_loss=True
+    ),
+    "scaled logits, z-loss": of_placement("ngpt", optim=replace(CONFIG.optim, z_loss=1e-2)),
+    "norm of embeddings": replace(
+        CONFIG,
+        model=replace(CONFIG.model, placement=replace(SDD, name=None, norms={**SDD.norms, "embed": Norm()})),
+    ),
+    "recomputed blocks": replace(CONFIG, activation_checkpointing=True),
+    "masked documents": replace(CONFIG, data=replace(CONFIG.data, document_mask=True)),
+}
+
+
+def test_every_kind_of_loss_is_that_of_one_process(tmp_path):
+    alone = gradients(World(), LOSSES, [torch.float64], tmp_path)
+    shared = {name: replace(config, parallel=ParallelConfig(tensor=2)) for name, config in LOSSES.items()}
+    for ours in in_world(2, gradients, shared, [torch.float64], tmp_path):
         assert_same_gradients(ours, alone)
 
 

@@ -127,6 +127,7 @@ def own_fields(config: ModelConfig) -> dict[str, Any]:
         "residual": _residual(config),
         "scales": [site for site in ("qk", "gate", "up") if site in placement.scales],
         **experts,
+        "tensor_parallel": _plan(config, blocks),
         "sdd": asdict(config),
     }
 
@@ -135,6 +136,37 @@ def described(norm: Norm, config: ModelConfig, layer: int = 1) -> dict[str, Any]
     """A norm as numbers; a factor by depth is part of the exported weight."""
     alpha = DEPTH_FACTORS[norm.depth_factor](layer) * norm.alpha(config.n_layers) if norm.scale else None
     return {"group": norm.group, "shared": norm.shared_alpha, "eps": norm.eps, "alpha": alpha}
+
+
+def _plan(config: ModelConfig, blocks: list[dict[str, dict[str, Any]]]) -> dict[str, str]:
+    """How transformers cuts the matrices over processes, by module.
+
+    Each process keeps the heads or hidden features that it computes, if no norm or scale needs more than a head. Else
+    all are gathered before the norms, and every process goes on with all of them.
+    """
+    placement = config.placement
+    norms = [(site, block[site]) for block in blocks for site in ("q", "k", "v", "ctx") if site in block]
+    # a weight for each feature would have to be cut as well
+    apart = all(norm["group"] == "head" and (norm["shared"] or norm["alpha"] is None) for _, norm in norms)
+    apart = apart and "qk" not in placement.scales
+    plan = _cut("layers.*.self_attn", ("q_proj", "k_proj", "v_proj"), "o_proj", apart)
+    if apart:  # each process has the gradient of its own heads
+        weighted = {site for site, norm in norms if norm["alpha"] is not None}
+        plan |= {f"layers.*.self_attn.{site}_norm": "replicated_with_grad_allreduce" for site in sorted(weighted)}
+    apart = not any(site in block for block in blocks for site in ("gate", "up"))
+    apart = apart and not {"gate", "up"} & set(placement.scales)
+    networks = ["layers.*.mlp"]
+    if config.moe is not None:
+        networks = ["layers.*.mlp.experts.*", *["layers.*.mlp.shared"] * (config.moe.d_shared > 0)]
+    for network in networks:
+        plan |= _cut(network, ("gate_proj", "up_proj"), "down_proj", apart)
+    return plan
+
+
+def _cut(parent: str, rows: tuple[str, ...], columns: str, apart: bool) -> dict[str, str]:
+    """The plan of matrices cut by rows, and of the one after them, cut by columns."""
+    first, second = ("colwise", "rowwise") if apart else ("colwise_gather_output", "rowwise_split_input")
+    return {**{f"{parent}.{name}": first for name in rows}, f"{parent}.{columns}": second}
 
 
 def _residual(config: ModelConfig) -> list[list[float]] | None:

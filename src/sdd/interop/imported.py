@@ -29,6 +29,8 @@ NOTE = "imported.json"
 TOLERANCE = 1e-4
 _ROWS, _TOKENS = 2, 64
 _MAY_DIFFER = ("model.context", "model.eliminate_norms")
+#: Fields of an export's config on which no logit depends, or which exports of earlier versions lack.
+_FREE = ("sdd", "bos_token_id", "initializer_range", "tensor_parallel")
 _LR = 3e-4  # of the presets that are as large as most models that are imported
 
 
@@ -225,7 +227,7 @@ def own_model(source: Any, folder: Path) -> ModelConfig:
         raise UserError(f"{folder}/config.json: {error}") from None
     described = json.loads(json.dumps(own_fields(config)))
     for name, value in described.items():
-        if getattr(source, name) != value and name not in ("sdd", "bos_token_id", "initializer_range"):
+        if getattr(source, name) != value and name not in _FREE:
             raise UserError(
                 f"{folder}/config.json: {name} was changed after the export, its part 'sdd' says "
                 f"{one_line(json.dumps(value))[:100]}"

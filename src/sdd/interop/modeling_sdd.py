@@ -43,12 +43,13 @@ class SDDConfig(PreTrainedConfig):
         num_experts: of a mixture of experts in each block; 0 for a dense model.
         shared_intermediate_size: hidden width of a network that every token uses beside its experts; 0 for none.
         norm_topk_prob: whether the weights of a token's experts are divided by their sum.
+        tensor_parallel: how tensor parallelism cuts the model, by module of the base model, in transformers' words.
         sdd: the model's config in the package `sdd`, for the way back.
     """
 
     model_type = "sdd"
     keys_to_ignore_at_inference = ["past_key_values"]
-    # No plan for tensor parallelism: a norm over a full width needs all of it.
+    base_model_tp_plan = property(lambda self: self.tensor_parallel)  # pyright: ignore[reportAssignmentType]
     base_model_pp_plan = {
         "embed_tokens": (["input_ids"], ["inputs_embeds"]),
         "embed_norm": (["inputs_embeds"], ["hidden_states"]),
@@ -80,6 +81,7 @@ class SDDConfig(PreTrainedConfig):
     num_experts_per_tok: int = 1
     shared_intermediate_size: int = 0
     norm_topk_prob: bool = False
+    tensor_parallel: dict | None = None
     sdd: dict | None = None
 
     @property
@@ -387,6 +389,7 @@ class SDDForCausalLM(SDDPreTrainedModel, GenerationMixin):
     """The language model: `SDDModel` and its head."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
     _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}  # pyright: ignore[reportAssignmentType]
 
     def __init__(self, config: SDDConfig) -> None:
@@ -409,12 +412,8 @@ class SDDForCausalLM(SDDPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        outputs = self.model(
-            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, **kwargs
-        )
+        out = self.model(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, **kwargs)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(loss, logits, outputs.past_key_values, outputs.hidden_states, outputs.attentions)
+        logits = self.lm_head(out.last_hidden_state[:, kept, :])
+        loss = None if labels is None else self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(loss, logits, out.past_key_values, out.hidden_states, out.attentions)

@@ -12,7 +12,8 @@ Processes that differ in context or tensor train on the same rows.
 
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from sdd.errors import UserError
 from sdd.models.config import ModelConfig
@@ -33,6 +34,9 @@ class ParallelConfig:
         tensor: processes that share each matrix of the blocks, and the tokens between the matrices.
         expert: processes that share the experts of a mixture, and send each other its tokens.
         context: processes that share each sequence, two pieces of it each.
+        reshard: whether a block that `shard` cuts is given up after its forward pass and gathered again for the
+            backward pass: "always", "never" (faster, and all blocks are in memory at once), or "auto", all but the last
+            block, whose backward pass comes next. The numbers are the same.
     """
 
     replicate: int = 1
@@ -40,12 +44,15 @@ class ParallelConfig:
     tensor: int = 1
     expert: int = 1
     context: int = 1
+    reshard: Literal["auto", "always", "never"] = "auto"
 
     def __post_init__(self) -> None:
         for name in DIMENSIONS:
             least = 0 if name == "shard" else 1
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
+        if self.reshard not in ("auto", "always", "never"):
+            raise ValueError(f"reshard={self.reshard!r}: choose auto, always or never")
 
     @property
     def data(self) -> int:
@@ -90,7 +97,7 @@ class ParallelConfig:
 
     def _distance(self, other: "ParallelConfig") -> float:
         """How far a layout is from the one asked for: the ratios of the sizes, those that were asked for first."""
-        ours, theirs = asdict(self), asdict(other)
+        ours, theirs = _sizes(self), _sizes(other)
         return sum(
             abs(math.log2(theirs[name] / ours[name])) * (1.0 if ours[name] > 1 else 1.5)
             for name in DIMENSIONS
@@ -106,7 +113,7 @@ def problems(layout: ParallelConfig, processes: int, model: ModelConfig) -> Iter
         processes: their number.
         model: what they train.
     """
-    sizes = asdict(layout)
+    sizes = _sizes(layout)
     if layout.expert > 1 and model.moe is None:
         yield f"parallel.expert={layout.expert} shares the experts of a mixture, and this model is dense"
     if math.prod(sizes.values()) != processes:
@@ -137,6 +144,10 @@ def layouts(processes: int, model: ModelConfig) -> Iterator[ParallelConfig]:
         layout = ParallelConfig(**dict(zip(DIMENSIONS, sizes, strict=True)))
         if next(problems(layout, processes, model), None) is None:
             yield layout
+
+
+def _sizes(layout: ParallelConfig) -> dict[str, int]:
+    return {name: getattr(layout, name) for name in DIMENSIONS}
 
 
 def _count(processes: int) -> str:

@@ -126,7 +126,7 @@ def trace_step(model: LanguageModel, case: MemoryCase, world: World) -> Trace:
         case: the run and the micro-batch.
         world: the processes, laid out.
     """
-    model.sum_counts = world.total if world.data_size > 1 else None
+    model.sum_counts = world.total_of_all if world.size > 1 else None
     model.checkpoint_blocks, model.chunked_loss = case.run.activation_checkpointing, case.run.chunked_loss
     parameters = list(model.parameters())
     for parameter in parameters:
@@ -151,7 +151,7 @@ class _EvenSpread(TorchDispatchMode):
         super().__init__()
         layout, moe = world.layout or ParallelConfig(), case.model.moe
         rows = case.tokens // (layout.context * layout.tensor) * (1 if moe is None else moe.top_k)
-        self._rows = rows // layout.expert
+        self._rows = rows // (layout.expert * layout.tensor)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if DTensor in types:

@@ -49,12 +49,24 @@ class DamagedCheckpoint(UserError):
 def save_checkpoint(
     folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any], world: World = ALONE
 ) -> Path:
-    """Write one checkpoint.
+    """Write one checkpoint; see `write_checkpoint`.
 
     Args:
         folder: RUN/checkpoints, which all processes see.
         model: its parameters are saved by name.
         optimizer: its state is saved by parameter name.
+        state: JSON values; must hold "step".
+        world: the processes that hold the model; each writes its part.
+    """
+    return write_checkpoint(folder, tensors_of(model, optimizer), state, world)
+
+
+def write_checkpoint(folder: Path, tensors: dict[str, Tensor], state: dict[str, Any], world: World = ALONE) -> Path:
+    """Write one checkpoint of tensors that are already collected, see `tensors_of`.
+
+    Args:
+        folder: RUN/checkpoints, which all processes see.
+        tensors: by name; of DTensors, each process writes its part.
         state: JSON values; must hold "step".
         world: the processes that hold the model; each writes its part.
 
@@ -70,7 +82,7 @@ def save_checkpoint(
         world.on_main(lambda: _make_empty(aside))
         writer = HuggingFaceStorageWriter(str(aside), save_distributed=world.size > 1)
         with _unwrapped():
-            dcp_save(_tensors(model, optimizer), storage_writer=writer)
+            dcp_save(tensors, storage_writer=writer, process_group=world.group)
         written = world.gather(world.together(lambda: _synced_digests(aside, world)))
         files = dict(sorted(item for part in written for item in part.items()))
         world.on_main(lambda: _complete(aside, final, sealed({"format": FORMAT, **state, "files": files})))
@@ -102,7 +114,7 @@ def load_checkpoint(
     state = world.on_main(lambda: read_state(path))
     world.together(lambda: verify(path, state, world))
     reader = _reader(path, state["files"])
-    tensors = _tensors(model, optimizer)
+    tensors = tensors_of(model, optimizer)
     saved = world.together(lambda: _fitting(path, reader, tensors))
     tensors = {name: tensor for name, tensor in tensors.items() if name in saved}  # all but another device's generator
     with _damage(path), _unwrapped():
@@ -204,6 +216,25 @@ def remove(path: Path) -> None:
     shutil.rmtree(path.replace(leaving), ignore_errors=True)
 
 
+def tensors_of(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, Tensor]:
+    """Everything of a checkpoint that is a tensor, by name: parameters, optimiser state and generators, not copied."""
+    found = {f"model.{name}": parameter.detach() for name, parameter in model.named_parameters()}
+    if optimizer is not None:
+        found |= {f"optimizer.{name}": tensor for name, tensor in optimizer_tensors(optimizer).items()}
+        found["rng.cpu"] = torch.get_rng_state()
+        if next(model.parameters()).is_cuda:
+            found["rng.cuda"] = torch.cuda.get_rng_state()
+    return found
+
+
+def in_host_memory(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies of tensors (DTensors too: of this process's parts) that later training steps do not change."""
+    copies = {name: tensor.detach().to("cpu", copy=True, non_blocking=True) for name, tensor in tensors.items()}
+    if any(tensor.is_cuda for tensor in tensors.values()):
+        torch.cuda.synchronize()
+    return copies
+
+
 def _is_step(path: Path, step: Any) -> bool:
     """Whether a value is the step in the checkpoint's name; a copy under another name may have any step."""
     named = _NAME.fullmatch(path.name)
@@ -213,16 +244,6 @@ def _is_step(path: Path, step: Any) -> bool:
 def _are_files(files: Any) -> bool:
     """Whether a value is a dict of plain file names: forged JSON must not lead out of the folder."""
     return isinstance(files, dict) and all(re.fullmatch(r"[\w-][\w.-]{0,200}", name, re.ASCII) for name in files)
-
-
-def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, Tensor]:
-    found = {f"model.{name}": parameter.detach() for name, parameter in model.named_parameters()}
-    if optimizer is not None:
-        found |= {f"optimizer.{name}": tensor for name, tensor in optimizer_tensors(optimizer).items()}
-        found["rng.cpu"] = torch.get_rng_state()
-        if next(model.parameters()).is_cuda:
-            found["rng.cuda"] = torch.cuda.get_rng_state()
-    return found
 
 
 def _reader(path: Path, names: Collection[str]) -> HuggingFaceStorageReader:
@@ -266,14 +287,13 @@ def _damage(path: Path) -> Iterator[None]:
 def _unwrapped() -> Iterator[None]:
     """Raise the first process's own error, such as an OSError of its disk, instead of torch's wrapper around all.
 
-    torch's warning that no process group exists is silenced.
+    torch's warning that no process group exists is silenced, for good: `warnings.catch_warnings` is not for threads.
     """
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
-        try:
-            yield
-        except CheckpointException as error:
-            raise next(iter(error.failures.values()))[0] from None
+    warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+    try:
+        yield
+    except CheckpointException as error:
+        raise next(iter(error.failures.values()))[0] from None
 
 
 def _make_empty(folder: Path) -> None:

@@ -188,6 +188,8 @@ class RunConfig:
         eval_every: steps between evaluations on the held-out text; 0 evaluates only at the end.
         eval_sequences: held-out sequences an evaluation, spread evenly and the same each time.
         checkpoint_every: steps between checkpoints; 0 saves only at the end and on interruption.
+        checkpoint_async: write checkpoints in mid-run while the training goes on, from a copy of all state in host
+            memory. The files are the same.
         probe_every: steps between those that `sdd.Probe` records in probe.jsonl; steps 1, 2, 4, 8, ... before the first
             of them are recorded too. 0 never probes.
         keep_checkpoints: number of the newest checkpoints to keep; 0 keeps all.
@@ -211,6 +213,7 @@ class RunConfig:
     eval_every: int = 100
     eval_sequences: int = 64
     checkpoint_every: int = 500
+    checkpoint_async: bool = False
     probe_every: int = 50
     keep_checkpoints: int = 2
     sample_tokens: int = 80

@@ -111,6 +111,7 @@ class World:
         layout: the sizes of the mesh's dimensions; None before `laid_out`.
         mesh: of all ranks; None before `laid_out`, and of one process.
         data: the part of the mesh over which rows differ; None if all ranks train on the same rows.
+        group: what flags, errors and objects go over; None for the default group.
     """
 
     rank: int = 0
@@ -122,6 +123,16 @@ class World:
     layout: ParallelConfig | None = None
     mesh: DeviceMesh | None = None
     data: DeviceMesh | None = None
+    group: dist.ProcessGroup | None = None
+
+    def apart(self) -> "World":
+        """The same processes with a group of their own, for a thread that exchanges beside the others.
+
+        All ranks must call it. Only flags, errors and objects go over the group, not the numbers of the data.
+        """
+        if self.size == 1:
+            return self
+        return replace(self, group=cast("dist.ProcessGroup", dist.new_group(backend="gloo", timeout=TIMEOUT)))
 
     def laid_out(self, parallel: ParallelConfig, model: ModelConfig, device: torch.device) -> "World":
         """The same processes as a mesh.
@@ -185,7 +196,7 @@ class World:
 
     def total_of_all(self, value: Tensor) -> Tensor:
         """The sum of a tensor over all ranks, in its dtype."""
-        return value if self.size == 1 else _added(value)
+        return value if self.size == 1 else _added(value, self.group)
 
     def sum(self, value: float) -> float:
         """The sum of a number over data ranks, in float64."""
@@ -216,7 +227,7 @@ class World:
         if self.size == 1:
             return [value]
         values: list[T] = [value] * self.size
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, self.group)
         return values
 
     def together(self, function: Callable[[], T]) -> T:

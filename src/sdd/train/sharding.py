@@ -9,6 +9,8 @@ gradients are averaged in one all-reduce. All master weights, moments and reduct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import pairwise
+from typing import cast
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
@@ -43,36 +45,49 @@ def build_model(
 
 def shard_model(model: LanguageModel, autocast_dtype: torch.dtype | None, world: World) -> None:
     """Cut a model among the processes, in place: without storage ("meta"), or with weights that all of them have."""
-    if world.mesh is not None:
-        _shard(model, autocast_dtype, world.mesh, world.data_size)
-
-
-def _shard(model: LanguageModel, autocast_dtype: torch.dtype | None, mesh: DeviceMesh, data_size: int) -> None:
+    if world.mesh is None or world.layout is None:
+        return
+    mesh = world.mesh
     if (tensor := submesh(mesh, "tensor")) is not None:
         parallelize(model, tensor)
     if model.config.moe is not None and experts_mesh(mesh) is not None:
         cut_experts(model, mesh)
     if (context := submesh(mesh, "context")) is not None:
         share_sequences(model, context)
-    if (mesh_of_fsdp := fsdp_mesh(mesh)) is None:
+    if fsdp_mesh(mesh) is None:
         return
+    _shard(model, autocast_dtype, mesh, world.layout.reshard)
+    if context is not None:
+        _add_up(model, world.data_size)
+
+
+def _shard(model: LanguageModel, autocast_dtype: torch.dtype | None, mesh: DeviceMesh, reshard: str) -> None:
     roles = param_groups(model)
     whole = {parameter for group in roles if group["role"] in ("alpha", "bias") for parameter in group["params"]}
     wide = None if autocast_dtype is None else torch.float32  # None: the dtype of the weights, at least float32
     policy = MixedPrecisionPolicy(autocast_dtype, reduce_dtype=wide, cast_forward_inputs=False)
-    for moe in mixtures(model):
-        if (mesh_of_experts := experts_fsdp_mesh(mesh)) is not None:
-            fully_shard(moe.group, mesh=mesh_of_experts, mp_policy=policy, ignored_params=whole)
-        whole |= set(moe.group.parameters())  # those outside leave them alone
-    for block in model.blocks:
-        fully_shard(block, mesh=mesh_of_fsdp, mp_policy=policy, ignored_params=whole)
+    of_all, of_experts = fsdp_mesh(mesh), experts_fsdp_mesh(mesh)
+    for number, block in enumerate(model.blocks, 1):
+        again = reshard == "always" or (reshard == "auto" and number < len(model.blocks))
+        options = {"mp_policy": policy, "reshard_after_forward": again}
+        for group in [moe.group for moe in mixtures(block)]:
+            if of_experts is not None:
+                fully_shard(group, mesh=of_experts, ignored_params=whole, **options)
+            whole |= set(group.parameters())  # those outside leave them alone
+        fully_shard(block, mesh=of_all, ignored_params=whole, **options)
     # embedding and head are gathered in float32: autocast leaves the look-up alone, as it is not a matrix product
-    fully_shard(model, mesh=mesh_of_fsdp, mp_policy=replace(policy, param_dtype=None), ignored_params=whole)
-    if context is not None:  # whose processes have summands of a gradient, where FSDP takes the mean of all
-        for module in (model, *model.blocks):
-            assert isinstance(module, FSDPModule)
-            module.set_gradient_divide_factor(data_size)
-            module.set_force_sum_reduction_for_comms(True)  # gloo cannot multiply while it adds
+    fully_shard(model, mesh=of_all, mp_policy=replace(policy, param_dtype=None), ignored_params=whole)
+    # the next block is gathered while one computes; FSDP2 does so by itself in the backward pass alone
+    for part, following in pairwise([model, *model.blocks]):
+        cast("FSDPModule", part).set_modules_to_forward_prefetch([cast("FSDPModule", following)])
+
+
+def _add_up(model: LanguageModel, data_size: int) -> None:
+    """Have FSDP divide sums of gradients by the data ranks alone: ranks of `context` hold summands of a gradient."""
+    for module in (model, *model.blocks):
+        assert isinstance(module, FSDPModule)
+        module.set_gradient_divide_factor(data_size)
+        module.set_force_sum_reduction_for_comms(True)  # gloo cannot multiply while it adds
 
 
 def compile_model(model: LanguageModel) -> None:
@@ -103,8 +118,8 @@ def average_gradients(model: LanguageModel, world: World) -> None:
 def gathered(model: LanguageModel) -> Iterator[None]:
     """Context in which every rank holds the whole embedding, final norm and head of a sharded model.
 
-    So all ranks can call parts of the model other than its `forward`. Afterwards each rank holds its part again; a
-    forward pass that no backward pass follows would leave them whole.
+    So all ranks can call parts of the model other than its `forward`. Afterwards each rank holds its part again, of
+    blocks too: a forward pass that no backward pass follows would leave some of them whole.
     """
     if not isinstance(model, FSDPModule):
         yield
@@ -113,4 +128,6 @@ def gathered(model: LanguageModel) -> Iterator[None]:
     try:
         yield
     finally:
-        model.reshard()
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()

@@ -24,7 +24,8 @@ FIXED = ("model", "seed", "data.batch_size", "optim.name")
 _FORMER = {"optim.name": "adamw", "model.statistics": "float32"}
 #: Fields whose change is not reported: the data have a fingerprint, and the environment is compared by itself.
 _QUIET = (
-    *("steps", "eval_every", "eval_sequences", "checkpoint_every", "probe_every", "keep_checkpoints", "sample_tokens"),
+    *("steps", "eval_every", "eval_sequences", "probe_every", "sample_tokens"),
+    *("checkpoint_every", "checkpoint_async", "keep_checkpoints"),
     *("data.path", "data.tokenizer", "data.dtype", "data.eos", "device", "precision", "threads"),
     "parallel",  # the layout in the environment says what became of it
 )

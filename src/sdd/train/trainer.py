@@ -3,7 +3,6 @@
 import time
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +11,15 @@ from torch import Tensor
 from sdd.errors import BadData, Diverged, Interrupted, RunFailed, UserError
 from sdd.files import read_json_object
 from sdd.models import count_parameters
-from sdd.probing import Probe
-from sdd.train import checkpoint as ckpt
 from sdd.train import compiling, config_io, precision, starting
 from sdd.train.config import RunConfig, resolve
 from sdd.train.evaluate import Evaluation, sample
-from sdd.train.learner import Learner
-from sdd.train.log import RunLog, opening
+from sdd.train.log import opening
 from sdd.train.optim import clip_gradients, describe
 from sdd.train.parallel import ALONE, StopSignals, World, pick_autocast, pick_device
-from sdd.train.recovery import Decision, Guard, Problem, weight_problem
-from sdd.train.run_dir import RunDir, environment
+from sdd.train.recovery import Decision, Problem, weight_problem
+from sdd.train.resumable import Resumable
+from sdd.train.run_dir import RunDir
 
 #: Steps between checks of all weights. A check reads each weight once: a tenth of the bytes that an update moves.
 CHECK_EVERY = 10
@@ -113,93 +110,15 @@ def reopen(
     return trainer
 
 
-class Trainer(Learner):
+class Trainer(Resumable):
     """One run: builds everything that `config` names, trains, and writes the files of the run directory.
 
-    The order of samples is a pure function of (data, seed, step, skipped batches), and the learning rate is one of the
-    step. So the whole state of a run is: parameters, optimiser moments, generators, the step, and the guard's state.
-
-    Args:
-        config: the run.
-        run_dir: where its files go; must exist.
-        world: the processes that share the run.
-
-    Attributes:
-        probe, guard, log: the parts beside those of `Learner`.
-        step: optimiser steps done.
-        seconds: spent in training steps, evaluation and saving excluded, over all sessions of the run.
+    See `Resumable` for arguments and attributes.
     """
 
     def __init__(self, config: RunConfig, run_dir: RunDir, world: World = ALONE) -> None:
-        super().__init__(config, world)
-        self.run_dir = run_dir
-        self.guard = Guard(config.guard)
-        self.log = RunLog(config, run_dir)
-        write = partial(self.log.record, "probe.jsonl")
-        self.probe = Probe(self.model, every=config.probe_every, out=write, early=True, losses=self.world.data_size)
-        self.step, self.seconds = 0, 0.0
+        super().__init__(config, run_dir, world)
         self._signals = StopSignals()
-
-    # --- going on from a checkpoint, and saving one
-
-    def resume_newest(self) -> None:
-        """Go on from the newest whole checkpoint, or begin at step 0 if there is none; say what is passed over.
-
-        Raises:
-            UserError: if there are checkpoints and none is whole.
-        """
-        state = starting.load_newest(self.run_dir.checkpoints, self.resume, self.log.say, self.world)
-        if state is None:
-            self.log.say("no checkpoint yet: starting again at step 0")
-            self.begin_again()
-            return
-        for line in starting.remarks(state, config_io.to_dict(self.config), self.environment()):
-            self.log.say(line)
-
-    def resume(self, path: Path) -> dict[str, Any]:
-        """Go on from a checkpoint and return its state.
-
-        Raises:
-            UserError: if it is damaged, belongs to another model or other data, or lies beyond the end of the run.
-        """
-        self.world.on_main(lambda: starting.check_state(path, self.config, self.data))
-        state = ckpt.load_checkpoint(path, self.model, self.optimizer, self.world)
-        self._stand_at(state["step"], state)
-        self.seconds = max(self.seconds, state["seconds"])
-        return state
-
-    def begin_again(self) -> None:
-        """Go back to step 0, with the weights that the seed gives."""
-        self.draw_weights()
-        self._stand_at(0, {"guard": {"losses": [], "norms": []}, "skipped_batches": []})
-
-    def _stand_at(self, step: int, state: dict[str, Any]) -> None:
-        """Set the run to `step`: restore guard and probe, and drop the rows of later steps."""
-        self.step = step
-        looks = state.get("looks") or {"asked": False, "at": None}
-        self.probe.asked = looks["asked"]
-        self.guard.load_state_dict(state, looks["at"])
-        self.loader.pass_over(self.guard.skipped)
-        self.log.reset_alarms()
-        self.world.on_main(lambda: self.run_dir.drop_after(step))
-
-    def save(self) -> Path:
-        """Write a checkpoint, then delete those that are no longer to be kept."""
-        state = {
-            "step": self.step,
-            "seconds": self.seconds,
-            "tokens": self.step * self.config.tokens_per_step,
-            "data": self.data.fingerprint(),
-            "data_files": self.data.listing,
-            "config": config_io.to_dict(self.config),
-            "environment": self.environment(),
-            "looks": {"asked": self.probe.asked, "at": self.guard.looked_at},
-            **self.guard.state_dict(),
-        }
-        self.world.on_main(self.run_dir.sync)
-        path = ckpt.save_checkpoint(self.run_dir.checkpoints, self.model, self.optimizer, state, self.world)
-        self.world.on_main(lambda: ckpt.prune(self.run_dir.checkpoints, self.config.keep_checkpoints, path))
-        return path
 
     # --- the whole run
 
@@ -218,9 +137,10 @@ class Trainer(Learner):
         except OSError as error:
             raise RunFailed(
                 f"step {self.step}: cannot write {error.filename or self.run_dir.path}: {error.strerror}; the last "
-                f"checkpoint is {self._newest()}; once that is mended: sdd resume {self.run_dir.path}"
+                f"checkpoint is {self.newest()}; once that is mended: sdd resume {self.run_dir.path}"
             ) from None
         finally:
+            self.settle()
             self.run_dir.unlock()
 
     def _run(self) -> dict[str, Any]:
@@ -235,7 +155,7 @@ class Trainer(Learner):
                 self._save_result("failed", cause=cause, reason=reason)
                 if isinstance(error, BadData) and self.world.size == 1:  # of several, the others do not know of it
                     self.save()
-                failure = type(error)(f"{reason}; the last checkpoint is {self._newest()}")
+                failure = type(error)(f"{reason}; the last checkpoint is {self.newest()}")
                 failure.rank = error.rank
                 raise failure from None
             if evaluation is None:
@@ -253,7 +173,9 @@ class Trainer(Learner):
             if not self._take_step():
                 continue
             last = self.step == self.config.steps
-            stop = self.world.any(self._signals.received)
+            stop = self.world.any(self._signals.received or self.saver.failed)
+            if stop:
+                self.saver.finish()  # raises what failed
             saving = last or stop or _due(self.step, self.config.checkpoint_every)
             checking = saving or _due(self.step, CHECK_EVERY)
             if checking and not self._follow(self.guard.decide(None, self._damage())):
@@ -261,7 +183,7 @@ class Trainer(Learner):
             if last or _due(self.step, self.config.eval_every):
                 evaluation = self._log_evaluation()
             if saving:
-                self.save()
+                self.save() if last or stop else self.save_beside()
             if stop and not last:
                 return None
         return evaluation or self.evaluate()
@@ -412,14 +334,6 @@ class Trainer(Learner):
         }
         self.run_dir.write_json("result.json", result)
         return result
-
-    def environment(self) -> dict[str, Any]:
-        """Versions, device and settings that a result depends on beside the config."""
-        return environment(self.device, self.precision, self.world.size, self.world.job, self.world.shape)
-
-    def _newest(self) -> str:
-        found = ckpt.list_checkpoints(self.run_dir.checkpoints)
-        return str(found[-1]) if found else "none"
 
 
 def _due(step: int, every: int) -> bool:
