@@ -198,7 +198,7 @@ def test_an_adapter_of_a_converted_model_is_refused_on_an_unconverted_one(kind: 
     with_lora(base, **targets).save_pretrained(tmp_path)
     plain = transformers.AutoModelForCausalLM.from_config(converted(kind, **options).config.__class__.__base__(**SHAPE))
     before = {name: type(module) for name, module in plain.named_modules()}
-    with pytest.raises(UserError, match="trained on a converted model, where .* was an SDD layer"):
+    with pytest.raises(UserError, match=r"trained on a converted model, where .* was an SDD layer"):
         peft.PeftModel.from_pretrained(plain, tmp_path)
     assert {name: type(module) for name, module in plain.named_modules()} == before
     peft.PeftModel.from_pretrained(converted(kind, **options), tmp_path)

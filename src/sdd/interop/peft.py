@@ -255,7 +255,7 @@ def _note_sdd_layers() -> None:
         if gone := [name for name in chosen.sdd_layers or () if name not in found]:
             raise UserError(
                 f"the adapter was trained on a converted model, where {gone[0]} was an SDD layer; in this "
-                f"{type(model).__name__} it is none: load the converted base (sdd.interop.converted), or convert this one"
+                f"{type(model).__name__} it is none: load the converted base, or convert this one"
             )
         inject(self, model, adapter_name, *args, **kwargs)
         chosen.sdd_layers = found or None
