@@ -127,6 +127,9 @@ def test_stages_count_with_all_their_blocks():
     assert [layer.name for layer in report.converted if layer.outside] == [f"layers.{i}.reduction" for i in range(4)]
     bare = nn.ModuleList(nn.Sequential(*(block() for _ in range(n))) for n in (1, 3, 1))
     assert convert(tree(stages=bare)).n_layers == 5
+    singles = [tree(blocks=stack(1, block), reduction=nn.Linear(D, D)) for _ in range(3)]
+    found = outputs(tree(layers=nn.ModuleList(singles)))
+    assert found == [f"layers.{i}.blocks.0.{name}" for i in range(3) for name in ("att.o", "mlp.two")]
     between = nn.Sequential(Stem(), bare[0], Stem(), bare[1], Stem(), bare[2])  # as torchvision writes Swin
     assert convert(tree(features=between)).n_layers == 5
 

@@ -64,7 +64,7 @@ def stacks(modules: Mapping[str, nn.Module]) -> dict[str, list[nn.Module]]:
         # between stages may stand a layer alone, which leads from one width to the next
         stages = [_stage_blocks(member) for member in members if _n_layers(member) > 1]
         lists = list(chain.from_iterable(stages))
-        if all(stages) and any(len(blocks) > 1 for blocks in lists):
+        if lists and all(stages):
             found[name] = list(chain.from_iterable(lists))
         else:
             found[name] = _whole(members)
