@@ -101,6 +101,29 @@ class Restless(Base):
         return self.tested(x) + noise
 
 
+class Replaces(Base):
+    """The weight of evaluation is another parameter, in the place of that of training."""
+
+    def use(self, x: Tensor) -> Tensor:
+        if not self.training:
+            self.tested.weight = nn.Parameter(self.tested.weight / 2)
+        return self.tested(x)
+
+
+class Slots:
+    """Outputs without a `__dict__`."""
+
+    __slots__ = ("logits",)
+
+    def __init__(self, logits: Tensor) -> None:
+        self.logits = logits
+
+
+class ReadsIntoSlots(Reads):
+    def forward(self, x: Tensor) -> Any:
+        return Slots(super().forward(x))
+
+
 class Stateful(Base):
     """Everything that a pass may change beside its outputs."""
 
@@ -108,6 +131,8 @@ class Stateful(Base):
         super().__init__()
         self.bn, self.dropout = nn.BatchNorm1d(8), nn.Dropout(0.5)
         self.generator = torch.Generator().manual_seed(3)
+        self.random, self.legacy = random.Random(3), np.random.RandomState(3)
+        self.drawn = [np.random.default_rng(3)]
         self.calls, self.cache, self.plain = 0, [], torch.zeros(8)
         self.clamped = nn.Parameter(torch.full((8,), 3.0))
 
@@ -118,4 +143,5 @@ class Stateful(Base):
         self.clamped.data.clamp_(-2, 2)
         self.extra = x.detach()
         noise = torch.rand(8, generator=self.generator) + random.random() + np.random.rand()  # noqa: NPY002
+        noise += self.random.random() + self.legacy.rand() + self.drawn[0].random()
         return self.dropout(self.bn(self.tested(x))) * self.clamped + noise + self.plain + self.calls

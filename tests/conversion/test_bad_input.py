@@ -81,7 +81,7 @@ def test_what_is_no_model(act, given, message):
         act(given)
 
 
-@pytest.mark.filterwarnings("ignore:.*deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*deprecated")
 def test_a_program_of_torchscript_and_a_compiled_model():
     traced: Any = torch.jit.trace(model(), BATCH)
     with pytest.raises(UserError, match="TorchScript"):
@@ -90,6 +90,10 @@ def test_a_program_of_torchscript_and_a_compiled_model():
     compiled(BATCH)  # the hooks of a calibration would not run
     with pytest.raises(UserError, match=r"in torch\.compile already: convert it first"):
         convert(compiled, mode="calibrate", batches=[BATCH])
+    in_place = model()
+    in_place[2].compile(backend="eager")
+    with pytest.raises(UserError, match=r"2 is compiled already, by its compile\(\)"):
+        convert(in_place)
 
 
 @pytest.mark.parametrize("batch", [torch.empty(0, 8), 1e-30 * BATCH], ids=["no token", "nothing to measure"])

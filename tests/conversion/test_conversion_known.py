@@ -75,6 +75,12 @@ def gemma3n() -> tuple[nn.Module, dict[str, Tensor]]:
     return hf.Gemma3nForCausalLM(config), TOKENS
 
 
+def swin() -> tuple[nn.Module, Tensor]:
+    vision = pytest.importorskip("torchvision")
+    sizes = {"patch_size": [2, 2], "embed_dim": 8, "depths": [2, 1], "num_heads": [2, 2], "window_size": [4, 4]}
+    return vision.models.swin_transformer.SwinTransformer(**sizes, num_classes=5), torch.randn(1, 3, 16, 16)
+
+
 #: Model, the layers that must be refuted by the ending of their names, and words of the reason.
 CASES: list[tuple[Callable[[], Any], set[str], str]] = [
     (mamba, {"dt_proj"}, "reads its weight instead of calling the layer"),
@@ -82,6 +88,7 @@ CASES: list[tuple[Callable[[], Any], set[str], str]] = [
     (bloom, {"self_attention.dense", "dense_4h_to_h"}, "reads its weight instead of calling the layer"),
     (mobilebert, {"predictions.dense"}, "reads its weight instead of calling the layer"),
     (wavlm, {"q_proj", "k_proj", "v_proj", "out_proj"}, "reads its weight instead of calling the layer"),
+    (swin, {"attn.qkv", "attn.proj"}, "reads its weight instead of calling the layer"),
     (gemma3n, {"correction_coefs"}, "reads its weight instead of calling the layer, in training mode"),
 ]
 

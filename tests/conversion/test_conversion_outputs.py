@@ -1,6 +1,7 @@
 """Which projections write to the residual stream, and how many blocks a model has."""
 
 import pytest
+import torch
 from helpers_trees import stack, tree
 from torch import nn
 
@@ -89,6 +90,19 @@ def test_without_any_output_a_note_says_so():
     assert not any("writes to the residual stream" in note for note in convert(tree(wo=nn.Linear(D, D))).notes)
 
 
+def test_a_note_says_so_where_those_that_were_found_stay():
+    class Reads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.wo = nn.Linear(D, H), nn.Linear(H, D)
+
+        def forward(self, x):
+            return nn.functional.linear(self.up(x), self.wo.weight)
+
+    notes = convert(Reads(), example=torch.randn(3, D)).notes
+    assert sum("no projection that writes to the residual stream is converted" in note for note in notes) == 1
+
+
 def block() -> nn.Module:
     return tree(att=attention("q", "o"), mlp=mlp())
 
@@ -113,6 +127,11 @@ def test_stages_count_with_all_their_blocks():
     assert [layer.name for layer in report.converted if layer.outside] == [f"layers.{i}.reduction" for i in range(4)]
     bare = nn.ModuleList(nn.Sequential(*(block() for _ in range(n))) for n in (1, 3, 1))
     assert convert(tree(stages=bare)).n_layers == 5
+    singles = [tree(blocks=stack(1, block), reduction=nn.Linear(D, D)) for _ in range(3)]
+    found = outputs(tree(layers=nn.ModuleList(singles)))
+    assert found == [f"layers.{i}.blocks.0.{name}" for i in range(3) for name in ("att.o", "mlp.two")]
+    between = nn.Sequential(Stem(), bare[0], Stem(), bare[1], Stem(), bare[2])  # as torchvision writes Swin
+    assert convert(tree(features=between)).n_layers == 5
 
 
 def test_blocks_of_several_types_count_and_a_stem_does_not():

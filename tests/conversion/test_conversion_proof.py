@@ -1,5 +1,6 @@
 """The proof by invariance: what it proves, refutes and leaves open, and that it leaves nothing behind."""
 
+import pickle
 import random
 from collections import UserDict
 from dataclasses import dataclass
@@ -17,9 +18,11 @@ from helpers_readers import (
     OnlyInEvaluation,
     Reads,
     ReadsInEvaluation,
+    ReadsIntoSlots,
     ReadsInTraining,
     ReadsNormalised,
     ReadsToo,
+    Replaces,
     Rescales,
     Restless,
     Stateful,
@@ -88,6 +91,19 @@ def test_a_layer_used_as_a_plain_matrix_is_refuted_and_put_back_bit_for_bit(kind
     assert vars(layer).keys() == attributes.keys()
     assert same(bits(layer), before)
     assert not torch.equal(model.eval()(X), expected)  # the other layer is redrawn
+
+
+def test_a_layer_whose_weight_the_model_replaces_is_refuted_and_keeps_its_own():
+    model = Replaces()
+    weight = model.tested.weight
+    reason = "the model changes its weight in a forward pass, in evaluation mode"
+    assert proof_of(model).named("refuted") == {"tested": reason}
+    assert type(model.tested) is nn.Linear
+    assert model.tested.weight is weight
+
+
+def test_outputs_without_a_dict_are_compared():
+    assert proof_of(ReadsIntoSlots()).named("refuted").keys() == {"tested"}
 
 
 def test_a_layer_without_a_call_is_not_reached_and_stays():
@@ -277,6 +293,7 @@ def test_a_proof_leaves_nothing_behind():
     hooks = [module._forward_hooks.copy() for module in model.modules()]
     state, generator = torch.get_rng_state(), model.generator.get_state()
     draws = random.getstate(), np.random.get_state()[1].copy()  # noqa: NPY002
+    own = pickle.dumps((model.random, model.legacy, model.drawn))
     assert report.verify(model, X).named("proven").keys() == {"good", "tested"}
     assert same(bits(model), before)
     assert [vars(module) for module in model.modules()] == attributes
@@ -286,6 +303,7 @@ def test_a_proof_leaves_nothing_behind():
     assert torch.equal(model.generator.get_state(), generator)
     assert random.getstate() == draws[0]
     assert (np.random.get_state()[1] == draws[1]).all()  # noqa: NPY002
+    assert pickle.dumps((model.random, model.legacy, model.drawn)) == own
     assert model.calls == 0
     assert model.cache == []
     assert not model.plain.any()

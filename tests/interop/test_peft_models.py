@@ -188,3 +188,31 @@ def test_transformers_loads_an_adapter_by_itself(tmp_path: Path) -> None:
     other.load_state_dict(converted("Llama").state_dict())
     other.load_adapter(str(tmp_path))
     assert torch.equal(logits(other.eval()), logits(model))
+
+
+@pytest.mark.parametrize("kind", ["Llama", "GPT2", "Mixtral"])
+def test_an_adapter_of_a_converted_model_is_refused_on_an_unconverted_one(kind: str, tmp_path: Path) -> None:
+    options = {"num_local_experts": 4} if kind == "Mixtral" else {}
+    base = converted(kind, **options)
+    targets = {"target_parameters": STACKS} if kind == "Mixtral" else {"target_modules": sdd_peft.targets(base)}
+    with_lora(base, **targets).save_pretrained(tmp_path)
+    plain = transformers.AutoModelForCausalLM.from_config(converted(kind, **options).config.__class__.__base__(**SHAPE))
+    before = {name: type(module) for name, module in plain.named_modules()}
+    with pytest.raises(UserError, match=r"trained on a converted model, where .* was an SDD layer"):
+        peft.PeftModel.from_pretrained(plain, tmp_path)
+    assert {name: type(module) for name, module in plain.named_modules()} == before
+    peft.PeftModel.from_pretrained(converted(kind, **options), tmp_path)
+
+
+def test_an_adapter_of_plain_layers_loads_on_either_base_and_its_file_is_that_of_peft(tmp_path: Path) -> None:
+    plain = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SHAPE, intermediate_size=32))
+    with_lora(plain, target_modules=["q_proj"]).save_pretrained(tmp_path)
+    assert "sdd_layers" not in (tmp_path / "adapter_config.json").read_text()
+    peft.PeftModel.from_pretrained(converted("Llama"), tmp_path)
+
+
+def test_a_config_with_names_of_sdd_layers_can_be_built_from_its_dict() -> None:
+    model = with_lora(converted("Llama"), target_modules=["q_proj", "lm_head"])
+    config = model.peft_config["default"]
+    assert config.sdd_layers == [f"model.layers.{i}.self_attn.q_proj" for i in range(2)]
+    assert peft.LoraConfig(**config.to_dict()).sdd_layers == config.sdd_layers

@@ -141,12 +141,11 @@ def convert(
     if mode == "reinit" and not redraw:
         refuse_trained(model, optimizer)
     notes = _notes(plan, optimizer)
-    if mode == "reinit":
-        notes += _notes_on_a_new_model(plan, n_layers)
     if mode == "calibrate" and batches is not None:
         report, modules = convert_trained(plan, batches, max_error, example)
     else:
         report, modules = convert_new(plan, generator, example)
+        notes += _notes_on_a_new_model(plan, report, n_layers)
     watch(model, modules, report.proof)
     mark(model)
     return replace(report, notes=(*report.notes, *notes))
@@ -249,11 +248,13 @@ def _notes(plan: Plan, optimizer: torch.optim.Optimizer | None) -> list[str]:
     return notes
 
 
-def _notes_on_a_new_model(plan: Plan, n_layers: int | None) -> list[str]:
+def _notes_on_a_new_model(plan: Plan, report: ConversionReport, n_layers: int | None) -> list[str]:
     """What matters where alphas are not fitted and training starts from scratch."""
     model, selection, notes = plan.model, plan.selection, []
     if not selection.outputs:
         notes.append("no projection was found that writes to the residual stream: name them in output")
+    elif not any(layer.is_output for layer in report.converted):
+        notes.append("no projection that writes to the residual stream is converted: those that were found stay")
     elif n_layers is None and depth_of(model, selection.blocks) is None:
         notes.append("no list of blocks found, so L = 1: give n_layers if the model has blocks")
     if any(linear.weight.is_meta for linear in selection.linears.values()):

@@ -52,6 +52,8 @@ def refuse_compiled(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if compiler is not None and isinstance(module, compiler.OptimizedModule):
             raise UserError(f"{_named(name)} is in torch.compile already: convert it first, then compile it")
+        if module._compiled_call_impl is not None:
+            raise UserError(f"{_named(name)} is compiled already, by its compile(): convert it first, then compile it")
 
 
 def _named(name: str) -> str:

@@ -39,6 +39,8 @@ KNOWN = (
     ("timm.models.beit.Attention", "qkv", _READ),
     ("timm.models.eva.EvaAttention", "qkv", _READ),
     ("timm.models.swin_transformer_v2.WindowAttention", "qkv", _READ),
+    ("torchvision.models.swin_transformer.ShiftedWindowAttention*", "qkv", _READ),
+    ("torchvision.models.swin_transformer.ShiftedWindowAttention*", "proj", _READ),
 )
 #: The same for classes whose attribute, the last entry, must be true.
 KNOWN_IF = (

@@ -37,6 +37,8 @@ OUTPUTS = (
     "attn.proj",
     "mlp.proj",
     "mlp.3",
+    "attn_layer.1.merge",
+    "mlp_layer.3",
     "net.4",
 )
 _Lists = (nn.ModuleList, nn.ModuleDict)
@@ -52,15 +54,17 @@ def stacks(modules: Mapping[str, nn.Module]) -> dict[str, list[nn.Module]]:
     """The outermost lists of blocks by name, each with its blocks, those of all its stages and types.
 
     Where the members of a list are stages, each holding nothing but a list of blocks and at most one layer more (Swin,
-    ConvNeXt), the blocks are those of the stages. A list of experts is none of blocks.
+    ConvNeXt), the blocks are those of the stages, whatever single layers stand between them. A list of experts is none
+    of blocks.
     """
     found = {}
     for name, members in block_lists(modules, _is_block).items():
         if "expert" in name.rpartition(".")[2]:
             continue
-        stages = [_stage_blocks(member) for member in members]
+        # between stages may stand a layer alone, which leads from one width to the next
+        stages = [_stage_blocks(member) for member in members if _n_layers(member) > 1]
         lists = list(chain.from_iterable(stages))
-        if all(stages) and any(len(blocks) > 1 for blocks in lists):
+        if lists and all(stages):
             found[name] = list(chain.from_iterable(lists))
         else:
             found[name] = _whole(members)

@@ -370,9 +370,16 @@ def _values(value: Any, seen: set[int]) -> Iterator[Any]:
     elif dataclasses.is_dataclass(value):
         inner = [getattr(value, field.name) for field in dataclasses.fields(value)]
     else:
-        inner = getattr(value, "__dict__", {}).values()
+        inner = [*getattr(value, "__dict__", {}).values(), *(getattr(value, slot, None) for slot in _slots(value))]
     for part in inner:
         yield from _values(part, seen)
+
+
+def _slots(value: Any) -> Iterator[str]:
+    """The names of the attributes that an object's classes keep outside its `__dict__`."""
+    for kind in type(value).__mro__:
+        slots = vars(kind).get("__slots__", ())
+        yield from (slots,) if isinstance(slots, str) else slots
 
 
 def _copy(value: Any) -> Any:

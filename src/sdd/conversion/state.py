@@ -2,9 +2,10 @@
 
 import random
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -53,8 +54,9 @@ class State:
             state.restore(self._copies)
 
     def changed(self, tensor: Tensor) -> bool:
-        """Whether a tensor of the model has other bits than it had."""
-        return not same_bits(*self._copies[id(tensor)])
+        """Whether a tensor of the model has other bits than it had, or is another one than it was."""
+        known = self._copies.get(id(tensor))
+        return known is None or not same_bits(*known)
 
 
 class _ModuleState:
@@ -66,7 +68,7 @@ class _ModuleState:
         found = list(self.attributes.values())
         for _, copy in self.containers:
             found += copy.values() if isinstance(copy, dict) else copy
-        self.generators = [(value, value.get_state()) for value in found if isinstance(value, torch.Generator)]
+        self.generators = [(put_back, state) for value in found for put_back, state in _generator(value)]
         self.tensors = [value for value in found if isinstance(value, Tensor) and value.layout == torch.strided]
         if not parameters:
             self.tensors = [value for value in self.tensors if not isinstance(value, nn.Parameter)]
@@ -79,8 +81,8 @@ class _ModuleState:
         _refill(vars(self.module), self.attributes)
         for container, copy in self.containers:
             _refill(container, copy)
-        for generator, state in self.generators:
-            generator.set_state(state)
+        for put_back, state in self.generators:
+            put_back(state)
         for tensor in self.tensors:
             copy = copies[id(tensor)][1]
             if same_bits(tensor, copy):
@@ -90,6 +92,16 @@ class _ModuleState:
                 tensor.data.copy_(copy)
             else:
                 tensor.data = copy.clone()
+
+
+def _generator(value: Any) -> Iterator[tuple[Callable[[Any], Any], Any]]:
+    """The state of a generator of torch, numpy or Python, and what puts it back; nothing for another value."""
+    if isinstance(value, (torch.Generator, np.random.RandomState)):
+        yield value.set_state, value.get_state()
+    elif isinstance(value, np.random.Generator):
+        yield partial(setattr, value.bit_generator, "state"), value.bit_generator.state
+    elif isinstance(value, random.Random):
+        yield value.setstate, value.getstate()
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:

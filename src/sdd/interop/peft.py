@@ -9,9 +9,14 @@ a shift of alpha, zero at first, which is saved, loaded, merged and switched wit
 The import reaches every LoraConfig that is built afterwards, also those that PEFT reads from an adapter's folder: PEFT
 asks each config for layers of its own (`_register_custom_module`). It also lets transformers load converted models, as
 `sdd.interop.converted` does. Importing this module raises MissingPackage without PEFT.
+
+The config of an adapter notes which of its layers were SDD layers (`sdd_layers` in adapter_config.json), and the
+adapter is refused on a base where one of these is plain: s B A would be added to outputs that no norm follows. Without
+this import, PEFT warns that it does not know `sdd_layers`.
 """
 
 import functools
+import inspect
 import warnings
 from collections.abc import Callable
 from typing import Any, Self
@@ -28,8 +33,8 @@ from sdd.models.block import FeedForward
 from sdd.nn import ExpertLinear, SDDLinear
 from sdd.parameters import keep_wide
 
-_peft, _layer, _utils = require_extra(
-    "peft", "peft", "peft.tuners.lora.layer", "peft.tuners.tuners_utils", needed_by=__name__
+_peft, _layer, _model, _utils = require_extra(
+    "peft", "peft", "peft.tuners.lora.layer", "peft.tuners.lora.model", "peft.tuners.tuners_utils", needed_by=__name__
 )
 
 #: What `init_lora_weights` may be. The others want statistics of a plain matrix, replace it by a quantised one, or
@@ -227,6 +232,57 @@ def _register() -> None:
     config.__post_init__ = with_sdd
 
 
+def _note_sdd_layers() -> None:
+    """Have the config of an adapter remember which of its layers were SDD layers, in its file too."""
+    config, tuner = _peft.LoraConfig, _model.LoraModel
+    init, as_dict, inject = config.__init__, config.to_dict, tuner.inject_adapter
+    config.sdd_layers = None
+
+    @functools.wraps(init)
+    def with_names(self: Any, *args: Any, sdd_layers: list[str] | None = None, **kwargs: Any) -> None:
+        init(self, *args, **kwargs)
+        self.sdd_layers = sdd_layers
+
+    @functools.wraps(as_dict)
+    def to_dict(self: Any) -> dict[str, Any]:
+        names = {} if self.sdd_layers is None else {"sdd_layers": self.sdd_layers}
+        return {**as_dict(self), **names}
+
+    @functools.wraps(inject)
+    def inject_adapter(self: Any, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        chosen = self.peft_config[adapter_name]
+        found = _adapted(model, chosen) if type(chosen) is config else []
+        if gone := [name for name in chosen.sdd_layers or () if name not in found]:
+            raise UserError(
+                f"the adapter was trained on a converted model, where {gone[0]} was an SDD layer; in this "
+                f"{type(model).__name__} it is none: load the converted base, or convert this one"
+            )
+        inject(self, model, adapter_name, *args, **kwargs)
+        chosen.sdd_layers = found or None
+
+    signature = inspect.signature(init)  # PEFT drops what is not in it, if a file has something else that it ignores
+    names = inspect.Parameter("sdd_layers", inspect.Parameter.KEYWORD_ONLY, default=None)
+    with_names.__signature__ = signature.replace(parameters=[*signature.parameters.values(), names])  # pyright: ignore[reportFunctionMemberAccess]
+    config.__init__, config.to_dict, tuner.inject_adapter = with_names, to_dict, inject_adapter
+
+
+def _adapted(model: nn.Module, config: Any) -> list[str]:
+    """The names of the SDD layers, and of the stacks of converted experts, that a config adapts."""
+    modules = {name: _unwrapped(module) for name, module in model.named_modules() if not name.endswith(".base_layer")}
+    layers = [name for name, module in modules.items() if isinstance(module, SDDLinear)]
+    stacks = [name for name, module in modules.items() if isinstance(module, SDDExperts)]
+    holders = [parameter.rpartition(".")[0] for parameter in config.target_parameters or ()]
+    names = [name for name in layers if _utils.check_target_module_exists(config, name)]
+    return names + [name for name in stacks if any(f".{name}".endswith(f".{holder}") for holder in holders)]
+
+
+def _unwrapped(module: Any) -> nn.Module:
+    """The module under its adapters."""
+    while hasattr(module, "base_layer"):
+        module = module.base_layer
+    return module
+
+
 def _warn_of_all_linear() -> None:
     """Say in one line what "all-linear" passes by, whatever the method of PEFT."""
     resolve = _utils._maybe_include_all_linear_layers
@@ -247,5 +303,6 @@ def _warn_of_all_linear() -> None:
 
 
 _register()
+_note_sdd_layers()
 _warn_of_all_linear()
 install()
