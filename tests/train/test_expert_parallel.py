@@ -39,6 +39,8 @@ LAYOUTS = {
     "tensor 2": (2, ParallelConfig(tensor=2), SIX),
     "shard 2, tensor 2": (4, ParallelConfig(tensor=2), SIX),
     "expert 2, tensor 2": (4, ParallelConfig(expert=2, tensor=2), MOE),
+    "expert 2, context 2": (4, ParallelConfig(expert=2, context=2), SIX),
+    "context 2, tensor 2": (4, ParallelConfig(context=2, tensor=2), SIX),
 }
 
 
