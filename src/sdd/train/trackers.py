@@ -138,7 +138,8 @@ class WandB(Tracker):
     """Weights & Biases: a run of the project `sdd` (or WANDB_PROJECT), in mode WANDB_MODE.
 
     Without WANDB_MODE it is offline where there is no key, or no server that takes it: into RUN/wandb, for `wandb
-    sync`. It never asks for a key. A resumed run goes on in the same one; steps that it takes again are those that are there.
+    sync`. It never asks for a key. A resumed run goes on in the same one; steps that it takes again are those that are
+    there.
 
     Args:
         run: the run directory.
