@@ -90,6 +90,14 @@ def test_a_folder_of_tasks_that_is_not_there_is_not_passed_by(tmp_path: Path, na
         load_task(name, [tmp_path, tmp_path / "absent"])
 
 
+@pytest.mark.parametrize("name", ["..", ".", "../tasks", "./rc_0shot", "../tasks/rc_0shot", "sums/..", "/"])
+def test_a_path_among_the_folders_is_no_task(name: str, tmp_path: Path) -> None:
+    write_requests(tmp_path / "tasks" / "sums" / "rc_0shot" / "requests.jsonl", choice_rows())
+    with pytest.raises(UserError, match=r"no (task|variant)") as caught:
+        load_task(name, [tmp_path / "tasks"])
+    assert str(tmp_path) not in str(caught.value), "where the tasks lie is no answer to a slip in a name"
+
+
 def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
     file = write_requests(tmp_path / "requests.jsonl.gz", choice_rows(50))
     file.write_bytes(file.read_bytes()[:-20])

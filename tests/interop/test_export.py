@@ -71,6 +71,23 @@ def test_a_folder_that_does_not_load_is_not_kept(run: Path, tmp_path: Path, monk
     assert [path.name for path in tmp_path.iterdir()] == ["modeling_sdd.py"]
 
 
+def test_the_fresh_process_asks_nobody(tmp_path: Path, monkeypatch) -> None:
+    """A question of transformers would not be seen, and would read what is typed for the next command."""
+    monkeypatch.setattr(fresh, "_CHILD", "import sys; sys.exit(f'it read {sys.stdin.read()!r}')")
+    reader, writer = os.pipe()
+    os.write(writer, b"typed ahead")
+    os.close(writer)
+    kept = os.dup(0)
+    os.dup2(reader, 0)
+    try:
+        with pytest.raises(fresh.NotTheSame, match="it read ''"):
+            fresh.compare(tmp_path, drawn_model(tiny_config("sdd")), [])
+    finally:
+        os.dup2(kept, 0)
+        os.close(kept)
+        os.close(reader)
+
+
 def test_the_modeling_file_imports_torch_and_transformers_only() -> None:
     from transformers.dynamic_module_utils import get_imports, get_relative_imports
 

@@ -120,6 +120,15 @@ def test_a_shorter_context_may_be_taken(tmp_path: Path) -> None:
     assert load_trained(tmp_path / "run").config.model.context == 8
 
 
+@pytest.mark.parametrize(("more", "said"), [(0, False), (1, True)])
+def test_a_longer_context_than_the_models_is_said(more: int, said: bool, tmp_path: Path) -> None:
+    folder = source(tmp_path / "model")
+    context = json.loads((folder / "config.json").read_text())["max_position_embeddings"] + more
+    settings = {"data.path": str(text_file(tmp_path / "data")), "device": "cpu", "model.context": context}
+    found = " ".join(import_model(folder, tmp_path / "run", settings).remarks)
+    assert (f"model.context={context} is longer than the model's {context - more}" in found) is said
+
+
 @pytest.mark.parametrize(
     ("kind", "changes", "words"),
     [
@@ -210,7 +219,7 @@ def test_a_model_is_no_run(words: str, tmp_path: Path, capsys) -> None:
     line = words.replace("RUN", str(tmp_path)).replace("X", str(tmp_path / "new"))
     assert main(line.split()) == 2
     assert "a model of transformers, not a run: sdd import DIR --out RUN makes a run of it" in capsys.readouterr().err
-    assert {path.name for path in tmp_path.iterdir()} <= {"config.json", "lock"}
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
 def test_fields_of_the_model_cannot_be_set(tmp_path: Path, capsys) -> None:

@@ -10,6 +10,7 @@ from helpers_lm_eval import choice_rows, small_run, write_requests
 pytest.importorskip("lm_eval", reason="the extra lm-eval is not installed")
 
 from sdd.data import builtin_tokenizer
+from sdd.errors import UserError
 from sdd.evals.generation import continue_texts
 from sdd.evals.requests import load_task
 from sdd.evals.scorer import RunScorer
@@ -137,3 +138,16 @@ def test_empty_contexts_and_texts_have_a_likelihood(run):
     [(logprob, _)] = model.loglikelihood([asked("", " a")])
     assert logprob < 0
     assert model.loglikelihood_rolling([asked(""), asked(" a")]) == [0.0, pytest.approx(logprob)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({}, "needs a run"),
+        ({"pretrained": "x"}, "no argument"),
+        ({"checkpont": 1}, "did"),
+    ],
+)
+def test_wrong_arguments_of_the_model_are_the_users_mistake(arguments, words, run):
+    with pytest.raises(UserError, match=words):
+        SDDModel(**{**({"run": str(run)} if arguments else {}), **arguments})

@@ -18,14 +18,24 @@ FILE = pathlib.Path(os.environ["STAND_IN_FILE"])
 def write(**values):
     with FILE.open("a") as file:
         file.write(json.dumps(values, default=str) + "\\n")
-class api:
-    api_key = None
+if os.environ.get("STAND_IN_KEY") == "older":
+    class api:
+        api_key = "key"
+    def login(key=None):
+        raise RuntimeError("it would ask at the terminal")
+else:
+    def login(prompt=True):
+        assert not prompt
+        if os.environ.get("STAND_IN_KEY") == "refused":
+            raise RuntimeError("no server takes this key")
+        return "STAND_IN_KEY" in os.environ
 def Settings(**values):
     return values
 class Run:
     def log(self, numbers, step):
         if os.environ.get("STAND_IN_BREAKS") == "log":
             raise RuntimeError("the server is\\ngone")
+        assert __name__ == "wandb" or not {"time", "timestamp", "metrics"} & set(numbers), "trackio's own words"
         write(step=step, **numbers)
     def finish(self):
         if os.environ.get("STAND_IN_BREAKS") == "finish":
@@ -54,7 +64,8 @@ def stand_in(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(folder)
     monkeypatch.setenv("STAND_IN_FILE", str(tmp_path / "calls.jsonl"))
     monkeypatch.delenv("WANDB_MODE", raising=False)
-    monkeypatch.delenv("STAND_IN_BREAKS", raising=False)
+    for name in ("STAND_IN_BREAKS", "STAND_IN_KEY"):
+        monkeypatch.delenv(name, raising=False)
     config_io.save(little(tmp_path), tmp_path / "config.json")
     yield tmp_path
     for name in ("wandb", "trackio"):
@@ -94,6 +105,13 @@ def test_wandb_is_offline_without_a_key_and_says_how_to_send_it(stand_in, capsys
     monkeypatch.setenv("WANDB_MODE", "disabled")
     assert main(["resume", str(stand_in / "run"), "--steps", "5"]) == 0
     assert [call["init"]["mode"] for call in calls(stand_in) if "init" in call] == ["offline", "disabled"]
+
+
+@pytest.mark.parametrize(("key", "mode"), [("good", "online"), ("older", "online"), ("refused", "offline")])
+def test_wandb_is_online_only_where_a_server_takes_the_key(stand_in, monkeypatch, key, mode):
+    monkeypatch.setenv("STAND_IN_KEY", key)
+    assert train(stand_in, "--steps", "4", "--tracker", "wandb") == 0
+    assert [call["init"]["mode"] for call in calls(stand_in) if "init" in call] == [mode]
 
 
 def test_what_a_tracker_prints_is_no_part_of_the_answer(stand_in, capsys):

@@ -92,7 +92,7 @@ def _find(name: str, folders: Sequence[Path]) -> Path:
     if Path(name).is_file():
         return Path(name)
     task, _, variant = name.partition("/")
-    places = [folder / task for folder in folders if task and (folder / task).is_dir()]
+    places = [path for folder in folders for path in _subfolders(folder) if path.name == task]  # `..` is no task
     if not places:
         if not folders:
             needed = " ".join(PACKAGES.values())

@@ -43,7 +43,7 @@ with torch.no_grad():
         name = str(dtype).removeprefix("torch.")
         logits[name] = model.eval()(tokens_BT, use_cache=False).logits.float()
 save_file(logits, f"{scratch}/logits.safetensors")
-tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True, local_files_only=True)
 with open(f"{scratch}/texts.json") as file:
     ids = [tokenizer(text)["input_ids"] for text in json.load(file)]
 with open(f"{scratch}/ids.json", "w") as file:
@@ -142,7 +142,9 @@ def _in_fresh_process(folder: Path, tokens_BT: Tensor, texts: list[str]) -> tupl
         (scratch / "texts.json").write_text(json.dumps(texts))
         command = [sys.executable, "-I", "-c", _CHILD, str(folder), name]
         alone = {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(scratch / "modules"), "CUDA_VISIBLE_DEVICES": ""}
-        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **alone}, check=False)
+        done = subprocess.run(  # it asks nothing: nobody would see the question
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, env={**os.environ, **alone}, check=False
+        )
         if done.returncode:
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]
             raise NotTheSame(f"it does not load in a fresh process: {last[:300]}")

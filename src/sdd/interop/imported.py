@@ -92,6 +92,9 @@ def import_model(
         config_io.save(trainer.config, aside / "config.json")
         note = {"folder": str(folder.absolute()), "class": CLASSES[kind], "sdd": __version__, "difference": difference}
         write_aside(aside / NOTE, json.dumps(note, indent=2) + "\n")
+    known, context = model_config.context, trainer.config.model.context
+    if context > known:
+        remarks.append(f"model.context={context} is longer than the model's {known}: it never saw later positions")
     if getattr(source_config, "attention_dropout", 0):
         remarks.append(f"attention_dropout={source_config.attention_dropout} is dropped: runs have no dropout")
     return Imported(kind, trainer.config, difference, remarks)

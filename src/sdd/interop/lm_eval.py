@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sdd.errors import SddError, UserError, one_line, require_extra
+from sdd.errors import SddError, UserError, one_line, require_extra, unknown
 from sdd.evals.generation import continue_texts
 from sdd.evals.likelihood import Pair, encode_pairs, score
 from sdd.evals.scorer import RunScorer
@@ -39,20 +39,26 @@ class SDDModel(_model.LM):
         batch_size: the most requests at once; "auto" is 16.
         max_batch_size: of lm-eval, not used.
         device: of lm-eval, not used: the config names the device.
+        others: refused; lm-eval hands on every word of --model_args.
 
     Raises:
-        UserError: see `load_trained`; or if the run has no tokenizer.
+        UserError: see `load_trained`; or if the run has no tokenizer, none is named, or there are others.
     """
 
     def __init__(
         self,
-        run: str,
+        run: str = "",
         checkpoint: str | int | None = None,
         batch_size: int | str = 16,
         max_batch_size: int | None = None,
         device: str | None = None,
+        **others: Any,
     ) -> None:
         super().__init__()
+        if others:
+            raise unknown("argument of the model sdd", next(iter(others)), ("run", "checkpoint"))
+        if not run:
+            raise UserError("the model sdd needs a run: --model_args run=RUN")
         self._trained = load_trained(Path(run), None if checkpoint is None else str(checkpoint))
         self._scorer = RunScorer(self._trained)
         self._batch_size = int(batch_size) if str(batch_size).isdecimal() else 16

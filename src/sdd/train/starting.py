@@ -97,12 +97,13 @@ def lock_existing(run_dir: RunDir) -> None:
     """Lock the directory of a run that is there.
 
     Raises:
-        UserError: if there is none, or another process has it.
+        UserError: if there is none, or another process has it. Nothing is written into a folder of something else.
     """
     if not run_dir.config.exists():
         raise UserError(
             f"{run_dir.path} holds no run (no config.json): start one with sdd train PRESET --out {run_dir.path}"
         )
+    config_io.load(run_dir.config)  # many programs call a file of theirs config.json
     run_dir.lock()
 
 

@@ -6,6 +6,7 @@ nothing more is given to it.
 
 import importlib
 import importlib.util
+import inspect
 import os
 import re
 import socket
@@ -136,8 +137,9 @@ class Tracker(ABC):
 class WandB(Tracker):
     """Weights & Biases: a run of the project `sdd` (or WANDB_PROJECT), in mode WANDB_MODE.
 
-    Without WANDB_MODE and without a key on this machine it is offline: into RUN/wandb, for `wandb sync`. It never asks
-    for a key. A resumed run goes on in the same one; steps that it takes again are those that are there.
+    Without WANDB_MODE it is offline where there is no key, or no server that takes it: into RUN/wandb, for `wandb
+    sync`. It never asks for a key. A resumed run goes on in the same one; steps that it takes again are those that are
+    there.
 
     Args:
         run: the run directory.
@@ -178,7 +180,12 @@ class WandB(Tracker):
 
 
 def _mode(library: Any) -> str:
-    return "online" if getattr(library.api, "api_key", None) else "offline"
+    if "prompt" not in inspect.signature(library.login).parameters:  # an older version
+        return "online" if library.api.api_key else "offline"
+    try:
+        return "online" if library.login(prompt=False) else "offline"
+    except Exception:  # it says itself why it cannot get in
+        return "offline"
 
 
 class Trackio(Tracker):
@@ -203,6 +210,7 @@ class Trackio(Tracker):
             self._give_up(error)
 
     def _log(self, step: int, numbers: dict[str, float]) -> None:
+        numbers.pop("time", None)  # trackio has its own, and warns at another
         self._run.log(numbers, step=step)
 
     def _close(self) -> None:
