@@ -27,7 +27,8 @@ def attended(rank, size):
     for seed in range(6):
         heads, group, T = 1 + seed % 2, 1 + seed % 3, 2 * size * (1 + seed)
         split.begin(T, cached=False)
-        q, k, v, g = (drawn(2, each, T, 4, seed=seed + i) for i, each in enumerate((heads * group, heads, heads) * 2))
+        all_heads = (heads * group, heads, heads, heads * group)
+        q, k, v, g = (drawn(2, each, T, 4, seed=seed + i) for i, each in enumerate(all_heads))
         document = documents((drawn(2, T, seed=seed) > 1).long(), eos=1)
         at = split.positions(T, q.device)
         # process i has the pieces i and 2P-1-i

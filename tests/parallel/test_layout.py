@@ -29,7 +29,7 @@ def test_a_layout_fits_or_is_refused_with_the_nearest_that_fits(asked, processes
         assert layout in list(layouts(processes, model))
     else:
         assert all(value in (0, asdict(layout)[name]) for name, value in asdict(asked).items())
-    assert math.prod(asdict(layout).values()) == processes
+    assert math.prod(layout.sizes.values()) == processes
     assert model.n_heads % layout.tensor == model.n_kv_heads % layout.tensor == model.d_ff % layout.tensor == 0
 
 

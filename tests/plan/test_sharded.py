@@ -3,8 +3,8 @@
 from dataclasses import replace
 
 import pytest
-from helpers_layouts import real_traces, with_optimizer
 from helpers_plan import make_case, mixture_config, small_config
+from helpers_sharded import real_traces, with_optimizer
 
 from sdd.errors import UserError
 from sdd.models import model_presets

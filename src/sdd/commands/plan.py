@@ -5,7 +5,7 @@ import json
 import math
 import re
 import shlex
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,8 +66,10 @@ def _plan_layouts(options: argparse.Namespace, config: RunConfig, gpu: Gpu) -> i
     from sdd.plan.layouts import Planner
 
     searched = options.layouts or options.best
-    if searched and config.parallel != ParallelConfig():
-        raise UserError("--layouts and --best look at every layout: leave the --parallel options out")
+    if searched and config.parallel != ParallelConfig(reshard=config.parallel.reshard):
+        raise UserError(
+            "--layouts and --best look at every layout: leave its sizes out, --parallel.tensor and the like"
+        )
     cluster = Cluster(options.gpus_per_node, options.link or gpu.link, options.network or gpu.network)
     config = replace(config, steps=config.steps if options.tokens is None else _steps(options.tokens, config))
     planner = Planner(config, gpu, options.gpus, cluster, mfu=options.mfu, micro_batch=options.micro_batch)
@@ -89,7 +91,7 @@ def _plan_layouts(options: argparse.Namespace, config: RunConfig, gpu: Gpu) -> i
     found = {
         "layouts": [plan.to_dict() for plan in (*search.fitting, *search.too_large)],
         **({} if best is None else {"best": best.to_dict()}),
-        "left_out": {why: [asdict(layout) for layout in found] for why, found in search.left_out.items()},
+        "left_out": {why: [layout.sizes for layout in found] for why, found in search.left_out.items()},
     }
     text = show_search(options.preset, search)
     if best is not None:
@@ -133,10 +135,11 @@ def _command(options: argparse.Namespace, plan: "LayoutPlan") -> str:
         words[5:5] = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "HOST:29500", "--rdzv-id", name]
     given = overrides(options)
     given |= {} if options.tokens is None else {"steps": str(plan.case.run.steps)}
-    given = {dotted: value for dotted, value in given.items() if not dotted.startswith("parallel.")}
+    of_layout = {f"parallel.{dim}" for dim in plan.layout.sizes}
+    given = {dotted: value for dotted, value in given.items() if dotted not in of_layout}
     words += ["--printed-shape"] if options.printed_shape else []
     words += [word for dotted, value in given.items() for word in (f"--{dotted}", str(value))]
-    sizes = {dim: size for dim, size in asdict(plan.layout).items() if size > 1 and dim != "shard"}
+    sizes = {dim: size for dim, size in plan.layout.sizes.items() if size > 1 and dim != "shard"}
     words += [word for dim, size in sizes.items() for word in (f"--parallel.{dim}", str(size))]
     return shlex.join([*words, "--accumulate", str(plan.accumulate), "--out", f"runs/{name}"])
 

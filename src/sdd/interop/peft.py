@@ -262,7 +262,8 @@ def _note_sdd_layers() -> None:
 
     signature = inspect.signature(init)  # PEFT drops what is not in it, if a file has something else that it ignores
     names = inspect.Parameter("sdd_layers", inspect.Parameter.KEYWORD_ONLY, default=None)
-    with_names.__signature__ = signature.replace(parameters=[*signature.parameters.values(), names])  # pyright: ignore[reportFunctionMemberAccess]
+    whole = signature.replace(parameters=[*signature.parameters.values(), names])
+    vars(with_names)["__signature__"] = whole
     config.__init__, config.to_dict, tuner.inject_adapter = with_names, to_dict, inject_adapter
 
 

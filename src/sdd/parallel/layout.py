@@ -2,8 +2,8 @@
 
     replicate   copies of everything below (with `shard`: HSDP)
     shard       parts of parameters, gradients and optimiser state (FSDP2)
-    expert      parts of the experts of a mixture
     context     parts of each sequence
+    expert      parts of the experts of a mixture
     tensor      parts of each matrix, the neighbours among the processes
 
 Processes that differ in replicate, shard or expert train on other rows of a batch: these are the data dimensions.
@@ -19,7 +19,7 @@ from sdd.errors import UserError
 from sdd.models.config import ModelConfig
 
 #: From the outermost dimension to the innermost.
-DIMENSIONS = ("replicate", "shard", "expert", "context", "tensor")
+DIMENSIONS = ("replicate", "shard", "context", "expert", "tensor")
 #: The dimensions along which the rows of a batch differ.
 DATA = ("replicate", "shard", "expert")
 
@@ -53,6 +53,11 @@ class ParallelConfig:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
         if self.reshard not in ("auto", "always", "never"):
             raise ValueError(f"reshard={self.reshard!r}: choose auto, always or never")
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The size of each dimension, from the outermost to the innermost."""
+        return {name: getattr(self, name) for name in DIMENSIONS}
 
     @property
     def data(self) -> int:
@@ -97,7 +102,7 @@ class ParallelConfig:
 
     def _distance(self, other: "ParallelConfig") -> float:
         """How far a layout is from the one asked for: the ratios of the sizes, those that were asked for first."""
-        ours, theirs = _sizes(self), _sizes(other)
+        ours, theirs = self.sizes, other.sizes
         return sum(
             abs(math.log2(theirs[name] / ours[name])) * (1.0 if ours[name] > 1 else 1.5)
             for name in DIMENSIONS
@@ -113,7 +118,7 @@ def problems(layout: ParallelConfig, processes: int, model: ModelConfig) -> Iter
         processes: their number.
         model: what they train.
     """
-    sizes = _sizes(layout)
+    sizes = layout.sizes
     if layout.expert > 1 and model.moe is None:
         yield f"parallel.expert={layout.expert} shares the experts of a mixture, and this model is dense"
     if math.prod(sizes.values()) != processes:
@@ -144,10 +149,6 @@ def layouts(processes: int, model: ModelConfig) -> Iterator[ParallelConfig]:
         layout = ParallelConfig(**dict(zip(DIMENSIONS, sizes, strict=True)))
         if next(problems(layout, processes, model), None) is None:
             yield layout
-
-
-def _sizes(layout: ParallelConfig) -> dict[str, int]:
-    return {name: getattr(layout, name) for name in DIMENSIONS}
 
 
 def _count(processes: int) -> str:

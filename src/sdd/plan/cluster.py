@@ -17,7 +17,7 @@ The latencies are those that NCCL's own model has for rings (src/graph/tuning.cc
 """
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -106,7 +106,7 @@ def _worst(dims: tuple[str, ...], layout: ParallelConfig, per_node: int, to_all:
 
 def _nodes(dims: tuple[str, ...], layout: ParallelConfig, per_node: int) -> Iterator[list[int]]:
     """Yield the nodes of the processes of each group, in the order of their ranks."""
-    sizes = asdict(layout)
+    sizes = layout.sizes
     ranks = torch.arange(torch.Size(sizes[name] for name in DIMENSIONS).numel())
     mesh = ranks.view([sizes[name] for name in DIMENSIONS])
     others = [axis for axis, name in enumerate(DIMENSIONS) if name not in dims]

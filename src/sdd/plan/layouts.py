@@ -18,7 +18,7 @@ The search leaves out, and says so:
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -126,7 +126,7 @@ class LayoutPlan:
         """All numbers, for JSON: bytes and seconds of one GPU and one step."""
         found = self.exchanges
         return {
-            "layout": asdict(self.layout),
+            "layout": self.layout.sizes,
             "micro_batch": self.case.micro_batch,
             "accumulate": self.accumulate,
             "memory": {**self.trace.memory.to_dict(), "usable": self.capacity, "fits": self.fits},
@@ -223,7 +223,9 @@ class Planner:
             report: called before each layout with the number of those done, and of all.
         """
         left_out: dict[str, list[ParallelConfig]] = {}
-        wanted = self._worth_a_look(layouts(self.gpus, self.run.model), left_out)
+        reshard = self.run.parallel.reshard
+        all_that_fit = (replace(layout, reshard=reshard) for layout in layouts(self.gpus, self.run.model))
+        wanted = self._worth_a_look(all_that_fit, left_out)
         # less memory first: what does not fit then rules out more copies of it
         wanted.sort(key=lambda layout: (layout.expert, layout.tensor, layout.context, layout.replicate))
         found: list[LayoutPlan] = []
@@ -264,9 +266,9 @@ class Planner:
     def _ruled_out(layout: ParallelConfig, found: list[LayoutPlan]) -> Iterator[tuple[str, LayoutPlan | None]]:
         def like(fits: bool, *names: str) -> LayoutPlan | None:
             """A plan that is no larger in these dimensions, and the same in the others but for `shard`."""
-            ours = asdict(layout)
+            ours = layout.sizes
             for plan in found:
-                theirs = asdict(plan.layout)
+                theirs = plan.layout.sizes
                 same = all(theirs[name] == ours[name] for name in ours if name not in (*names, "shard"))
                 smaller = any(theirs[name] < ours[name] for name in names)
                 if plan.fits == fits and same and smaller:
