@@ -40,11 +40,16 @@ def compare(case: CpuCase, traced: int, world: World) -> None:
     optimizer.step()
     step()
     gc.collect()  # models of earlier cases
-    # a process that waits for the other may hold buffers for longer: the least of several steps
-    seen, memory = min(peak_bytes(step) for _ in range(10)), measure_memory(case)
+    memory = measure_memory(case)
+    planned = memory.peak - memory.states
+    # a process that waits for the other may hold buffers for longer: the least of two steps, of ten where that is more
+    seen = min(peak_bytes(step) for _ in range(2))
+    for _ in range(8):
+        if world.any(abs(planned / seen - 1) >= 0.03):
+            seen = min(seen, peak_bytes(step))
     assert memory.weights == sum(map(nbytes, model.parameters()))
     assert memory.moments == sum(nbytes(value) for state in optimizer.state.values() for value in state.values())
-    assert abs((memory.peak - memory.states) / seen - 1) < 0.03, (case, memory, seen)
+    assert abs(planned / seen - 1) < 0.03, (case, memory, seen)
     assert abs(traced / seen - 1) < 0.07, (case, traced, seen)
 
 

@@ -67,9 +67,7 @@ def _plan_layouts(options: argparse.Namespace, config: RunConfig, gpu: Gpu) -> i
 
     searched = options.layouts or options.best
     if searched and config.parallel != ParallelConfig(reshard=config.parallel.reshard):
-        raise UserError(
-            "--layouts and --best look at every layout: leave its sizes out, --parallel.tensor and the like"
-        )
+        raise UserError("--layouts and --best look at all layouts: leave its sizes out, --parallel.tensor and the like")
     cluster = Cluster(options.gpus_per_node, options.link or gpu.link, options.network or gpu.network)
     config = replace(config, steps=config.steps if options.tokens is None else _steps(options.tokens, config))
     planner = Planner(config, gpu, options.gpus, cluster, mfu=options.mfu, micro_batch=options.micro_batch)
