@@ -57,8 +57,8 @@ class Loader:
     ) -> None:
         if batch_size % world_size:
             raise UserError(
-                f"a batch of {batch_size} rows does not divide among {world_size} processes that train on different rows: "
-                f"set data.batch_size to a multiple of {world_size}"
+                f"a batch of {batch_size} rows does not divide among {world_size} processes that train on different "
+                f"rows: set data.batch_size to a multiple of {world_size}"
             )
         self.parts = _parts(files)
         self.files = [file for part in self.parts for file in part.files]
