@@ -198,7 +198,7 @@ def _changes(before: dict[str, Any], now: dict[str, Any]) -> Iterator[tuple[str,
 def _word(value: Any) -> str:
     """A value in a message; for a placement, its name."""
     name = value.get("name") if isinstance(value, dict) else value
-    return str(name)[:100]
+    return "none" if name is None else str(name)[:100]
 
 
 def _is_among(name: str, group: tuple[str, ...]) -> bool:
