@@ -19,7 +19,6 @@ The search leaves out, and says so:
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 from sdd.errors import UserError
@@ -285,21 +284,20 @@ class Planner:
     def _largest(self, layout: ParallelConfig, sizes: list[int]) -> LayoutPlan:
         """The plan with the largest micro-batch that fits, or the smallest if none does.
 
-        Memory grows about evenly with the micro-batch. So the first guess follows from layouts that differ in shards
-        and copies alone; a trace at that size then decides.
+        Memory grows with the micro-batch, and not evenly: the loss may take over the peak. So growth gives the first
+        size to trace, and traces decide: the next size is looked at after one that fits, the middle after one that does
+        not.
         """
         first, growth = self._growth(layout, sizes)
         index = _last(sizes, lambda size: first.peak + (size - 1) * growth <= first.capacity)
-        while True:
+        low, high = -1, len(sizes)  # the last that fits, and the first that does not
+        plans: dict[int, LayoutPlan] = {}
+        while low + 1 < high:
             plan = first if first.layout == layout and sizes[index] == 1 else self._traced(layout, sizes[index])
-            if plan.fits or index == 0:
-                return plan
-            index = min(index - 1, _last(sizes, partial(self._frees, plan, growth)))
-
-    @staticmethod
-    def _frees(plan: LayoutPlan, growth: float, size: int) -> bool:
-        """Whether a smaller micro-batch should make a plan fit."""
-        return (plan.case.micro_batch - size) * growth >= plan.peak - plan.capacity
+            plans[index] = plan
+            low, high = (index, high) if plan.fits else (low, index)
+            index = low + 1 if plan.fits else (low + high) // 2
+        return plans[max(low, 0)]
 
     def _growth(self, layout: ParallelConfig, sizes: list[int]) -> tuple[LayoutPlan, float]:
         """The plan of a like layout with one sequence at once, and the bytes that each further one adds."""
