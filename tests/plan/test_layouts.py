@@ -165,17 +165,17 @@ def test_the_command_proposes_a_line_that_train_takes(capsys):
         assert plan["traffic"]["between"] == pytest.approx(between)
 
 
-@pytest.mark.parametrize("own", [{"tensor": 2, "reshard": "never"}, {"replicate": 2, "shard": 2}])
+@pytest.mark.parametrize("own", [ParallelConfig(tensor=2, reshard="never"), ParallelConfig(2, 2)])
 def test_the_layout_of_a_config_does_not_bind_a_search_nor_spoil_its_line(own, tmp_path, capsys):
     base = preset("nano")
     model = replace(base.model, n_layers=1, context=16)
-    config_io.save(replace(base, parallel=ParallelConfig(**own), model=model), tmp_path / "config.json")
+    config_io.save(replace(base, parallel=own, model=model), tmp_path / "config.json")
     words = ["plan", str(tmp_path / "config.json"), "--gpu", "a10", "--batch-size", "1", "--best", "--json"]
     assert main(words) == 0
     found = json.loads(capsys.readouterr().out)
     words = shlex.split(found["command"])
     config, _ = parse(words[words.index("train") + 1 :])
-    layout = ParallelConfig(**found["best"]["layout"], reshard=own.get("reshard", "auto"))
+    layout = replace(own, **found["best"]["layout"])
     assert config.parallel.resolved(1, config.model) == layout
 
 
