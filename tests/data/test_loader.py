@@ -126,7 +126,7 @@ def test_batches_are_int64_rows_of_input_and_target():
 def test_errors():
     with pytest.raises(UserError, match="a context of 7 needs 8 tokens in a file, the longest has 7"):
         Loader([token_file(7), token_file(3)], 2, 7)
-    with pytest.raises(UserError, match="6 rows does not divide among 4"):
+    with pytest.raises(UserError, match=r"6 rows does not divide among 4 .* --data\.batch_size 8"):
         Loader([token_file(100)], 6, 7, world_size=4)
     with pytest.raises(UserError, match=r"drawn\.npy: too little data, a context of 7 needs 8 tokens"):
         eval_windows(token_file(7), None, 7)

@@ -3,15 +3,12 @@
 from hypothesis import strategies as st
 
 from sdd.models import ModelConfig
-from sdd.parallel import ParallelConfig
 
 
-def config_of(words):
-    """The layout that options name: `--parallel.tensor 2 --parallel.shard 4`."""
-    if words == "shard alone":
-        return ParallelConfig()
+def options_of(words):
+    """The sizes that options name: `--parallel.tensor 2 --parallel.shard 4`."""
     parts = words.removeprefix("--parallel.").split(" --parallel.")
-    return ParallelConfig(**{name: int(size) for name, size in (part.split() for part in parts)})
+    return {name: int(size) for name, size in (part.split() for part in parts)}
 
 
 def _model(heads, share, head_dim, d_ff, context):

@@ -5,7 +5,7 @@ import re
 from dataclasses import asdict, replace
 
 import pytest
-from helpers_layout import config_of, models
+from helpers_layout import models, options_of
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
@@ -19,12 +19,12 @@ sizes = st.builds(
 
 
 @given(sizes, st.integers(1, 24), models)
-def test_a_layout_fits_or_is_refused_with_the_nearest_that_fits(asked, processes, model):
+def test_a_layout_fits_or_is_refused_with_options_that_make_it_one_that_fits(asked, processes, model):
     try:
         layout = asked.resolved(processes, model)
     except UserError as error:
         assert "\n" not in str(error)
-        proposed = config_of(str(error).rpartition(": ")[2])
+        proposed = replace(asked, **options_of(str(error).rpartition(": ")[2]))
         layout = proposed.resolved(processes, model)
         assert layout in list(layouts(processes, model))
     else:
@@ -56,7 +56,7 @@ def test_a_layout_that_fits_is_proposed_by_nothing_but_itself(replicate, shard, 
         ({"tensor": 3}, 4, "parallel (tensor 3) is for 3 processes, and this run has 4; the nearest layout of 4 "
          "processes that fits: --parallel.tensor 2"),
         ({"tensor": 2}, 1, "parallel (tensor 2) is for 2 processes, and this run has 1; the nearest layout of 1 "
-         "process that fits: shard alone"),
+         "process that fits: --parallel.tensor 1"),
         ({"replicate": 2, "shard": 3}, 4, "parallel (replicate 2, shard 3) is for 6 processes, and this run has 4; "
          "the nearest layout of 4 processes that fits: --parallel.replicate 2 --parallel.shard 2"),
     ],

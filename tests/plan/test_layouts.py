@@ -18,7 +18,7 @@ from sdd.plan.layouts import Planner
 from sdd.plan.measure import PassMemory
 from sdd.plan.sharded import Trace
 from sdd.plan.traffic import Stream, Volume
-from sdd.train import DataConfig, preset
+from sdd.train import DataConfig, config_io, preset
 
 sizes = st.sampled_from([1, 2, 3, 4])
 mesh_layouts = st.builds(ParallelConfig, sizes, sizes, sizes, sizes, sizes)
@@ -165,6 +165,20 @@ def test_the_command_proposes_a_line_that_train_takes(capsys):
         assert plan["traffic"]["between"] == pytest.approx(between)
 
 
+@pytest.mark.parametrize("own", [ParallelConfig(tensor=2, reshard="never"), ParallelConfig(2, 2)])
+def test_the_layout_of_a_config_does_not_bind_a_search_nor_spoil_its_line(own, tmp_path, capsys):
+    base = preset("nano")
+    model = replace(base.model, n_layers=1, context=16)
+    config_io.save(replace(base, parallel=own, model=model), tmp_path / "config.json")
+    words = ["plan", str(tmp_path / "config.json"), "--gpu", "a10", "--batch-size", "1", "--best", "--json"]
+    assert main(words) == 0
+    found = json.loads(capsys.readouterr().out)
+    words = shlex.split(found["command"])
+    config, _ = parse(words[words.index("train") + 1 :])
+    layout = replace(own, **found["best"]["layout"])
+    assert config.parallel.resolved(1, config.model) == layout
+
+
 def test_a_layout_is_planned_by_its_options(capsys):
     assert main([*NANO.split(), "--parallel.tensor", "2", "--link", "10", "--network", "1"]) == 0
     text = capsys.readouterr().out
@@ -186,6 +200,7 @@ def test_a_layout_is_planned_by_its_options(capsys):
         ("--parallel.tensor 3", "parallel (tensor 3) is for 3 processes"),
         ("--gpus 8 --parallel.tensor 8", "parallel.tensor=8 does not divide model.n_heads=4"),
         ("--parallel.tensor 64", "the nearest layout of 4 processes"),
+        ("--gpus 100000000 --parallel.tensor 3", "the nearest layout of 100000000 processes"),
         ("--parallel.tensor x", "parallel.tensor='x'"),
         ("--best --parallel.tensor 2", "leave its sizes out"),
         ("--layouts --gpus 3", "no whole number of nodes of 2"),

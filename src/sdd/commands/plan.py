@@ -66,7 +66,7 @@ def _plan_layouts(options: argparse.Namespace, config: RunConfig, gpu: Gpu) -> i
     from sdd.plan.layouts import Planner
 
     searched = options.layouts or options.best
-    if searched and config.parallel != ParallelConfig(reshard=config.parallel.reshard):
+    if searched and overrides(options, "parallel.").keys() - {"parallel.reshard"}:
         raise UserError("--layouts and --best look at all layouts: leave its sizes out, --parallel.tensor and the like")
     cluster = Cluster(options.gpus_per_node, options.link or gpu.link, options.network or gpu.network)
     config = replace(config, steps=config.steps if options.tokens is None else _steps(options.tokens, config))
@@ -137,8 +137,7 @@ def _command(options: argparse.Namespace, plan: "LayoutPlan") -> str:
     given = {dotted: value for dotted, value in given.items() if dotted not in of_layout}
     words += ["--printed-shape"] if options.printed_shape else []
     words += [word for dotted, value in given.items() for word in (f"--{dotted}", str(value))]
-    sizes = {dim: size for dim, size in plan.layout.sizes.items() if size > 1 and dim != "shard"}
-    words += [word for dim, size in sizes.items() for word in (f"--parallel.{dim}", str(size))]
+    words += plan.layout.words(base_config(options.preset).parallel).split()
     return shlex.join([*words, "--accumulate", str(plan.accumulate), "--out", f"runs/{name}"])
 
 

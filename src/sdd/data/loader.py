@@ -55,10 +55,10 @@ class Loader:
         world_size: int = 1,
         skipped: Sequence[int] = (),
     ) -> None:
-        if batch_size % world_size:
+        if rest := batch_size % world_size:
             raise UserError(
                 f"a batch of {batch_size} rows does not divide among {world_size} processes that train on different "
-                f"rows: set data.batch_size to a multiple of {world_size}"
+                f"rows: give another number, or in a new run --data.batch_size {batch_size + world_size - rest}"
             )
         self.parts = _parts(files)
         self.files = [file for part in self.parts for file in part.files]

@@ -89,12 +89,11 @@ class ParallelConfig:
         near = min(layouts(processes, model), key=self._distance)
         raise UserError(f"{problem}; the nearest layout of {_count(processes)} that fits: {near.words(self)}")
 
-    def words(self, asked: "ParallelConfig | None" = None) -> str:
-        """The layout as options; `shard` only where it was asked for by number."""
-        named = {name: getattr(self, name) for name in DIMENSIONS if getattr(self, name) > 1 and name != "shard"}
-        if asked is None or asked.shard:
-            named["shard"] = self.shard
-        return " ".join(f"--parallel.{name} {named[name]}" for name in DIMENSIONS if name in named) or "shard alone"
+    def words(self, asked: "ParallelConfig") -> str:
+        """The options that turn another layout into this one; `shard` only where that one gives its number."""
+        theirs = asked.sizes
+        named = {name: size for name, size in self.sizes.items() if theirs[name] and max(size, theirs[name]) > 1}
+        return " ".join(f"--parallel.{name} {size}" for name, size in named.items())
 
     def _filled(self, processes: int) -> "ParallelConfig":
         others = math.prod(getattr(self, name) for name in DIMENSIONS if name != "shard")
@@ -160,6 +159,11 @@ def _factorisations(number: int, parts: int) -> Iterator[tuple[int, ...]]:
     if parts == 1:
         yield (number,)
         return
-    for first in range(1, number + 1):
-        if number % first == 0:
-            yield from ((first, *rest) for rest in _factorisations(number // first, parts - 1))
+    for first in divisors(number):
+        yield from ((first, *rest) for rest in _factorisations(number // first, parts - 1))
+
+
+def divisors(number: int) -> list[int]:
+    """All divisors, the smallest first."""
+    small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
+    return sorted({*small, *(number // n for n in small)})

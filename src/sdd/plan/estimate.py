@@ -11,6 +11,7 @@ from typing import Any
 from sdd.errors import UserError
 from sdd.models import ParameterCount, count_parameters
 from sdd.models.flops import TrainingFlops, training_flops
+from sdd.parallel.layout import divisors
 from sdd.plan.gpus import Gpu
 from sdd.plan.measure import MemoryCase
 from sdd.plan.memory import Memory, bare_activations, measure_memory
@@ -219,12 +220,6 @@ def check_share(mfu: float) -> None:
     """
     if not 0 < mfu <= 1:
         raise UserError(f"mfu={mfu:g} is not a share of the peak: give more than 0 and at most 1")
-
-
-def divisors(number: int) -> list[int]:
-    """All divisors, the smallest first."""
-    small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
-    return sorted({*small, *(number // n for n in small)})
 
 
 def _largest_fitting(cases: Sequence[MemoryCase], gpu: Gpu) -> tuple[MemoryCase, Memory]:

@@ -23,9 +23,9 @@ from typing import Any
 
 from sdd.errors import UserError
 from sdd.models.flops import training_flops
-from sdd.parallel.layout import ParallelConfig, layouts
+from sdd.parallel.layout import ParallelConfig, divisors, layouts
 from sdd.plan.cluster import Cluster, Exchange, exchanges
-from sdd.plan.estimate import USABLE, check_share, divisors
+from sdd.plan.estimate import USABLE, check_share
 from sdd.plan.gpus import Gpu
 from sdd.plan.measure import MemoryCase
 from sdd.plan.sharded import Trace, fake_world, trace
