@@ -8,6 +8,7 @@ import torch
 
 from sdd.models import LanguageModel
 from sdd.plan.sharded import trace_step
+from sdd.plan.traffic import ALL_TO_ALL, Volume
 from sdd.train.sharding import build_model
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "train"))
@@ -16,8 +17,22 @@ from helpers_parallel import in_world
 
 
 def real_traces(case, layouts):
-    """The traces of the first process of real ones, a layout after the other."""
-    return in_world(case.gpus, _trace_all, case, layouts)[0]
+    """The traces of real processes, a layout after the other: those of the first, where rows go evenly to experts.
+
+    Where they go depends on the numbers. On all processes together they are as many.
+    """
+    return [_even(traces) for traces in zip(*in_world(case.gpus, _trace_all, case, layouts), strict=True)]
+
+
+def _even(traces):
+    """The first trace, with the mean over all of what an all-to-all sends."""
+    first = traces[0]
+    means = {
+        stream: Volume(volume.calls, sum(trace.of_pass[stream].size for trace in traces) / len(traces))
+        for stream, volume in first.of_pass.items()
+        if stream.kind == ALL_TO_ALL and len(stream.ranks) == len(traces)
+    }
+    return replace(first, of_pass=first.of_pass | means)
 
 
 def _trace_all(world, case, layouts):

@@ -1,5 +1,7 @@
 """The one mesh of a run: a torch DeviceMesh with the dimensions of `sdd.parallel.layout`."""
 
+import logging
+
 import torch
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
@@ -16,6 +18,8 @@ def build_mesh(layout: ParallelConfig, device: torch.device) -> DeviceMesh:
     keep = [name for name in DIMENSIONS if sizes[name] > 1]
     if "shard" not in keep and ("replicate" in keep or not keep):
         keep = [name for name in DIMENSIONS if name in keep or name == "shard"]
+    # which says, each time a norm is taken over two dimensions, that it adds up over one after the other
+    logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     return init_device_mesh(device.type, tuple(sizes[name] for name in keep), mesh_dim_names=tuple(keep))
 
 

@@ -7,7 +7,6 @@ Muon gathers float32 there, and bfloat16 on a GPU.
 Where the length of an exchange depends on the numbers, as between experts, tokens are taken to be spread evenly.
 """
 
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -175,8 +174,6 @@ def fake_world(size: int) -> Iterator[World]:
             raise UserError("a plan takes one process: leave torchrun out")
         yield World(0, size)
         return
-    # which says that clipping adds up over one dimension of the mesh after the other: a fact of training, not of a plan
-    logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=size)
     try:
         yield World(0, size)
