@@ -1,37 +1,14 @@
 """Kernels run on a CUDA device if there is one (their tests then carry the mark `gpu`), else interpreted on the CPU."""
 
-import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
+from helpers_interpreter import mend_interpreter
 
-def _mend_interpreter() -> None:
-    """Let the interpreter of Triton 3.6, which torch 2.11 brings, take a loop's bound from NumPy 2.4 and later.
-
-    It makes an integer of an array of one number, which they refuse. Later ones take the number out of it first.
-    """
-    from triton.runtime import interpreter
-
-    if (
-        'set_attr(tensor, "__index__", lambda self: int(self.handle.data))'
-        not in Path(interpreter.__file__).read_text()
-    ):
-        return
-    scope = interpreter._LangPatchScope
-    original = scope.set_attr
-
-    def set_attr(self: Any, obj: object, name: str, value: Any) -> None:
-        original(self, obj, name, (lambda tensor: tensor.handle.data.item()) if name == "__index__" else value)
-
-    scope.set_attr = set_attr
-
-
-if importlib.util.find_spec("triton"):
-    _mend_interpreter()
+mend_interpreter()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

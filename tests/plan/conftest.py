@@ -2,7 +2,10 @@ from collections.abc import Iterator
 
 import pytest
 
+from helpers_interpreter import mend_interpreter
 from sdd import kernels
+
+mend_interpreter()
 
 
 @pytest.fixture(autouse=True)

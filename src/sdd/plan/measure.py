@@ -26,6 +26,7 @@ from sdd.errors import UserError
 from sdd.kernels.dispatch import HAS_TRITON
 from sdd.models import LanguageModel, ModelConfig
 from sdd.models.documents import flex_attends
+from sdd.models.transformer import HAS_CHUNKED_LOSS
 from sdd.optim_groups import param_groups
 from sdd.train import RunConfig
 
@@ -58,6 +59,11 @@ class MemoryCase:
     def bfloat16(self) -> bool:
         """Whether matrix products run in bfloat16, by autocast; else in float32."""
         return self.run.precision != "float32"
+
+    @property
+    def chunked_loss(self) -> bool:
+        """Whether the loss runs in chunks of the logits: by the run's choice, and where this torch has it."""
+        return self.run.chunked_loss and HAS_CHUNKED_LOSS
 
     @property
     def has_kernels(self) -> bool:
@@ -156,7 +162,7 @@ def run_pass(model: LanguageModel, case: MemoryCase) -> PassMemory:
     All gradients are there from an earlier micro-batch, on several GPUs as shards.
     """
     run, weights = case.run, list(model.parameters())
-    model.checkpoint_blocks, model.chunked_loss = run.activation_checkpointing, run.chunked_loss
+    model.checkpoint_blocks, model.chunked_loss = run.activation_checkpointing, case.chunked_loss
     if case.gpus > 1:
         _reduce_as_fsdp(model)
     else:

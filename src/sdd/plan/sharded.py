@@ -126,7 +126,7 @@ def trace_step(model: LanguageModel, case: MemoryCase, world: World) -> Trace:
         world: the processes, laid out.
     """
     model.sum_counts = world.total_of_all if world.size > 1 else None
-    model.checkpoint_blocks, model.chunked_loss = case.run.activation_checkpointing, case.run.chunked_loss
+    model.checkpoint_blocks, model.chunked_loss = case.run.activation_checkpointing, case.chunked_loss
     parameters = list(model.parameters())
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)

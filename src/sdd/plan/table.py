@@ -87,7 +87,7 @@ def _memory(plan: Plan, size: int) -> list[str]:
         ("copies of weights", memory.copies, copies),
         ("activations", memory.activations, f"of {case.tokens:,} tokens: " + _kept(plan)),
         ("  of them norms", plan.norms, "kept only because of norms"),
-        ("loss", memory.loss, ("in chunks" if case.run.chunked_loss else "all logits") + _absent(memory, memory.loss)),
+        ("loss", memory.loss, ("in chunks" if case.chunked_loss else "all logits") + _absent(memory, memory.loss)),
         ("block", memory.block, "forward and backward pass of one block" + _absent(memory, memory.block)),
         ("peak", memory.peak, ""),
         ("usable", plan.capacity, f"{USABLE:.0%} of {plan.gpu.memory:g} GiB: " + _verdict(plan)),
