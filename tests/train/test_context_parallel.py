@@ -26,6 +26,8 @@ from sdd.parallel import ParallelConfig
 from sdd.placement import placements
 from sdd.train.parallel import World
 
+pytestmark = pytest.mark.layouts
+
 # auxiliary losses that are large enough to be seen; a pass is the whole batch, whose tokens f and P are of
 MOE = replace(
     CONFIG,

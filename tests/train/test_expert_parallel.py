@@ -20,6 +20,8 @@ from sdd.train.parallel import World
 from sdd.train.run_dir import RunDir
 from sdd.train.trainer import Trainer, reopen, start
 
+pytestmark = pytest.mark.layouts
+
 # auxiliary losses that are large enough to be seen, and a batch that clips
 MOE = MoEConfig(8, 2, d_shared=12, balance_loss=0.5, router_z_loss=0.1)
 CONFIG = replace(

@@ -16,6 +16,8 @@ from sdd.train.run_dir import RunDir
 from sdd.train.trainer import Trainer
 
 MODEL = replace(UNEVEN.model, n_layers=3, d_ff=52, n_heads=4, n_kv_heads=2, vocab_size=4099)
+pytestmark = pytest.mark.layouts
+
 CONFIG = replace(UNEVEN, model=MODEL)
 POLICIES = ("auto", "always", "never")
 
