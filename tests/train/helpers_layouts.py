@@ -94,6 +94,11 @@ def assert_same_run(run, alone):
         for name, value in leaves(ours).items():
             near = 1e-5 if name.count(".") == 1 else 2e-3  # those by layer have three decimals
             assert value == pytest.approx(leaves(theirs)[name], rel=5e-5, abs=near), name
+    assert_same_text_and_probe(run, alone)
+
+
+def assert_same_text_and_probe(run, alone):
+    """The text that a run writes and the rows of its probe are those of one process."""
     samples = [json.loads((each / "samples.jsonl").read_text()) for each in (run, alone)]
     assert samples[0] == samples[1], "text is written in one token at a time, which no processes share"
     ours, theirs = (list(read_json_lines(each / "probe.jsonl")) for each in (run, alone))

@@ -1,24 +1,30 @@
 """Runs whose processes share the experts of a mixture: losses, gradients, checkpoints."""
 
-import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from helpers_layouts import (
+    assert_same_text_and_probe,
+    loaded_and_saved,
+    saved_by,
+    stopped_and_resumed,
+    train,
+    unbroken,
+    whole,
+)
 from helpers_parallel import in_world
 from helpers_train import TINY, rows
 
 from sdd.errors import UserError
-from sdd.files import read_json_lines
 from sdd.models import MoEConfig
 from sdd.parallel import ParallelConfig
 from sdd.parallel.experts import mixtures
 from sdd.placement import placements
-from sdd.train.optim import optimizer_tensors
 from sdd.train.parallel import World
 from sdd.train.run_dir import RunDir
-from sdd.train.trainer import Trainer, reopen, start
+from sdd.train.trainer import Trainer
 
 pytestmark = pytest.mark.layouts
 
@@ -44,10 +50,6 @@ LAYOUTS = {
     "expert 2, context 2": (4, ParallelConfig(expert=2, context=2), SIX),
     "context 2, tensor 2": (4, ParallelConfig(context=2, tensor=2), SIX),
 }
-
-
-def whole(tensor):
-    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().clone()
 
 
 def with_model(config, **changes):
@@ -162,19 +164,6 @@ def test_experts_that_do_not_divide_are_refused_with_the_nearest_layout():
 # --- runs
 
 
-def everything(trainer):
-    """Parameters and optimiser state by name, whole."""
-    named = {f"model.{name}": whole(parameter) for name, parameter in trainer.model.named_parameters()}
-    state = {f"optimizer.{name}": whole(tensor) for name, tensor in optimizer_tensors(trainer.optimizer).items()}
-    return {name: tensor.numpy() for name, tensor in (named | state).items()}
-
-
-def train(world, config, out):
-    trainer = start(config, out, world)
-    trainer.run()
-    return everything(trainer)
-
-
 # no more sequences than the probe looks at; few tokens of text, since a rounding may decide between two experts
 RUN = replace(
     with_model(CONFIG, placement=placements["sdd"]),
@@ -196,14 +185,6 @@ def alone(tmp_path_factory):
     return out
 
 
-def leaves(value, name=""):
-    """The numbers in a row of the probe, by name."""
-    if isinstance(value, dict | list):
-        items = value.items() if isinstance(value, dict) else enumerate(value)
-        return {key: leaf for part, inner in items for key, leaf in leaves(inner, f"{name}.{part}").items()}
-    return {name: value}
-
-
 @pytest.mark.parametrize("name", ["expert 2", "shard 2, expert 2", "expert 2, tensor 2"])
 def test_a_run_is_that_of_one_process(tmp_path, alone, name):
     size, layout, _ = LAYOUTS[name]
@@ -216,39 +197,7 @@ def test_a_run_is_that_of_one_process(tmp_path, alone, name):
             assert 1 <= ours["process_load"] <= ours["worst_load"] + 1e-6
             # the rows of two layers, both ways and twice: at most all of them leave their process
             assert 0 < ours["exchanged_bytes"] <= 4 * 2 * (4 * 32 * 2) * 32 * 4
-    samples = [json.loads((run / "samples.jsonl").read_text()) for run in (tmp_path / "run", alone)]
-    assert samples[0] == samples[1]
-    ours, theirs = (list(read_json_lines(run / "probe.jsonl")) for run in (tmp_path / "run", alone))
-    assert len(ours) == len(theirs) > 2
-    for one, other in zip(map(leaves, ours), map(leaves, theirs), strict=True):
-        assert one.keys() == other.keys()
-        for name in one:
-            assert one[name] == pytest.approx(other[name], rel=2e-3, abs=1e-7), name
-
-
-def stopped_and_resumed(world, config, out):
-    """A run that is reopened at step 4, and what it has at the end."""
-    trainer = start(config, out, world)
-    while trainer.step < 4:
-        trainer.train_step(trainer.step)
-        trainer.step += 1
-    trainer.save()
-    trainer.run_dir.unlock()
-    torch.manual_seed(7)
-    again = reopen(out, world=world)
-    assert again.step == 4
-    while again.step < 8:
-        again.train_step(again.step)
-        again.step += 1
-    again.run_dir.unlock()
-    return everything(again)
-
-
-def unbroken(world, config, out):
-    trainer = Trainer(config, RunDir(out), world=world)
-    for step in range(8):
-        trainer.train_step(step)
-    return everything(trainer)
+    assert_same_text_and_probe(tmp_path / "run", alone)
 
 
 def test_a_run_goes_on_bit_for_bit_within_a_layout(tmp_path):
@@ -258,26 +207,6 @@ def test_a_run_goes_on_bit_for_bit_within_a_layout(tmp_path):
     for one, other in zip(ours, theirs, strict=True):
         for name in one:
             assert np.array_equal(one[name], other[name]), name
-
-
-def saved_by(world, config, out):
-    trainer = start(config, out, world)
-    for step in range(2):
-        trainer.train_step(step)
-        trainer.step += 1
-    trainer.save()
-    trainer.run_dir.unlock()
-    return everything(trainer)
-
-
-def loaded_and_saved(world, out, parallel):
-    trainer = reopen(out, world=world, parallel=parallel)
-    found = everything(trainer)
-    trainer.train_step(trainer.step)
-    trainer.step += 1
-    trainer.save()
-    trainer.run_dir.unlock()
-    return found, everything(trainer)
 
 
 def test_checkpoints_load_in_every_layout_bit_for_bit(tmp_path):

@@ -99,7 +99,7 @@ class CountTraffic(TorchDispatchMode):
             return
         kind = next((kind for begins, kind in _KINDS.items() if name.startswith(begins)), None)
         if kind is None:
-            raise NotImplementedError(f"no rule for the traffic of {func}")
+            raise LookupError(f"{func} is none of the exchanges that are counted: {', '.join(_KINDS)}")
         group = _group([*args, *kwargs.values()])
         ranks = tuple(dist.get_process_group_ranks(group))
         if len(ranks) == 1:
