@@ -27,6 +27,8 @@ from sdd.train.parallel import World
 from sdd.train.run_dir import RunDir
 from sdd.train.trainer import Trainer
 
+pytestmark = pytest.mark.layouts
+
 LAYOUTS = {
     "tensor 2": (2, ParallelConfig(tensor=2), list(placements)),
     "shard 2, tensor 2": (4, ParallelConfig(tensor=2), ["sdd", "sdd-paper", "sdd-released", "hybrid", "ngpt"]),
