@@ -36,6 +36,8 @@ def main(args: list[str]) -> int:
     parser.add_argument("--seeds", type=positive_int, help="seeds a setting (default 3, of the demo 1)")
     about = "runs at once (default: one a GPU, or a core, at most four)"
     parser.add_argument("--workers", type=positive_int, help=about)
+    about = "train up to N runs of one shape in one process, as one computation (default 1; a GPU bears dozens)"
+    parser.add_argument("--stack", metavar="N", type=positive_int, default=1, help=about)
     parser.add_argument("--placements", metavar="A,B", default="", help="methods to compare (default: the study's)")
     about = "tokens of a run, for a study by length, such as 0.3M,1M,3M (default: the study's)"
     parser.add_argument("--lengths", metavar="N,N", type=_lengths, default=(), help=about)
@@ -49,6 +51,7 @@ def main(args: list[str]) -> int:
     asked = Options(
         seeds=options.seeds,
         workers=options.workers,
+        stack=options.stack,
         preset=options.preset,
         placements=tuple(filter(None, options.placements.split(","))),
         tuned=options.tuned,
@@ -66,6 +69,7 @@ class Options:
     Attributes:
         seeds: number of reported seeds.
         workers: runs at once on this machine.
+        stack: the most runs that one process trains together.
         preset: of the model and its run.
         placements: the methods to compare.
         tuned: tune the learning rate of every cell.
@@ -76,6 +80,7 @@ class Options:
 
     seeds: int | None = None
     workers: int | None = None
+    stack: int = 1
     preset: str | None = None
     placements: Sequence[str] = ()
     tuned: bool = False
@@ -148,6 +153,7 @@ def _request(definition: Definition, out: Path, options: Options) -> Request:
         depths=options.depths or tuple(stored.get("depths", ())),
         overrides={**stored.get("overrides", {}), **options.overrides, **fixed},
         workers=options.workers,
+        stack=options.stack,
     )
 
 

@@ -59,6 +59,7 @@ class Definition:
         depths: the default numbers of blocks; each is a condition. Empty if the preset has the depth.
         measure: takes what a result keeps as `measured` from the directory of a run that has ended, see
             `sdd.lab.measures`; None if the study reads losses only.
+        probed: whether it reads what the runs' probes recorded.
         require: raises UserError if something is missing that the study needs beside the data; called before runs.
     """
 
@@ -78,6 +79,7 @@ class Definition:
     optional: tuple[Arm, ...] = ()
     depths: tuple[int, ...] = ()
     measure: Measure | None = None
+    probed: bool = False
     require: Callable[[], None] = lambda: None
 
 
@@ -95,6 +97,7 @@ class Request:
         workers: runs at once on this machine; None for the default.
         lengths: of the runs in tokens, for studies by length; empty for the study's own.
         depths: numbers of blocks, for studies by depth; empty for the study's own.
+        stack: the most runs that one process trains together; they are not probed.
     """
 
     out: Path
@@ -106,6 +109,7 @@ class Request:
     workers: int | None = None
     lengths: tuple[int, ...] = ()
     depths: tuple[int, ...] = ()
+    stack: int = 1
 
 
 class PlannedStudy:
@@ -129,6 +133,8 @@ class PlannedStudy:
             raise UserError(f"the study {definition.name} has no --tuned: {why[definition.rates.kind]}")
         self.rates = rates
         _check_overrides(definition, request)
+        if request.stack > 1 and definition.probed:
+            raise UserError(f"the study {definition.name} probes its runs, and runs of a stack are not probed: leave out --stack")
         #: One line about the schedule, if it was fitted to a short run.
         self.fitted: str | None = None
         #: The run without arm, condition and seed; its learning rate is the base rate.
@@ -208,7 +214,8 @@ class PlannedStudy:
             run = replace(run, eval_every=max(1, run.steps // _EVALUATIONS))
         guard = replace(run.guard, nonfinite="stop", spikes="observe")  # a study observes
         compiled = run.compile is True  # "auto" would compile on one machine what is eager on the next
-        return replace(run, guard=guard, sample_tokens=0, keep_checkpoints=1, compile=compiled)
+        run = replace(run, guard=guard, sample_tokens=0, keep_checkpoints=1, compile=compiled)
+        return replace(run, probe_every=0) if self.request.stack > 1 else run
 
     def _conditions(self) -> tuple[Condition, ...]:
         own = self.definition.conditions

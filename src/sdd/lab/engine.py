@@ -90,7 +90,7 @@ class Engine:
         """Run those of the runs that have no result yet."""
         missing = [run for run in runs if not self._is_known(*run)]
         if missing:
-            grid = Grid(missing, self.out, self.plan.request.workers)
+            grid = Grid(missing, self.out, self.plan.request.workers, self.plan.request.stack)
             if grid.waiting:
                 _ = self._held_out.source  # tokenises the corpus once, before several runs would at the same time
             grid.run()
@@ -240,7 +240,7 @@ class Engine:
             self._say("All of these runs have a result already.")
             return
         plan.definition.require()  # before hours of work, not after
-        grid = Grid(missing, self.out, plan.request.workers)
+        grid = Grid(missing, self.out, plan.request.workers, plan.request.stack)
         waiting = [job.config for job in grid.waiting]
         minutes = math.ceil(grid_seconds(waiting, grid.threads, grid.workers) / 60)
         open_end = _MORE.get(plan.rates.kind, "")
@@ -317,7 +317,7 @@ def read_request(out: Path) -> dict[str, Any]:
 
 def write_request(plan: PlannedStudy) -> None:
     """Keep the study's options in OUT/study.json."""
-    kept = {name: value for name, value in asdict(plan.request).items() if name not in ("out", "workers")}
+    kept = {name: value for name, value in asdict(plan.request).items() if name not in ("out", "workers", "stack")}
     out = plan.request.out
     out.mkdir(parents=True, exist_ok=True)
     write_aside(out / "study.json", json.dumps({"study": plan.definition.name, **kept}, indent=2) + "\n")

@@ -36,7 +36,7 @@ from sdd.train.parallel import pick_autocast
 LEARNED_SHARE = 0.01
 _CURVE_POINTS = 60
 #: The part of a run's environment that its result keeps.
-_KEPT = ("sdd", "torch", "python", "platform", "machine", "device", "cuda", "precision", "processes", "threads", "cpus")
+_KEPT = ("sdd", "torch", "python", "platform", "machine", "device", "cuda", "precision", "processes", "stack", "threads", "cpus")
 
 
 @dataclass(frozen=True)
@@ -184,7 +184,7 @@ def harvest(run_dir: Path, held_out: HeldOut, measure: Measure | None = None) ->
         initial_loss=_short(run.steps["loss"][0]),
         eval_loss=math.nan if lost else _short(run.eval_loss),
         bits_per_byte=math.nan if lost else _short(run.bits_per_byte),
-        tuning_loss=math.nan if lost else _short(_tuning_loss(run_dir, held_out.tuning_windows)),
+        tuning_loss=math.nan if lost else _short(_tuning_loss(run, run_dir, held_out)),
         token_frequencies=_short(held_out.token_frequencies),
         curve=_curve(run),
         training=_training(run),
@@ -226,12 +226,13 @@ def config_hash(config: RunConfig) -> str:
 
 
 def portable(config: RunConfig) -> RunConfig:
-    """The config without fields that depend on the machine (threads, folders) or do not change a run (`source`)."""
+    """The config without fields that depend on the machine (threads, folders) or do not change a run."""
     data = config.data
     path = data.path and ",".join(PurePath(part).name for part in data.path.split(","))
     return replace(
         config,
         threads=0,
+        probe_every=0,
         data=replace(data, path=path, tokenizer=data.tokenizer and PurePath(data.tokenizer).name),
         model=replace(config.model, placement=replace(config.model.placement, source="")),
     )
@@ -253,13 +254,16 @@ def _why_not(run: RunHistory, lost: bool, frequencies: float) -> str:
     return ""
 
 
-def _tuning_loss(run_dir: Path, windows: torch.Tensor) -> float:
+def _tuning_loss(run: RunHistory, run_dir: Path, held_out: HeldOut) -> float:
+    """The loss on the tuning segment; a stack has computed it already."""
+    if (known := run.result.get("tuning_loss")) is not None:
+        return number(known)
     trained = load_trained(run_dir)
     config = trained.config
     dtype = pick_autocast(config.precision, trained.model.embed.weight.device)
     eos = resolve(config).eos if config.data.document_mask else None
     rows = config.data.batch_size // config.accumulate
-    return evaluate(trained.model, windows, rows, document_eos=eos, autocast_dtype=dtype).loss
+    return evaluate(trained.model, held_out.tuning_windows, rows, document_eos=eos, autocast_dtype=dtype).loss
 
 
 def _curve(run: RunHistory) -> dict[str, list[float]]:

@@ -78,10 +78,15 @@ def evaluate(
             total += losses[rows >= 0].double().sum().item()
     total = world.sum(total)
     model.train(was_training)
+    return evaluation_of(total, windows, token_bytes)
+
+
+def evaluation_of(nll: float, windows: Tensor, token_bytes: np.ndarray | None) -> Evaluation:
+    """The evaluation whose sum of losses is `nll` nats; the other arguments are those of `evaluate`."""
     targets = windows[:, 1:]
     n_bytes = None if token_bytes is None else int(token_bytes[targets.numpy()].sum())
-    bits_per_byte = total / math.log(2) / n_bytes if n_bytes else None
-    return Evaluation(total / targets.numel(), bits_per_byte, targets.numel())
+    bits_per_byte = nll / math.log(2) / n_bytes if n_bytes else None
+    return Evaluation(nll / targets.numel(), bits_per_byte, targets.numel())
 
 
 def sample(

@@ -35,6 +35,7 @@ class Learner:
         router_stats: how the last step's tokens were routed; None without experts.
         objective: what the last step minimised, z-loss and auxiliary losses included; None without z-loss.
         eval_windows: held-out tokens, int64 `[N, T + 1]`.
+        token_bytes: int `[vocab_size]`, bytes of UTF-8 each token stands for; None if unknown.
     """
 
     def __init__(self, config: RunConfig, world: World) -> None:
@@ -62,7 +63,7 @@ class Learner:
         self.eval_windows = eval_windows(self.data.validation, config.eval_sequences, config.model.context)
         self._passes = world.passes(config.data.batch_size, config.accumulate)
         tokenizer = self.data.tokenizer
-        self._token_bytes = None if tokenizer is None else tokenizer.token_bytes(config.model.vocab_size)
+        self.token_bytes = None if tokenizer is None else tokenizer.token_bytes(config.model.vocab_size)
         self._document_eos = self.data.eos if config.data.document_mask else None
         if config.compile:
             compile_model(self.model)
@@ -117,7 +118,7 @@ class Learner:
             self.model,
             self.eval_windows,
             self.config.data.batch_size // (self.world.data_size * self._passes),
-            token_bytes=self._token_bytes,
+            token_bytes=self.token_bytes,
             document_eos=self._document_eos,
             autocast_dtype=self.autocast_dtype,
             world=self.world,

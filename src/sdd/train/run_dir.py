@@ -113,11 +113,15 @@ class RunDir:
 
     def append(self, name: str, values: dict[str, Any]) -> None:
         """Append one object to a JSON-lines file."""
-        if not self.writes:
+        self.append_all(name, [values])
+
+    def append_all(self, name: str, rows: Sequence[dict[str, Any]]) -> None:
+        """Append objects to a JSON-lines file."""
+        if not self.writes or not rows:
             return
         file = self.path / name
         with naming(file), file.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(finite(values)) + "\n")
+            stream.write("".join(json.dumps(finite(row)) + "\n" for row in rows))
 
     def put(self, name: str, values: dict[str, Any]) -> None:
         """Write one object into a small JSON-lines file, in place of objects of the same step."""

@@ -152,19 +152,19 @@ class Trainer(Resumable):
             except RunFailed as error:
                 reason = f"step {self.step}: {error}"
                 cause = "diverged" if isinstance(error, Diverged) else "stopped"
-                self._save_result("failed", cause=cause, reason=reason)
+                self.save_result("failed", cause=cause, reason=reason)
                 if isinstance(error, BadData) and self.world.size == 1:  # of several, the others do not know of it
                     self.save()
                 failure = type(error)(f"{reason}; the last checkpoint is {self.newest()}")
                 failure.rank = error.rank
                 raise failure from None
             if evaluation is None:
-                self._save_result("interrupted")
+                self.save_result("interrupted")
                 raise Interrupted(
                     f"interrupted at step {self.step} and saved; go on with: sdd resume {self.run_dir.path}"
                 )
             self._put_sample()
-        return self._save_result("done", **evaluation.row())
+        return self.save_result("done", **evaluation.row())
 
     def _train(self) -> Evaluation | None:
         """Take all steps that are left; None if a signal ended them."""
@@ -176,11 +176,11 @@ class Trainer(Resumable):
             stop = self.world.any(self._signals.received or self.saver.failed)
             if stop:
                 self.saver.finish()  # raises what failed
-            saving = last or stop or _due(self.step, self.config.checkpoint_every)
-            checking = saving or _due(self.step, CHECK_EVERY)
+            saving = last or stop or due(self.step, self.config.checkpoint_every)
+            checking = saving or due(self.step, CHECK_EVERY)
             if checking and not self._follow(self.guard.decide(None, self._damage())):
                 continue
-            if last or _due(self.step, self.config.eval_every):
+            if last or due(self.step, self.config.eval_every):
                 evaluation = self._log_evaluation()
             if saving:
                 self.save() if last or stop else self.save_beside()
@@ -203,7 +203,7 @@ class Trainer(Resumable):
                 self.probe.leave_out()
                 self.optimizer.zero_grad()
         if problem is not None:
-            self._note_or_skip(decision, problem)
+            self.note_or_skip(decision, problem)
         if decision.action == "take":
             self.guard.taken(self.step, loss, grad_norm)
         if decision.action in ("take", "stop"):
@@ -233,7 +233,7 @@ class Trainer(Resumable):
             self._roll_back(decision.problem)
         return decision.action == "take"
 
-    def _note_or_skip(self, decision: Decision, problem: Problem) -> None:
+    def note_or_skip(self, decision: Decision, problem: Problem) -> None:
         """Pass over the present batch if the guard decided so, or note that a spike was only observed."""
         batch = self.loader.batch_index(self.step)
         if decision.action == "take":
@@ -320,7 +320,7 @@ class Trainer(Resumable):
             text = sample(self.model, self.config, tokenizer, self.eval_windows, self.autocast_dtype)
             self.run_dir.put("samples.jsonl", {"step": self.step, **text})
 
-    def _save_result(self, status: str, **values: Any) -> dict[str, Any]:
+    def save_result(self, status: str, **values: Any) -> dict[str, Any]:
         result = {
             "status": status,
             "placement": self.config.model.placement.name,
@@ -336,5 +336,5 @@ class Trainer(Resumable):
         return result
 
 
-def _due(step: int, every: int) -> bool:
+def due(step: int, every: int) -> bool:
     return bool(every) and step % every == 0

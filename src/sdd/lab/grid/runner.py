@@ -8,6 +8,8 @@
 Finished runs are not repeated, and interrupted ones go on from their last checkpoint. A run that diverged is a result
 like any other. A run that ended for another reason (a full disk, lost data) is not: the next command tries it again.
 Any number of machines may work on one folder: each takes runs that no other has.
+
+Runs of one shape may also share a process, which trains them as a stack: see `sdd.train.stacked`.
 """
 
 import os
@@ -31,6 +33,7 @@ from sdd.lab.grid.display import Display
 from sdd.lab.grid.job import FINISHED, Job, diverged, time_left
 from sdd.terminal import Interval
 from sdd.train import RunConfig, config_io
+from sdd.train.stacked import stacks
 
 _POLL_SECONDS = 0.3
 _LOOK_SECONDS = 2.0  # between looks at runs that other machines have
@@ -45,14 +48,17 @@ class Grid:
         out: the folder.
         workers: runs at once on this machine; by default one for each GPU, or without GPUs one for each core, at most
             four. Each run sees one GPU.
+        stack: the most runs of one process, which trains those of one shape together.
 
     Raises:
         UserError: if a run directory of that name holds a run with other settings.
     """
 
-    def __init__(self, runs: Sequence[tuple[str, RunConfig]], out: Path, workers: int | None = None) -> None:
+    def __init__(
+        self, runs: Sequence[tuple[str, RunConfig]], out: Path, workers: int | None = None, stack: int = 1
+    ) -> None:
         cores = available_cpus()
-        self.out = out
+        self.out, self.stack = out, stack
         self.gpus = visible_gpus() if any(config.device in ("auto", "cuda") for _, config in runs) else []
         wanted = workers or len(self.gpus) or min(cores, _MOST_WORKERS)
         self.workers = max(1, min(wanted, len(runs)))
@@ -104,7 +110,8 @@ class Grid:
                 for process in self._active:
                     process.child.terminate()
                     process.child.wait()
-                    self._claims.release(process.job.name)
+                    for job in process.jobs:
+                        self._claims.release(job.name)
         if self._stops:
             finished = len(self.jobs) - len(self.waiting)
             raise Interrupted(
@@ -126,8 +133,30 @@ class Grid:
             else:
                 self._start(job)
 
-    def _start(self, job: Job) -> None:
-        """Start a run unless another machine has it or has finished it."""
+    def _start(self, first: Job) -> None:
+        """Start a run, and others that can share its process, unless another machine has them or has finished them."""
+        jobs = [job for job in self._stack_of(first) if self._take(job)]
+        if jobs:
+            taken = {process.slot for process in self._active}
+            slot = next(number for number in range(self.workers) if number not in taken)
+            gpu = self.gpus[slot % len(self.gpus)] if self.gpus else None
+            tails = [self._tails[job.name] for job in jobs]
+            self._active.append(_Process(jobs, self.out, tails, slot, self.threads, gpu))
+
+    def _stack_of(self, first: Job) -> list[Job]:
+        """The job with those waiting ones that can share its process, at most `stack` in all."""
+        if self.stack == 1 or first.state != "waiting":
+            return [first]
+        waiting = [job for job in self.jobs if job.state == "waiting"]
+        return next(found for found in stacks(waiting, self._config, self.stack) if first in found)
+
+    def _config(self, job: Job) -> RunConfig:
+        """The config of a run: of one that was begun, what it was begun with."""
+        file = self.path(job.name) / "config.json"
+        return config_io.load(file) if file.exists() else job.config
+
+    def _take(self, job: Job) -> bool:
+        """Claim a run, or note that another machine has it or has finished it."""
         run = self.path(job.name)
         mine = self._claims.take(job.name)
         self._find_out(job)  # after the claim: nobody else finishes it any more
@@ -136,10 +165,8 @@ class Grid:
         elif not mine or _is_written(run):  # a run may outlive its study that was killed
             job.state = "elsewhere"
         else:
-            taken = {process.slot for process in self._active}
-            slot = next(number for number in range(self.workers) if number not in taken)
-            gpu = self.gpus[slot % len(self.gpus)] if self.gpus else None
-            self._active.append(_Process(job, self.out, self._tails[job.name], slot, self.threads, gpu))
+            return True
+        return False
 
     def _check_settings(self, job: Job) -> None:
         run = self.path(job.name)
@@ -160,12 +187,12 @@ class Grid:
     def _poll(self) -> None:
         self._lost |= set(self._claims.renew())
         for process in self._active:
-            process.tell(self._stops + (process.job.name in self._lost))
+            process.tell(self._stops + any(job.name in self._lost for job in process.jobs))
         ended = [process for process in self._active if process.ended()]
-        for process in ended:
-            self._claims.release(process.job.name)
-            if process.job.name in self._lost and process.job.state == "interrupted":
-                process.job.state = "elsewhere"
+        for job in (job for process in ended for job in process.jobs):
+            self._claims.release(job.name)
+            if job.state == "interrupted" and not self._stops:  # lost to another machine, or beside one that was
+                job.state = "elsewhere" if job.name in self._lost else "waiting"
         self._active = [process for process in self._active if process not in ended]
 
     @contextmanager
@@ -188,21 +215,20 @@ class Grid:
 
 
 class _Process:
-    """The process of one run."""
+    """The process of one run, or of a stack of them."""
 
-    def __init__(self, job: Job, out: Path, tail: "_Tail", slot: int, threads: int, gpu: str | None) -> None:
-        self.job, self.tail, self.slot = job, tail, slot
-        self.run = out / "runs" / job.name
-        self.log = out / "logs" / f"{job.name}.log"
-        config = out / "configs" / f"{job.name}.json"
-        for file in (config, self.log, self.run):
-            file.parent.mkdir(parents=True, exist_ok=True)
-        config_io.save(job.config, config)
-        resumed = (self.run / "config.json").exists()
-        command = ["resume", self.run] if resumed else ["train", config, "--out", self.run]
+    def __init__(
+        self, jobs: "list[Job]", out: Path, tails: "list[_Tail]", slot: int, threads: int, gpu: str | None
+    ) -> None:
+        self.jobs, self.tails, self.slot, self.runs = jobs, tails, slot, out / "runs"
+        self.log = out / "logs" / f"{jobs[0].name}.log"
+        for folder in (out / "configs", self.log.parent, self.runs):
+            folder.mkdir(parents=True, exist_ok=True)
+        for job in jobs:
+            config_io.save(job.config, out / "configs" / f"{job.name}.json")
         with self.log.open("a", encoding="utf-8") as log:
             self.child = subprocess.Popen(
-                [sys.executable, "-m", "sdd", *map(str, command)],
+                [sys.executable, "-m", *map(str, self._command(out))],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -215,7 +241,16 @@ class _Process:
             )
         self.began = time.monotonic()
         self._told = 0
-        job.state, job.detail, job._first_step = "running", "", job.step
+        for job in jobs:
+            job.state, job.detail, job._first_step = "running", "", job.step
+
+    def _command(self, out: Path) -> list[str | Path]:
+        name, run = self.jobs[0].name, self.runs / self.jobs[0].name
+        if len(self.jobs) > 1:
+            return ["sdd.lab.grid.stack", out, *(job.name for job in self.jobs)]
+        if (run / "config.json").exists():
+            return ["sdd", "resume", run]
+        return ["sdd", "train", out / "configs" / f"{name}.json", "--out", run]
 
     def tell(self, stops: int) -> None:
         """Send signals until the run has had `stops`: at the first it saves and ends, at the second it ends at once.
@@ -227,25 +262,27 @@ class _Process:
             self.child.terminate()
 
     def ended(self) -> bool:
-        """Bring the job up to date; returns whether the process has ended."""
+        """Bring the jobs up to date; returns whether the process has ended."""
         code = self.child.poll()
-        self.tail.read()
-        self.job.seconds = time.monotonic() - self.began
-        if code is not None:
-            self._conclude(code)
+        for job, tail in zip(self.jobs, self.tails, strict=True):
+            tail.read()
+            job.seconds = time.monotonic() - self.began
+            if code is not None:
+                self._conclude(job, code)
         return code is not None
 
-    def _conclude(self, code: int) -> None:
-        result = read_json_object(self.run / "result.json")
-        if code == 0:
-            self.job.state = "done"
-        elif code == 3 and diverged(self.run):
-            self.job.state, self.job.detail = "failed", result.get("reason", "")
+    def _conclude(self, job: Job, code: int) -> None:
+        run = self.runs / job.name
+        result = read_json_object(run / "result.json")
+        if result.get("status") == "done" and (code == 0 or len(self.jobs) > 1):
+            job.state = "done"
+        elif diverged(run) and (code == 3 or len(self.jobs) > 1):
+            job.state, job.detail = "failed", result.get("reason", "")
         elif self._told:
-            self.job.state = "interrupted"
+            job.state = "interrupted"
         else:
-            self.job.state = "crashed"
-            self.job.detail = _last_line(self.log) or f"exit code {code}, see {self.log}"
+            job.state = "crashed"
+            job.detail = _last_line(self.log) or f"exit code {code}, see {self.log}"
 
 
 class _Tail:
@@ -285,11 +322,13 @@ def visible_gpus() -> list[str]:
 def same_settings(there: RunConfig, asked: RunConfig) -> bool:
     """Whether a run's config is the one asked for, apart from what `sdd train` changes in it.
 
-    The number of threads does not count, the vocabulary may have grown to fit the data, and paths became absolute.
+    The number of threads and probed steps do not count, the vocabulary may have grown to fit the data, and paths became
+    absolute.
     """
     vocabulary = max(there.model.vocab_size, asked.model.vocab_size)
     model = replace(asked.model, vocab_size=vocabulary)
-    return there == replace(asked, threads=there.threads, model=model, data=asked.data.absolute())
+    free = {"threads": there.threads, "probe_every": there.probe_every}
+    return there == replace(asked, **free, model=model, data=asked.data.absolute())
 
 
 def _is_written(run: Path) -> bool:

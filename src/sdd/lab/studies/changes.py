@@ -107,6 +107,7 @@ def define(
     *,
     length: int,
     conditions: tuple[Condition, ...] = (DEFAULT,),
+    probed: bool = False,
 ) -> Definition:
     """The study of a shape: two seeds at a common rate, whose runs have one length."""
     usual = [change.arm for change in shape.changes if not change.optional]
@@ -123,6 +124,7 @@ def define(
         read=lambda outcome: read(shape, outcome),
         seeds=2,
         lengths=(length,),
+        probed=probed,
         optional=tuple(change.arm for change in shape.changes if change.optional),
     )
 

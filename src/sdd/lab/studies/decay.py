@@ -184,5 +184,6 @@ DEFINITION = define(
         "schedule.",
     ),
     length=1_000_000,
+    probed=True,
     conditions=(DEFAULT, Condition("half", "half the rate", rate_factor=0.5)),
 )

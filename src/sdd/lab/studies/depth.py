@@ -297,4 +297,5 @@ DEFINITION = Definition(
     seeds=2,
     depths=(8, 16, 32, 64, 128, 256),
     measure=stream_gradients,
+    probed=True,
 )

@@ -103,5 +103,6 @@ DEFINITION = define(
         "The probe gives the share of eps in each norm, eps / mean(z^2), at the first step and at the last.",
     ),
     length=1_000_000,
+    probed=True,
     conditions=(DEFAULT, Condition("init-x0.1", "init std x0.1", {"model.init_scale": 0.1})),
 )

@@ -213,4 +213,5 @@ DEFINITION = Definition(
     sizes=SIZES,
     read=read,
     measure=gradients_and_similarity,
+    probed=True,
 )
