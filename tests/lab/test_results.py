@@ -18,7 +18,8 @@ from sdd.data import TokenFile, TokenInfo, eval_windows
 from sdd.errors import UserError
 from sdd.lab import results
 from sdd.lab.definition import PlannedStudy, Request
-from sdd.lab.results import HeldOut, answers, config_hash, portable, tuning_windows
+from sdd.lab.results import HeldOut, answers, config_hash, portable
+from sdd.lab.segments import tuning_windows
 from sdd.lab.studies.robustness import DEFINITION
 from sdd.models import ModelConfig
 from sdd.train import DataConfig, OptimConfig, RunConfig

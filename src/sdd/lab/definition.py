@@ -134,7 +134,9 @@ class PlannedStudy:
         self.rates = rates
         _check_overrides(definition, request)
         if request.stack > 1 and definition.probed:
-            raise UserError(f"the study {definition.name} probes its runs, and runs of a stack are not probed: leave out --stack")
+            raise UserError(
+                f"the study {definition.name} probes its runs, and runs of a stack are not probed: leave out --stack"
+            )
         #: One line about the schedule, if it was fitted to a short run.
         self.fitted: str | None = None
         #: The run without arm, condition and seed; its learning rate is the base rate.

@@ -18,12 +18,12 @@ import numpy as np
 import torch
 
 from sdd.data import DataSource
-from sdd.data.token_file import TokenFile
 from sdd.errors import UserError
 from sdd.evals.text import load_trained
 from sdd.evals.unigram import token_frequencies
 from sdd.files import finite, number, write_aside
 from sdd.lab.grid.job import diverged
+from sdd.lab.segments import tuning_windows
 from sdd.models import LanguageModel
 from sdd.nn import SDDExpertLinear, SDDLinear
 from sdd.report.runs import RunHistory, load_run
@@ -36,7 +36,20 @@ from sdd.train.parallel import pick_autocast
 LEARNED_SHARE = 0.01
 _CURVE_POINTS = 60
 #: The part of a run's environment that its result keeps.
-_KEPT = ("sdd", "torch", "python", "platform", "machine", "device", "cuda", "precision", "processes", "stack", "threads", "cpus")
+_KEPT = (
+    "sdd",
+    "torch",
+    "python",
+    "platform",
+    "machine",
+    "device",
+    "cuda",
+    "precision",
+    "processes",
+    "stack",
+    "threads",
+    "cpus",
+)
 
 
 @dataclass(frozen=True)
@@ -143,22 +156,6 @@ class HeldOut:
 
 #: Takes what a study keeps of a run beside losses: JSON values from its directory, after it has ended.
 Measure = Callable[[Path, HeldOut], dict[str, Any]]
-
-
-def tuning_windows(file: TokenFile, n: int, context: int) -> torch.Tensor:
-    """Take n held-out windows midway between those of `sdd.data.eval_windows`, so that no token is a target in both.
-
-    Raises:
-        UserError: if the held-out data have fewer than 2 n windows.
-    """
-    count = file.n_windows(context)
-    if count < 2 * n:
-        raise UserError(
-            f"{file.path}: the held-out data have {count} windows of {context} tokens, a study needs {2 * n}, half of "
-            "them to tune on and half to report: lower --eval_sequences, or bring more text"
-        )
-    starts = np.arange(n + 1) * count // n
-    return torch.from_numpy(file.read((starts[:-1] + starts[1:]) // 2 * context, context + 1))
 
 
 def harvest(run_dir: Path, held_out: HeldOut, measure: Measure | None = None) -> RunResult:

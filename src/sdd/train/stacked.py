@@ -13,10 +13,11 @@ Shape suffixes: R runs, N parameters, K steps, B batch, T tokens.
 """
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
-from itertools import accumulate
+from functools import reduce
+from itertools import accumulate, pairwise
 from typing import Any, TypeVar
 
 import torch
@@ -37,8 +38,13 @@ T = TypeVar("T")
 _WARM_UP = 3
 #: Windows of an evaluation's pass, in batches of training: it keeps nothing for a backward pass.
 _EVALUATED = 4
-#: Fields in which runs of one stack may differ: seeds, draws, rates and decays.
-_FREE_OPTIM = ("lr", "weight_decay", "alpha_weight_decay", "embedding_weight_decay", "sdd_weight_decay", "alpha_lr")
+#: Fields of the optimiser in which runs of one stack may differ: rates, their schedules, and decays.
+_FREE_OPTIM = (
+    *("lr", "warmup", "schedule", "final_lr", "first_lr", "decay_fraction", "alpha_lr"),
+    *("weight_decay", "alpha_weight_decay", "embedding_weight_decay", "sdd_weight_decay"),
+)
+#: Numbers that are summed in a row.
+_PIECE = 1024
 #: Versions of a block that are compiled at most: one for each kind of block, and residual rules may differ by layer.
 _VERSIONS = 256
 
@@ -63,7 +69,7 @@ def why_alone(config: RunConfig) -> str | None:
 
 
 def shape_of(config: RunConfig) -> RunConfig:
-    """What all runs of a stack have in common: the config without seed, initial draws, rates and decays."""
+    """What all runs of a stack have in common: the config without seed, initial draws, schedules and decays."""
     placement = config.model.placement
     norms = {site: replace(norm, alpha_init="one", alpha_factor=1.0) for site, norm in placement.norms.items()}
     bare = replace(placement, norms=norms, name="", source="", init="base", draws={})
@@ -79,7 +85,7 @@ class Stack:
         learners: the runs, of one shape (see `shape_of`), at the same step. Their weights and moments are copied.
 
     Attributes:
-        weights, exp_avg, exp_avg_sq: float32 `[R, N]`.
+        weights, exp_avg, exp_avg_sq: `[R, N]`, float32 as the weights are.
         parameters: views of the weights by the model's names, `[R, ...]`.
     """
 
@@ -88,10 +94,10 @@ class Stack:
         self.device, self.config, self.autocast_dtype = first.device, first.config, first.autocast_dtype
         self._shapes = {name: parameter.shape for name, parameter in first.model.named_parameters()}
         ends = list(accumulate((shape.numel() for shape in self._shapes.values()), initial=0))
-        self._places = dict(zip(self._shapes, zip(ends, ends[1:], strict=False), strict=True))
-        size = len(self.learners), ends[-1]
+        self._places = dict(zip(self._shapes, pairwise(ends), strict=True))
+        size, self._dtype = (len(self.learners), ends[-1]), _widest(first.model)
         self.weights, self.exp_avg, self.exp_avg_sq, self._decay, self._factor = (
-            torch.empty(size, device=self.device) for _ in range(5)
+            torch.empty(size, dtype=self._dtype, device=self.device) for _ in range(5)
         )
         for run, learner in enumerate(self.learners):
             self._take(run, learner)
@@ -109,17 +115,17 @@ class Stack:
         """Take the steps from `step` up to `until`, both counted from 0, the last left out.
 
         Returns:
-            Float32 `[K, 2, R]` on the device: the loss, and the norm of the gradients before clipping.
+            `[K, 2, R]` on the device: the loss, and the norm of the gradients before clipping.
         """
         steps = range(step, until)
         tokens_KRBT = torch.stack([torch.stack([one.loader.batch(at) for one in self.learners]) for at in steps])
         numbers = [self._numbers(at) for at in steps]
-        rates_KR, corrections_K2 = (torch.tensor(column) for column in zip(*numbers, strict=True))
+        columns = (torch.tensor(column, dtype=self._dtype) for column in zip(*numbers, strict=True))
+        rates_KR, corrections_K2 = (column.to(self.device) for column in columns)
         if self.device.type == "cuda":
             tokens_KRBT = tokens_KRBT.pin_memory()
         tokens_KRBT = tokens_KRBT.to(self.device, non_blocking=True)
-        rates_KR, corrections_K2 = rates_KR.to(self.device), corrections_K2.to(self.device)
-        found = torch.empty(len(steps), 2, len(self.learners), device=self.device)
+        found = torch.empty(len(steps), 2, len(self.learners), dtype=self._dtype, device=self.device)
         for index in range(len(steps)):
             found[index] = self._step(tokens_KRBT[index], rates_KR[index], corrections_K2[index])
         return found
@@ -155,7 +161,7 @@ class Stack:
                 eps=optim.eps,
                 clip=optim.grad_clip,
             )
-        return torch.stack([losses_R.detach().float(), norms_R])
+        return torch.stack([losses_R.detach(), norms_R])
 
     @torch.no_grad()
     def largest(self) -> Tensor:
@@ -164,7 +170,7 @@ class Stack:
 
     @torch.no_grad()
     def evaluate(self, windows: Tensor) -> list[Evaluation]:
-        """The loss of every run on the same windows, int64 `[n, T + 1]`, as `sdd.train.evaluate.evaluate` computes it."""
+        """The loss of every run on the same windows, int64 `[n, T + 1]`, as `evaluate` computes it of one."""
         first, total = self.learners[0], torch.zeros(len(self.learners), dtype=torch.float64, device=self.device)
         for rows in windows.split(_EVALUATED * self.config.data.batch_size):
             tokens_RBT = rows.to(self.device).expand(len(self.learners), *rows.shape)
@@ -216,18 +222,22 @@ def adamw_(
     """AdamW of several runs in place, after each run's gradients were clipped to the norm `clip`.
 
     Args:
-        weights, gradients, exp_avg, exp_avg_sq: `[R, N]`.
+        weights: `[R, N]`.
+        gradients: `[R, N]`.
+        exp_avg: the first moment, `[R, N]`.
+        exp_avg_sq: the second moment, `[R, N]`.
         decay: weight decay of each element, `[R, N]`.
         factor: multiplies the rate of each element, `[R, N]`.
         rates: learning rates, `[R]`.
         corrections: `1 - beta1^t` and `sqrt(1 - beta2^t)`, `[2]`.
-        betas, eps: of AdamW.
+        betas: of AdamW.
+        eps: of AdamW.
         clip: 0 leaves the gradients as they are.
 
     Returns:
         The norm of each run's gradients before clipping, `[R]`.
     """
-    norms = torch.linalg.vector_norm(gradients, dim=1)
+    norms = _norms(gradients)
     if clip:
         gradients = gradients * (clip / (norms + 1e-6)).clamp(max=1.0)[:, None]  # as torch's clip_grad_norm_
     steps = rates[:, None] * factor
@@ -236,6 +246,19 @@ def adamw_(
     root = exp_avg_sq.sqrt() / corrections[1] + eps
     weights.mul_(1 - steps * decay).sub_(steps / corrections[0] * exp_avg / root)
     return norms
+
+
+def _widest(model: nn.Module) -> torch.dtype:
+    """The dtype that holds every weight of a model."""
+    return reduce(torch.promote_types, {parameter.dtype for parameter in model.parameters()})
+
+
+def _norms(x: Tensor) -> Tensor:
+    """The norm of each row of `[R, N]`, summed piece by piece: one float32 sum over millions loses digits on a CPU."""
+    whole = x.shape[1] // _PIECE * _PIECE
+    pieces = torch.linalg.vector_norm(x[:, :whole].unflatten(1, (-1, _PIECE)), dim=2)
+    rest = torch.linalg.vector_norm(x[:, whole:], dim=1, keepdim=True)
+    return torch.linalg.vector_norm(torch.cat([pieces, rest], 1), dim=1)
 
 
 class Passes:
@@ -304,13 +327,12 @@ def _below(parameters: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in parameters.items() if name.startswith(prefix)}
 
 
-class _one_by_one(warnings.catch_warnings):
+@contextmanager
+def _one_by_one() -> Iterator[None]:
     """A CPU's attention has no batched form in vmap, which then computes one run after the other, and warns."""
-
-    def __enter__(self) -> Any:
-        entered = super().__enter__()
+    with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*not yet implemented the batching rule.*")
-        return entered
+        yield
 
 
 class _Graph:

@@ -139,9 +139,10 @@ class StackedRun:
         self.step, self.steps, self._every = first.step, first.config.steps, first.config.eval_every
         for trainer in trainers[1:]:
             if shape_of(trainer.config) != shape_of(first.config) or trainer.step != first.step:
+                self._unlock()
                 raise UserError(
                     f"{trainer.run_dir.path} and {first.run_dir.path} cannot be one stack: they differ in more than "
-                    "seed, initial draw, rates and decays, or stand at different steps"
+                    "seed, initial draw, schedule and decays, or stand at different steps"
                 )
         self.stack = Stack(trainers)
         self._signals = StopSignals()
@@ -165,8 +166,11 @@ class StackedRun:
                 self._train()
                 self._conclude(extra or {})
         finally:
-            for member in self.members:
-                member.trainer.run_dir.unlock()
+            self._unlock()
+
+    def _unlock(self) -> None:
+        for member in self.members:
+            member.trainer.run_dir.unlock()
 
     def _environment(self, trainer: Trainer) -> dict[str, Any]:
         return {**trainer.environment(), "stack": len(self.members)}

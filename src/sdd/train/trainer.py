@@ -321,6 +321,7 @@ class Trainer(Resumable):
             self.run_dir.put("samples.jsonl", {"step": self.step, **text})
 
     def save_result(self, status: str, **values: Any) -> dict[str, Any]:
+        """Write result.json, and return its values."""
         result = {
             "status": status,
             "placement": self.config.model.placement.name,
@@ -337,4 +338,5 @@ class Trainer(Resumable):
 
 
 def due(step: int, every: int) -> bool:
+    """Whether what is done every so many steps is done after this one; `every` 0 is never."""
     return bool(every) and step % every == 0

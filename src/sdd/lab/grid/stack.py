@@ -11,7 +11,7 @@ from itertools import groupby
 from pathlib import Path
 
 from sdd.errors import SddError, is_out_of_memory, one_line
-from sdd.lab.results import tuning_windows
+from sdd.lab.segments import tuning_windows
 from sdd.train import Trainer, config_io
 from sdd.train.stacked_run import StackedRun, open_run
 
