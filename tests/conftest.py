@@ -1,3 +1,4 @@
+import gc
 import os
 import signal
 import sys
@@ -17,6 +18,8 @@ if not torch.cuda.is_available():
 # A shell that starts the tests in the background has them ignore Ctrl-C, and so would every command that they start.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+# Most of what imports and collection make stays: to look through it again and again is a tenth of the suite's time.
+gc.disable()
 # Tests are small: a second thread costs more than it gives, and much more on a busy machine.
 torch.set_num_threads(1)
 
@@ -25,6 +28,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files with slow tests come first, so that at the end no process waits for another's last file."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
+
+
+def pytest_collection_finish() -> None:
+    """From here on, garbage is looked for among what tests make."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session", autouse=True)
