@@ -5,13 +5,13 @@ import os
 import sys
 import tempfile
 import traceback
+from pathlib import Path
 
 import torch
 
 _SPAWN = multiprocessing.get_context("forkserver")
-_SPAWN.set_forkserver_preload(
-    ["sdd.train.trainer", "sdd.commands.main", "torch._dynamo", "torch._decomp", "numpy.ma", "safetensors.torch", "pytest", "hypothesis"]
-)
+_PRELOADED = ["sdd.train.trainer", "sdd.commands.main", "torch._dynamo", "torch._decomp", "numpy.ma"]
+_SPAWN.set_forkserver_preload([*_PRELOADED, "safetensors.torch", "pytest", "hypothesis"])
 
 
 def in_world(size, function, *args):
@@ -70,8 +70,9 @@ class Forked:
     """`sdd WORDS` in a process forked from one that has imported everything; answers as a `subprocess.Popen` does."""
 
     def __init__(self, words):
-        self._err = tempfile.NamedTemporaryFile("r", prefix="stderr-")
-        self._process = _SPAWN.Process(target=_command, args=(words, self._err.name))
+        stream, self._err = tempfile.mkstemp(prefix="stderr-")
+        os.close(stream)
+        self._process = _SPAWN.Process(target=_command, args=(words, self._err))
         self._process.start()
 
     @property
@@ -90,7 +91,9 @@ class Forked:
     def communicate(self, timeout=None):
         """Wait for the end; nothing of its output, and what it wrote to stderr."""
         self._process.join(timeout)
-        return "", self._err.read()
+        err = Path(self._err).read_text()
+        Path(self._err).unlink()
+        return "", err
 
 
 def _command(words, err):
