@@ -62,3 +62,12 @@ def _know_builtins() -> None:
 
     patch_builtin.names = names  # type: ignore[attr-defined]
     interpreter._patch_builtin = patch_builtin  # type: ignore[attr-defined]
+    whole: Any = interpreter._patch_lang
+
+    def patch_lang(fn: Any) -> Any:
+        """Nothing where a launch has put them in place already, for the device functions that it calls."""
+        seen = [lang for lang in (tl, tl.core) if any(value is lang for value in fn.__globals__.values())]
+        patched = seen and not any(tl.core.is_builtin(lang.load) for lang in seen)
+        return interpreter._LangPatchScope() if patched else whole(fn)
+
+    interpreter._patch_lang = patch_lang  # type: ignore[attr-defined]

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from helpers_plan import CpuCase, KernelCase, make_case, mixture_config, peak_bytes, small_config
-from helpers_sharded import in_world
+from helpers_sharded import on_two_processes
 from torch.distributed.tensor import DTensor
 
 from sdd.kernels.dispatch import HAS_TRITON
@@ -221,7 +221,7 @@ def test_sharded_over_two_processes() -> None:
     plans = [measure_memory(case) for case in SHARDED]
     traces = [trace(case, ParallelConfig(shard=2)).memory for case in SHARDED]
     planned = [memory.peak - memory.states for memory in plans]
-    for answer in in_world(2, sharded_bytes, SHARDED, planned):
+    for answer in on_two_processes(sharded_bytes, SHARDED, planned):
         for case, memory, traced, found in zip(SHARDED, plans, traces, answer, strict=True):
             weights, moments, seen = found
             assert (memory.weights, memory.moments) == (weights, moments)
