@@ -1,4 +1,7 @@
-"""Every kernel compiles to machine code, GPU or not: the interpreter takes Python that the compiler does not."""
+"""Every kernel compiles to machine code, GPU or not: the interpreter takes Python that the compiler does not.
+
+`./dev kernels` compiles them all. What takes long here and looks at the same once more has the mark `ties`.
+"""
 
 import json
 import os
@@ -32,6 +35,7 @@ def run(cache: Path, *command: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True)
 
 
+@pytest.mark.ties
 def test_every_kernel_compiles(cache: Path) -> None:
     """The narrowest row and one that takes two passes: together they launch every kernel there is."""
     done = run(cache, CHECK, "--json", "--widths", "128", "32768")
@@ -71,6 +75,7 @@ def test_a_launch_must_not_count_on_more_programs_than_fit(cache: Path) -> None:
     assert "an SM holds 8 warps, and its launch counts on 16" in crowded.stderr
 
 
+@pytest.mark.ties
 def test_the_norm_of_experts_outputs_never_spills(cache: Path) -> None:
     done = run(cache, Path(__file__).with_name("compile_expert_norm.py"))
     assert done.returncode == 0, done.stderr

@@ -274,7 +274,7 @@ def compiled(world, config, out):
     return [trainer.train_step(step)[0].item() for step in range(3)]
 
 
-@pytest.mark.slow
+@pytest.mark.layouts  # the suite compiles shared blocks in test_probe_of_runs.py, without inductor
 @pytest.mark.skipif(" " in torch.__file__, reason="inductor's compiler call breaks at a space in torch's path")
 def test_compiled_blocks_train_as_others_do(tmp_path):
     plain = in_world(2, compiled, CONFIG, tmp_path)
