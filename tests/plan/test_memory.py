@@ -180,10 +180,10 @@ def test_the_peak_counts_the_larger_phase() -> None:
     assert Memory(1, 2, 3, 4, 5, loss=6, block=7).peak == 1 + 2 + 3 + 4 + 5 + 7
 
 
-DENSE = replace(model_presets["nano"], n_layers=4, d_model=64, d_ff=256, vocab_size=256)
+DENSE = replace(model_presets["nano"], n_layers=4, d_model=32, d_ff=128, vocab_size=256)
 SHARDED = [
     *(make_case(DENSE, 2, 8, bfloat16=narrow, checkpoint=flag) for narrow in (False, True) for flag in (False, True)),
-    make_case(replace(DENSE, d_ff=128, moe=MoEConfig(4, 2)), 2, 8),
+    make_case(replace(DENSE, d_ff=64, moe=MoEConfig(4, 2)), 2, 8),
 ]
 
 
