@@ -1,6 +1,7 @@
 """`import sdd` and `sdd --help` import nothing heavy; public names come when they are first used."""
 
 import ast
+import os
 import subprocess
 import sys
 from importlib import import_module
@@ -16,11 +17,30 @@ HEAVY = ("torch", "numpy", "pydantic", "rich", "tokenizers", "triton", "matplotl
 ROOMS = ("conversion", "data", "functional", "kernels", "models", "nn", "placement", "probing", "train")
 
 
+#: A Python with torch and its helpers, but nothing of ours, runs each line of code in a copy of itself.
+COPIES = """
+import os, sys
+import torch, numpy
+for code in sys.argv[1:]:
+    if not os.fork():
+        exec(code)
+        print("found:", *sys.modules, flush=True)
+        os._exit(0)
+    assert os.wait()[1] == 0, code
+"""
+
+
 def imported_by(code: str) -> set[str]:
     """The modules that a fresh Python has imported after this code; the last line that it prints names them."""
     code += "; import sys; print(); print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return set(done.stdout.splitlines()[-1].split())
+
+
+def each_imports(codes: list[str]) -> list[set[str]]:
+    """The modules after each of these, in a Python that had torch and no part of `sdd`."""
+    done = subprocess.run([sys.executable, "-c", COPIES, *codes], capture_output=True, text=True, check=True)
+    return [set(line.split()) for line in done.stdout.splitlines() if line.startswith("found:")]
 
 
 @pytest.mark.parametrize(
@@ -36,11 +56,12 @@ def test_nothing_heavy_is_imported(code: str) -> None:
     assert imported_by(code) & set(HEAVY) == set()
 
 
-@pytest.mark.parametrize("name", ["SDDLinear", "Probe", "convert", "functional", "param_groups", "placements"])
-def test_a_public_name_brings_neither_trainer_nor_models(name: str) -> None:
-    modules = imported_by(f"import sdd; sdd.{name}")
-    assert "sdd" in modules
-    assert {"sdd.train", "sdd.models", "pydantic", "tokenizers"} & modules == set()
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="copies of a process need fork")
+def test_a_public_name_brings_neither_trainer_nor_models() -> None:
+    names = ["SDDLinear", "Probe", "convert", "functional", "param_groups", "placements"]
+    for name, modules in zip(names, each_imports([f"import sdd; sdd.{name}" for name in names]), strict=True):
+        assert "sdd" in modules
+        assert {"sdd.train", "sdd.models", "pydantic", "tokenizers"} & modules == set(), name
 
 
 @pytest.mark.parametrize("name", sdd.__all__)
@@ -49,9 +70,11 @@ def test_a_public_name_is_there_and_listed(name: str) -> None:
     assert name in dir(sdd)
 
 
-@pytest.mark.parametrize("room", ROOMS)
-def test_a_room_is_an_attribute_after_import_sdd(room: str) -> None:
-    assert f"sdd.{room}" in imported_by(f"import sdd; sdd.{room}.__name__")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="copies of a process need fork")
+def test_a_room_is_an_attribute_after_import_sdd() -> None:
+    codes = [f"import sdd; sdd.{room}.__name__" for room in ROOMS]
+    for room, modules in zip(ROOMS, each_imports(codes), strict=True):
+        assert f"sdd.{room}" in modules
 
 
 def test_a_name_that_does_not_exist_is_an_attribute_error() -> None:

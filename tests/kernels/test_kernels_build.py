@@ -1,4 +1,7 @@
-"""Every kernel compiles to machine code, GPU or not: the interpreter takes Python that the compiler does not."""
+"""Every kernel compiles to machine code, GPU or not: the interpreter takes Python that the compiler does not.
+
+`./dev kernels` compiles them all. What takes long here and looks at the same once more has the mark `ties`.
+"""
 
 import json
 import os
@@ -19,6 +22,12 @@ CHECK = ROOT / "benchmarks" / "compile_kernels.py"
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(find_spec("triton") is None, reason="no Triton")]
 
 
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for what Triton compiles, of this file's tests alone."""
+    return tmp_path_factory.mktemp("triton")
+
+
 def run(cache: Path, *command: str | Path) -> subprocess.CompletedProcess[str]:
     """Run a script in a process without interpreter."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
@@ -26,9 +35,10 @@ def run(cache: Path, *command: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True)
 
 
-def test_every_kernel_compiles(tmp_path: Path) -> None:
+@pytest.mark.ties
+def test_every_kernel_compiles(cache: Path) -> None:
     """The narrowest row and one that takes two passes: together they launch every kernel there is."""
-    done = run(tmp_path, CHECK, "--json", "--widths", "128", "32768")
+    done = run(cache, CHECK, "--json", "--widths", "128", "32768")
     assert done.returncode == 0, done.stderr
     usages = json.loads(done.stdout)["kernels"]
     written = {
@@ -44,9 +54,9 @@ def test_every_kernel_compiles(tmp_path: Path) -> None:
         assert usage["resident"] * usage["registers"] * 32 <= 65_536  # the registers of a multiprocessor
 
 
-def test_a_kernel_that_spills_must_be_listed(tmp_path: Path) -> None:
+def test_a_kernel_that_spills_must_be_listed(cache: Path) -> None:
     script = Path(__file__).with_name("spilling_kernel.py")
-    alone, listed = run(tmp_path, script), run(tmp_path, script, "--listed")
+    alone, listed = run(cache, script), run(cache, script, "--listed")
     (usage,) = json.loads(alone.stdout)["kernels"]
     assert 16 <= usage["registers"] <= 255
     assert usage["stack"] >= 4 * (512 - 255)  # a thread holds 512 numbers, in at most 255 registers
@@ -56,8 +66,8 @@ def test_a_kernel_that_spills_must_be_listed(tmp_path: Path) -> None:
     assert listed.returncode == 0, listed.stderr
 
 
-def test_a_launch_must_not_count_on_more_programs_than_fit(tmp_path: Path) -> None:
-    crowded = run(tmp_path, Path(__file__).with_name("spilling_kernel.py"), "--crowded")
+def test_a_launch_must_not_count_on_more_programs_than_fit(cache: Path) -> None:
+    crowded = run(cache, Path(__file__).with_name("spilling_kernel.py"), "--crowded")
     (usage,) = json.loads(crowded.stdout)["kernels"]
     assert usage["registers"] <= 128
     assert (usage["counted_on"], usage["resident"]) == (16, 8)
@@ -65,8 +75,9 @@ def test_a_launch_must_not_count_on_more_programs_than_fit(tmp_path: Path) -> No
     assert "an SM holds 8 warps, and its launch counts on 16" in crowded.stderr
 
 
-def test_the_norm_of_experts_outputs_never_spills(tmp_path: Path) -> None:
-    done = run(tmp_path, Path(__file__).with_name("compile_expert_norm.py"))
+@pytest.mark.ties
+def test_the_norm_of_experts_outputs_never_spills(cache: Path) -> None:
+    done = run(cache, Path(__file__).with_name("compile_expert_norm.py"))
     assert done.returncode == 0, done.stderr
     usages = [usage for usage in json.loads(done.stdout)["kernels"] if usage["kernel"].startswith("expert_norm")]
     assert {usage["width"] for usage in usages} == {2048, 4096, 8192, 16_384}

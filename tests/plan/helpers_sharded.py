@@ -16,6 +16,11 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "train"))
 from helpers_parallel import in_world
 
 
+def on_two_processes(function, *args):
+    """What `function(world, *args)` returns on each of two processes."""
+    return in_world(2, function, *args)
+
+
 def real_traces(case, layouts):
     """The traces of real processes, a layout after the other: those of the first, where rows go evenly to experts.
 

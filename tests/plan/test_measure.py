@@ -33,7 +33,7 @@ def with_real_tensors(case: CpuCase) -> PassMemory:
 @checkpoints
 @pytest.mark.parametrize("name", placements)
 def test_fake_tensors_hold_what_real_ones_hold(name: str, checkpoint: bool, bfloat16: bool) -> None:
-    case = make_case(small_config(name), micro_batch=2, bfloat16=bfloat16, checkpoint=checkpoint)
+    case = make_case(small_config(name, n_layers=2), micro_batch=2, bfloat16=bfloat16, checkpoint=checkpoint)
     assert measure_directly(case) == with_real_tensors(case)
 
 
@@ -41,7 +41,7 @@ def test_fake_tensors_hold_what_real_ones_hold(name: str, checkpoint: bool, bflo
 @checkpoints
 @pytest.mark.parametrize("name", ["prenorm", "sdd", "sdd-paper", "sdd-released"])
 def test_fake_experts_hold_what_real_ones_hold(name: str, checkpoint: bool, bfloat16: bool) -> None:
-    case = make_case(mixture_config(name), micro_batch=2, bfloat16=bfloat16, checkpoint=checkpoint)
+    case = make_case(mixture_config(name, n_layers=2), micro_batch=2, bfloat16=bfloat16, checkpoint=checkpoint)
     assert measure_directly(case) == with_real_tensors(case)
 
 
@@ -106,21 +106,21 @@ def check_kernels(case: CpuCase) -> None:
 @precisions
 @pytest.mark.parametrize("name", ["sdd", "sdd-released", "prenorm-qk", "postnorm"])
 def test_fake_kernels_keep_what_interpreted_ones_keep(name: str, bfloat16: bool) -> None:
-    check_kernels(make_case(small_config(name, n_layers=2, context=24), bfloat16=bfloat16, kind=KernelCase))
+    check_kernels(make_case(small_config(name, n_layers=1, context=12), bfloat16=bfloat16, kind=KernelCase))
 
 
 @with_kernels
 @pytest.mark.skipif(torch.cuda.is_available(), reason="Triton is not interpreted here")
 @pytest.mark.usefixtures("collected")
 def test_fake_kernels_of_experts_keep_what_interpreted_ones_keep() -> None:
-    check_kernels(make_case(mixture_config("sdd", n_layers=2, context=24), bfloat16=True, kind=KernelCase))
+    check_kernels(make_case(mixture_config("sdd", n_layers=1, context=12), bfloat16=True, kind=KernelCase))
 
 
 @checkpoints
 @pytest.mark.parametrize("gpus", [1, 8])
 @pytest.mark.parametrize("config", [small_config("sdd"), small_config("hybrid"), mixture_config("sdd-paper")])
 def test_depth_is_extrapolated_exactly(config: ModelConfig, gpus: int, checkpoint: bool) -> None:
-    case = make_case(replace(config, n_layers=9), gpus, 2, bfloat16=True, checkpoint=checkpoint)
+    case = make_case(replace(config, n_layers=6), gpus, 2, bfloat16=True, checkpoint=checkpoint)
     assert measure_pass(case) == measure_directly(case)
 
 

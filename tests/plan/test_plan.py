@@ -1,4 +1,5 @@
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -15,6 +16,23 @@ from sdd.train import DataConfig, preset
 from sdd.train.parallel import World
 
 H100 = gpus["H100-SXM"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _each_case_is_measured_once() -> Iterator[None]:
+    """Tests of this file share what is measured: how, is tested elsewhere."""
+    found: dict[object, object] = {}
+    original = measure.measure_directly
+
+    def once(case: measure.MemoryCase) -> object:
+        key = type(case), repr(case), case.has_kernels
+        if key not in found:
+            found[key] = original(case)
+        return found[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measure, "measure_directly", once)
+        yield
 
 
 @pytest.mark.parametrize("name", gpus)

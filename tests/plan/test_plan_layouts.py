@@ -152,8 +152,11 @@ def test_a_step_is_the_longer_of_compute_and_prefetched_and_what_it_waits_for(pl
 NANO = "plan nano --gpu a10 --gpus 4 --gpus-per-node 2 --batch-size 8 --context 64 --micro-batch 1"
 
 
-def test_the_command_proposes_a_line_that_train_takes(capsys):
-    assert main([*NANO.split(), "--best", "--json"]) == 0
+def test_the_command_proposes_a_line_that_train_takes(tmp_path, capsys):
+    base = preset("nano")
+    config_io.save(replace(base, model=replace(base.model, n_layers=1)), tmp_path / "one.json")
+    words = NANO.replace("nano", str(tmp_path / "one.json")).split()
+    assert main([*words, "--best", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     words = shlex.split(found["command"])
     assert words[:5] == ["torchrun", "--nnodes", "2", "--nproc-per-node", "2"]

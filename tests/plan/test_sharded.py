@@ -51,7 +51,7 @@ def test_four_real_processes_do_too(layout):
 @pytest.mark.parametrize("layout", [ParallelConfig(shard=4), ParallelConfig(shard=2, tensor=2)], ids=str)
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_a_deep_model_is_exact_from_two_shallow_ones(layout, optimizer):
-    case = with_optimizer(make_case(small_config("sdd-paper", n_layers=7), 4, bfloat16=True), optimizer)
+    case = with_optimizer(make_case(small_config("sdd-paper", n_layers=5), 4, bfloat16=True), optimizer)
     deep, direct = trace(case, layout), trace_directly(case, layout)
     assert states(deep) == states(direct)
     assert (deep.of_pass, deep.of_step) == (direct.of_pass, direct.of_step)
@@ -61,7 +61,7 @@ def test_a_deep_model_is_exact_from_two_shallow_ones(layout, optimizer):
 @pytest.mark.parametrize("bfloat16", [False, True])
 @pytest.mark.parametrize("checkpoint", [False, True])
 def test_memory_under_fsdp_is_that_of_the_plan_without_layouts(bfloat16, checkpoint):
-    shape = replace(model_presets["nano"], n_layers=6, d_model=128, d_ff=512, vocab_size=512)
+    shape = replace(model_presets["nano"], n_layers=4, d_model=64, d_ff=256, vocab_size=256)
     case = make_case(shape, 2, 8, bfloat16=bfloat16, checkpoint=checkpoint)
     found, planned = trace(case, ParallelConfig(shard=2)).memory, measure_memory(case)
     assert (found.weights, found.gradients, found.moments) == (planned.weights, planned.gradients, planned.moments)

@@ -2,14 +2,16 @@
 
 import multiprocessing
 import os
+import sys
+import tempfile
 import traceback
+from pathlib import Path
 
 import torch
 
 _SPAWN = multiprocessing.get_context("forkserver")
-_SPAWN.set_forkserver_preload(
-    ["sdd.train.trainer", "torch._dynamo", "torch._decomp", "numpy.ma", "safetensors.torch", "pytest", "hypothesis"]
-)
+_PRELOADED = ["sdd.train.trainer", "sdd.commands.main", "torch._dynamo", "torch._decomp", "numpy.ma"]
+_SPAWN.set_forkserver_preload([*_PRELOADED, "safetensors.torch", "pytest", "hypothesis"])
 
 
 def in_world(size, function, *args):
@@ -62,3 +64,43 @@ def _work(pipe, environment, function, args):
             pipe.send((True, answer))
     except BaseException:
         pipe.send((False, traceback.format_exc()))
+
+
+class Forked:
+    """`sdd WORDS` in a process forked from one that has imported everything; answers as a `subprocess.Popen` does."""
+
+    def __init__(self, words):
+        stream, self._err = tempfile.mkstemp(prefix="stderr-")
+        os.close(stream)
+        self._process = _SPAWN.Process(target=_command, args=(words, self._err))
+        self._process.start()
+
+    @property
+    def returncode(self):
+        return self._process.exitcode
+
+    def poll(self):
+        return self._process.exitcode
+
+    def kill(self):
+        self._process.kill()
+
+    def send_signal(self, number):
+        os.kill(self._process.pid, number)
+
+    def communicate(self, timeout=None):
+        """Wait for the end; nothing of its output, and what it wrote to stderr."""
+        self._process.join(timeout)
+        err = Path(self._err).read_text()
+        Path(self._err).unlink()
+        return "", err
+
+
+def _command(words, err):
+    stream = os.open(err, os.O_WRONLY)
+    os.dup2(stream, 1)
+    os.dup2(stream, 2)
+    torch.set_num_threads(1)
+    from sdd.commands.main import main
+
+    sys.exit(main(words))

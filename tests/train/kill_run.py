@@ -47,19 +47,26 @@ def config(steps, **changes):
     return replace(TINY, steps=steps, keep_checkpoints=2, eval_every=0, threads=1, device="cpu", **changes)
 
 
-def killed_run(settings, folder, kills, seed, say=lambda line: None):
+def killed_run(settings, folder, kills, seed, say=lambda line: None, begin=None, begins_within=4.0):
     """Train with `settings` in `folder`, killed that many times at moments drawn from `seed`; returns the kills.
 
     It ends earlier if the run is done before it could be killed as often.
+
+    Args:
+        settings, folder, kills, seed: as above.
+        say: told of each kill.
+        begin: begins a process with the arguments of `sdd`; a Python of its own unless said.
+        begins_within: seconds until such a process trains.
     """
+    begin = begin or python
     draw, done, run = random.Random(seed), [], folder / "killed"
     save_seconds = 0.04  # about what one takes
     while len(done) < kills:
-        process = command(settings, folder, run)
+        process = begin(command(settings, folder, run))
         moment = draw.choice(MOMENTS)
         try:
             if moment == "starting":
-                time.sleep(draw.uniform(0, 4))
+                time.sleep(draw.uniform(0, begins_within))
             elif moment == "stepping":
                 aim = rows_of(run) + draw.randint(1, 20)
                 wait(process, lambda aim=aim: rows_of(run) >= aim)
@@ -80,19 +87,22 @@ def killed_run(settings, folder, kills, seed, say=lambda line: None):
         done.append(Kill(moment, bool(half_written(run / "checkpoints")), newest_whole(run)))
         assert done[-1].step >= max((kill.step for kill in done), default=0), "a whole checkpoint was lost"
         say(f"kill {len(done)}: {moment}, {'in mid-save, ' * done[-1].left_half_written}whole at step {done[-1].step}")
-    _, err = (process := command(settings, folder, run)).communicate(timeout=PATIENCE * 10)
+    _, err = (process := begin(command(settings, folder, run))).communicate(timeout=PATIENCE * 10)
     assert process.returncode == 0, err
     check_said(err, done[-1], run)
     return done
 
 
 def command(settings, folder, run):
-    """`sdd train`, or `sdd resume` once there is a run, as a process of its own."""
+    """The arguments of `sdd train`, or of `sdd resume` once there is a run."""
     if (run / "config.json").exists():
-        words = ["resume", str(run)]
-    else:
-        config_io.save(settings, folder / "settings.json")
-        words = ["train", str(folder / "settings.json"), "--out", str(run)]
+        return ["resume", str(run)]
+    config_io.save(settings, folder / "settings.json")
+    return ["train", str(folder / "settings.json"), "--out", str(run)]
+
+
+def python(words):
+    """`sdd WORDS` in a Python of its own."""
     words = [sys.executable, "-m", "sdd", *words]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
     return subprocess.Popen(words, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -165,7 +175,7 @@ def main():
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         began = time.monotonic()
-        process = command(settings, folder, folder / "whole")
+        process = python(command(settings, folder, folder / "whole"))
         assert process.wait() == 0, process.stderr.read()
         done = killed_run(settings, folder, options.kills, options.seed, lambda line: print(line, flush=True))
         compare(folder / "whole", folder / "killed")

@@ -24,8 +24,8 @@ CONFIG = replace(
     TINY,
     model=replace(TINY.model, d_ff=20, moe=MOE, placement=placements["sdd-paper"]),
     data=replace(TINY.data, batch_size=8),
-    steps=20,
-    eval_every=10,
+    steps=10,
+    eval_every=5,
     eval_sequences=4,
     checkpoint_every=0,
     sample_tokens=0,
@@ -54,7 +54,7 @@ def alone(tmp_path_factory):
 def test_rows_say_how_the_tokens_were_routed(alone):
     found = rows(alone[0])
     steps = [row for row in found if "loss" in row]
-    assert len(steps) == 20
+    assert len(steps) == CONFIG.steps
     for row in steps:
         assert 0 < row["router_entropy"] <= math.log(3) + 1e-6
         assert 1 <= row["worst_load"] <= 3 / 2

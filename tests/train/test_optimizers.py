@@ -317,7 +317,7 @@ def test_only_valid_names_are_taken_from_python():
 # --- over processes
 
 # neither 51 rows nor 5 experts divide by two
-SHARED = replace(UNEVEN, eval_every=0, probe_every=10, sample_tokens=0)
+SHARED = replace(UNEVEN, steps=8, eval_every=0, probe_every=4, sample_tokens=0)
 
 
 def whole(trainer):
@@ -335,7 +335,7 @@ def train(world, config, out):
 
 
 def reload(world, out):
-    trainer = reopen(out, steps=21, world=world)
+    trainer = reopen(out, steps=9, world=world)
     found = whole(trainer)
     trainer.run_dir.unlock()
     return found

@@ -4,7 +4,7 @@ import math
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cache
+from functools import cache, cached_property
 from itertools import product
 from typing import Any
 
@@ -40,12 +40,12 @@ class Plan:
     mfu: float
     tokens: int
 
-    @property
+    @cached_property
     def parameters(self) -> ParameterCount:
         """The model's parameters by role."""
         return count_parameters(self.case.model)
 
-    @property
+    @cached_property
     def flops(self) -> TrainingFlops:
         """FLOPs of a token, forward and backward."""
         case = self.case
@@ -106,12 +106,12 @@ class Plan:
         cost = self.optimizer
         return cost.traffic / (self.gpu.bandwidth * 1e9) + cost.flops / (self.mfu * self.gpu.peak(self.precision))
 
-    @property
+    @cached_property
     def optimizer(self) -> OptimizerCost:
         """What the optimiser costs."""
         return optimizer_cost(self.case, self.memory.weights // 4)
 
-    @property
+    @cached_property
     def norms(self) -> int:
         """Bytes of the activations that a model without any norm would not keep."""
         return self.memory.activations - bare_activations(self.case)

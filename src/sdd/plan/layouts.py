@@ -19,6 +19,7 @@ The search leaves out, and says so:
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from sdd.errors import UserError
@@ -77,7 +78,7 @@ class LayoutPlan:
         """Whether the peak is within `capacity`."""
         return self.peak <= self.capacity
 
-    @property
+    @cached_property
     def exchanges(self) -> list[Exchange]:
         """What one GPU exchanges in a step, the longest first."""
         return exchanges(self.trace.traffic(self.passes), self.layout, self.cluster)
@@ -107,7 +108,7 @@ class LayoutPlan:
         """Utilisation with the exchanges counted."""
         return self.mfu * self.compute / self.step
 
-    @property
+    @cached_property
     def _flops(self) -> float:
         run = self.case.run
         flops = training_flops(
