@@ -124,7 +124,7 @@ def note(seen, kind, module, args, output):
 
 def everything(rank):
     """All answers of two processes, which take long to import torchtitan."""
-    tensor = tensor_parallel(rank, ["sdd", CUT])
+    tensor = tensor_parallel(rank, ["sdd", "sdd-released", CUT])
     return {"tensor": tensor, "eager": sharded(rank, False), "compiled": sharded(rank, True)}
 
 

@@ -65,6 +65,8 @@ def _plan_layouts(options: argparse.Namespace, config: RunConfig, gpu: Gpu) -> i
     from sdd.plan.layout_table import show_layout, show_search
     from sdd.plan.layouts import Planner
 
+    if config.parallel.context_attention == "ring":
+        raise UserError("a plan traces gathered keys and values: leave out --parallel.context_attention ring")
     searched = options.layouts or options.best
     if searched and overrides(options, "parallel.").keys() - {"parallel.reshard"}:
         raise UserError("--layouts and --best look at all layouts: leave its sizes out, --parallel.tensor and the like")
