@@ -83,7 +83,7 @@ class Norm(Module):
         names = () if self.scale_name is None else (self.scale_name,)
         return keep_wide(self, names, lambda: super(Norm, self)._apply(fn, recurse))
 
-    def forward(self, input: Tensor, beside: Tensor | None = None) -> Tensor:
+    def forward(self, input: Tensor, *, beside: Tensor | None = None) -> Tensor:
         """`[..., features]` to `[..., features]`.
 
         Args:
@@ -180,7 +180,7 @@ class JointFeedForward(FeedForward):
     def forward(self, x: Tensor) -> Tensor:
         """`[B, T, C]` to `[B, T, C]`."""
         gate, up = self.w1.linear(x), self.w3.linear(x)
-        return self.w2(F.silu(self.w1.norm(gate, up)) * self.w3.norm(up, gate))
+        return self.w2(F.silu(self.w1.norm(gate, beside=up)) * self.w3.norm(up, beside=gate))
 
 
 class SDDQKVLinear(QKVLinear):
