@@ -57,7 +57,7 @@ def test_a_balance_loss_is_not_changed(tmp_path, balance):
         assert reopen(run, 8, parallel={"accumulate": "2"}).config.accumulate == 2
         return
     with pytest.raises(
-        UserError, match="--accumulate 2 would change the balance loss of this mixture, .* leave it at 1"
+        UserError, match=r"--accumulate 2 would change the balance loss .* leave it at 1$"
     ):
         reopen(run, 8, parallel={"accumulate": "2"})
     assert reopen(run, 8, parallel={"accumulate": "1"}).config.accumulate == 1

@@ -109,7 +109,7 @@ class ContextSplit(TokenSplit):
     def attend(self, q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor) -> Tensor:
         """Causal attention by the ring."""
         assert self.ring is not None
-        return self.ring(q_BHTD, k_BKTD, v_BKTD)
+        return self.ring.attend(q_BHTD, k_BKTD, v_BKTD)
 
     @torch.no_grad()
     def all_queries(self, x_BHTD: Tensor) -> Tensor:

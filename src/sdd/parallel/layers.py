@@ -38,13 +38,16 @@ class _Cut(nn.Module):
         exchange: before a column-parallel product, or after a row-parallel one.
         adds_up: whether the backward pass adds up the gradients of vectors over the processes, each of which has that
             of its own features or tokens; else the caller does, for all at once.
-        spans: whether the norm here is over features of all processes.
     """
 
     mesh: DeviceMesh
     exchange: Exchange
     adds_up: bool
-    spans: bool = False
+
+    @property
+    def spans(self) -> bool:
+        """Whether there is a norm over the features of all processes."""
+        return False
 
     def mine(self, vector: Tensor) -> Tensor:
         """The elements of a vector that belong to this process's features."""
@@ -149,7 +152,10 @@ class CutRMSNorm(_Cut, RMSNorm):
 class ForeignRMSNorm(_Cut):
     """A norm of another library, `weight * norm(x)`, of features that are cut; a base of a class made for each."""
 
-    spans = True
+    @property
+    def spans(self) -> bool:
+        """Always."""
+        return True
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """This process's features of input and output."""

@@ -50,12 +50,12 @@ class RingAttention(nn.Module):
         parallelize_module(self, mesh, ring._ContextParallel(seq_dim=2, attention_type=kind))
 
     @torch.compiler.disable
-    def __call__(self, q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor) -> Tensor:
+    def attend(self, q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor) -> Tensor:
         """`[B, H, T, D]` of this process's T tokens, from their queries, keys and values; a graph break."""
-        return super().__call__(q_BHTD, k_BKTD, v_BKTD)
+        return self(q_BHTD, k_BKTD, v_BKTD)
 
     def forward(self, q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor) -> Tensor:
-        """The same of DTensors."""
+        """The same of DTensors, which torch's hooks make of plain tensors and back."""
         with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
             return scaled_dot_product_attention(
                 q_BHTD, k_BKTD, v_BKTD, is_causal=True, enable_gqa=q_BHTD.shape[1] != k_BKTD.shape[1]
