@@ -17,6 +17,13 @@ def stopped(config, out):
     start(replace(config, steps=4), out).run()
 
 
+def reopened(run, accumulate=None):
+    """The config of the run as it goes on, and its step."""
+    trainer = reopen(run, 8, parallel=None if accumulate is None else {"accumulate": accumulate})
+    trainer.run_dir.unlock()
+    return trainer.config, trainer.step
+
+
 def losses(run):
     return [row["loss"] for row in rows(run) if "loss" in row]
 
@@ -24,6 +31,7 @@ def losses(run):
 @pytest.mark.parametrize("accumulate", [1, 4])
 def test_other_parts_make_the_same_run(tmp_path, capsys, accumulate):
     config = little(tmp_path / "data", accumulate=2, steps=8, eval_every=0, sample_tokens=0)
+    config = replace(config, optim=replace(config.optim, schedule="constant"))
     start(config, tmp_path / "whole").run()
     run = tmp_path / "run"
     stopped(config, run)
@@ -41,9 +49,9 @@ def test_parts_that_do_not_fit_are_refused_and_the_run_stays(tmp_path, given, li
     stopped(little(tmp_path / "data", steps=8), run)
     before = (run / "config.json").read_bytes()
     with pytest.raises(UserError, match=line):
-        reopen(run, 8, parallel={"accumulate": given})
+        reopened(run, given)
     assert (run / "config.json").read_bytes() == before
-    assert reopen(run, 8).step == 4, "the refusal has let go of the run"
+    assert reopened(run)[1] == 4, "the refusal has let go of the run"
 
 
 @pytest.mark.parametrize("balance", [0.1, 0.0])
@@ -54,10 +62,10 @@ def test_a_balance_loss_is_not_changed(tmp_path, balance):
     run = tmp_path / "run"
     stopped(replace(config, model=replace(config.model, d_ff=16, moe=moe)), run)
     if not balance:
-        assert reopen(run, 8, parallel={"accumulate": "2"}).config.accumulate == 2
+        assert reopened(run, "2")[0].accumulate == 2
         return
     with pytest.raises(
         UserError, match=r"--accumulate 2 would change the balance loss .* leave it at 1$"
     ):
-        reopen(run, 8, parallel={"accumulate": "2"})
-    assert reopen(run, 8, parallel={"accumulate": "1"}).config.accumulate == 1
+        reopened(run, "2")
+    assert reopened(run, "1")[0].accumulate == 1

@@ -49,13 +49,11 @@ class RingAttention(nn.Module):
         kind = ring._ContextParallel.AttentionType.SDPA
         parallelize_module(self, mesh, ring._ContextParallel(seq_dim=2, attention_type=kind))
 
-    @torch.compiler.disable
-    def attend(self, q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor) -> Tensor:
-        """`[B, H, T, D]` of this process's T tokens, from their queries, keys and values; a graph break."""
-        return self(q_BHTD, k_BKTD, v_BKTD)
-
     def forward(self, q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor) -> Tensor:
-        """The same of DTensors, which torch's hooks make of plain tensors and back."""
+        """`[B, H, T, D]` of this process's T tokens, from their queries, keys and values.
+
+        torch's hooks make DTensors of plain tensors before, and plain ones after.
+        """
         with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
             return scaled_dot_product_attention(
                 q_BHTD, k_BKTD, v_BKTD, is_causal=True, enable_gqa=q_BHTD.shape[1] != k_BKTD.shape[1]
