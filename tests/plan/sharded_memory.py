@@ -50,7 +50,7 @@ def compare(case: CpuCase, traced: int, world: World) -> None:
     assert memory.weights == sum(map(nbytes, model.parameters()))
     assert memory.moments == sum(nbytes(value) for state in optimizer.state.values() for value in state.values())
     assert abs(planned / seen - 1) < 0.03, (case, memory, seen)
-    assert abs(traced / seen - 1) < 0.07, (case, traced, seen)
+    assert abs(traced / seen - 1) < 0.03, (case, traced, seen)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from sdd.parallel.layout import ParallelConfig
 
 #: Where torch 2.11 to 2.14 have it, and a shorter path that older code imports.
 _PLACES = ("_context_parallel", "_context_parallel._attention", "_attention")
-_NAMES = ("_ContextParallel", "_cp_options", "_enable_context_parallel_dispatcher")
+_NAMES = ("_ContextParallel", "_cp_options", "_enable_context_parallel_dispatcher", "set_rotate_method")
 _WIDEST_HEAD = 256  # of flash attention
 
 
@@ -45,6 +45,7 @@ class RingAttention(nn.Module):
         super().__init__()
         ring = _torchs_ring()
         ring._cp_options.enable_load_balance = True  # two pieces a process, as `ContextSplit` cuts sequences
+        ring.set_rotate_method("alltoall")  # torch's default gathers all keys and values, which is no ring
         ring._enable_context_parallel_dispatcher()
         kind = ring._ContextParallel.AttentionType.SDPA
         parallelize_module(self, mesh, ring._ContextParallel(seq_dim=2, attention_type=kind))
