@@ -64,8 +64,6 @@ def test_a_balance_loss_is_not_changed(tmp_path, balance):
     if not balance:
         assert reopened(run, "2")[0].accumulate == 2
         return
-    with pytest.raises(
-        UserError, match=r"--accumulate 2 would change the balance loss .* leave it at 1$"
-    ):
+    with pytest.raises(UserError, match=r"--accumulate 2 would change the balance loss .* leave it at 1$"):
         reopened(run, "2")
     assert reopened(run, "1")[0].accumulate == 1

@@ -74,8 +74,8 @@ def _plan_layouts(options: argparse.Namespace, config: RunConfig, gpu: Gpu) -> i
         raise UserError("--layouts and --best look at all layouts: leave its sizes out, --parallel.tensor and the like")
     if searched and options.gpus > _SEARCHED:
         raise UserError(
-            f"--layouts and --best search layouts of up to {_SEARCHED:,} GPUs, not of {options.gpus:,}: plan one by its "
-            "sizes, --parallel.tensor 8 for instance, or fewer GPUs"
+            f"--layouts and --best search layouts of up to {_SEARCHED:,} GPUs, not of {options.gpus:,}: plan one by "
+            "its sizes, --parallel.tensor 8 for instance, or fewer GPUs"
         )
     cluster = Cluster(options.gpus_per_node, options.link or gpu.link, options.network or gpu.network)
     config = replace(config, steps=config.steps if options.tokens is None else _steps(options.tokens, config))
