@@ -1,5 +1,6 @@
 """The SLURM example: its syntax, what it starts, and when it goes on."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -30,13 +31,14 @@ def test_directives_come_before_the_first_command():
     assert not any(line.startswith("#SBATCH") for line in lines[first:])
 
 
-def job(folder, exit_code=0, restarts=0, words=("1b", "--lr", "0.1")):
-    """What the job runs, with stand-ins for SLURM's commands and torchrun."""
+def job(folder, exit_code=0, restarts=0, words=("1b", "--lr", "0.1"), ended=""):
+    """What the job runs, with stand-ins for SLURM's commands and for a torchrun that says how its processes ended."""
     tools = folder / "bin"
     tools.mkdir(exist_ok=True)
     scripts = {
         "scontrol": '[[ $1 == show ]] && printf "n1\\nn2\\n" || echo "$@" >> calls',
-        "srun": f'echo "$@" >> calls; exit {exit_code}',
+        "srun": 'shift; SLURM_PROCID=0 exec "$@"',
+        "torchrun": f'echo "$@" >> calls; echo \'{ended}\' > "$TORCHELASTIC_ERROR_FILE"; exit {exit_code}',
     }
     for name, body in scripts.items():
         (tools / name).write_text(f"#!/bin/bash\n{body}\n")
@@ -68,3 +70,22 @@ def test_a_job_that_is_stopped_is_requeued_a_few_times(tmp_path):
     assert calls[1:] == ["requeue 7"]
     assert job(tmp_path, exit_code=1, restarts=10)[1][1:] == []
     assert job(tmp_path, exit_code=0)[1][1:] == []
+
+
+def how(code):
+    """What torchrun writes of a process that ended with this code."""
+    return json.dumps({"message": {"message": "sdd ended", "extraInfo": {"timestamp": "1"}, "errorCode": code}})
+
+
+@pytest.mark.parametrize("code", [1, 3, 23, 130, -9])
+def test_what_a_new_attempt_may_mend_is_requeued(tmp_path, code):
+    assert job(tmp_path, exit_code=1, ended=how(code))[1][1:] == ["requeue 7"]
+
+
+@pytest.mark.parametrize(("exit_code", "ended"), [(1, how(2)), (2, ""), (126, ""), (127, "")])
+def test_a_mistake_is_not_requeued(tmp_path, exit_code, ended):
+    """A wrong option is one in the next attempt too."""
+    code, calls = job(tmp_path, exit_code=exit_code, ended=ended)
+    assert code == exit_code
+    assert calls[1:] == []
+    assert list((tmp_path / "runs").iterdir()) == [], "what was noted is removed"

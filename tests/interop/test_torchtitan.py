@@ -29,7 +29,7 @@ from sdd.placement import Norm, Placement, placements
 pytestmark = pytest.mark.ties
 
 NO_SHRINKING = (Phase.explicit, Phase.reuse, Phase.generate)  # a model is built each time
-EXPRESSIBLE = sorted(set(placements) - {"sdd-released", "ngpt"})
+EXPRESSIBLE = sorted(set(placements) - {"ngpt"})
 
 
 @pytest.mark.parametrize("flavor", ["debugmodel", "1B", "8B"])
@@ -174,7 +174,6 @@ def stock(**changes):
 @pytest.mark.parametrize(
     ("placement", "config", "message"),
     [
-        ("sdd-released", stock, "sdd-released has one norm over gate and up"),
         ("ngpt", stock, "ngpt has learned scales without a norm"),
         (Placement({}, weights="unit"), stock, "own placement has weights of unit length"),
         ("sddd", stock, "no placement 'sddd' (did you mean 'sdd'?)"),

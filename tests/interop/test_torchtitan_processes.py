@@ -124,7 +124,7 @@ def note(seen, kind, module, args, output):
 
 def everything(rank):
     """All answers of two processes, which take long to import torchtitan."""
-    tensor = tensor_parallel(rank, ["sdd", CUT])
+    tensor = tensor_parallel(rank, ["sdd", "sdd-released", CUT])
     return {"tensor": tensor, "eager": sharded(rank, False), "compiled": sharded(rank, True)}
 
 
@@ -136,7 +136,7 @@ def answers():
 def test_two_tensor_parallel_processes_are_one(answers):
     for answer in answers:
         errors = answer["tensor"]
-        assert len(errors) == 4
+        assert len(errors) == 6
         assert all(error < 1e-5 for error in errors.values()), errors
 
 

@@ -49,9 +49,10 @@ def test_four_real_processes_do_too(layout):
 
 
 @pytest.mark.parametrize("layout", [ParallelConfig(shard=4), ParallelConfig(shard=2, tensor=2)], ids=str)
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_a_deep_model_is_exact_from_two_shallow_ones(layout, optimizer):
-    case = with_optimizer(make_case(small_config("sdd-paper", n_layers=5), 4, bfloat16=True), optimizer)
+@pytest.mark.parametrize(("optimizer", "checkpoint"), [("adamw", False), ("muon", False), ("adamw", True)])
+def test_a_deep_model_is_exact_from_two_shallow_ones(layout, optimizer, checkpoint):
+    shape = small_config("sdd-paper", n_layers=7)
+    case = with_optimizer(make_case(shape, 4, bfloat16=True, checkpoint=checkpoint), optimizer)
     deep, direct = trace(case, layout), trace_directly(case, layout)
     assert states(deep) == states(direct)
     assert (deep.of_pass, deep.of_step) == (direct.of_pass, direct.of_step)
@@ -66,7 +67,7 @@ def test_memory_under_fsdp_is_that_of_the_plan_without_layouts(bfloat16, checkpo
     found, planned = trace(case, ParallelConfig(shard=2)).memory, measure_memory(case)
     assert (found.weights, found.gradients, found.moments) == (planned.weights, planned.gradients, planned.moments)
     assert found.activations == planned.activations
-    assert found.peak == pytest.approx(planned.peak, rel=0.06)  # the trace counts more while blocks are recomputed
+    assert found.peak == pytest.approx(planned.peak, rel=0.01)
 
 
 def test_tensor_parallel_processes_share_activations_and_matrices():

@@ -19,11 +19,13 @@ from helpers_layouts import (
     unbroken,
 )
 from helpers_parallel import in_world
+from helpers_ring import on_cpu
 
 from sdd.models import MoEConfig
 from sdd.models.transformer import HAS_CHUNKED_LOSS
 from sdd.parallel import ParallelConfig
 from sdd.placement import placements
+from sdd.train import learner
 from sdd.train.parallel import World
 
 pytestmark = pytest.mark.layouts
@@ -70,6 +72,36 @@ def test_models_have_the_losses_and_gradients_of_one_process(tmp_path, name):
     shared = {name: replace(config, parallel=layout) for name, config in configs.items()}
     for ours in in_world(size, gradients, shared, dtypes, tmp_path):
         assert_same_gradients(ours, alone)
+
+
+# --- torch's ring, with the kernel of CPUs
+
+
+def by_ring(world, function, *args):
+    """`function(world, *args)` where this machine passes for one that has the ring."""
+    calls = on_cpu()
+    learner.check_ring = lambda *_: None
+    answer = function(world, *args)
+    assert calls
+    return answer
+
+
+def ring(config):
+    return replace(config, parallel=ParallelConfig(context=2, context_attention="ring"))
+
+
+@pytest.mark.parametrize("name", ["sdd", "recomputed"])
+def test_by_ring_a_model_has_the_losses_and_gradients_of_one_process(tmp_path, name):
+    configs = {name: OTHERS["chunked, recomputed"] if name == "recomputed" else of_placement(name)}
+    alone = gradients(World(), configs, [torch.float32], tmp_path)
+    shared = {name: ring(config) for name, config in configs.items()}
+    for ours in in_world(2, by_ring, gradients, shared, [torch.float32], tmp_path):
+        assert_same_gradients(ours, alone)
+
+
+def test_by_ring_a_run_is_refused_on_a_cpu(tmp_path):
+    with pytest.raises(AssertionError, match="context_attention=ring runs on CUDA GPUs alone, and this run is on cpu"):
+        in_world(2, train, ring(RUN), tmp_path / "run")
 
 
 RUNS = {

@@ -5,11 +5,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from helpers_layouts import end_documents
 from helpers_parallel import in_world
 from helpers_train import UNEVEN
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sdd.errors import UserError
+from sdd.models import MoEConfig
 from sdd.parallel import ParallelConfig
 from sdd.train import config_io
 from sdd.train.run_dir import RunDir
@@ -103,15 +105,28 @@ def compiled(world, config, out):
     for compile_it in (False, True):
         torch._dynamo.reset()
         trainer = Trainer(replace(config, compile=compile_it), RunDir(out), world=world)
+        end_documents(trainer)
         values = {"loss": trainer.backward(0).numpy(), "held-out": np.array(trainer.evaluate().loss)}
         found.append(values | {name: whole(p.grad) for name, p in trainer.model.named_parameters()})
     return found
 
 
+ONE = replace(CONFIG, model=replace(MODEL, n_layers=1))
+MIXTURE = replace(ONE, model=replace(ONE.model, d_ff=20, moe=MoEConfig(4, 2, d_shared=12, balance_loss=0.1)))
+SHARED = {
+    "tensor 2": (2, ONE, ParallelConfig(tensor=2)),
+    "shard 2, tensor 2": (4, ONE, ParallelConfig(tensor=2)),
+    "context 2": (2, ONE, ParallelConfig(context=2)),
+    "context 2, documents": (2, replace(ONE, data=replace(ONE.data, document_mask=True)), ParallelConfig(context=2)),
+    "expert 2": (2, MIXTURE, ParallelConfig(expert=2)),
+}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("size", [2, 4])
-def test_compiled_blocks_that_processes_share_have_the_numbers_of_equations(tmp_path, size):
-    config = replace(CONFIG, model=replace(MODEL, n_layers=1), parallel=ParallelConfig(tensor=2))
+@pytest.mark.parametrize("name", SHARED)
+def test_compiled_blocks_that_processes_share_have_the_numbers_of_equations(tmp_path, name):
+    size, config, layout = SHARED[name]
+    config = replace(config, parallel=layout)
     for plain, fused in in_world(size, compiled, config, tmp_path):
         for name, expected in plain.items():
             assert np.linalg.norm(fused[name] - expected) <= 1e-5 * np.linalg.norm(expected), name

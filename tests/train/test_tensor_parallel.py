@@ -11,6 +11,7 @@ from helpers_layouts import (
     assert_same_gradients,
     assert_same_run,
     gradients,
+    leaves,
     loaded_and_saved,
     of_placement,
     saved_by,
@@ -21,6 +22,7 @@ from helpers_layouts import (
 )
 from helpers_parallel import in_world
 
+from sdd.files import read_json_lines
 from sdd.parallel import ParallelConfig
 from sdd.placement import Norm, placements
 from sdd.train.parallel import World
@@ -87,6 +89,22 @@ def test_a_run_is_that_of_one_process(tmp_path, alone, name):
     size, layout, _ = LAYOUTS[name]
     in_world(size, train, replace(RUN, parallel=layout), tmp_path / "run")
     assert_same_run(tmp_path / "run", alone)
+
+
+@pytest.mark.parametrize("name", ["sdd-paper", "sdd-released"])
+def test_eps_is_weighed_against_all_features_of_a_norm(tmp_path, name):
+    """The probe's ratios of norms over features of several processes are those of one process."""
+    config = of_placement(name, steps=2, probe_every=1, eval_every=0, sample_tokens=0)
+    train(World(), config, tmp_path / "alone")
+    in_world(2, train, replace(config, parallel=ParallelConfig(tensor=2)), tmp_path / "run")
+    ours, theirs = (
+        {key: value for row in read_json_lines(tmp_path / run / "probe.jsonl") for key, value in leaves(row).items()}
+        for run in ("run", "alone")
+    )
+    ratios = {key for key in theirs if "eps_ratio" in key}
+    assert any("up_proj" in key for key in ratios)
+    for key in ratios:
+        assert ours[key] == pytest.approx(theirs[key], rel=1e-4), key
 
 
 def test_a_run_goes_on_bit_for_bit_within_a_layout(tmp_path):

@@ -107,11 +107,13 @@ def test_a_killed_rank_a_stopped_job_and_a_smaller_world_do_not_change_the_run(t
 
 
 @pytest.mark.slow
-def test_a_mistake_is_told_once(tmp_path):
-    log = tmp_path / "log"
+def test_a_mistake_is_told_once(tmp_path, monkeypatch):
+    log, ended = tmp_path / "log", tmp_path / "ended"
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(ended))
     with torchrun(log, "train", "nano", "--data", "/nowhere/tokens.npy", "--out", str(tmp_path / "run")) as job:
         assert job.wait(120) != 0
     said = log.read_text()
     assert said.count("sdd: no data at /nowhere/tokens.npy") == 1, said
     assert "exitcode  : 2" in said, said
+    assert '"errorCode": 2}' in ended.read_text(), "by which examples/slurm.sbatch knows a mistake"
     assert not (tmp_path / "run").exists()

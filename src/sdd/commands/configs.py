@@ -27,7 +27,11 @@ def add_preset(parser: argparse.ArgumentParser) -> None:
 
 
 def add_fields(
-    parser: argparse.ArgumentParser, names: Mapping[str, str] = SHORT, *, dotted_names: bool = True, only: str = ""
+    parser: argparse.ArgumentParser,
+    names: Mapping[str, str] = SHORT,
+    *,
+    dotted_names: bool = True,
+    only: str | tuple[str, ...] = "",
 ) -> None:
     """Add an option for each field of a config; `overrides` reads them.
 
@@ -35,7 +39,7 @@ def add_fields(
         parser: gets the options.
         names: short names of fields.
         dotted_names: offer every field by its dotted name; without, only the fields of `names`.
-        only: offer only the fields whose dotted name begins so.
+        only: offer only the fields whose dotted name begins so, or in one of these ways.
     """
     for dotted, hint, about in config_io.fields():
         if not dotted.startswith(only):
@@ -47,7 +51,7 @@ def add_fields(
             parser.add_argument(*flags, dest=dotted, metavar=kind, help=about.replace("%", "%%"))
 
 
-def overrides(options: argparse.Namespace, only: str = "") -> dict[str, Any]:
+def overrides(options: argparse.Namespace, only: str | tuple[str, ...] = "") -> dict[str, Any]:
     """The fields that were given, by dotted name; text, which is checked when it becomes part of a config.
 
     Args:

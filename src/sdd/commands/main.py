@@ -43,7 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")
     if not args or args[0] not in COMMANDS:
         return _exit_code(args)
-    from sdd.train.parallel import speaks, supervised
+    from sdd.train.ending import supervised
+    from sdd.train.parallel import speaks
 
     logging.basicConfig(level=logging.WARNING if speaks() else logging.ERROR, format="%(message)s")
     logging.getLogger("sdd").setLevel(logging.INFO if speaks() else logging.ERROR)  # other packages only warn

@@ -37,6 +37,8 @@ _FIELDS = {
 }
 #: Largest context and batch: sizes of tensors overflow beyond it.
 _LARGEST = 10**8
+#: The most GPUs whose layouts are searched: with their number grow that of layouts and the time that each takes.
+_SEARCHED = 1024
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
 
 
@@ -65,9 +67,16 @@ def _plan_layouts(options: argparse.Namespace, config: RunConfig, gpu: Gpu) -> i
     from sdd.plan.layout_table import show_layout, show_search
     from sdd.plan.layouts import Planner
 
+    if config.parallel.context_attention == "ring":
+        raise UserError("a plan traces gathered keys and values: leave out --parallel.context_attention ring")
     searched = options.layouts or options.best
     if searched and overrides(options, "parallel.").keys() - {"parallel.reshard"}:
         raise UserError("--layouts and --best look at all layouts: leave its sizes out, --parallel.tensor and the like")
+    if searched and options.gpus > _SEARCHED:
+        raise UserError(
+            f"--layouts and --best search layouts of up to {_SEARCHED:,} GPUs, not of {options.gpus:,}: plan one by "
+            "its sizes, --parallel.tensor 8 for instance, or fewer GPUs"
+        )
     cluster = Cluster(options.gpus_per_node, options.link or gpu.link, options.network or gpu.network)
     config = replace(config, steps=config.steps if options.tokens is None else _steps(options.tokens, config))
     planner = Planner(config, gpu, options.gpus, cluster, mfu=options.mfu, micro_batch=options.micro_batch)

@@ -10,7 +10,7 @@ from sdd.train.parallel import joined
 from sdd.train.trainer import reopen
 
 #: The fields of a run that may be others from here on begin so.
-_CHANGEABLE = "parallel."
+_CHANGEABLE = ("parallel.", "accumulate")
 
 
 def main(args: list[str]) -> int:

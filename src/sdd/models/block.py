@@ -156,6 +156,10 @@ class Attention(nn.Module):
         """`softmax(q k^T / sqrt(D)) v`, `[B, T, C]`; q and k are rotated already."""
         if extend is not None:
             k_BKTD, v_BKTD = extend(k_BKTD, v_BKTD)
+        elif self.split.attends:
+            if probe_points.recording():
+                self._show(q_BHTD, self.split.all_queries(k_BKTD), mask)
+            return self.split.attend(q_BHTD, k_BKTD, v_BKTD).transpose(1, 2).flatten(2)
         else:
             k_BKTD, v_BKTD = self.split.attended(k_BKTD, v_BKTD)
             self._show(q_BHTD, k_BKTD, mask)

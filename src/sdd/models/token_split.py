@@ -8,8 +8,13 @@ class TokenSplit:
     """All tokens on one process; a subclass shares them (`sdd.parallel`).
 
     The model asks for its own tokens where the residual stream begins, and joins what comes out at its end. In between,
-    attention has the queries of some tokens and the keys and values of all.
+    attention has the queries of some tokens and the keys and values of all; or the processes attend together.
     """
+
+    @property
+    def attends(self) -> bool:
+        """Whether `attend` computes the attention of the forward pass under way."""
+        return False
 
     def begin(self, n_tokens: int, cached: bool) -> None:
         """Decide how a forward pass shares its tokens.
@@ -37,6 +42,10 @@ class TokenSplit:
     def attended(self, k_BKTD: Tensor, v_BKTD: Tensor) -> tuple[Tensor, Tensor]:
         """The keys and values of all tokens `[B, K, S, D]`, from those of the tokens whose queries this process has."""
         return k_BKTD, v_BKTD
+
+    def attend(self, q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor) -> Tensor:
+        """Causal `softmax(q k^T / sqrt(D)) v` of the tokens of all processes, `[B, H, T, D]` of those of this one."""
+        raise NotImplementedError
 
     def all_queries(self, x_BHTD: Tensor) -> Tensor:
         """A row for each token, dimension 2, from those of the tokens whose queries this process has; no gradient."""

@@ -115,7 +115,8 @@ class LanguageModel(nn.Module):
             auxiliary losses of a mixture of experts in it.
 
         Raises:
-            ValueError: if the sequence is longer than the context, or document_eos is given with a cache.
+            ValueError: if the sequence is longer than the context, or document_eos is given with a cache or with ring
+                attention.
         """
         if cache is not None and document_eos is not None:
             raise ValueError("document_eos needs all tokens at once: leave out document_eos or cache")
@@ -162,8 +163,10 @@ class LanguageModel(nn.Module):
     def _attended(self, tokens_BT: Tensor, document_eos: int | None) -> tuple[slice | Tensor, Mask | None]:
         """The positions of the tokens whose queries this process has, and their mask; None for causal."""
         positions = self.split.positions(tokens_BT.shape[1], tokens_BT.device)
-        if positions is None and document_eos is None:
-            return slice(tokens_BT.shape[1]), None
+        if self.split.attends and document_eos is not None:
+            raise ValueError("document_eos needs a mask, and ring attention has none")
+        if document_eos is None and (positions is None or self.split.attends):
+            return slice(tokens_BT.shape[1]) if positions is None else positions, None
         dtype = sdd_F.product_dtype(self.embed.weight)
         mask = attention_mask(tokens_BT, document_eos, self.config.head_dim, dtype, positions)
         return slice(tokens_BT.shape[1]) if positions is None else positions, mask

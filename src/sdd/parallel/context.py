@@ -9,7 +9,8 @@ token attends to those before it, so an early and a late piece together are as m
     mask        the rows of the causal or document mask at the positions of its queries
 
 The backward pass adds up the gradients of k and v, and each process gets that of its own tokens (reduce-scatter). With
-tensor parallelism, the processes of a tensor group share the T/P tokens in turn.
+tensor parallelism, the processes of a tensor group share the T/P tokens in turn. Instead of gathering, the processes
+may attend by torch's ring, without a mask (`sdd.parallel.ring`).
 
 Tokens that 2P does not divide, and those after a cache, are on all processes instead: for generation, without
 gradients.
@@ -23,9 +24,10 @@ from sdd.models import LanguageModel
 from sdd.models.block import Block
 from sdd.models.token_split import TokenSplit
 from sdd.parallel.exchange import gathered, joined, summed
+from sdd.parallel.ring import RingAttention
 
 
-def share_sequences(model: LanguageModel, mesh: DeviceMesh) -> LanguageModel:
+def share_sequences(model: LanguageModel, mesh: DeviceMesh, *, ring: bool = False) -> LanguageModel:
     """Share the sequences of a model, in place; it takes the same tokens on every process and gives the same results.
 
     Gradients of parameters are summands: add them up over the processes of the mesh, as `sdd train` does.
@@ -34,8 +36,12 @@ def share_sequences(model: LanguageModel, mesh: DeviceMesh) -> LanguageModel:
         model: with weights or on "meta"; may be cut by `parallelize` before. The `sum_counts` of a mixture must sum
             over these processes too.
         mesh: of the P processes, one dimension.
+        ring: attend by torch's ring; see `sdd.parallel.ring`.
+
+    Raises:
+        UserError: if this torch has no ring.
     """
-    model.split = ContextSplit(mesh, model.split)
+    model.split = ContextSplit(mesh, model.split, RingAttention(mesh) if ring else None)
     for block in model.blocks:
         assert isinstance(block, Block)
         block.attn.split = model.split
@@ -48,14 +54,20 @@ class ContextSplit(TokenSplit):
     Args:
         mesh: of the P processes.
         within: how the tokens of one process are shared in turn.
+        ring: attends over the processes; None to gather keys and values.
 
     Attributes:
         spread: whether the forward pass under way does so; else every process has all tokens.
     """
 
-    def __init__(self, mesh: DeviceMesh, within: TokenSplit) -> None:
-        self.mesh, self.within = mesh, within
+    def __init__(self, mesh: DeviceMesh, within: TokenSplit, ring: RingAttention | None = None) -> None:
+        self.mesh, self.within, self.ring = mesh, within, ring
         self.spread = True
+
+    @property
+    def attends(self) -> bool:
+        """Whether the ring attends: if there is one, and the tokens are spread."""
+        return self.ring is not None and self.spread
 
     def begin(self, n_tokens: int, cached: bool) -> None:
         """Spread the tokens if they divide; see `TokenSplit.begin`.
@@ -93,6 +105,11 @@ class ContextSplit(TokenSplit):
         both = self._in_order(gathered(torch.cat([k_BKTD, v_BKTD], 1), self.mesh, 2), 2)
         k_BKSD, v_BKSD = both.chunk(2, 1)
         return k_BKSD, v_BKSD
+
+    def attend(self, q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor) -> Tensor:
+        """Causal attention by the ring, uncompiled (a graph break)."""
+        assert self.ring is not None
+        return torch.compiler.disable(self.ring)(q_BHTD, k_BKTD, v_BKTD)  # pyright: ignore[reportCallIssue]
 
     @torch.no_grad()
     def all_queries(self, x_BHTD: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from sdd.kernels import scaled_norm
 from sdd.models.block import FeedForward
 from sdd.models.joint import call_jointly
 from sdd.nn import LearnedScale, RMSNorm, SDDLinear
-from sdd.parallel.exchange import part_of, shared
+from sdd.parallel.exchange import part_of, shared, summed
 from sdd.parallel.norms import sharded_norm, sharded_scaled_norm
 from sdd.parameters import whole
 
@@ -44,6 +44,11 @@ class _Cut(nn.Module):
     exchange: Exchange
     adds_up: bool
 
+    @property
+    def spans(self) -> bool:
+        """Whether there is a norm over the features of all processes."""
+        return False
+
     def mine(self, vector: Tensor) -> Tensor:
         """The elements of a vector that belong to this process's features."""
         return part_of(self.all_of(vector), self.mesh)
@@ -51,6 +56,10 @@ class _Cut(nn.Module):
     def all_of(self, vector: Tensor) -> Tensor:
         """The whole vector, which each process uses for other features or tokens."""
         return shared(vector, self.mesh) if self.adds_up and vector.requires_grad else vector
+
+    def over_processes(self, mean_squares: Tensor) -> Tensor:
+        """The mean squares under the norm, from those of this process's features; for a probe, without gradient."""
+        return summed(mean_squares, self.mesh) / self.mesh.size() if self.spans else mean_squares
 
 
 def refuse_adapters(added: Tensor | None, alpha: Tensor | None) -> None:
@@ -75,6 +84,11 @@ class ColwiseLinear(_Cut, nn.Linear):
 class ColwiseSDDLinear(_Cut, SDDLinear):
     """`SDDLinear` with the output features cut: groups of features stay on one process, one of full width spans all."""
 
+    @property
+    def spans(self) -> bool:
+        """Whether there is one group."""
+        return self.parts[0][1] == self.out_features
+
     def product(self, input: Tensor) -> Tensor:
         """This process's features of `V x`."""
         return F.linear(self.exchange(input), local(self.weight))
@@ -85,11 +99,10 @@ class ColwiseSDDLinear(_Cut, SDDLinear):
         z = self.product(input)
         scale = self.all_of(self.alpha) if self.shared_alpha else self.mine(self.alpha)
         bias = None if self.bias is None else self.mine(self.bias)
-        group = self.parts[0][1]
-        if group == self.out_features:
+        if self.spans:
             y = sharded_scaled_norm(z, scale, bias, mesh=self.mesh, eps=self.eps)
         else:
-            y = scaled_norm(z, scale, bias, group=group, eps=self.eps)
+            y = scaled_norm(z, scale, bias, group=self.parts[0][1], eps=self.eps)
         probe_points.projection(self, z, y)
         return y
 
@@ -119,21 +132,30 @@ class RowwiseSDDLinear(_Cut, SDDLinear):
 class CutRMSNorm(_Cut, RMSNorm):
     """`RMSNorm` of features that are cut."""
 
+    @property
+    def spans(self) -> bool:
+        """Whether there is one group."""
+        return self.group is None
+
     def forward(self, x: Tensor) -> Tensor:
         """This process's features of input and output."""
-        spans = self.group is None
         if self.weight is None:
-            y = sharded_norm(x, self.mesh, self.eps) if spans else norm(x, self.eps, self.group)
+            y = sharded_norm(x, self.mesh, self.eps) if self.spans else norm(x, self.eps, self.group)
             return (self.factor * y).to(x.dtype)
         weight = self.all_of(self.weight) if self.width == self.group else self.mine(self.weight)
         weight = weight if self.factor == 1 else self.factor * weight
-        if spans:
+        if self.spans:
             return sharded_scaled_norm(x, weight, mesh=self.mesh, eps=self.eps)
         return scaled_norm(x, weight, group=self.group, eps=self.eps)
 
 
 class ForeignRMSNorm(_Cut):
     """A norm of another library, `weight * norm(x)`, of features that are cut; a base of a class made for each."""
+
+    @property
+    def spans(self) -> bool:
+        """Always."""
+        return True
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """This process's features of input and output."""

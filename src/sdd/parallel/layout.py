@@ -34,6 +34,8 @@ class ParallelConfig:
         tensor: processes that share each matrix of the blocks, and the tokens between the matrices.
         expert: processes that share the experts of a mixture, and send each other its tokens.
         context: processes that share each sequence, two pieces of it each.
+        context_attention: how they attend to the tokens of each other: "gather" their keys and values, or "ring",
+            torch's ring attention, which runs on CUDA in bfloat16, has no document mask, and is untested there.
         reshard: whether a block that `shard` cuts is given up after its forward pass and gathered again for the
             backward pass: "always", "never" (faster, and all blocks are in memory at once), or "auto", all but the last
             block, whose backward pass comes next. The numbers are the same.
@@ -44,6 +46,7 @@ class ParallelConfig:
     tensor: int = 1
     expert: int = 1
     context: int = 1
+    context_attention: Literal["gather", "ring"] = "gather"
     reshard: Literal["auto", "always", "never"] = "auto"
 
     def __post_init__(self) -> None:
@@ -51,6 +54,8 @@ class ParallelConfig:
             least = 0 if name == "shard" else 1
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
+        if self.context_attention not in ("gather", "ring"):
+            raise ValueError(f"context_attention={self.context_attention!r}: choose gather or ring")
         if self.reshard not in ("auto", "always", "never"):
             raise ValueError(f"reshard={self.reshard!r}: choose auto, always or never")
 
@@ -69,8 +74,14 @@ class ParallelConfig:
         """Whether every process shards and nothing else."""
         return self.data == self.shard and self.context == self.tensor == 1
 
+    @property
+    def rings(self) -> bool:
+        """Whether processes that share sequences attend by torch's ring."""
+        return self.context > 1 and self.context_attention == "ring"
+
     def __str__(self) -> str:
-        return ", ".join(f"{name} {getattr(self, name)}" for name in DIMENSIONS if getattr(self, name) > 1) or "shard 1"
+        sizes = ", ".join(f"{name} {getattr(self, name)}" for name in DIMENSIONS if getattr(self, name) > 1)
+        return (sizes or "shard 1") + (" by ring attention" if self.rings else "")
 
     def resolved(self, processes: int, model: ModelConfig) -> "ParallelConfig":
         """The same layout with `shard` as a number.

@@ -89,7 +89,9 @@ class Trace:
 def trace(case: MemoryCase, layout: ParallelConfig) -> Trace:
     """Trace one process of a layout.
 
-    Blocks of a kind are alike, so a deep model is traced at two small depths; every number is linear in the depth.
+    Blocks of a kind are alike, so a deep model is traced at two small depths; from the first on, every number is linear
+    in the depth. Where blocks are recomputed, that begins one block later: the peak lies in the backward pass, and only
+    in the third block from the end does FSDP2 hold a block that is reduced beside two that are gathered.
 
     Args:
         case: its `gpus` are the processes of the layout.
@@ -98,7 +100,7 @@ def trace(case: MemoryCase, layout: ParallelConfig) -> Trace:
     Raises:
         UserError: if the layout does not fit, or a tensor has more bytes than 64 bits can count.
     """
-    depth, small = case.model.n_layers, shallow(case.model)
+    depth, small = case.model.n_layers, shallow(case.model) + case.run.activation_checkpointing
     if depth <= small + 1:
         return trace_directly(case, layout)
     one, two = (trace_directly(case.with_model(n_layers=layers), layout) for layers in (small, small + 1))

@@ -1,7 +1,7 @@
 """The modules, norms, parameters and blocks of a model that a probe watches, and their names."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,12 @@ Role = Literal["weight", "alpha"]
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")
 # These norms run over channels or over the batch, not over the last dimension.
 _OTHER_NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LocalResponseNorm)
+
+
+class _Spread(Protocol):
+    """A norm whose features are spread over processes."""
+
+    def over_processes(self, mean_squares: Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -83,7 +89,8 @@ def norm_ratio(module: nn.Module, z: Tensor) -> Tensor | None:
     """`eps / mean(z^2)` of each row and group that a norm or an SDD layer normalises, as one vector.
 
     The variance takes the place of the mean square where the norm subtracts the mean: in `nn.LayerNorm`, and in other
-    classes named LayerNorm that have a bias.
+    classes named LayerNorm that have a bias. Where the features of a group are spread over processes (`sdd.parallel`),
+    all of them must call this, and each gets the ratios of the whole.
 
     Args:
         module: has eps and, if it has norm groups, group.
@@ -101,6 +108,8 @@ def norm_ratio(module: nn.Module, z: Tensor) -> Tensor | None:
     rows = z if axes == 1 else z.flatten(-axes)
     if _subtracts_mean(module):
         return eps / rows.to(at_least_float32(z.dtype)).var(-1, correction=0).flatten()
+    if getattr(module, "spans", False):
+        return eps / cast("_Spread", module).over_processes(_mean_squares(rows, None))
     return eps / _mean_squares(rows, getattr(module, "group", None))
 
 

@@ -232,6 +232,10 @@ class RunConfig:
             raise ValueError(
                 "model.statistics=bfloat16 would not round everywhere: leave out compile and activation_checkpointing"
             )
+        if self.parallel.rings and self.data.document_mask:
+            raise ValueError(
+                "parallel.context_attention=ring has no document mask: choose gather, or leave out data.document_mask"
+            )
         placement = self.model.placement
         if placement.weights != "free" and self.optim.weights != "free":
             raise ValueError(

@@ -11,6 +11,7 @@ from sdd.models import LanguageModel
 from sdd.models.moe import Routing
 from sdd.models.transformer import HAS_CHUNKED_LOSS, TrainingLoss
 from sdd.parallel.experts import exchange_of
+from sdd.parallel.ring import check_ring
 from sdd.train.config import RunConfig, resolve
 from sdd.train.evaluate import Evaluation, evaluate
 from sdd.train.optim import build_optimizer, set_learning_rate
@@ -45,6 +46,7 @@ class Learner:
         world = world.laid_out(config.parallel, config.model, self.device)
         self.config, self.world = config, world
         self.autocast_dtype = world.together(lambda: pick_autocast(config.precision, self.device))
+        world.together(lambda: check_ring(config.parallel, config.model, self.device, self.autocast_dtype))
         if config.threads:
             torch.set_num_threads(config.threads)
         self.data = world.in_turn(lambda: resolve(config))

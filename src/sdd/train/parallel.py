@@ -36,8 +36,6 @@ _PATIENCE = timedelta(seconds=10)
 _ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_MAX_RESTARTS")
 _store: Store | None = None  # shared by the processes of this attempt at the job
-#: Seconds after which torchrun, which polls every 0.1 seconds, has surely noticed that a process has ended.
-_TORCHRUN_LOOKS = 1.0
 
 
 def pick_device(name: str) -> torch.device:
@@ -383,21 +381,6 @@ def _attempt(store: Store, world: World) -> str:
             return attempt
 
 
-def supervised(main: Callable[[], int]) -> int:
-    """Call `main` and return its exit code. An exception that leaves `main` is reported to torchrun.
-
-    In a job of several processes a failed one ends right here: at an orderly end, threads that still wait for other
-    processes abort it now and then, and its exit code is lost. First it gives torchrun time to look: a process that
-    ends because another was lost must not be taken for the cause.
-    """
-    if "TORCHELASTIC_ERROR_FILE" in os.environ:
-        from torch.distributed.elastic.multiprocessing.errors import record
-
-        main = cast("Callable[[], int]", record(main))
-    code = main()
-    if code and _store is not None:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        time.sleep(_TORCHRUN_LOOKS)
-        os._exit(code)
-    return code
+def shared() -> bool:
+    """Whether this process has met the other processes of its job."""
+    return _store is not None

@@ -53,7 +53,7 @@ def shard_model(model: LanguageModel, autocast_dtype: torch.dtype | None, world:
     if model.config.moe is not None and experts_mesh(mesh) is not None:
         cut_experts(model, mesh)
     if (context := submesh(mesh, "context")) is not None:
-        share_sequences(model, context)
+        share_sequences(model, context, ring=world.layout.rings)
     if fsdp_mesh(mesh) is None:
         return
     _shard(model, autocast_dtype, mesh, world.layout.reshard)

@@ -1,6 +1,6 @@
 """Beginning a run and going on with one: which checkpoint to load, whether it fits, and what has changed since."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -133,6 +133,22 @@ def check_state(path: Path, config: RunConfig, data: DataSource) -> None:
         )
     if state["step"] > config.steps:
         raise UserError(f"{path} lies beyond the end, steps={config.steps}: give more with --steps N to go on")
+
+
+def shared_anew(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
+    """The config of a run that goes on with its batch cut or shared in another way.
+
+    Raises:
+        UserError: if that would make it another run, or a field does not fit.
+    """
+    changed = config_io.with_overrides(config, changes)
+    moe = config.model.moe
+    if changed.accumulate != config.accumulate and moe is not None and moe.balance_loss:
+        raise UserError(
+            f"--accumulate {changed.accumulate} would change the balance loss of this mixture, which depends on the "
+            f"tokens in memory at once: leave it at {config.accumulate}"
+        )
+    return changed
 
 
 def load_newest(folder: Path, load: Callable[[Path], State], say: Callable[[str], None], world: World) -> State | None:

@@ -81,7 +81,8 @@ def reopen(
         out: the run directory.
         steps: a new length of the run; None keeps it.
         world: the processes that share the run; their number may differ from before.
-        parallel: a new layout, fields of the config by dotted name (`{"parallel.tensor": 2}`); the others stay.
+        parallel: a new layout and `accumulate`, fields of the config by dotted name (`{"parallel.tensor": 2}`); the
+            others stay.
 
     Raises:
         UserError: if there is no run, if all its checkpoints are damaged or none fits, or if it is complete.
@@ -93,7 +94,7 @@ def reopen(
         if steps is not None:
             config = replace(config, steps=steps)
         if parallel:
-            config = config_io.with_overrides(config, parallel)
+            config = world.together(lambda: starting.shared_anew(config, parallel))
         config, line = compiling.decide(config, world)
         trainer = Trainer(config, run_dir, world)
         trainer.resume_newest()

@@ -6,8 +6,9 @@ torchtitan's own adapter for Llama 3 leaves out every name that it does not know
 # pyright: reportMissingImports=false, reportUntypedBaseClass=false
 
 import re
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
+import torch
 from torch import Tensor
 from torchtitan.models.common.rope import ComplexRoPE
 from torchtitan.protocols.state_dict_adapter import StateDictAdapter
@@ -18,6 +19,7 @@ from sdd.interop.ties import ties, to_ours
 from sdd.interop.torchtitan.shape import model_config as shape_of
 from sdd.models import LanguageModel, ModelConfig
 
+T = TypeVar("T")
 _MODEL_PARTS = {
     "embed.": "tok_embeddings.",
     "embed_norm.": "layers.0.embed_norm.",
@@ -66,18 +68,28 @@ class SDDStateDictAdapter(StateDictAdapter):
         given = {name: value for name, value in state_dict.items() if not (self.tied and name == _HEAD)}
         if self.tied and self.fqn_to_index_mapping:
             self.fqn_to_index_mapping.pop(_THEIR_HEAD, None)
-        return {_found(name, by_name).theirs: _to_theirs(value, by_name[name]) for name, value in given.items()}
+        parts: dict[str, list[Any]] = {}
+        for name in sorted(given, key=lambda name: self.tensors.index(_found(name, by_name))):
+            parts.setdefault(by_name[name].theirs, []).append(_to_theirs(given[name], by_name[name]))
+        return {name: values[0] if len(values) == 1 else torch.cat(values) for name, values in parts.items()}
 
     def from_hf(self, hf_state_dict: dict[str, Any]) -> dict[str, Any]:
         """The state dict of the converted Llama 3, a tied head included."""
         self._validate_hf_rope_config(ComplexRoPE.Config)
-        by_name = {tensor.theirs: tensor for tensor in self.tensors}
+        by_name: dict[str, list[_Tensor]] = {}
+        for tensor in self.tensors:
+            by_name.setdefault(tensor.theirs, []).append(tensor)
         given = {
             name: value
             for name, value in hf_state_dict.items()
             if not (self.tied and name == _THEIR_HEAD) and not name.endswith("rotary_emb.inv_freq")
         }
-        ours = {_found(name, by_name).ours: _to_ours(value, by_name[name]) for name, value in given.items()}
+        ours = {
+            tensor.ours: _to_ours(part, tensor)
+            for name, value in given.items()
+            for found in [_found(name, by_name)]
+            for tensor, part in zip(found, value.chunk(len(found)) if len(found) > 1 else [value], strict=True)
+        }
         if self.tied and _EMBEDDING in ours:
             ours[_HEAD] = ours[_EMBEDDING]
         return ours
@@ -103,7 +115,10 @@ def language_model(config: Any, state_dict: dict[str, Any]) -> LanguageModel:
 
 
 class _Tensor(NamedTuple):
-    """`theirs = factor * ours`, after the order of RoPE's pairs has been changed in each of some heads (or none)."""
+    """`theirs = factor * ours`, after the order of RoPE's pairs has been changed in each of some heads (or none).
+
+    The scales of a norm over gate and up are halves of one of theirs.
+    """
 
     ours: str
     theirs: str
@@ -156,7 +171,7 @@ _SITES: dict[str, Any] = {
 }
 
 
-def _found(name: str, known: dict[str, _Tensor]) -> _Tensor:
+def _found(name: str, known: dict[str, T]) -> T:
     if name not in known:
         raise UserError(f"{name} belongs to nothing in this placement: no tensor is left out in silence")
     return known[name]

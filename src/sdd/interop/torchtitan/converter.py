@@ -13,7 +13,7 @@ from torchtitan.models.common.nn_modules import Identity
 from torchtitan.models.common.param_init import skip_param_init
 from torchtitan.protocols.model import ModelConfigConverter
 
-from sdd.interop.torchtitan.modules import Norm, SDDBlock, SDDLinear, SDDModel, SDDQKVLinear
+from sdd.interop.torchtitan.modules import JointFeedForward, Norm, SDDBlock, SDDLinear, SDDModel, SDDQKVLinear
 from sdd.interop.torchtitan.shape import check_is_plain, model_config
 from sdd.models import ModelConfig
 from sdd.models.init import init_std
@@ -62,9 +62,8 @@ def _converted(config: Any, placement: Placement | str, rope_scaling: str) -> SD
     parts = _Parts(shape, rope_scaling)
     embedding = {"weight": skip_param_init} if shape.tie_embeddings else parts.init("embed", 1, 1)
     head = parts.init("embed" if shape.tie_embeddings else "head", 1, 1)
-    fields = {item.name: getattr(config, item.name) for item in dataclasses.fields(config) if item.init}
     return SDDModel.Config(
-        **fields
+        **_fields(config)
         | {
             "tok_embeddings": dataclasses.replace(config.tok_embeddings, param_init=embedding),
             "norm": Identity.Config() if final is None else _norm(final, shape, shape.d_model, name="weight"),
@@ -73,6 +72,11 @@ def _converted(config: Any, placement: Placement | str, rope_scaling: str) -> SD
             "placement": shape.placement,
         }
     )
+
+
+def _fields(config: Any) -> dict[str, Any]:
+    """What a config of torchtitan was made of."""
+    return {item.name: getattr(config, item.name) for item in dataclasses.fields(config) if item.init}
 
 
 class _Parts:
@@ -101,6 +105,7 @@ class _Parts:
         found["embed_norm"] = shape.placement.norms.get("embed") if index == 0 else None
         stream = {name: norm and _norm(norm, shape, C, name="weight", layer=index + 1) for name, norm in found.items()}
         attention, network = layer.attention, layer.feed_forward
+        kind = JointFeedForward.Config if shape.placement.joins_gate_up(norms) else type(network)
         qkv = SDDQKVLinear.Config(
             head_dim=shape.head_dim,
             wq=self.projection("q", norms, C, C),
@@ -114,11 +119,13 @@ class _Parts:
             attention=dataclasses.replace(
                 attention, qkv_linear=qkv, wo=wo, rope=dataclasses.replace(attention.rope, scaling=self.rope_scaling)
             ),
-            feed_forward=dataclasses.replace(
-                network,
-                w1=self.projection("gate", norms, C, F),
-                w2=self.projection("ffn_out", norms, F, C),
-                w3=self.projection("up", norms, C, F),
+            feed_forward=kind(
+                **_fields(network)
+                | {
+                    "w1": self.projection("gate", norms, C, F),
+                    "w2": self.projection("ffn_out", norms, F, C),
+                    "w3": self.projection("up", norms, C, F),
+                }
             ),
             residual=(rule(2 * index + 1, shape.n_layers), rule(2 * index + 2, shape.n_layers)),
             **stream,

@@ -10,18 +10,22 @@ from dataclasses import dataclass, field
 from typing import Any, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial
 from torchtitan.models.common.attention import BaseQKVLinear, QKVLinear
 from torchtitan.models.common.decoder import Decoder, TransformerBlock
+from torchtitan.models.common.feed_forward import FeedForward
 from torchtitan.models.common.linear import Linear
 from torchtitan.models.llama3.model import Llama3Model, Llama3TransformerBlock
 from torchtitan.protocols.module import Module
 
 from sdd.errors import UserError
-from sdd.functional import norm
+from sdd.functional import norm, statistics_dtype
 from sdd.interop.torchtitan.sharding import BLOCK_NORMS, set_sharding
 from sdd.kernels import scaled_norm
+from sdd.parallel.exchange import combined
 from sdd.parallel.norms import sharded_scaled_norm
 from sdd.parameters import keep_wide
 from sdd.placement import Placement, placements
@@ -79,8 +83,13 @@ class Norm(Module):
         names = () if self.scale_name is None else (self.scale_name,)
         return keep_wide(self, names, lambda: super(Norm, self)._apply(fn, recurse))
 
-    def forward(self, input: Tensor) -> Tensor:
-        """`[..., features]` to `[..., features]`."""
+    def forward(self, input: Tensor, *, beside: Tensor | None = None) -> Tensor:
+        """`[..., features]` to `[..., features]`.
+
+        Args:
+            input: what is normed.
+            beside: as many features whose squares count too, of a norm over both.
+        """
         scale = self.scale
         if self.scale_name == "alpha" and scale is not None and scale.dtype in (torch.bfloat16, torch.float16):
             raise UserError(
@@ -88,15 +97,20 @@ class Norm(Module):
                 "sdd.interop.torchtitan.parallelize, which the model_spec of its model_registry does"
             )
         if isinstance(input, DTensor):
-            return self._of_shards(input, scale)
-        return self._of(input, scale)
+            return self._of_shards(input, scale, beside)
+        return self._of(input, scale, beside)
 
-    def _of(self, z: Tensor, scale: Tensor | None) -> Tensor:
+    def _of(self, z: Tensor, scale: Tensor | None, beside: Tensor | None, mesh: DeviceMesh | None = None) -> Tensor:
+        if beside is not None:
+            y = z * _joint_scale(z, beside, self.eps, mesh)
+            return (self.factor * (y if scale is None else scale * y)).to(z.dtype)
+        if mesh is not None:
+            return sharded_scaled_norm(z, None if scale is None else self._multiplied(scale), mesh=mesh, eps=self.eps)
         if scale is None:
             return (self.factor * norm(z, self.eps, self.group)).to(z.dtype)
         return scaled_norm(z, self._multiplied(scale), group=self.group, eps=self.eps)
 
-    def _of_shards(self, z: DTensor, scale: Tensor | None) -> DTensor:
+    def _of_shards(self, z: DTensor, scale: Tensor | None, beside: Tensor | None) -> DTensor:
         """The same of this process's part, so that kernels see plain tensors."""
         mesh, placements = z.device_mesh, z.placements
         cut = [axis for axis, place in enumerate(placements) if place.is_shard(z.ndim - 1) or place.is_shard(-1)]
@@ -108,12 +122,12 @@ class Norm(Module):
                 for own, place in zip(scale.placements, placements, strict=True)
             ]
             scale = scale.to_local(grad_placements=grads)
+        if isinstance(beside, DTensor):
+            beside = beside.to_local(grad_placements=placements)
+        over = None
         if cut and self.group is None:
             over = mesh if mesh.ndim == 1 else mesh[(mesh.mesh_dim_names or ())[cut[0]]]
-            scale = None if scale is None else self._multiplied(scale)
-            y = sharded_scaled_norm(local, scale, mesh=over, eps=self.eps)
-        else:
-            y = self._of(local, scale)
+        y = self._of(local, scale, beside, over)
         return DTensor.from_local(y, mesh, placements, run_check=False, shape=z.shape, stride=z.stride())
 
     def _multiplied(self, scale: Tensor) -> Tensor:
@@ -151,6 +165,22 @@ class SDDLinear(Module):
     def forward(self, input: Tensor) -> Tensor:
         """`[..., in_features]` to `[..., out_features]`."""
         return _or_as_it_is(self.norm, self.linear(_or_as_it_is(self.before, input)))
+
+
+class JointFeedForward(FeedForward):
+    """SwiGLU with one norm over gate and up together, `w2(silu(g) * u)` of `(g, u) = norm((w1 x, w3 x))`.
+
+    `w1` and `w3` are `SDDLinear`, each with the scale of its half.
+    """
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(FeedForward.Config):
+        """As `FeedForward.Config`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[B, T, C]` to `[B, T, C]`."""
+        gate, up = self.w1.linear(x), self.w3.linear(x)
+        return self.w2(F.silu(self.w1.norm(gate, beside=up)) * self.w3.norm(up, beside=gate))
 
 
 class SDDQKVLinear(QKVLinear):
@@ -229,6 +259,16 @@ class SDDModel(Llama3Model):
 
 def _or_as_it_is(module: nn.Module | None, x: Tensor) -> Tensor:
     return x if module is None else module(x)
+
+
+def _joint_scale(z: Tensor, beside: Tensor, eps: float, mesh: DeviceMesh | None) -> Tensor:
+    """`1 / sqrt(mean square of both + eps)`, in at least float32; over the features of all processes of a mesh."""
+    dtype = statistics_dtype(z.dtype)
+    squares = torch.cat([z, beside], -1).to(dtype).square().sum(-1, keepdim=True)
+    n = z.shape[-1] + beside.shape[-1]
+    if mesh is not None:
+        squares, n = combined(squares, mesh), n * mesh.size()
+    return torch.rsqrt(squares / n + eps)
 
 
 def _mix(factors: tuple[float, float], x: Tensor, f: Tensor) -> Tensor:

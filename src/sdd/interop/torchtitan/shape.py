@@ -27,7 +27,6 @@ def placement_of(placement: Placement | str) -> Placement:
         placement = placements[placement]
     name = placement.name or "own placement"
     lacking = {
-        "one norm over gate and up (joint_gate_up)": placement.joint_gate_up,
         "learned scales without a norm": bool(placement.scales),
         f"the residual rule {LEARNED_RESIDUAL!r}": placement.residual == LEARNED_RESIDUAL,
         "weights of unit length": placement.weights == "unit",
