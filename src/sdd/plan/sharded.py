@@ -91,7 +91,8 @@ def trace(case: MemoryCase, layout: ParallelConfig) -> Trace:
 
     Blocks of a kind are alike, so a deep model is traced at two small depths; from the first on, every number is linear
     in the depth. Where blocks are recomputed, that begins one block later: the peak lies in the backward pass, and only
-    in the third block from the end does FSDP2 hold a block that is reduced beside two that are gathered.
+    in the third block from the end does FSDP2 hold a block that is reduced beside two that are gathered. There a share
+    of a percent may remain.
 
     Args:
         case: its `gpus` are the processes of the layout.
