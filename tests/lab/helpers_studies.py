@@ -79,7 +79,9 @@ class FakeLab:
         class Grid:
             threads = workers = 1
 
-            def __init__(self, runs: Sequence[tuple[str, RunConfig]], out: Path, workers: int | None = None) -> None:
+            def __init__(
+                self, runs: Sequence[tuple[str, RunConfig]], out: Path, workers: int | None = None, stack: int = 1
+            ) -> None:
                 self.jobs = [Job(name, config) for name, config in runs]
 
             @property

@@ -229,6 +229,7 @@ def test_a_probe_records_the_same_with_either_mask():
 compiles = pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning", "ignore::DeprecationWarning")
 
 
+@pytest.mark.ties
 @compiles
 @pytest.mark.slow
 @pytest.mark.parametrize("part", ["attention", "blocks", "model"])

@@ -136,6 +136,7 @@ def test_checkpointed_blocks_have_the_same_loss_and_gradients():
 
 
 # torch.compile itself makes an instance of each autograd function that it traces
+@pytest.mark.ties
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize(
     ("name", "d_ff", "dtype"),
@@ -151,6 +152,7 @@ def test_a_compiled_model_has_the_same_loss_and_gradients(name: str, d_ff: int, 
     torch.testing.assert_close(loss_and_gradients(model, tokens), eager, **tolerance)
 
 
+@pytest.mark.ties
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_a_compiled_model_adds_rows_in_a_fixed_order():
     """Inductor would make `index_add_` and its like atomic additions."""

@@ -215,6 +215,7 @@ def sharded_bytes(world: Any, cases: list[CpuCase], planned: list[int]) -> list[
     return found
 
 
+@pytest.mark.layouts
 @pytest.mark.slow
 def test_sharded_over_two_processes() -> None:
     """Plan and trace of a model that FSDP2 shards, on each of two processes."""

@@ -26,6 +26,7 @@ def states(found):
     return found.weights, found.gradients, found.moments
 
 
+@pytest.mark.layouts
 @pytest.mark.parametrize("name", CASES)
 def test_two_real_processes_keep_and_exchange_what_the_trace_says(name):
     """Every layout of two: bytes of parameters, gradients and moments; calls and bytes by kind and group."""
@@ -39,6 +40,7 @@ def test_two_real_processes_keep_and_exchange_what_the_trace_says(name):
         assert found.of_step == real.of_step, layout
 
 
+@pytest.mark.layouts
 @pytest.mark.parametrize("layout", [ParallelConfig(replicate=2, shard=2), ParallelConfig(shard=2, tensor=2)], ids=str)
 def test_four_real_processes_do_too(layout):
     case = make_case(small_config("sdd-paper"), 4)
