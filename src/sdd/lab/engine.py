@@ -241,14 +241,18 @@ class Engine:
             return
         plan.definition.require()  # before hours of work, not after
         grid = Grid(missing, self.out, plan.request.workers, plan.request.stack)
-        waiting = [job.config for job in grid.waiting]
-        minutes = math.ceil(grid_seconds(waiting, grid.threads, grid.workers) / 60)
-        open_end = _MORE.get(plan.rates.kind, "")
-        self._say(
-            f"{len(waiting)} of them still to do, {grid.workers} at once with {grid.threads} CPU "
-            f"thread{'s' if grid.threads > 1 else ''} each: about {minutes} minute{'s' if minutes != 1 else ''}, from "
-            f"steps timed just now{open_end}. Ctrl-C saves; the same command goes on."
+        waiting, stack = [job.config for job in grid.waiting], plan.request.stack
+        open_end, threads = (
+            _MORE.get(plan.rates.kind, ""),
+            f"{grid.threads} CPU thread{'s' if grid.threads > 1 else ''}",
         )
+        if stack > 1:  # steps of single runs say nothing about its time
+            how = f"in stacks of up to {stack} runs, {grid.workers} at once with {threads} each{open_end}"
+        else:
+            minutes = math.ceil(grid_seconds(waiting, grid.threads, grid.workers) / 60)
+            about = f"about {minutes} minute{'s' if minutes != 1 else ''}"
+            how = f"{grid.workers} at once with {threads} each: {about}, from steps timed just now{open_end}"
+        self._say(f"{len(waiting)} of them still to do, {how}. Ctrl-C saves; the same command goes on.")
 
     def _first_rounds(self) -> dict[str, list[NamedRun]]:
         """The runs to announce beforehand. The last round's rates are not tuned yet: any rate stands in for them."""

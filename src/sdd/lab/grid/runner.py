@@ -104,7 +104,8 @@ class Grid:
                     if not self._stops:
                         self._fill()
                     self._poll()
-                    shown.update(self.jobs, time_left(self.jobs, self.workers))
+                    at_once = max(self.workers, sum(len(process.jobs) for process in self._active))
+                    shown.update(self.jobs, time_left(self.jobs, at_once))
                     time.sleep(_POLL_SECONDS)
             finally:  # after an error no child is left behind
                 for process in self._active:
