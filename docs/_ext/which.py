@@ -9,7 +9,7 @@ from sdd.placement import placements
 
 ROOT = Path(__file__).parents[2]
 BASELINE = "prenorm-qk"
-#: The folders of the study `length`; the first that has a length is read. 3M tokens have been run for three methods.
+#: The folders of the study `length`; the first that has a length is read: 3M tokens have been run for three methods.
 LENGTHS = ("length", "length-3m")
 #: Nothing was measured.
 NOTHING = "–"
