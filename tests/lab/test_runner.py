@@ -12,6 +12,7 @@ from typing import ClassVar
 
 import pytest
 import torch
+from helpers_grid import tiny_run
 from rich.console import Console
 
 from helpers_runs import write_run
@@ -20,29 +21,14 @@ from sdd.lab.grid import runner
 from sdd.lab.grid.display import Display, jobs_table
 from sdd.lab.grid.job import Job, time_left
 from sdd.lab.grid.runner import Grid, same_settings
-from sdd.models import ModelConfig
-from sdd.train import DataConfig, OptimConfig, RunConfig, config_io
+from sdd.train import RunConfig, config_io
 from sdd.train.run_dir import RunDir
 from sdd.train.trainer import start
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
-    """One layer of width 16, on a text of a few thousand tokens."""
-    text = tmp_path_factory.mktemp("text") / "numbers.txt"
-    text.write_text("\n".join(f"Line {number} says {number * number}." for number in range(2000)))
-    return RunConfig(
-        model=ModelConfig(n_layers=1, d_model=16, d_ff=32, n_heads=2, n_kv_heads=1, vocab_size=4096, context=16),
-        data=DataConfig(path=str(text), batch_size=2),
-        optim=OptimConfig(lr=1e-3, warmup=2),
-        steps=100,
-        eval_every=50,
-        eval_sequences=4,
-        sample_tokens=0,
-        device="cpu",
-        threads=1,
-        compile=False,
-    )
+    return tiny_run(tmp_path_factory.mktemp("text"))
 
 
 @pytest.fixture(autouse=True)

@@ -5,6 +5,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+from helpers_grid import tiny_run
 
 from sdd.commands.main import main
 from sdd.errors import UserError
@@ -14,31 +15,15 @@ from sdd.lab.grid import runner
 from sdd.lab.grid.runner import Grid
 from sdd.lab.results import HeldOut, harvest
 from sdd.lab.studies import studies
-from sdd.models import ModelConfig
 from sdd.placement import placements
-from sdd.train import DataConfig, OptimConfig, RunConfig
 from sdd.train.config import GuardConfig
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    """One layer of width 16, on a text of a few thousand tokens, as a study with stacks makes it."""
-    text = tmp_path_factory.mktemp("text") / "numbers.txt"
-    text.write_text("\n".join(f"Line {number} says {number * number}." for number in range(2000)))
-    return RunConfig(
-        model=ModelConfig(n_layers=1, d_model=16, d_ff=32, n_heads=2, n_kv_heads=1, vocab_size=4096, context=16),
-        data=DataConfig(path=str(text), batch_size=2),
-        optim=OptimConfig(lr=1e-3, warmup=2),
-        guard=GuardConfig(nonfinite="stop"),
-        steps=20,
-        eval_every=10,
-        eval_sequences=4,
-        probe_every=0,
-        sample_tokens=0,
-        device="cpu",
-        threads=1,
-        compile=False,
-    )
+    """As a study with stacks makes a run."""
+    observed = GuardConfig(nonfinite="stop")
+    return tiny_run(tmp_path_factory.mktemp("text"), steps=20, eval_every=10, guard=observed, probe_every=0)
 
 
 @pytest.fixture

@@ -53,6 +53,15 @@ def attended(rank, size):
     return found
 
 
+@pytest.mark.parametrize("group", [1, 3])
+def test_one_process_attends_to_its_own_tokens(group):
+    q, k, v = (drawn(2, n, 5, 8, seed=n + i).double() for i, n in enumerate((2 * group, 2, 2)))
+    keys, values = (x.repeat_interleave(group, 1) for x in (k, v))
+    later = torch.ones(5, 5, dtype=torch.bool).triu(1)
+    weights = (q @ keys.mT / 8**0.5).masked_fill(later, -torch.inf).softmax(-1)
+    torch.testing.assert_close(ALL_TOKENS.attend(q, k, v), weights @ values)
+
+
 @pytest.mark.parametrize("size", [2, 4])
 def test_the_ring_of_pieces_is_attention_of_the_whole(size):
     for errors in in_processes(size, attended, size):

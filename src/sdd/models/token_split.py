@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 
 class TokenSplit:
@@ -45,7 +46,8 @@ class TokenSplit:
 
     def attend(self, q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor) -> Tensor:
         """Causal `softmax(q k^T / sqrt(D)) v` of the tokens of all processes, `[B, H, T, D]` of those of this one."""
-        raise NotImplementedError
+        grouped = q_BHTD.shape[1] != k_BKTD.shape[1]
+        return scaled_dot_product_attention(q_BHTD, k_BKTD, v_BKTD, is_causal=True, enable_gqa=grouped)
 
     def all_queries(self, x_BHTD: Tensor) -> Tensor:
         """A row for each token, dimension 2, from those of the tokens whose queries this process has; no gradient."""
