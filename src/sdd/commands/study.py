@@ -39,6 +39,8 @@ def main(args: list[str]) -> int:
     about = "train up to N runs of one shape in one process, as one computation (default 1; a GPU bears dozens)"
     parser.add_argument("--stack", metavar="N", type=positive_int, default=1, help=about)
     parser.add_argument("--placements", metavar="A,B", default="", help="methods to compare (default: the study's)")
+    about = "settings to compare them under, of a study that has several (default: all)"
+    parser.add_argument("--conditions", metavar="A,B", default="", help=about)
     about = "tokens of a run, for a study by length, such as 0.3M,1M,3M (default: the study's)"
     parser.add_argument("--lengths", metavar="N,N", type=_lengths, default=(), help=about)
     about = "numbers of blocks, for a study by depth, such as 12,64 (default: the study's)"
@@ -54,6 +56,7 @@ def main(args: list[str]) -> int:
         stack=options.stack,
         preset=options.preset,
         placements=tuple(filter(None, options.placements.split(","))),
+        conditions=tuple(filter(None, options.conditions.split(","))),
         tuned=options.tuned,
         lengths=options.lengths,
         depths=options.depths,
@@ -72,6 +75,7 @@ class Options:
         stack: the most runs that one process trains together.
         preset: of the model and its run.
         placements: the methods to compare.
+        conditions: the settings to compare them under.
         tuned: tune the learning rate of every cell.
         lengths: tokens of a run, for a study by length.
         depths: numbers of blocks, for a study by depth.
@@ -83,6 +87,7 @@ class Options:
     stack: int = 1
     preset: str | None = None
     placements: Sequence[str] = ()
+    conditions: Sequence[str] = ()
     tuned: bool = False
     lengths: tuple[int, ...] = ()
     depths: tuple[int, ...] = ()
@@ -148,6 +153,7 @@ def _request(definition: Definition, out: Path, options: Options) -> Request:
         preset=options.preset or stored.get("preset", definition.preset),
         seeds=options.seeds or stored.get("seeds", definition.seeds),
         placements=tuple(options.placements or stored.get("placements", ())),
+        conditions=tuple(options.conditions or stored.get("conditions", ())),
         tuned=options.tuned or stored.get("tuned", False),
         lengths=options.lengths or tuple(stored.get("lengths", ())),
         depths=options.depths or tuple(stored.get("depths", ())),
@@ -167,7 +173,7 @@ def _precision(overrides: Mapping[str, Any]) -> str:
 
 
 def _check_same(out: Path, stored: Mapping[str, Any], options: Options) -> None:
-    """Refuse options that change the runs of a folder; seeds, methods and workers may differ between commands.
+    """Refuse options that change the runs of a folder; seeds, methods, conditions and workers may differ.
 
     Raises:
         UserError: naming the option, what the folder has and what was given.

@@ -1,7 +1,7 @@
 """The parts of a study: its methods, the settings they are compared under, and how learning rates are decided."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from sdd.placement import Placement
@@ -70,3 +70,38 @@ class Rates:
     def spacing(self) -> float:
         """The ratio of neighbouring rates."""
         return (self.factors[-1] / self.factors[0]) ** (1 / (len(self.factors) - 1))
+
+
+def at_depth(blocks: int) -> Condition:
+    """The condition of a study by depth."""
+    return Condition(f"{blocks}-blocks", f"{blocks} blocks", {"model.n_layers": blocks})
+
+
+def crossed(levels: Sequence[Condition], own: Sequence[Condition]) -> tuple[Condition, ...]:
+    """Every condition at every level; the conditions themselves if there are no levels."""
+    if not levels:
+        return tuple(own)
+    return tuple(
+        level
+        if condition is DEFAULT
+        else Condition(
+            f"{condition.name}-{level.name}",
+            f"{level.title}, {condition.title}",
+            {**level.changes, **condition.changes},
+            condition.rate_factor,
+        )
+        for level in levels
+        for condition in own
+    )
+
+
+def without_rates(conditions: Sequence[Condition]) -> tuple[Condition, ...]:
+    """Drop factors of the rate, and conditions that then repeat others: with tuned rates they mean nothing."""
+    plain: list[Condition] = []
+    for condition in conditions:
+        if condition.rate_factor != 1:
+            title = ", ".join(part for part in condition.title.split(", ") if not part.startswith("lr "))
+            condition = replace(condition, name=f"{condition.name}-tuned", title=title, rate_factor=1.0)
+        if all(condition.changes != other.changes for other in plain):
+            plain.append(condition)
+    return tuple(plain)

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from sdd.errors import UserError
-from sdd.lab.arms import DEFAULT, Arm, Condition, Rates
-from sdd.lab.findings import Findings
+from sdd.lab.arms import Arm, Condition, Rates, at_depth, crossed, without_rates
+from sdd.lab.findings import Findings, listed
 from sdd.lab.results import Measure, RunResult
 from sdd.lab.search import Lattice, Search, Setting, round_rate
 from sdd.models import ModelConfig, model_presets
@@ -60,6 +60,7 @@ class Definition:
         measure: takes what a result keeps as `measured` from the directory of a run that has ended, see
             `sdd.lab.measures`; None if the study reads losses only.
         probed: whether it reads what the runs' probes recorded.
+        divisible: whether it can be read of a part of its conditions, the first among them.
         require: raises UserError if something is missing that the study needs beside the data; called before runs.
     """
 
@@ -80,6 +81,7 @@ class Definition:
     depths: tuple[int, ...] = ()
     measure: Measure | None = None
     probed: bool = False
+    divisible: bool = True
     require: Callable[[], None] = lambda: None
 
 
@@ -92,6 +94,7 @@ class Request:
         preset: of the model and its run.
         seeds: number of reported seeds, which start at 0.
         placements: arms to keep; empty for all.
+        conditions: conditions to keep, the first among them; empty for all.
         tuned: tune the rate under every condition anew.
         overrides: fields of the run, by dotted name; `optim.lr` is the base rate.
         workers: runs at once on this machine; None for the default.
@@ -104,6 +107,7 @@ class Request:
     preset: str
     seeds: int
     placements: tuple[str, ...] = ()
+    conditions: tuple[str, ...] = ()
     tuned: bool = False
     overrides: Mapping[str, Any] = field(default_factory=dict)
     workers: int | None = None
@@ -116,12 +120,14 @@ class PlannedStudy:
     """A definition with its request: names the run of an arm, a condition, a rate and a seed.
 
     Raises:
-        UserError: for an arm that the study does not have, or a field that it sets itself.
+        UserError: for an arm or a condition that the study does not have, or a field that it sets itself.
     """
 
     def __init__(self, definition: Definition, request: Request) -> None:
         self.definition, self.request = definition, request
         self.arms = _chosen_arms(definition, request.placements)
+        #: The study's conditions that were asked for, before they are crossed with lengths and depths.
+        self.own_conditions = _chosen_conditions(definition, request.conditions)
         rates = definition.tuned_rates if request.tuned else definition.rates
         if rates is None:
             why = {
@@ -220,15 +226,15 @@ class PlannedStudy:
         return replace(run, probe_every=0) if self.request.stack > 1 else run
 
     def _conditions(self) -> tuple[Condition, ...]:
-        own = self.definition.conditions
+        own: Sequence[Condition] = self.own_conditions
         if self.request.tuned:
-            own = _without_rates(own)
-        own = _crossed([at_depth(blocks) for blocks in self.depths], own)
+            own = without_rates(own)
+        own = crossed([at_depth(blocks) for blocks in self.depths], own)
         levels = [
             Condition(short_length(tokens), f"{short_length(tokens)} tokens", by_length(self.base, tokens))
             for tokens in self.lengths
         ]
-        return _crossed(levels, own)
+        return crossed(levels, own)
 
 
 @dataclass(frozen=True)
@@ -317,29 +323,6 @@ def by_length(base: RunConfig, tokens: int) -> dict[str, Any]:
     return {"steps": steps, "optim.warmup": round(_WARMUP_SHARE * steps), "eval_every": every}
 
 
-def at_depth(blocks: int) -> Condition:
-    """The condition of a study by depth."""
-    return Condition(f"{blocks}-blocks", f"{blocks} blocks", {"model.n_layers": blocks})
-
-
-def _crossed(levels: Sequence[Condition], own: tuple[Condition, ...]) -> tuple[Condition, ...]:
-    """Every condition at every level; the conditions themselves if there are no levels."""
-    if not levels:
-        return own
-    return tuple(
-        level
-        if condition is DEFAULT
-        else Condition(
-            f"{condition.name}-{level.name}",
-            f"{level.title}, {condition.title}",
-            {**level.changes, **condition.changes},
-            condition.rate_factor,
-        )
-        for level in levels
-        for condition in own
-    )
-
-
 def short_length(tokens: int) -> str:
     """Write a number of tokens as `0.3M`."""
     return f"{tokens / 1e6:g}M"
@@ -368,6 +351,23 @@ def _chosen_arms(definition: Definition, names: tuple[str, ...]) -> tuple[Arm, .
     return tuple(known[name] for name in names) or definition.arms
 
 
+def _chosen_conditions(definition: Definition, names: tuple[str, ...]) -> tuple[Condition, ...]:
+    known = {condition.name: condition for condition in definition.conditions}
+    if names and (len(known) == 1 or not definition.divisible):
+        why = "it has one setting" if len(known) == 1 else f"it is the comparison of {listed(list(known))}"
+        raise UserError(f"the study {definition.name} has no --conditions: {why}")
+    for name in names:
+        if name not in known:
+            near = config_io.nearest(name, list(known))
+            raise UserError(
+                f"the study {definition.name} has no condition {name!r}{near}; choose from {', '.join(known)}"
+            )
+    first = definition.conditions[0].name
+    if names and first not in names:
+        raise UserError(f"the study {definition.name} measures against its condition {first}: name it too")
+    return tuple(condition for name, condition in known.items() if not names or name in names)
+
+
 def _check_overrides(definition: Definition, request: Request) -> None:
     if request.preset not in model_presets:
         near = config_io.nearest(request.preset, list(model_presets))
@@ -392,15 +392,3 @@ def own_fields(definition: Definition) -> tuple[str, ...]:
     own += ("model.init_scale",) if definition.rates.kind == "searched" else ()
     first = definition.arms[0].changes
     return own + tuple(name for name in first if all(name in arm.changes for arm in definition.arms))
-
-
-def _without_rates(conditions: tuple[Condition, ...]) -> tuple[Condition, ...]:
-    """Drop factors of the rate, and conditions that then repeat others: with tuned rates they mean nothing."""
-    plain: list[Condition] = []
-    for condition in conditions:
-        if condition.rate_factor != 1:
-            title = ", ".join(part for part in condition.title.split(", ") if not part.startswith("lr "))
-            condition = replace(condition, name=f"{condition.name}-tuned", title=title, rate_factor=1.0)
-        if all(condition.changes != other.changes for other in plain):
-            plain.append(condition)
-    return tuple(plain)

@@ -57,6 +57,8 @@ def command(plan: PlannedStudy) -> str:
     words = ["sdd", "study", plan.definition.name, "--preset", request.preset, "--seeds", str(request.seeds)]
     if request.placements:
         words += ["--placements", ",".join(request.placements)]
+    if request.conditions:
+        words += ["--conditions", ",".join(request.conditions)]
     if plan.lengths:
         words += ["--lengths", ",".join(map(short_length, plan.lengths))]
     if plan.depths:

@@ -165,10 +165,10 @@ def read(shape: OneAtATime, outcome: Outcome) -> Findings:
 
 def views(shape: OneAtATime, outcome: Outcome) -> list[View]:
     """One view for each condition at the longest length, or one with every method at its best rate."""
-    conditions = outcome.plan.conditions[-len(outcome.plan.definition.conditions) :]
+    conditions = outcome.plan.conditions[-len(outcome.plan.own_conditions) :]
     by_condition = [{cell.arm.name: cell for cell in outcome.under(condition)} for condition in conditions]
     if not shape.rates:
-        own = outcome.plan.definition.conditions
+        own = outcome.plan.own_conditions
         titles = [condition.title for condition in own] if len(own) > 1 else [""]
         return [View(title, cells) for title, cells in zip(titles, by_condition, strict=True)]
     singles = [View("", cells) for cells in by_condition]
@@ -267,7 +267,7 @@ def _minus(view: View, arm: str, other: str, tokens: int | None) -> Value:
 
 def _loss_table(shape: OneAtATime, outcome: Outcome) -> Table:
     """The losses at each reading and rate."""
-    conditions = outcome.plan.conditions[-len(outcome.plan.definition.conditions) :]
+    conditions = outcome.plan.conditions[-len(outcome.plan.own_conditions) :]
     readings = _readings(shape, outcome)
     one = View("", {cell.arm.name: cell for cell in outcome.under(conditions[0])})
     rows: list[list[Value]] = [[arm] for arm in one.cells]

@@ -117,4 +117,5 @@ DEFINITION = Definition(
     sizes={"nano": {"steps": 350, "optim.lr": 1e-3, "optim.warmup": 40, "eval_every": 35}},
     read=read,
     seeds=1,
+    divisible=False,
 )
