@@ -81,3 +81,15 @@ def test_the_committed_results_fill_it(which):
     assert sum("step" in title for title in header) == 2
     assert "–" not in rows["sdd"]
     assert "–" not in rows["prenorm-qk"]
+
+
+def test_a_length_is_read_from_the_first_folder_that_has_it(which, tmp_path):
+    def lead(**lengths):
+        return [{"comparison": "sdd against prenorm-qk", **{f"{name} tokens": value(x) for name, x in lengths.items()}}]
+
+    write(tmp_path, "length", "lead", lead(**{"1M": -0.5}))
+    write(tmp_path, "length-3m", "lead", lead(**{"1M": -9, "3M": -0.25}))
+    header, rows = cells(which.which_table(tmp_path))
+    assert header[1:] == ["loss minus `prenorm-qk`'s, 1M tokens", "loss minus `prenorm-qk`'s, 3M tokens"]
+    assert rows["sdd"] == ["-0.500", "-0.250"]
+    assert rows["prenorm-qk"] == ["0", "0"]

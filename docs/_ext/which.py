@@ -9,6 +9,8 @@ from sdd.placement import placements
 
 ROOT = Path(__file__).parents[2]
 BASELINE = "prenorm-qk"
+#: The folders of the study `length`; the first that has a length is read: 3M tokens have been run for three methods.
+LENGTHS = ("length", "length-3m")
 #: Nothing was measured.
 NOTHING = "–"
 
@@ -40,17 +42,18 @@ def value_text(cell: Mapping[str, Any], signed: bool = False) -> str:
 
 def lead_columns(root: Path) -> list[tuple[str, Cells]]:
     """Loss at each length minus that of the baseline, every method tuned."""
-    rows = rows_of(root, "length", "lead")
-    lengths = [key for key in (rows[0] if rows else {}) if key.endswith(" tokens") and key[0].isdigit()]
-    found = []
-    for length in lengths:
-        cells = {
-            row["comparison"].removesuffix(f" against {BASELINE}"): value_text(row[length], signed=True)
-            for row in rows
-            if row["comparison"].endswith(f" against {BASELINE}")
-        }
-        found.append((f"loss minus `{BASELINE}`'s, {length}", {BASELINE: "0", **cells}))
-    return found
+    found: dict[str, Cells] = {}
+    for study in LENGTHS:
+        rows = rows_of(root, study, "lead")
+        for length in rows[0] if rows else {}:
+            if length.endswith(" tokens") and length[0].isdigit() and length not in found:
+                cells = {
+                    row["comparison"].removesuffix(f" against {BASELINE}"): value_text(row[length], signed=True)
+                    for row in rows
+                    if row["comparison"].endswith(f" against {BASELINE}")
+                }
+                found[length] = {BASELINE: "0", **cells}
+    return [(f"loss minus `{BASELINE}`'s, {length}", cells) for length, cells in found.items()]
 
 
 def robust_column(root: Path) -> list[tuple[str, Cells]]:

@@ -1,3 +1,4 @@
+import contextlib
 import io
 import json
 import math
@@ -119,3 +120,23 @@ def test_what_a_study_by_length_sets_itself_is_refused(tmp_path: Path) -> None:
         PlannedStudy(length.DEFINITION, Request(tmp_path, "nano", 1, overrides={"model.init_scale": 0.5}))
     with pytest.raises(UserError, match="has no --lengths: give --steps"):
         PlannedStudy(convergence.DEFINITION, Request(tmp_path, "nano", 1, lengths=(100_000,)))
+
+
+def said_of(out: Path) -> str:
+    said = io.StringIO()
+    asked = Request(out, "nano", 2, placements=tuple(METHODS), lengths=LENGTHS)
+    with contextlib.suppress(Interrupted):
+        Engine(PlannedStudy(length.DEFINITION, asked), Console(file=said, width=300)).outcome()
+    return said.getvalue()
+
+
+def test_what_is_still_to_do_follows_the_searches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lab = FakeLab(falling).install(monkeypatch)
+    said_of(tmp_path)
+    assert "All of these runs have a result already." in said_of(tmp_path)
+    lost = [name for name in lab.finished if name.startswith("sdd-1.6M-") and name.endswith("-seed1000")]
+    for name in lost:  # of a search that begins where the one before ended, far from where the study's grid begins
+        (tmp_path / "results" / f"{name}.json").unlink()
+        del lab.finished[name]
+    lab.interrupt_after = 0
+    assert "5 of them still to do" in said_of(tmp_path)

@@ -103,7 +103,7 @@ class Engine:
         whole up to some length.
         """
         plan = self.plan
-        starts = dict.fromkeys((arm.name for arm in plan.arms), Setting(plan.lattice.rate, plan.rates.inits[0]))
+        starts = self._starts()
         cells: dict[Names, Cell] = {}
         searches: dict[Names, tuple[Search, dict[Setting, Cell]]] = {}
         for condition in plan.conditions:
@@ -118,13 +118,21 @@ class Engine:
                 searches[names] = one, tried
         return Outcome(plan, cells, {}, self._clock(), searches)
 
+    def _starts(self) -> dict[str, Setting]:
+        plan = self.plan
+        return dict.fromkeys((arm.name for arm in plan.arms), Setting(plan.lattice.rate, plan.rates.inits[0]))
+
+    def _searches(self, condition: Condition, starts: Mapping[str, Setting]) -> dict[str, Search]:
+        """Where the search of every arm under a condition stands, by arm."""
+        return {
+            arm: search(partial(self._tuning_loss, (arm, condition.name)), start, self.plan.lattice)
+            for arm, start in starts.items()
+        }
+
     def _search(self, condition: Condition, starts: Mapping[str, Setting]) -> dict[str, Search]:
         """The ended search of every arm under a condition, by arm."""
         while True:
-            found = {
-                arm: search(partial(self._tuning_loss, (arm, condition.name)), start, self.plan.lattice)
-                for arm, start in starts.items()
-            }
+            found = self._searches(condition, starts)
             missing = [(arm, setting) for arm, one in found.items() for setting in one.missing]
             if not missing:
                 return found
@@ -262,16 +270,28 @@ class Engine:
         ]
         last = [self._run(names, Setting(rates[len(rates) // 2]), seed) for names in self._pairs for seed in plan.seeds]
         tuned = {"arm x condition x learning rate, tuning seeds": grid, "at the best rates, fresh seeds": last}
-        first = Setting(plan.lattice.rate, plan.rates.inits[0]) if plan.rates.kind == "searched" else None
-        around = [first, *plan.lattice.neighbours(first)] if first else []
-        steps = [self._run(names, near, seed) for names in self._pairs for near in around for seed in plan.grid_seeds]
+        steps = self._next_steps() if plan.rates.kind == "searched" else []
         rounds = {
             "common": {"arm x condition x seed": last},
             "tuned": tuned,
-            "searched": {"first steps of arm x condition, tuning seeds": steps, "at the best settings": last},
+            "searched": {"steps of the searches so far, tuning seeds": steps, "at the best settings": last},
             "sweep": {"arm x learning rate x seed": grid},
         }
         return rounds[plan.rates.kind]
+
+    def _next_steps(self) -> list[NamedRun]:
+        """The runs that the searches have compared or compare next; each starts from the best before it so far."""
+        starts, runs = self._starts(), list[NamedRun]()
+        for condition in self.plan.conditions:
+            found = self._searches(condition, starts)
+            starts = {arm: one.best for arm, one in found.items()}
+            runs += [
+                self._run((arm, condition.name), setting, seed)
+                for arm, one in found.items()
+                for setting in one.visited
+                for seed in self.plan.grid_seeds
+            ]
+        return runs
 
     def _has_result(self, name: str, config: RunConfig) -> bool:
         if (
