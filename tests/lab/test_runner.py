@@ -294,7 +294,7 @@ def test_workers_and_threads_share_the_cores(tiny: RunConfig, tmp_path: Path, mo
         assert {job.config.threads for job in grid.jobs} == {grid.threads}
     assert (Grid(runs[:1], tmp_path, workers=4).workers, Grid(runs[:1], tmp_path, workers=4).threads) == (1, 1)
     grid = Grid([("own", replace(tiny, threads=7))], tmp_path)
-    assert grid.jobs[0].config.threads == 7
+    assert grid.threads == grid.jobs[0].config.threads == 7  # what is announced and timed is what runs
 
 
 def jobs(tiny: RunConfig, *states: tuple[str, int, float]) -> Iterator[Job]:

@@ -63,7 +63,8 @@ class Grid:
         wanted = workers or len(self.gpus) or min(cores, _MOST_WORKERS)
         self.workers = max(1, min(wanted, len(runs)))
         # A fixed number of threads a run, so that a result does not depend on how many runs stood beside it.
-        self.threads = max(1, cores // wanted)
+        asked = max(config.threads for _, config in runs)
+        self.threads = asked or max(1, cores // wanted)
         self.jobs = [Job(name, self._fixed(config)) for name, config in runs]
         self._tails = {job.name: _Tail(self.path(job.name) / "metrics.jsonl", job) for job in self.jobs}
         self._active: list[_Process] = []
