@@ -57,6 +57,7 @@ def test_an_export_loads_without_sdd(tmp_path: Path, capsys) -> None:
     assert found["class"] == "SDDForCausalLM"
     assert found["agreement"]["float32"] < 1e-5
     assert 0 < found["agreement"]["bfloat16"] < 1
+    assert 0 < found["agreement"]["generated"] < 1e-5
     assert {path.name for path in (tmp_path / "out").iterdir()} == FILES
     assert (tmp_path / "out" / "modeling_sdd.py").read_bytes() == Path(str(modeling_sdd.__file__)).read_bytes()
 
@@ -67,6 +68,30 @@ def test_a_folder_that_does_not_load_is_not_kept(run: Path, tmp_path: Path, monk
     broken.write_text(export.MODELING.read_text().replace("import torch\n", "import torch\nimport sdd\n", 1))
     monkeypatch.setattr(export, "MODELING", broken)
     with pytest.raises(NotTheSame, match=r"does not load in a fresh process: .*sdd"):
+        export_run(run, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["modeling_sdd.py"]
+
+
+@pytest.mark.ties
+@pytest.mark.parametrize(
+    ("forgetful", "words"),
+    [
+        ("None", "neither the inputs nor the cache hold"),  # takes no cache
+        ("DynamicCache(config=self.config)", "while it generates with a cache differ"),  # takes another
+    ],
+)
+def test_a_folder_that_forgets_its_cache_is_not_kept(
+    forgetful: str, words: str, run: Path, tmp_path: Path, monkeypatch
+) -> None:
+    """Logits of single passes agree, and generation does not: so it is when transformers renames an argument."""
+    broken, text = tmp_path / "modeling_sdd.py", export.MODELING.read_text()
+    taken = "        cache = given_cache(past_key_values, kwargs)\n        if cache"
+    assert taken in text
+    broken.write_text(
+        text.replace(taken, f"        given_cache(None, kwargs)\n        cache = {forgetful}\n        if cache")
+    )
+    monkeypatch.setattr(export, "MODELING", broken)
+    with pytest.raises(NotTheSame, match=words):
         export_run(run, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["modeling_sdd.py"]
 
@@ -91,7 +116,7 @@ def test_the_fresh_process_asks_nobody(tmp_path: Path, monkeypatch) -> None:
 def test_the_modeling_file_imports_torch_and_transformers_only() -> None:
     from transformers.dynamic_module_utils import get_imports, get_relative_imports
 
-    assert set(get_imports(export.MODELING)) <= {"torch", "transformers", "collections", "typing"}
+    assert set(get_imports(export.MODELING)) <= {"torch", "transformers", "collections", "dataclasses", "typing"}
     assert not get_relative_imports(export.MODELING)
 
 
@@ -169,6 +194,8 @@ def test_the_tolerances() -> None:
         check(Agreement(float32=0.0, bfloat16=1.6, own_bfloat16=1.0))
     with pytest.raises(NotTheSame):
         check(Agreement(float32=float("nan"), bfloat16=0.0, own_bfloat16=1.0))
+    with pytest.raises(NotTheSame, match=r"while it generates with a cache differ from those of one pass by 1\.1e-04"):
+        check(Agreement(float32=0.0, bfloat16=1.0, own_bfloat16=1.0, generated=1.1e-4))
 
 
 def test_distances_are_in_standard_deviations_of_the_logits() -> None:
@@ -180,6 +207,8 @@ def test_distances_are_in_standard_deviations_of_the_logits() -> None:
     assert found.float32 == pytest.approx(1 / std, rel=1e-4)
     assert found.own_bfloat16 == pytest.approx(2 / std, rel=1e-4)
     assert found.bfloat16 == pytest.approx(30**-0.5 / std, rel=1e-4)
+    steps = {"steps": ours, "whole": ours + 3 * one}
+    assert agreement(ours, ours, {"float32": ours, "bfloat16": ours, **steps}).generated == pytest.approx(3 / std)
 
 
 def test_another_model_is_not_the_same(tmp_path: Path, monkeypatch) -> None:

@@ -11,7 +11,7 @@ from helpers_models import drawn_tokens
 from torch import Tensor, nn
 
 import sdd.interop.huggingface  # noqa: F401
-from sdd.interop import architecture
+from sdd.interop import architecture, modeling_sdd
 from sdd.interop.architecture import NATIVE, kind_of
 from sdd.interop.modeling_sdd import SDDConfig, SDDForCausalLM
 from sdd.interop.ties import ties, to_ours
@@ -269,3 +269,40 @@ def test_what_a_serving_engine_passes_reaches_the_attention() -> None:
 
 def theirs_config(theirs: transformers.PreTrainedModel):
     return config_of("sdd", vocab_size=theirs.config.vocab_size)
+
+
+@pytest.mark.parametrize(
+    ("named", "given", "expected", "left"),
+    [
+        ("cache", {"cache": 1}, 1, {}),
+        ("cache", {}, None, {}),
+        ("past_key_values", {"cache": 1}, None, {"cache": 1}),  # continuous batching's, for the attention function
+    ],
+)
+def test_the_cache_is_taken_by_the_name_that_this_transformers_has(named, given, expected, left, monkeypatch) -> None:
+    monkeypatch.setattr(modeling_sdd, "CACHE", named)
+    assert modeling_sdd.given_cache(None, given) == expected
+    assert given == left
+    assert modeling_sdd.given_cache(2, {}) == 2  # by the older name, which every version takes
+
+
+def test_the_cache_goes_in_and_comes_out_by_every_name_there_is() -> None:
+    model = drawn_model(config_of("sdd"))
+    theirs, tokens = exported(model).eval(), drawn_tokens(model.config)
+    names = {"past_key_values", modeling_sdd.CACHE}
+    with torch.no_grad():
+        whole = theirs(tokens, use_cache=False).logits
+        for name in names:
+            first = theirs(tokens[:, :-1], use_cache=True)
+            found = theirs(tokens[:, -1:], **{name: getattr(first, modeling_sdd.CACHE)}).logits
+            assert (found[:, -1] - whole[:, -1]).abs().max() < 1e-5 * whole.std()
+            by_place = theirs.model(tokens[:, -1:], None, None, getattr(first, modeling_sdd.CACHE))
+            assert by_place.last_hidden_state.shape[1] == 1
+
+
+def test_a_mask_that_is_longer_than_what_there_is_is_refused() -> None:
+    """Without it, an argument that transformers renames would be a cache that is never read, in silence."""
+    model = drawn_model(config_of("sdd"))
+    theirs, tokens = exported(model), drawn_tokens(model.config)
+    with pytest.raises(ValueError, match="neither the inputs nor the cache hold: give the cache"):
+        theirs(tokens[:, -1:], attention_mask=torch.ones_like(tokens))

@@ -28,10 +28,23 @@ import json, sys
 sys.modules["sdd"] = None  # as where it is not installed
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 folder, scratch = sys.argv[1:]
 tokens_BT = load_file(f"{scratch}/tokens.safetensors")["tokens"]
 logits = {}
+def generated(model, prompt_BT, new):
+    # logits of new tokens, by steps with a cache and by one pass over the same tokens; the first row is padded
+    padded_BT = torch.ones_like(prompt_BT)
+    padded_BT[0, : prompt_BT.shape[1] // 2] = 0
+    model.generation_config = GenerationConfig(pad_token_id=0)
+    out = model.generate(
+        prompt_BT, attention_mask=padded_BT, do_sample=False, max_new_tokens=new, min_new_tokens=new,
+        use_cache=True, return_dict_in_generate=True, output_logits=True,
+    )
+    ids_BT = out.sequences[:, :-1]
+    seen_BT = torch.cat([padded_BT, padded_BT.new_ones(len(ids_BT), ids_BT.shape[1] - prompt_BT.shape[1])], 1)
+    whole = model(ids_BT, attention_mask=seen_BT, use_cache=False).logits[:, prompt_BT.shape[1] - 1 :]
+    return {"steps": torch.stack(out.logits, 1).float(), "whole": whole.float().contiguous()}
 with torch.no_grad():
     for dtype in (torch.float32, torch.bfloat16):
         model, found = AutoModelForCausalLM.from_pretrained(
@@ -42,6 +55,9 @@ with torch.no_grad():
             sys.exit(f"weights that do not fit: {bad}")
         name = str(dtype).removeprefix("torch.")
         logits[name] = model.eval()(tokens_BT, use_cache=False).logits.float()
+        prompt = min(8, tokens_BT.shape[1] // 2)
+        if name == "float32" and prompt:
+            logits |= generated(model, tokens_BT[:, :prompt], prompt)
 save_file(logits, f"{scratch}/logits.safetensors")
 tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True, local_files_only=True)
 with open(f"{scratch}/texts.json") as file:
@@ -66,16 +82,19 @@ class Agreement:
         float32: the largest difference of a logit, in standard deviations of the logits.
         bfloat16: rms of the difference from the float32 logits, in the same unit.
         own_bfloat16: the same of our own forward pass with weights in bfloat16.
+        generated: the largest difference of a logit between generation with a cache, token by token and with a padded
+            row, and one pass over the same tokens, in the same unit; float32.
     """
 
     float32: float
     bfloat16: float
     own_bfloat16: float
+    generated: float = 0.0
 
     def __str__(self) -> str:
         return (
             f"float32 within {self.float32:.1e} of the logits' std; bfloat16 {self.bfloat16:.2g} from the float32 "
-            f"logits (our own bfloat16 {self.own_bfloat16:.2g})"
+            f"logits (our own bfloat16 {self.own_bfloat16:.2g}); generation with a cache within {self.generated:.1e}"
         )
 
 
@@ -110,10 +129,12 @@ def compare(folder: Path, model: LanguageModel, texts: list[str]) -> tuple[Agree
 def agreement(ours: Tensor, own_bfloat16: Tensor, theirs: dict[str, Tensor]) -> Agreement:
     """The distances between logits."""
     std = ours.std()
+    steps = (theirs["steps"] - theirs["whole"]).abs().max() / std if "steps" in theirs else std.new_zeros(())
     return Agreement(
         ((theirs["float32"] - ours).abs().max() / std).item(),
         ((theirs["bfloat16"] - ours).square().mean().sqrt() / std).item(),
         ((own_bfloat16 - ours).square().mean().sqrt() / std).item(),
+        steps.item(),
     )
 
 
@@ -127,6 +148,11 @@ def check(found: Agreement) -> None:
         raise NotTheSame(
             f"its float32 logits differ from the run's by {found.float32:.1e} of their std, at most "
             f"{FLOAT32_TOLERANCE:g} is allowed"
+        )
+    if not found.generated <= FLOAT32_TOLERANCE:
+        raise NotTheSame(
+            f"its logits while it generates with a cache differ from those of one pass by {found.generated:.1e} of "
+            f"their std, at most {FLOAT32_TOLERANCE:g} is allowed; is this transformers newer than this sdd?"
         )
     if not found.bfloat16 <= BFLOAT16_FACTOR * found.own_bfloat16:
         raise NotTheSame(

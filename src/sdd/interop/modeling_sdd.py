@@ -13,6 +13,7 @@ This file needs torch and transformers only. Exports of the package `sdd` hold a
 """
 
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -26,6 +27,10 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
+
+# transformers 5.24 renamed `past_key_values` to `cache`. Before that, `cache` was that of continuous batching alone,
+# which the attention function takes among its kwargs.
+CACHE = "cache" if any(field.name == "cache" for field in fields(BaseModelOutputWithPast)) else "past_key_values"
 
 
 class SDDConfig(PreTrainedConfig):
@@ -48,7 +53,7 @@ class SDDConfig(PreTrainedConfig):
     """
 
     model_type = "sdd"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]
     base_model_tp_plan = property(lambda self: self.tensor_parallel)  # pyright: ignore[reportAssignmentType]
     base_model_pp_plan = {
         "embed_tokens": (["input_ids"], ["inputs_embeds"]),
@@ -225,7 +230,7 @@ class SDDAttention(nn.Module):
         self.qk_scale = SDDScale(width) if "qk" in (config.scales or ()) else None
 
     def forward(
-        self, hidden_states: Tensor, position_embeddings: Any, attention_mask: Any, past_key_values: Any, **kwargs: Any
+        self, hidden_states: Tensor, position_embeddings: Any, attention_mask: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         shape = hidden_states.shape[:-1]
         q = self.q_norm(self.q_proj(hidden_states))
@@ -235,8 +240,9 @@ class SDDAttention(nn.Module):
         q, k = rotated(q, *position_embeddings), rotated(k, *position_embeddings)
         if self.qk_scale is not None:  # s on q and on k alike is s^2 on q
             q = (self.qk_scale.weight.view(-1, 1, self.head_dim).square() * q).to(q.dtype)
-        if past_key_values is not None:
-            k, v = past_key_values.update(k, v, self.layer_idx)
+        if (cache := kwargs.pop(CACHE, None)) is not None:
+            noted = {"kwargs": kwargs} if CACHE == "cache" else {}  # continuous batching leaves its indices there
+            k, v = cache.update(k, v, self.layer_idx, **noted)
         chosen = self.config._attn_implementation or "eager"
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(chosen, eager_attention)
         y, weights = attention(self, q, k, v, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs)
@@ -324,6 +330,11 @@ class SDDDecoderLayer(GradientCheckpointingLayer):
         return self.ffn_post_norm(self.ffn_mix(x, self.mlp(self.ffn_in_norm(x))))
 
 
+def given_cache(past_key_values: Any, kwargs: dict[str, Any]) -> Any:
+    """The keys and values so far, by either of their names; `kwargs` are without them then."""
+    return kwargs.pop("cache", None) if past_key_values is None and CACHE == "cache" else past_key_values
+
+
 class SDDPreTrainedModel(PreTrainedModel):
     """How transformers loads and draws the weights."""
 
@@ -331,7 +342,7 @@ class SDDPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["SDDDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
     _can_record_outputs = {"hidden_states": SDDDecoderLayer, "attentions": SDDAttention}
     _can_compile_fullgraph = True
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
@@ -372,17 +383,20 @@ class SDDModel(SDDPreTrainedModel):
             raise ValueError("give either input_ids or inputs_embeds")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         caching = self.config.use_cache if use_cache is None else use_cache
-        if caching and past_key_values is None and not (self.training and self.gradient_checkpointing):
-            past_key_values = DynamicCache(config=self.config)
+        cache = given_cache(past_key_values, kwargs)
+        if cache is None and isinstance(attention_mask, Tensor) and attention_mask.shape[-1] > x.shape[1]:
+            raise ValueError("attention_mask has tokens that neither the inputs nor the cache hold: give the cache")
+        if caching and cache is None and not (self.training and self.gradient_checkpointing):
+            cache = DynamicCache(config=self.config)
         if position_ids is None:
-            seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+            seen = 0 if cache is None else cache.get_seq_length()
             position_ids = torch.arange(seen, seen + x.shape[1], device=x.device)[None]
-        known = {"past_key_values": past_key_values, "position_ids": position_ids}
+        known = {CACHE: cache, "position_ids": position_ids}
         mask = create_causal_mask(config=self.config, inputs_embeds=x, attention_mask=attention_mask, **known)
         angles, x = rope(position_ids, self.config), self.embed_norm(x)
         for layer in self.layers:
             x = layer(x, attention_mask=mask, position_embeddings=angles, **known, **kwargs)
-        return BaseModelOutputWithPast(self.norm(x), past_key_values if caching else None)
+        return BaseModelOutputWithPast(self.norm(x), cache if caching else None)
 
 
 class SDDForCausalLM(SDDPreTrainedModel, GenerationMixin):
@@ -412,8 +426,9 @@ class SDDForCausalLM(SDDPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        out = self.model(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, **kwargs)
+        cache = given_cache(past_key_values, kwargs)
+        out = self.model(input_ids, attention_mask, position_ids, cache, inputs_embeds, use_cache, **kwargs)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(out.last_hidden_state[:, kept, :])
         loss = None if labels is None else self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(loss, logits, out.past_key_values, out.hidden_states, out.attentions)
+        return CausalLMOutputWithPast(loss, logits, getattr(out, CACHE), out.hidden_states, out.attentions)
