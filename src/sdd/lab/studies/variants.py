@@ -62,6 +62,12 @@ def _prenorm(name: str, scale: float) -> Change:
     )
 
 
+def _alpha_one(name: str, scale: float) -> Change:
+    whole = replace(_SDD, norms={**_SDD.norms, "attn_out": _ONE, "ffn_out": _ONE})
+    text = f"output alphas from 1, blocks, embedding and head x{scale:g}"
+    return _placed(name, text, whole, {"model.init_scale": scale}, optional=True)
+
+
 #: Each with its reason. V turns by about rate / rms(V) a step: a smaller one learns faster at first.
 CHANGES = (
     _drawn("v0.5", "matrices of the blocks x0.5: V turns faster at first", blocks=Draw(factor=0.5)),
@@ -124,6 +130,8 @@ CHANGES = (
         residual="sqrt(k/(k+1)) x + f/sqrt(k+1)",
     ),
     _run("alpha-decay", "decay on all alphas and norms, as released", optional=True, alpha_weight_decay=0.1),
+    _alpha_one("alpha1-all0.5", 0.5),
+    _alpha_one("alpha1-all0.25", 0.25),
     Change(
         Arm("rows-all0.25", "sdd", {"optim.weights": "rows", **_SMALL}), "all x0.25, and rows keep those lengths", True
     ),
