@@ -62,9 +62,12 @@ def _prenorm(name: str, scale: float) -> Change:
     )
 
 
-def _alpha_one(name: str, scale: float) -> Change:
-    whole = replace(_SDD, norms={**_SDD.norms, "attn_out": _ONE, "ffn_out": _ONE})
-    text = f"output alphas from 1, blocks, embedding and head x{scale:g}"
+def _prenorm_ones(name: str, scale: float) -> Change:
+    """The norms of Pre-Norm SDD, whose outputs count as they do in Peri-LN."""
+    assert _PRENORM.arm.variant is not None
+    whole = _PRENORM.arm.variant
+    whole = replace(whole, norms={**whole.norms, "attn_out": _ONE, "ffn_out": _ONE})
+    text = f"norms before the sublayers and the head, output alphas from 1, all drawn x{scale:g}"
     return _placed(name, text, whole, {"model.init_scale": scale}, optional=True)
 
 
@@ -130,8 +133,9 @@ CHANGES = (
         residual="sqrt(k/(k+1)) x + f/sqrt(k+1)",
     ),
     _run("alpha-decay", "decay on all alphas and norms, as released", optional=True, alpha_weight_decay=0.1),
-    _alpha_one("alpha1-all0.5", 0.5),
-    _alpha_one("alpha1-all0.25", 0.25),
+    _prenorm_ones("pre-alpha1", 1.0),
+    _prenorm_ones("pre-alpha1-0.5", 0.5),
+    _prenorm_ones("pre-alpha1-0.25", 0.25),
     Change(
         Arm("rows-all0.25", "sdd", {"optim.weights": "rows", **_SMALL}), "all x0.25, and rows keep those lengths", True
     ),
