@@ -34,8 +34,9 @@ def test_a_page_is_drawn_of_the_first_condition_alone_and_says_what_is_missing(
     assert lab.started
     assert not any(other.name in run for run in lab.started for other in others)
     text = (tmp_path / "README.md").read_text(encoding="utf-8")
-    assert "This page is a part of its study: the condition" in text
-    assert all(other.title in text for other in others)
+    were = "condition was" if len(others) == 1 else "conditions were"
+    assert f"This page is a part of its study, of which {len(others)} {were} left out: {others[0].name}" in text
+    assert all(other.name in text for other in others)
     assert f"--conditions {first.name}" in text
     assert json.loads((tmp_path / "study.json").read_text())["conditions"] == [first.name]
 

@@ -210,11 +210,11 @@ def general_limits(outcome: Outcome) -> list[str]:
 def _left_out(outcome: Outcome) -> list[str]:
     """Name the conditions of the study that were not asked for."""
     plan = outcome.plan
-    missing = [each.title for each in plan.definition.conditions if each not in plan.own_conditions]
+    missing = [each.name for each in plan.definition.conditions if each not in plan.own_conditions]
     if not missing:
         return []
-    what = "condition" if len(missing) == 1 else "conditions"
-    return [f"This page is a part of its study: the {what} {listed(missing)} left out with --conditions."]
+    what = "condition was" if len(missing) == 1 else "conditions were"
+    return [f"This page is a part of its study, of which {len(missing)} {what} left out: {listed(missing)}."]
 
 
 def _redrawn(outcome: Outcome) -> list[str]:
