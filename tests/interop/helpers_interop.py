@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sdd.interop import architecture
 from sdd.interop.architecture import CLASSES, Kind
+from sdd.interop.fresh import generated
 from sdd.interop.library import library
 from sdd.interop.modeling_sdd import SDDConfig, SDDForCausalLM
 from sdd.interop.ties import to_theirs
@@ -93,6 +94,9 @@ def in_this_process(folder: Path, tokens_BT: Tensor, texts: list[str]) -> tuple[
     for dtype in (torch.float32, torch.bfloat16):
         theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
         found[str(dtype).removeprefix("torch.")] = logits(theirs.eval(), tokens_BT).float()
+        if dtype == torch.float32:
+            with torch.no_grad():
+                found |= generated(theirs, tokens_BT)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     return found, [tokenizer(text)["input_ids"] for text in texts]
 

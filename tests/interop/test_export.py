@@ -187,13 +187,13 @@ def test_a_folded_export_says_what_it_merged(run: Path, tmp_path: Path, quick: N
 
 
 def test_the_tolerances() -> None:
-    check(Agreement(float32=1e-4, bfloat16=1.5, own_bfloat16=1.0))
+    check(Agreement(float32=1e-4, bfloat16=1.5, own_bfloat16=1.0, generated=0.0))
     with pytest.raises(NotTheSame, match=r"float32 logits differ from the run's by 1\.1e-04 of their std"):
-        check(Agreement(float32=1.1e-4, bfloat16=0.0, own_bfloat16=1.0))
+        check(Agreement(float32=1.1e-4, bfloat16=0.0, own_bfloat16=1.0, generated=0.0))
     with pytest.raises(NotTheSame, match=r"bfloat16 logits are 1.6 .* more than 1.5 times the 1 of our own"):
-        check(Agreement(float32=0.0, bfloat16=1.6, own_bfloat16=1.0))
+        check(Agreement(float32=0.0, bfloat16=1.6, own_bfloat16=1.0, generated=0.0))
     with pytest.raises(NotTheSame):
-        check(Agreement(float32=float("nan"), bfloat16=0.0, own_bfloat16=1.0))
+        check(Agreement(float32=float("nan"), bfloat16=0.0, own_bfloat16=1.0, generated=0.0))
     with pytest.raises(NotTheSame, match=r"while it generates with a cache differ from those of one pass by 1\.1e-04"):
         check(Agreement(float32=0.0, bfloat16=1.0, own_bfloat16=1.0, generated=1.1e-4))
 
@@ -202,13 +202,13 @@ def test_distances_are_in_standard_deviations_of_the_logits() -> None:
     ours = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0)) * 7
     one = torch.zeros_like(ours)
     one[0, 1, 2] = 1.0
-    found = agreement(ours, ours + 2, {"float32": ours - one, "bfloat16": ours + one})
+    steps = {"steps": ours, "whole": ours + 3 * one}
+    found = agreement(ours, ours + 2, {"float32": ours - one, "bfloat16": ours + one, **steps})
     std = float(ours.std())
     assert found.float32 == pytest.approx(1 / std, rel=1e-4)
     assert found.own_bfloat16 == pytest.approx(2 / std, rel=1e-4)
     assert found.bfloat16 == pytest.approx(30**-0.5 / std, rel=1e-4)
-    steps = {"steps": ours, "whole": ours + 3 * one}
-    assert agreement(ours, ours, {"float32": ours, "bfloat16": ours, **steps}).generated == pytest.approx(3 / std)
+    assert found.generated == pytest.approx(3 / std)
 
 
 def test_another_model_is_not_the_same(tmp_path: Path, monkeypatch) -> None:
@@ -217,7 +217,7 @@ def test_another_model_is_not_the_same(tmp_path: Path, monkeypatch) -> None:
 
     def answer(folder: Path, tokens_BT, texts):
         with torch.no_grad():
-            return {"float32": wrong(tokens_BT), "bfloat16": wrong(tokens_BT)}, []
+            return dict.fromkeys(("float32", "bfloat16", "steps", "whole"), wrong(tokens_BT)), []
 
     monkeypatch.setattr(fresh, "_in_fresh_process", answer)
     with pytest.raises(NotTheSame):

@@ -3,6 +3,7 @@
 The process sees transformers and the folder only: `sdd` cannot be imported in it.
 """
 
+import inspect
 import json
 import os
 import subprocess
@@ -10,6 +11,7 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -23,28 +25,19 @@ FLOAT32_TOLERANCE = 1e-4
 #: How much further than our own bfloat16 logits those of the export may be from the float32 logits.
 BFLOAT16_FACTOR = 1.5
 _ROWS, _TOKENS = 2, 256
-_CHILD = """
+_HEAD = """
 import json, sys
 sys.modules["sdd"] = None  # as where it is not installed
 import torch
+from typing import Any
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+"""
+_CHILD = """
 folder, scratch = sys.argv[1:]
 tokens_BT = load_file(f"{scratch}/tokens.safetensors")["tokens"]
 logits = {}
-def generated(model, prompt_BT, new):
-    # logits of new tokens, by steps with a cache and by one pass over the same tokens; the first row is padded
-    padded_BT = torch.ones_like(prompt_BT)
-    padded_BT[0, : prompt_BT.shape[1] // 2] = 0
-    model.generation_config = GenerationConfig(pad_token_id=0)
-    out = model.generate(
-        prompt_BT, attention_mask=padded_BT, do_sample=False, max_new_tokens=new, min_new_tokens=new,
-        use_cache=True, return_dict_in_generate=True, output_logits=True,
-    )
-    ids_BT = out.sequences[:, :-1]
-    seen_BT = torch.cat([padded_BT, padded_BT.new_ones(len(ids_BT), ids_BT.shape[1] - prompt_BT.shape[1])], 1)
-    whole = model(ids_BT, attention_mask=seen_BT, use_cache=False).logits[:, prompt_BT.shape[1] - 1 :]
-    return {"steps": torch.stack(out.logits, 1).float(), "whole": whole.float().contiguous()}
 with torch.no_grad():
     for dtype in (torch.float32, torch.bfloat16):
         model, found = AutoModelForCausalLM.from_pretrained(
@@ -55,9 +48,8 @@ with torch.no_grad():
             sys.exit(f"weights that do not fit: {bad}")
         name = str(dtype).removeprefix("torch.")
         logits[name] = model.eval()(tokens_BT, use_cache=False).logits.float()
-        prompt = min(8, tokens_BT.shape[1] // 2)
-        if name == "float32" and prompt:
-            logits |= generated(model, tokens_BT[:, :prompt], prompt)
+        if name == "float32":
+            logits |= generated(model, tokens_BT)
 save_file(logits, f"{scratch}/logits.safetensors")
 tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True, local_files_only=True)
 with open(f"{scratch}/texts.json") as file:
@@ -65,6 +57,27 @@ with open(f"{scratch}/texts.json") as file:
 with open(f"{scratch}/ids.json", "w") as file:
     json.dump(ids, file)
 """
+
+
+def generated(model: Any, tokens_BT: Tensor) -> dict[str, Tensor]:
+    """Logits of new tokens, by steps with a cache (`steps`) and by one pass over the same tokens (`whole`).
+
+    The first row is padded on the left. The fresh process runs this text, so it needs torch and transformers only.
+    """
+    from transformers import GenerationConfig
+
+    prompt = max(1, min(8, tokens_BT.shape[1] // 2))
+    prompt_BT = tokens_BT[:, :prompt]
+    padded_BT = torch.ones_like(prompt_BT)
+    padded_BT[0, : prompt // 2] = 0
+    model.generation_config = GenerationConfig(pad_token_id=0)
+    new = {"max_new_tokens": prompt, "min_new_tokens": prompt, "return_dict_in_generate": True, "output_logits": True}
+    out = model.generate(prompt_BT, attention_mask=padded_BT, do_sample=False, use_cache=True, **new)
+    ids_BT = out.sequences[:, :-1]
+    seen_BT = torch.cat([padded_BT, torch.ones_like(ids_BT[:, prompt:])], 1)
+    places_BT = (seen_BT.cumsum(-1) - 1).clamp(min=0)  # as generate counts: nGPT's scales after the rotation see them
+    whole = model(ids_BT, seen_BT, places_BT, use_cache=False).logits[:, prompt - 1 :]
+    return {"steps": torch.stack(out.logits, 1).float(), "whole": whole.float().contiguous()}
 
 
 class NotTheSame(SddError):
@@ -89,7 +102,7 @@ class Agreement:
     float32: float
     bfloat16: float
     own_bfloat16: float
-    generated: float = 0.0
+    generated: float
 
     def __str__(self) -> str:
         return (
@@ -129,12 +142,11 @@ def compare(folder: Path, model: LanguageModel, texts: list[str]) -> tuple[Agree
 def agreement(ours: Tensor, own_bfloat16: Tensor, theirs: dict[str, Tensor]) -> Agreement:
     """The distances between logits."""
     std = ours.std()
-    steps = (theirs["steps"] - theirs["whole"]).abs().max() / std if "steps" in theirs else std.new_zeros(())
     return Agreement(
         ((theirs["float32"] - ours).abs().max() / std).item(),
         ((theirs["bfloat16"] - ours).square().mean().sqrt() / std).item(),
         ((own_bfloat16 - ours).square().mean().sqrt() / std).item(),
-        steps.item(),
+        ((theirs["steps"] - theirs["whole"]).abs().max() / std).item(),
     )
 
 
@@ -166,7 +178,7 @@ def _in_fresh_process(folder: Path, tokens_BT: Tensor, texts: list[str]) -> tupl
         scratch = Path(name)
         save_file({"tokens": tokens_BT}, scratch / "tokens.safetensors")
         (scratch / "texts.json").write_text(json.dumps(texts))
-        command = [sys.executable, "-I", "-c", _CHILD, str(folder), name]
+        command = [sys.executable, "-I", "-c", _HEAD + inspect.getsource(generated) + _CHILD, str(folder), name]
         alone = {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(scratch / "modules"), "CUDA_VISIBLE_DEVICES": ""}
         done = subprocess.run(  # it asks nothing: nobody would see the question
             command, stdin=subprocess.DEVNULL, capture_output=True, text=True, env={**os.environ, **alone}, check=False

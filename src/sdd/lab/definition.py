@@ -182,6 +182,16 @@ class PlannedStudy:
         return tuple(sorted(self.request.depths or self.definition.depths))
 
     @property
+    def method(self) -> tuple[str, ...]:
+        """The study's sentences on its method, and one on the conditions that were not asked for."""
+        missing = [each.name for each in self.definition.conditions if each not in self.own_conditions]
+        if not missing:
+            return self.definition.method
+        what = "condition was" if len(missing) == 1 else "conditions were"
+        part = f"This page is a part of its study, of which {len(missing)} {what} left out: {listed(missing)}."
+        return (*self.definition.method, part)
+
+    @property
     def lattice(self) -> Lattice:
         """The settings that a search may come to."""
         return Lattice(self.first_rates[len(self.first_rates) // 2], self.rates.spacing, self.rates.inits)

@@ -79,7 +79,7 @@ def markdown(outcome: Outcome, findings: Findings) -> str:
         f"**Answer:** {findings.answer}",
         "\n".join(f"- {sentence}" for sentence in findings.conclusions),
         "## Method",
-        " ".join(plan.definition.method),
+        " ".join(plan.method),
     ]
     if findings.published:
         parts += ["## Published and ours", *_table_parts(findings.published)]

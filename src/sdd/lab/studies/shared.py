@@ -199,22 +199,11 @@ def general_limits(outcome: Outcome) -> list[str]:
         "draws and order of the data only"
     )
     return [
-        *_left_out(outcome),
         *_redrawn(outcome),
         f"This is {seeds_text(n)}: {spread}.",
         f"Models have {parameters / 1e6:.1f} million parameters and see {tokens:,} tokens; the published ones have 581 "
         "million and more, and see 200 billion. What holds here need not hold there, nor the other way round.",
     ]
-
-
-def _left_out(outcome: Outcome) -> list[str]:
-    """Name the conditions of the study that were not asked for."""
-    plan = outcome.plan
-    missing = [each.name for each in plan.definition.conditions if each not in plan.own_conditions]
-    if not missing:
-        return []
-    what = "condition was" if len(missing) == 1 else "conditions were"
-    return [f"This page is a part of its study, of which {len(missing)} {what} left out: {listed(missing)}."]
 
 
 def _redrawn(outcome: Outcome) -> list[str]:
