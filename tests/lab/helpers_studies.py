@@ -11,7 +11,7 @@ import pytest
 from sdd.errors import Interrupted
 from sdd.lab import engine, results
 from sdd.lab.grid import timing
-from sdd.lab.grid.job import Job
+from sdd.lab.grid.job import Job, State
 from sdd.lab.results import RunResult, config_hash, portable
 from sdd.train import RunConfig, config_io
 
@@ -82,7 +82,7 @@ class FakeLab:
             def __init__(
                 self, runs: Sequence[tuple[str, RunConfig]], out: Path, workers: int | None = None, stack: int = 1
             ) -> None:
-                self.jobs = [Job(name, config) for name, config in runs]
+                self.jobs = [Job(name, config, lab.ended(name, config)) for name, config in runs]
 
             @property
             def waiting(self) -> list[Job]:
@@ -113,7 +113,13 @@ class FakeLab:
         monkeypatch.setattr(results, "harvest", harvest)
         return self
 
-    def train(self, job: Job) -> Any:
+    def ended(self, name: str, config: RunConfig) -> State:
+        """Where a run stands before anything is run."""
+        if name not in self.finished:
+            return "waiting"
+        return "failed" if math.isnan(self.loss_of(config)) else "done"
+
+    def train(self, job: Job) -> State:
         """Where a run ends."""
         if job.name not in self.finished:
             if self.interrupt_after == 0:
@@ -125,7 +131,7 @@ class FakeLab:
                 job.detail = "no space left"
                 return "crashed"
             self.finished[job.name] = job.config
-        return "failed" if math.isnan(self.loss_of(job.config)) else "done"
+        return self.ended(job.name, job.config)
 
 
 def wobble(config: RunConfig) -> float:

@@ -139,7 +139,7 @@ def test_a_part_of_a_study_is_read_without_base_and_rivals(
 
 def test_optional_variants_and_their_robustness_are_to_be_had_by_name(tmp_path: Path) -> None:
     names = ("sdd", "v0.25", "released0.25")
-    for study in ("variants", "robustness"):
+    for study in ("variants", "robustness", "length"):
         plan = PlannedStudy(studies[study], Request(tmp_path, "nano", 1, names))
         assert [arm.name for arm in plan.arms] == list(names)
     plan = PlannedStudy(robustness.DEFINITION, Request(tmp_path, "nano", 1, names))

@@ -114,6 +114,20 @@ def test_an_interrupted_study_comes_to_the_same_results(
     assert len(lab.started) == len(set(lab.started))
 
 
+def test_a_study_that_goes_on_first_writes_the_results_of_what_had_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lab = FakeLab(valley, interrupt_after=5).install(monkeypatch)
+    written = []
+    for more in (5, 3, 0):
+        lab.interrupt_after = more
+        with pytest.raises(Interrupted):
+            outcome(robustness.DEFINITION, tmp_path)
+        written.append(len(list((tmp_path / "results").glob("*.json"))))
+    assert written == [0, 5, 8]
+    assert len(lab.started) == 8
+
+
 def test_results_alone_regenerate_a_study_and_more_seeds_run_only_themselves(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

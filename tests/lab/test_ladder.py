@@ -79,3 +79,27 @@ def test_the_page_names_the_step_that_carries_the_lead(tmp_path: Path, monkeypat
     text = (tmp_path / "README.md").read_text(encoding="utf-8")
     assert "at 3M tokens: norms on both outputs: Peri-LN with norms on q, k (-0.100 ± 0.000 nats)" in text
     assert (tmp_path / "figures" / "steps.png").exists()
+
+
+@pytest.mark.parametrize("conditions", [("default",), ("default", "half")])
+def test_the_page_speaks_of_rates_where_there_are_several(
+    conditions: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    FakeLab(known).install(monkeypatch)
+    assert run_study("ladder", tmp_path, Options(seeds=2, conditions=conditions)) == 0
+    text = (tmp_path / "README.md").read_text(encoding="utf-8")
+    several = len(conditions) > 1
+    assert ("mean over the rates" in text, "mean over rates" in text) == (several, several)
+    assert ("One rate for all" in text) != several
+
+
+def test_the_page_says_so_where_no_step_is_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    noise = {"prenorm-qk": (0.0, 0.3), "qk+init": (0.3, 0.0)}
+
+    def noisy(config: RunConfig) -> float:
+        return known(config) + noise.get(config.model.placement.name, (0.0, 0.0))[config.seed]
+
+    FakeLab(noisy).install(monkeypatch)
+    assert run_study("ladder", tmp_path, Options(seeds=2, placements=tuple(noise))) == 0
+    text = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert "At 3M tokens no step is told apart from zero." in text

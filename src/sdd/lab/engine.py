@@ -91,10 +91,11 @@ class Engine:
         missing = [run for run in runs if not self._is_known(*run)]
         if missing:
             grid = Grid(missing, self.out, self.plan.request.workers, self.plan.request.stack)
+            self._harvest(grid)  # what had ended before an interruption: its results need not wait for the rest
             if grid.waiting:
                 _ = self._held_out.source  # tokenises the corpus once, before several runs would at the same time
-            grid.run()
-            self._harvest(grid)
+                grid.run()
+                self._harvest(grid)
 
     def _searched(self) -> Outcome:
         """Search and report one condition after the other, all arms of it together.
@@ -219,9 +220,10 @@ class Engine:
     def _harvest(self, grid: Grid) -> None:
         """Write the result files of a grid; report crashed runs once everything else is safe."""
         crashed = [job for job in grid.jobs if job.state == "crashed"]
-        ended = [job for job in grid.jobs if job.state in FINISHED]
+        ended = [job for job in grid.jobs if job.state in FINISHED and job.name not in self._known]
         if ended:
-            self._say(f"Measuring {len(ended)} finished runs on the held-out text that rates are chosen on.")
+            runs = "1 finished run" if len(ended) == 1 else f"{len(ended)} finished runs"
+            self._say(f"Measuring {runs} on the held-out text that rates are chosen on.")
         for job in ended:
             found = results.harvest(grid.path(job.name), self._held_out, self.plan.definition.measure)
             self._take(found)

@@ -105,8 +105,7 @@ def read(outcome: Outcome) -> Findings:
         answer=_answer(outcome, steps),
         conclusions=_conclusions(outcome, steps),
         limits=[
-            "The rates are the same for all, not tuned for each: a method that would want another is judged at "
-            "these, and both count alike.",
+            _rate_limit(outcome),
             "A change is measured where it stands in this order; in another order it may do more or less.",
             "Early losses are read off runs whose schedule is that of the whole length.",
             *shared.general_limits(outcome),
@@ -114,6 +113,15 @@ def read(outcome: Outcome) -> Findings:
         published=None,
         tables=[_step_table(outcome, steps), _loss_table(outcome), shared.cost_table(_first(outcome), outcome)],
         pictures=[_picture(outcome, steps)],
+    )
+
+
+def _rate_limit(outcome: Outcome) -> str:
+    if len(outcome.plan.conditions) == 1:
+        return "One rate for all, tuned for none: a method that would want another is judged at this one."
+    return (
+        "The rates are the same for all, not tuned for each: a method that would want another is judged at these, "
+        "which count alike."
     )
 
 
@@ -150,6 +158,8 @@ def _first(outcome: Outcome) -> list[Cell]:
 
 def _step_table(outcome: Outcome, steps: Sequence[Step]) -> Table:
     end = short_length(outcome.plan.lengths[-1])
+    several = len(outcome.plan.conditions) > 1
+    how = "Each is the mean over the rates, paired by seed and rate" if several else "Paired by seed"
     rows = [
         [
             f"{step.rung.below} to {step.rung.arm.name}",
@@ -164,8 +174,7 @@ def _step_table(outcome: Outcome, steps: Sequence[Step]) -> Table:
         f"Change of the held-out loss with each step, nats a token, {seeds_text(outcome.plan.request.seeds)}",
         ["step", "what changes", f"at {short_length(EARLY_TOKENS)} tokens", f"at {end} tokens"],
         rows,
-        "Negative: the step lowers the loss. Each is the mean over the rates, paired by seed and rate; ± is half of "
-        "Student's 95% interval over seeds.",
+        f"Negative: the step lowers the loss. {how}; ± is half of Student's 95% interval over seeds.",
     )
 
 
@@ -216,6 +225,8 @@ def _conclusions(outcome: Outcome, steps: Sequence[Step]) -> list[str]:
         if rungs:
             names = listed([f"{rung.below} to {rung.arm.name}" for rung in rungs])
             texts.append(f"At {end} tokens these steps {what} the loss by more than seeds explain: {names}.")
+    if steps and not texts:
+        texts.append(f"At {end} tokens no step is told apart from zero.")
     return texts
 
 
@@ -240,8 +251,9 @@ def _picture(outcome: Outcome, steps: Sequence[Step]) -> Picture:
         }
         return draw_dots(rows, series, Axis("change of the held-out loss, nats a token"), "did not converge")
 
+    over = "rates and " if len(outcome.plan.conditions) > 1 else ""
     caption = (
-        f"Change of the held-out loss with each step, mean over rates and {seeds_text(outcome.plan.request.seeds)}; "
+        f"Change of the held-out loss with each step, mean over {over}{seeds_text(outcome.plan.request.seeds)}; "
         "lines are the range of the seeds. Left of zero a step helps."
     )
     return Picture("steps", caption, f"Changes in nats a token. {described(words)}", draw)

@@ -10,7 +10,7 @@ from sdd.lab.arms import DEFAULT, Arm, Rates
 from sdd.lab.definition import Cell, Definition, Outcome, short_length
 from sdd.lab.findings import Findings, Interval, Measured, Picture, Range, Table, described, listed, seeds_text
 from sdd.lab.statistics import Estimate, first_reach, mean_factor, mean_interval, paired_difference
-from sdd.lab.studies import shared
+from sdd.lab.studies import shared, variants
 from sdd.lab.studies.convergence import factor
 
 #: The methods that the others are compared with.
@@ -265,4 +265,5 @@ DEFINITION = Definition(
     sizes={},
     read=read,
     lengths=(300_000, 1_000_000, 3_000_000),
+    optional=tuple(change.arm for change in variants.CHANGES),
 )
