@@ -18,7 +18,9 @@ from sdd.placement import (
     SCALE_SITES,
     SCALES,
     SITES,
+    SUBLAYER_SCALES,
     WIDTHS,
+    AlphaName,
     InitName,
     Norm,
     Placement,
@@ -45,7 +47,7 @@ def norms(draw: st.DrawFn, site: str) -> Norm:
     return Norm(
         group=group,
         shared_alpha=group == "head" and draw(st.booleans()),
-        alpha_init=draw(st.sampled_from(list(SCALES))),
+        alpha_init=draw(st.sampled_from(list(SCALES if site in MODEL_SITES else get_args(AlphaName)))),
         alpha_factor=draw(st.floats(-1e3, 1e3)),
         eps=draw(st.floats(0, 1)),
     )
@@ -164,6 +166,7 @@ def test_a_norm_refuses(arguments: dict, message: str):
         ({"norms": {}, "scales": {"q": Scale()}}, "scales names 'q'"),
         ({"norms": {}, "weights": "round"}, "weights='round'"),
         ({"norms": {"q": Norm(depth_factor="1/sqrt(l)")}}, "depth_factor fits RMSNorms only"),
+        ({"norms": {"final": Norm(alpha_init="1/sqrt(k)")}}, "stands in no block"),
         ({"norms": {}, "init": "xavier"}, "init='xavier' is not an init rule"),
     ],
 )
@@ -211,6 +214,7 @@ def test_residual_rules_are_numbered_by_sublayer():
 
 def test_named_scales_are_what_they_say():
     assert set(SCALES) == set(get_args(ScaleName))
+    assert {*SCALES, *SUBLAYER_SCALES} == set(get_args(AlphaName))
     for L in (1, 2, 7, 32):
         assert SCALES["one"](L) == 1
         assert SCALES["1/sqrt(L)"](L) == pytest.approx(1 / math.sqrt(L))
@@ -225,7 +229,15 @@ def test_overrides_change_their_blocks_and_no_other(placement: Placement):
     plain = {site: norm for site, norm in placement.norms.items() if site not in MODEL_SITES}
     for index in range(6):
         expected = plain | placement.overrides.get(index, {}) | placement.overrides.get(index - 6, {})
-        assert placement.layer(index, 6) == {site: norm for site, norm in expected.items() if norm}
+        named = placement.named_layer(index, 6)
+        assert named == {site: norm for site, norm in expected.items() if norm}
+        numbered = placement.layer(index, 6)
+        assert numbered.keys() == named.keys()
+        for site, norm in named.items():
+            k = 2 * index + (2 if site.startswith("ffn") or site in ("gate", "up") else 1)
+            value = norm.alpha_factor / math.sqrt(k) if norm.alpha_init == "1/sqrt(k)" else norm.alpha(6)
+            assert numbered[site].alpha(6) == pytest.approx(value)
+            assert replace(numbered[site], alpha_init=norm.alpha_init, alpha_factor=norm.alpha_factor) == norm
 
 
 def test_an_override_counts_from_the_end_and_none_removes():

@@ -14,7 +14,7 @@ from sphinx.application import Sphinx
 
 from sdd import placement
 
-ALIASES = {name: getattr(placement, name) for name in ("Site", "ScaleName", "InitName")}
+ALIASES = {name: getattr(placement, name) for name in ("Site", "AlphaName", "InitName")}
 _plain: dict[str, list[str]] = {}
 
 

@@ -47,6 +47,8 @@ Site = Literal[
 SITES: tuple[Site, ...] = get_args(Site)
 #: Sites at which a norm makes the projection an SDDLinear.
 PROJECTIONS: tuple[Site, ...] = ("q", "k", "v", "attn_out", "gate", "up", "ffn_out")
+#: Sites of a block's attention; its others are those of the feed-forward network.
+ATTENTION: tuple[Site, ...] = ("attn_in", "q", "k", "v", "ctx", "attn_out", "attn_post")
 #: Sites that stand once in a model, not in every block.
 MODEL_SITES: tuple[Site, ...] = ("embed", "final")
 
@@ -62,6 +64,11 @@ SCALES: Mapping[str, Callable[[int], float]] = MappingProxyType(
     }
 )
 ScaleName = Literal["one", "1/sqrt(L)", "1/sqrt(2L)", "1/(2L)", "(2L)^(1/4)", "(8L)^(-1/4)"]
+
+#: Named initial values of alpha as functions of k, the number of the sublayer from 1 (attention and feed-forward
+#: network alternate). Where `x + alpha norm(V h)` is normed, `1/sqrt(k)` gives all sublayers so far equal shares.
+SUBLAYER_SCALES: Mapping[str, Callable[[int], float]] = MappingProxyType({"1/sqrt(k)": lambda k: k**-0.5})
+AlphaName = Literal[ScaleName, "1/sqrt(k)"]
 
 #: Named factors by depth, as functions of l, the number of the block from 1.
 DEPTH_FACTORS: Mapping[str, Callable[[int], float]] = MappingProxyType(
@@ -112,7 +119,7 @@ class Norm:
     Attributes:
         group: "full" takes the mean square over the site's whole width, "head" over each head.
         shared_alpha: one alpha of head_dim for all heads (with group "head").
-        alpha_init: named initial value of alpha, see `SCALES`.
+        alpha_init: named initial value of alpha, see `SCALES` and, in blocks, `SUBLAYER_SCALES`.
         alpha_factor: multiplies the named initial value.
         eps: added to the mean square, inside the root.
         scale: whether the norm has an alpha.
@@ -121,7 +128,7 @@ class Norm:
 
     group: Literal["full", "head"] = "full"
     shared_alpha: bool = False
-    alpha_init: ScaleName = "one"
+    alpha_init: AlphaName = "one"
     alpha_factor: float = 1.0
     eps: float = 1e-6
     scale: bool = True
@@ -132,8 +139,8 @@ class Norm:
             raise ValueError(f"depth_factor={self.depth_factor!r}: choose one of {list(DEPTH_FACTORS)}")
         if not self.scale and (self.shared_alpha, self.alpha_init, self.alpha_factor) != (False, "one", 1.0):
             raise ValueError("scale=False is a norm without alpha: leave out shared_alpha, alpha_init and alpha_factor")
-        if self.alpha_init not in SCALES:
-            raise ValueError(f"alpha_init={self.alpha_init!r} is not a named scale: choose one of {list(SCALES)}")
+        if self.alpha_init not in (known := get_args(AlphaName)):
+            raise ValueError(f"alpha_init={self.alpha_init!r} is not a named scale: choose one of {list(known)}")
         if self.group not in ("full", "head"):
             raise ValueError(f"group={self.group!r}: choose 'full' or 'head'")
         if self.shared_alpha and self.group != "head":
@@ -144,8 +151,14 @@ class Norm:
             raise ValueError(f"alpha_factor={self.alpha_factor} must be finite")
 
     def alpha(self, n_layers: int) -> float:
-        """The initial value of alpha in a model of `n_layers` blocks."""
+        """The initial value of alpha in a model of `n_layers` blocks; of a norm whose value is not by sublayer."""
         return self.alpha_factor * SCALES[self.alpha_init](n_layers)
+
+    def at_sublayer(self, k: int) -> "Norm":
+        """The norm in sublayer k: a value by sublayer becomes a number."""
+        if self.alpha_init not in SUBLAYER_SCALES:
+            return self
+        return replace(self, alpha_init="one", alpha_factor=self.alpha_factor * SUBLAYER_SCALES[self.alpha_init](k))
 
 
 @dataclass(frozen=True)
@@ -217,6 +230,8 @@ class Placement:
                     raise ValueError(f"site {site!r} is an SDD layer: depth_factor fits RMSNorms only")
                 if norm is not None and site in MODEL_SITES and norm.depth_factor != "one":
                     raise ValueError(f"site {site!r} stands in no block: it has no depth_factor")
+                if norm is not None and site in MODEL_SITES and norm.alpha_init in SUBLAYER_SCALES:
+                    raise ValueError(f"site {site!r} stands in no block: alpha_init={norm.alpha_init!r} has no k there")
         for layer, sites in self.overrides.items():
             misplaced = [site for site in sites if site in MODEL_SITES]
             if misplaced:
@@ -248,7 +263,12 @@ class Placement:
         return init_words(self.init, self.draws)
 
     def layer(self, index: int, n_layers: int) -> dict[Site, Norm]:
-        """The norms of block `index` of `n_layers`, overrides applied."""
+        """The norms of block `index` of `n_layers`: overrides applied, and values by sublayer as numbers."""
+        named = self.named_layer(index, n_layers)
+        return {site: norm.at_sublayer(2 * index + (1 if site in ATTENTION else 2)) for site, norm in named.items()}
+
+    def named_layer(self, index: int, n_layers: int) -> dict[Site, Norm]:
+        """The norms of block `index` of `n_layers` as they are written, overrides applied."""
         norms: dict[Site, Norm | None] = {site: norm for site, norm in self.norms.items() if site not in MODEL_SITES}
         for layer in (index, index - n_layers):
             norms |= self.overrides.get(layer, {})

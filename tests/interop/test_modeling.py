@@ -28,6 +28,7 @@ ODD = Placement(
         "ctx": Norm(group="head", scale=False),
         "attn_in": Norm(depth_factor="1/sqrt(l)", alpha_factor=0.5),
         "up": Norm(alpha_init="1/sqrt(L)"),
+        "ffn_out": Norm(alpha_init="1/sqrt(k)"),
         "ffn_post": Norm(scale=False),
     },
     residual="2L x + f from k=3",

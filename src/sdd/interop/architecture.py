@@ -57,7 +57,7 @@ def kind_of(config: ModelConfig) -> Kind:
         return "sdd"
     found = {site: _form(norm) for site, norm in placement.norms.items()}
     blocks = {site: norm for site, norm in placement.norms.items() if site not in MODEL_SITES}
-    if any(placement.layer(index, config.n_layers) != blocks for index in layers):
+    if any(placement.named_layer(index, config.n_layers) != blocks for index in layers):
         return "sdd"
     forms: dict[Kind, Any] = {
         kind: {site: _form(norm) for site, norm in native.norms.items()} for kind, native in NATIVE.items()

@@ -13,6 +13,7 @@ from sdd.placement import (
     PROJECTIONS,
     RESIDUALS,
     SITES,
+    SUBLAYER_SCALES,
     WIDTHS,
     Norm,
     Placement,
@@ -184,7 +185,7 @@ def _scales(config: ModelConfig) -> list[str]:
 def _norm_sections(config: ModelConfig) -> list[list[str]]:
     """One table for the sites that stand once, one for each kind of block."""
     once: dict[Site, Norm] = {site: norm for site, norm in config.placement.norms.items() if site in MODEL_SITES}
-    layers = [config.placement.layer(index, config.n_layers) for index in range(config.n_layers)]
+    layers = [config.placement.named_layer(index, config.n_layers) for index in range(config.n_layers)]
     sections = [["Norms that stand once", *indented(_norms(once, config, MODEL_SITES))]]
     done: list[dict[Site, Norm]] = []
     for norms in layers:
@@ -227,12 +228,14 @@ def _group(site: Site, norm: Norm, config: ModelConfig) -> str:
 def _alpha(norm: Norm, config: ModelConfig) -> str:
     if not norm.scale:
         return "none"
+    factor = "" if norm.alpha_factor == 1 else f"{norm.alpha_factor:g} * "
+    if norm.alpha_init in SUBLAYER_SCALES:
+        return f"{factor}{norm.alpha_init} in sublayer k"
     value = f"{norm.alpha(config.n_layers):.4g}"
     if norm.depth_factor != "one":
         return f"{value}, times {norm.depth_factor}"
     if norm.alpha_init == "one":
         return value
-    factor = "" if norm.alpha_factor == 1 else f"{norm.alpha_factor:g} * "
     return f"{value} = {factor}{norm.alpha_init}"
 
 

@@ -109,6 +109,11 @@ CHANGES = (
         "output alphas from 1/(2L): blocks start nearer the identity",
         {"attn_out": Norm(alpha_init="1/(2L)"), "ffn_out": Norm(alpha_init="1/(2L)")},
     ),
+    _sites(
+        "alpha-by-k",
+        "output alphas from 1/sqrt(k) in sublayer k: every sublayer so far counts alike",
+        {"attn_out": Norm(alpha_init="1/sqrt(k)"), "ffn_out": Norm(alpha_init="1/sqrt(k)")},
+    ),
     _run("alpha-rate4", "rate of all alphas and norms x4", alpha_lr=4.0),
     _run("alpha-rate0.25", "rate of all alphas and norms x0.25", alpha_lr=0.25),
     _run("v-no-decay", "no decay on V: it grows, and turns fade", sdd_weight_decay=0.0),
