@@ -235,7 +235,9 @@ def test_overrides_change_their_blocks_and_no_other(placement: Placement):
         assert numbered.keys() == named.keys()
         for site, norm in named.items():
             k = 2 * index + (2 if site.startswith("ffn") or site in ("gate", "up") else 1)
-            value = norm.alpha_factor / math.sqrt(k) if norm.alpha_init == "1/sqrt(k)" else norm.alpha(6)
+            by_k = {"1/sqrt(k)": k, "1/sqrt(k+L)": k + 6}
+            root = by_k.get(norm.alpha_init)
+            value = norm.alpha_factor / math.sqrt(root) if root else norm.alpha(6)
             assert numbered[site].alpha(6) == pytest.approx(value)
             assert replace(numbered[site], alpha_init=norm.alpha_init, alpha_factor=norm.alpha_factor) == norm
 

@@ -66,9 +66,12 @@ SCALES: Mapping[str, Callable[[int], float]] = MappingProxyType(
 ScaleName = Literal["one", "1/sqrt(L)", "1/sqrt(2L)", "1/(2L)", "(2L)^(1/4)", "(8L)^(-1/4)"]
 
 #: Named initial values of alpha as functions of k, the number of the sublayer from 1 (attention and feed-forward
-#: network alternate). Where `x + alpha norm(V h)` is normed, `1/sqrt(k)` gives all sublayers so far equal shares.
-SUBLAYER_SCALES: Mapping[str, Callable[[int], float]] = MappingProxyType({"1/sqrt(k)": lambda k: k**-0.5})
-AlphaName = Literal[ScaleName, "1/sqrt(k)"]
+#: network alternate), and of L. Where `x + alpha norm(V h)` is normed, `1/sqrt(k)` gives the embedding and all
+#: sublayers so far equal shares of the stream; with `1/sqrt(k+L)` the embedding has L + 1 of them, a third in the end.
+SUBLAYER_SCALES: Mapping[str, Callable[[int, int], float]] = MappingProxyType(
+    {"1/sqrt(k)": lambda k, L: k**-0.5, "1/sqrt(k+L)": lambda k, L: (k + L) ** -0.5}
+)
+AlphaName = Literal[ScaleName, "1/sqrt(k)", "1/sqrt(k+L)"]
 
 #: Named factors by depth, as functions of l, the number of the block from 1.
 DEPTH_FACTORS: Mapping[str, Callable[[int], float]] = MappingProxyType(
@@ -85,6 +88,7 @@ RESIDUALS: Mapping[str, Callable[[int, int], tuple[float, float]]] = MappingProx
         "1/sqrt(2L) x + f": lambda k, L: (SCALES["1/sqrt(2L)"](L), 1.0),
         "(2L)^(1/4) x + f": lambda k, L: (SCALES["(2L)^(1/4)"](L), 1.0),
         "(8L)^(-1/4) x + f": lambda k, L: (SCALES["(8L)^(-1/4)"](L), 1.0),
+        "x + f/sqrt(2L)": lambda k, L: (1.0, SCALES["1/sqrt(2L)"](L)),
         "2L x + f from k=3": lambda k, L: (2.0 * L if k > 2 else 1.0, 1.0),
         "sqrt(k/(k+1)) x + f/sqrt(k+1)": lambda k, L: ((k / (k + 1)) ** 0.5, (k + 1) ** -0.5),
     }
@@ -97,6 +101,7 @@ ResidualName = Literal[
     "1/sqrt(2L) x + f",
     "(2L)^(1/4) x + f",
     "(8L)^(-1/4) x + f",
+    "x + f/sqrt(2L)",
     "2L x + f from k=3",
     "sqrt(k/(k+1)) x + f/sqrt(k+1)",
     "x + |a| (f - x)",
@@ -154,11 +159,12 @@ class Norm:
         """The initial value of alpha in a model of `n_layers` blocks; of a norm whose value is not by sublayer."""
         return self.alpha_factor * SCALES[self.alpha_init](n_layers)
 
-    def at_sublayer(self, k: int) -> "Norm":
-        """The norm in sublayer k: a value by sublayer becomes a number."""
+    def at_sublayer(self, k: int, n_layers: int) -> "Norm":
+        """The norm in sublayer k of a model of `n_layers` blocks: a value by sublayer becomes a number."""
         if self.alpha_init not in SUBLAYER_SCALES:
             return self
-        return replace(self, alpha_init="one", alpha_factor=self.alpha_factor * SUBLAYER_SCALES[self.alpha_init](k))
+        value = SUBLAYER_SCALES[self.alpha_init](k, n_layers)
+        return replace(self, alpha_init="one", alpha_factor=self.alpha_factor * value)
 
 
 @dataclass(frozen=True)
@@ -265,7 +271,8 @@ class Placement:
     def layer(self, index: int, n_layers: int) -> dict[Site, Norm]:
         """The norms of block `index` of `n_layers`: overrides applied, and values by sublayer as numbers."""
         named = self.named_layer(index, n_layers)
-        return {site: norm.at_sublayer(2 * index + (1 if site in ATTENTION else 2)) for site, norm in named.items()}
+        k = 2 * index + 1
+        return {site: norm.at_sublayer(k + (site not in ATTENTION), n_layers) for site, norm in named.items()}
 
     def named_layer(self, index: int, n_layers: int) -> dict[Site, Norm]:
         """The norms of block `index` of `n_layers` as they are written, overrides applied."""

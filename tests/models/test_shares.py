@@ -1,6 +1,7 @@
 """Output alphas of 1/sqrt(k): every sublayer so far has an equal share of a stream that is normed after additions."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -31,6 +32,17 @@ def test_alpha_of_sublayer_k_starts_at_one_by_its_root(n_layers: int, moe: MoECo
     assert len(alphas) == 2 * n_layers
     for k, alpha in enumerate(alphas, 1):
         assert alpha == pytest.approx([k**-0.5] * len(alpha))
+
+
+@pytest.mark.parametrize(("name", "embedding"), [("1/sqrt(k)", 1), ("1/sqrt(k+L)", 5)])
+def test_the_shares_of_the_stream_are_what_the_names_promise(name: Any, embedding: int) -> None:
+    placement = with_outputs(Norm(alpha_init=name, eps=0.0), "x + f")
+    model = LanguageModel(tiny_config(placement, n_layers=4))
+    shares = [1.0]
+    for alpha in output_alphas(model).values():  # of the mean square, if what is added does not correlate
+        added = float(alpha.detach().square().mean())
+        shares = [share / (1 + added) for share in shares] + [added / (1 + added)]
+    assert shares == pytest.approx([embedding / (8 + embedding)] + [1 / (8 + embedding)] * 8)
 
 
 @pytest.mark.parametrize("seed", range(3))
