@@ -9,9 +9,11 @@ from helpers_studies import FakeLab, wobble
 from rich.console import Console
 
 from sdd.commands.study import Options, run_study
+from sdd.draw.style import PLACEMENT_STYLES
 from sdd.errors import Interrupted, UserError
 from sdd.lab.definition import Outcome, PlannedStudy, Request
 from sdd.lab.engine import Engine
+from sdd.lab.figures import styles_of
 from sdd.lab.studies import convergence, length
 from sdd.train import RunConfig
 
@@ -140,3 +142,12 @@ def test_what_is_still_to_do_follows_the_searches(tmp_path: Path, monkeypatch: p
         del lab.finished[name]
     lab.interrupt_after = 0
     assert "5 of them still to do" in said_of(tmp_path)
+
+
+def test_a_variant_does_not_look_like_the_placement_that_it_changes() -> None:
+    arms = [("mix-depth", "sdd"), ("sdd", "sdd"), ("peri", "peri"), ("all0.25", "sdd"), ("sdd-muon", "sdd-prenorm")]
+    styles = styles_of(arms)
+    assert styles["sdd"] == PLACEMENT_STYLES["sdd"]
+    assert styles["sdd-muon"] == PLACEMENT_STYLES["sdd-prenorm"]
+    assert len(set(styles.values())) == len(arms)
+    assert styles["mix-depth"].color == styles["sdd"].color

@@ -11,7 +11,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from sdd.draw.curves import look, short_count
-from sdd.draw.style import INK, OWN_STYLE, PLACEMENT_STYLES, Style
+from sdd.draw.style import INK, OWN_STYLE, PLACEMENT_STYLES, Marker, Style
 from sdd.lab.statistics import mean_factor, mean_interval
 
 _WIDTH, _HEIGHT = 4.6, 3.0  # inches a panel
@@ -70,10 +70,26 @@ class CurvePanel:
     levels: Mapping[str, float] | None = None
 
 
+#: Markers of further arms of one placement.
+_FURTHER: tuple[Marker, ...] = ("*", "P", "d", "h", "8")
+
+
 def style_of(name: str, placement: str, place: int = 0) -> Style:
-    """The style of a placement; further arms of one placement are dashed."""
+    """The style of a placement; further arms of one placement, by their place, are dashed and have other markers."""
     base = PLACEMENT_STYLES.get(name) or PLACEMENT_STYLES.get(placement, OWN_STYLE)
-    return Style(base.color, base.marker, (5, 2) if place else ())
+    return Style(base.color, _FURTHER[(place - 1) % len(_FURTHER)], (5, 2)) if place else base
+
+
+def styles_of(arms: Sequence[tuple[str, str]]) -> dict[str, Style]:
+    """The style of each arm by name, from (name, placement); one that is named like a placement looks like it."""
+    taken = [name for name, _ in arms if name in PLACEMENT_STYLES]
+    found = {}
+    for name, placement in arms:
+        place = 0 if name in PLACEMENT_STYLES else taken.count(placement)
+        found[name] = style_of(name, placement, place)
+        if name not in PLACEMENT_STYLES:
+            taken.append(placement)
+    return found
 
 
 def draw_curves(panels: Sequence[CurvePanel], columns: int = 2) -> Figure:

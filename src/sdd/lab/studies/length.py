@@ -222,9 +222,9 @@ def _picture(outcome: Outcome, found: Sequence[Lead]) -> Picture:
     }
 
     def draw():
-        from sdd.lab.figures import Axis, Curve, CurvePanel, draw_curves, style_of
+        from sdd.lab.figures import Axis, Curve, CurvePanel, draw_curves, styles_of
 
-        placements = {arm.name: arm.placement for arm in outcome.plan.arms}
+        styles = styles_of([(arm.name, arm.placement) for arm in outcome.plan.arms])
         panels = []
         for baseline in dict.fromkeys(lead.baseline for lead in found):
             curves = []
@@ -234,8 +234,7 @@ def _picture(outcome: Outcome, found: Sequence[Lead]) -> Picture:
                         [ours.losses[seed] - theirs.losses[seed] for ours, theirs in lead.cells.values()]
                         for seed in range(outcome.plan.request.seeds)
                     ]
-                    style = style_of(lead.method, placements[lead.method])
-                    curves.append(Curve(lead.method, style, [[float(at) for at in lead.cells]], apart))
+                    curves.append(Curve(lead.method, styles[lead.method], [[float(at) for at in lead.cells]], apart))
             axes = Axis("tokens", log=True, counts=True), Axis("loss minus the baseline's, nats a token")
             panels.append(CurvePanel(f"against {baseline}", *axes, curves, levels={baseline: 0.0}))
         return draw_curves(panels)

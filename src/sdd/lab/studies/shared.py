@@ -301,17 +301,14 @@ def _end(cell: Cell, quantity: Quantity) -> Measured:
 
 
 def _curves(cells: Sequence[Cell], x: str, quantity: Quantity):
-    from sdd.lab.figures import Curve, style_of
+    from sdd.lab.figures import Curve, styles_of
 
     curves: list[Curve] = []
-    seen: list[str] = []
+    styles = styles_of([(cell.arm.name, cell.arm.placement) for cell in cells])
     for cell in cells:
-        placement = cell.arm.placement
         columns = [quantity.columns(result, x) for result in cell.results]
         longest = max((xs for xs, _ in columns), key=lambda xs: xs[-1:])
         # a run that ended early is a gap from there on; one without a point is a gap everywhere
         values = [np.interp(longest, xs or [0.0], ys or [math.nan], right=math.nan).tolist() for xs, ys in columns]
-        style = style_of(cell.arm.name, placement, seen.count(placement))
-        curves.append(Curve(cell.arm.name, style, [longest], values))
-        seen.append(placement)
+        curves.append(Curve(cell.arm.name, styles[cell.arm.name], [longest], values))
     return curves
