@@ -144,6 +144,16 @@ def test_what_is_still_to_do_follows_the_searches(tmp_path: Path, monkeypatch: p
     assert "5 of them still to do" in said_of(tmp_path)
 
 
+def test_a_variant_is_set_beside_the_method_that_it_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    FakeLab(lambda config: 5.0 - 0.25 * (config.model.placement.name == "v0.25") + wobble(config)).install(monkeypatch)
+    names = ("v0.25", "sdd", "peri")
+    assert run_study("length", tmp_path, Options(seeds=2, placements=names, lengths=LENGTHS[:1])) == 0
+    text = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert "- v0.25 against sdd: 0.250 ± 0.000 nats below at 0.1M tokens." in text
+    assert "peri against sdd" not in text
+    assert "v0.25 is a variant of the study variants" in text
+
+
 def test_a_variant_does_not_look_like_the_placement_that_it_changes() -> None:
     arms = [("mix-depth", "sdd"), ("sdd", "sdd"), ("peri", "peri"), ("all0.25", "sdd"), ("sdd-muon", "sdd-prenorm")]
     styles = styles_of(arms)

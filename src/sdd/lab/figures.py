@@ -74,20 +74,24 @@ class CurvePanel:
 _FURTHER: tuple[Marker, ...] = ("*", "P", "d", "h", "8")
 
 
-def style_of(name: str, placement: str, place: int = 0) -> Style:
-    """The style of a placement; further arms of one placement, by their place, are dashed and have other markers."""
-    base = PLACEMENT_STYLES.get(name) or PLACEMENT_STYLES.get(placement, OWN_STYLE)
-    return Style(base.color, _FURTHER[(place - 1) % len(_FURTHER)], (5, 2)) if place else base
+def style_of(name: str, placement: str) -> Style:
+    """The style of a placement, by the name of its arm if that is one."""
+    return PLACEMENT_STYLES.get(name) or PLACEMENT_STYLES.get(placement, OWN_STYLE)
 
 
 def styles_of(arms: Sequence[tuple[str, str]]) -> dict[str, Style]:
-    """The style of each arm by name, from (name, placement); one that is named like a placement looks like it."""
+    """The style of each arm by name, from (name, placement); one that is named like a placement looks like it.
+
+    Further arms of a placement have its colour, are dashed, and have markers of their own in this order.
+    """
     taken = [name for name, _ in arms if name in PLACEMENT_STYLES]
     found = {}
     for name, placement in arms:
-        place = 0 if name in PLACEMENT_STYLES else taken.count(placement)
-        found[name] = style_of(name, placement, place)
+        found[name] = style_of(name, placement)
         if name not in PLACEMENT_STYLES:
+            if place := taken.count(placement):
+                marker = _FURTHER[(place - 1) % len(_FURTHER)]
+                found[name] = Style(found[name].color, marker, (5, 2))
             taken.append(placement)
     return found
 

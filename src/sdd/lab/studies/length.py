@@ -93,6 +93,7 @@ def read(outcome: Outcome) -> Findings:
         conclusions=[_conclusion(lead) for lead in found],
         limits=[
             *shared.search_limits(outcome),
+            *_variant_limits(outcome),
             "A search compares settings on one tuning seed: gaps between methods of the size of a seed's noise may be "
             "those of a setting.",
             "Lengths are not extrapolated: nothing here says what holds beyond the longest.",
@@ -114,8 +115,10 @@ def read(outcome: Outcome) -> Findings:
 
 
 def leads(outcome: Outcome) -> list[Lead]:
-    """Every method beside every baseline that the study has."""
+    """Every method beside every baseline that the study has, and every variant beside the method that it changes."""
     arms = [arm.name for arm in outcome.plan.arms]
+    pairs = [(arm, baseline) for baseline in BASELINES for arm in arms]
+    pairs += [(arm.name, variants.SHAPE.base.name) for arm in _variants(outcome)]
     lengths = dict(zip(outcome.plan.lengths, outcome.plan.conditions, strict=True))
     return [
         Lead(
@@ -123,9 +126,23 @@ def leads(outcome: Outcome) -> list[Lead]:
             baseline,
             {at: (outcome.cells[arm, each.name], outcome.cells[baseline, each.name]) for at, each in lengths.items()},
         )
-        for baseline in BASELINES
-        for arm in arms
+        for arm, baseline in pairs
         if baseline in arms and arm != baseline
+    ]
+
+
+def _variants(outcome: Outcome) -> list[Arm]:
+    return [arm for arm in outcome.plan.arms if arm in outcome.plan.definition.optional]
+
+
+def _variant_limits(outcome: Outcome) -> list[str]:
+    names = [arm.name for arm in _variants(outcome)]
+    if not names:
+        return []
+    which = "is a variant" if len(names) == 1 else "are variants"
+    return [
+        f"{listed(names)} {which} of the study variants: if seeds that are reported here chose among variants there, "
+        "the lead looks larger than it is."
     ]
 
 
