@@ -80,6 +80,38 @@ def test_outputs_and_every_gradient_are_the_same(case, init_scale, eps, tokens):
         assert (other.grad - one.grad).abs().max() <= 1e-9 * size, name
 
 
+#: Residual rules that scale f, with and without a norm on it, and norms with a factor by depth, kept and left out.
+FACTORS = {
+    "equal shares": replace(placements["sdd"], residual="sqrt(k/(k+1)) x + f/sqrt(k+1)"),
+    "small branches": replace(placements["sdd-prenorm"], residual="x + f/sqrt(2L)"),
+    "small plain branches": replace(placements["prenorm"], residual="x + f/sqrt(2L)"),
+    "peri-depth": placements["peri-depth"],
+    "lns": placements["lns"],
+    "keel": placements["keel"],
+    "left out with a factor": Placement(
+        {**EVERY_LINEAR, "attn_in": Norm(depth_factor="1/sqrt(l)"), "ctx": Norm(depth_factor="1/sqrt(l)")}, init="base"
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FACTORS)
+@pytest.mark.parametrize("moe", [None, MoEConfig(n_experts=4, top_k=2, d_shared=16)])
+def test_factors_of_branches_and_norms_change_nothing(case, moe):
+    config = replace(SHAPE, n_layers=3, placement=FACTORS[case], init_scale=0.1, moe=moe)
+    equations, fused = pair(config)
+    assert all(lean.runs_lean(block, torch.zeros(1, 2, 32)) for block in fused.blocks)
+    sample = torch.randint(0, 61, (2, 12), generator=torch.Generator().manual_seed(3))
+    for model in (equations, fused):
+        model(sample[:, :-1], sample[:, 1:]).backward()
+    for (name, one), other in zip(equations.named_parameters(), fused.parameters(), strict=True):
+        torch.testing.assert_close(other.grad, one.grad, rtol=1e-8, atol=1e-12, msg=name)
+
+
+def test_norms_with_a_factor_are_left_out_too():
+    config = replace(SHAPE, placement=FACTORS["left out with a factor"])
+    assert left_out_norms(config, 1) == {"up", "ctx", "attn_in", "ffn_in"}
+
+
 @settings(max_examples=20)
 @given(st.sampled_from(sorted(CASES)), st.integers(0, 2**31))
 def test_in_float32_it_is_the_same_to_rounding(case, seed):
@@ -245,14 +277,6 @@ def spoil_bias(block):
     block.ffn.gate_proj.bias = torch.nn.Parameter(torch.ones(48))
 
 
-def spoil_residual_rule(block):
-    block.ffn_mix.c_f = 0.5
-
-
-def spoil_factor(block):
-    block.attn_post.factor = 2.0
-
-
 def spoil_class(block):
     block.attn.v_proj.__class__ = type("Other", (torch.nn.Linear,), {})
 
@@ -262,8 +286,6 @@ SPOILERS = [
     spoil_adapter,
     spoil_forward,
     spoil_bias,
-    spoil_factor,
-    spoil_residual_rule,
     spoil_norm,
     spoil_norm_by_its_like,
     spoil_layer_by_its_like,
@@ -302,8 +324,8 @@ def test_a_recording_probe_sends_every_block_to_the_equations():
 
 
 @pytest.mark.parametrize(
-    ("norm", "runs"), [(Norm(), True), (Norm(scale=False), False), (Norm(depth_factor="1/sqrt(l)"), False)]
+    ("norm", "runs"), [(Norm(), True), (Norm(scale=False), False), (Norm(depth_factor="1/sqrt(l)"), True)]
 )
-def test_norms_without_a_scale_or_with_a_factor_run_by_the_equations(norm, runs):
+def test_norms_without_a_scale_run_by_the_equations(norm, runs):
     _, model = pair(replace(SHAPE, placement=Placement({"attn_in": norm, "ffn_in": Norm(), "final": Norm()})))
     assert lean.runs_lean(model.blocks[1], torch.zeros(1, 2, 32)) == runs

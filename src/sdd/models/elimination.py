@@ -34,7 +34,7 @@ def left_out_norms(config: ModelConfig, index: int) -> frozenset[Site]:
         return frozenset()
     placement = config.placement
     norms = placement.layer(index, config.n_layers)
-    if any(not norm.scale or norm.depth_factor != "one" for norm in norms.values()):
+    if any(not norm.scale for norm in norms.values()):
         return frozenset()  # the lean block does not know these norms
     found: set[Site] = set()
     if norms.keys() >= {"up", "ffn_out"} and not placement.joins_gate_up(norms):

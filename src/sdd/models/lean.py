@@ -57,8 +57,7 @@ def runs_lean(block: LeanBlock, x: Tensor) -> bool:
 
     The equations run where no kernel does (a CPU, a small tensor, a forced path), while a probe records, in float16
     (whose range the values of left-out norms leave), and if anything in the block is not as it was built: an adapter, a
-    hook, a replaced module, a norm without a scale, a scale without a norm, a residual rule that the fused addition
-    does not know.
+    hook, a replaced module, a norm without a scale, a scale without a norm (a learned residual rate is one).
     """
     if not (block.force_lean or kernels.path_of(x) == "triton") or product_dtype(x) == torch.float16:
         return False
@@ -80,10 +79,10 @@ def _is_known(module: nn.Module) -> bool:
     if has_hooks(module) or "forward" in vars(module):
         return False
     if isinstance(module, RMSNorm):
-        return module.weight is not None and module.factor == 1
+        return module.weight is not None
     if isinstance(module, LearnedScale):  # one in every rule and sublayer that has learned scales
         return False
-    return module.c_f == 1 if isinstance(module, Mix) else module._parameters.get("bias") is None
+    return module._parameters.get("bias") is None
 
 
 class Read(NamedTuple):
@@ -180,25 +179,34 @@ def gated(gate: Product, up: Product, joint: bool, left_out: bool) -> Read:
 
 
 def between(p: Product, x: Tensor, stream: Tensor, block: LeanBlock, left_out: bool) -> tuple[Tensor, Read]:
-    """The stream after the attention, `attn_post(c * x + alpha * norm(z))`, and what the feed-forward network reads."""
+    """The stream after the attention, `attn_post(mix(x, alpha * norm(z)))`, and what the feed-forward network reads."""
     mix, post, then = block.attn_mix, block.attn_post, block.ffn_in
     assert isinstance(mix, Mix)
+    z, alpha = branch(p, mix)
     options: dict[str, Any] = {"residual_scale": mix.c_x, "eps": p.eps, "dtype": product_dtype(x)}
     if isinstance(post, nn.Identity) and isinstance(then, RMSNorm) and not left_out:
-        x, h = kernels.residual_prenorm(p.z, x, p.alpha, weight_of(then), norm_eps=then.eps, **options)
+        x, h = kernels.residual_prenorm(z, x, alpha, weight_of(then), norm_eps=then.eps, **options)
         return x, Read(h)
     if isinstance(post, RMSNorm) and isinstance(then, nn.Identity):
-        x, h = kernels.residual_postnorm(p.z, x, p.alpha, weight_of(post), post_eps=post.eps, kept=stream, **options)
+        x, h = kernels.residual_postnorm(z, x, alpha, weight_of(post), post_eps=post.eps, kept=stream, **options)
         return x, Read(h)
     x = added(p, x, stream, mix, post)
     return x, normed(then, x, left_out)
 
 
 def added(p: Product, x: Tensor, stream: Tensor, mix: Mix | LearnedMix, post: nn.Module) -> Tensor:
-    """`post(c * x + alpha * norm(z))`."""
+    """`post(mix(x, alpha * norm(z)))`."""
     assert isinstance(mix, Mix)
+    z, alpha = branch(p, mix)
     norm = {"post_alpha": weight_of(post), "post_eps": post.eps} if isinstance(post, RMSNorm) else {}
-    return kernels.residual_norm(p.z, x, p.alpha, residual_scale=mix.c_x, eps=p.eps, kept=stream, **norm)
+    return kernels.residual_norm(z, x, alpha, residual_scale=mix.c_x, eps=p.eps, kept=stream, **norm)
+
+
+def branch(p: Product, mix: Mix) -> tuple[Tensor, Tensor | None]:
+    """Of `c_f * alpha * norm(z)`, z and alpha: alpha takes c_f, or z where there is no norm."""
+    if mix.c_f == 1:
+        return p.z, p.alpha
+    return (mix.c_f * p.z, None) if p.alpha is None else (p.z, mix.c_f * p.alpha)
 
 
 def kept(h: Read, x: Tensor, norm: nn.Module) -> Tensor:
@@ -243,9 +251,9 @@ def experts(moe: MoE, x_MC: Tensor, weights_M: Tensor, order: Order, left_out: b
 
 
 def weight_of(norm: RMSNorm) -> Tensor:
-    """The scale of a norm that has one, as `runs_lean` has seen to."""
+    """The scale of a norm that has one, as `runs_lean` has seen to, times its factor."""
     assert norm.weight is not None
-    return norm.weight
+    return norm.weight if norm.factor == 1 else norm.factor * norm.weight
 
 
 def mean_square(z: Tensor) -> Tensor:
