@@ -38,6 +38,8 @@ def test_a_page_is_drawn_of_the_first_condition_alone_and_says_what_is_missing(
     assert f"This page is a part of its study, of which {len(others)} {were} left out: {others[0].name}" in text
     assert all(other.name in text for other in others)
     assert f"--conditions {first.name}" in text
+    assert "{rates}" not in text
+    assert ("All are trained at one rate, with" in text) == ("{rates}" in " ".join(studies[name].method))
     assert json.loads((tmp_path / "study.json").read_text())["conditions"] == [first.name]
 
 

@@ -161,3 +161,13 @@ def test_a_variant_does_not_look_like_the_placement_that_it_changes() -> None:
     assert styles["sdd-muon"] == PLACEMENT_STYLES["sdd-prenorm"]
     assert len(set(styles.values())) == len(arms)
     assert styles["mix-depth"].color == styles["sdd"].color
+
+
+def test_one_length_is_drawn_as_a_point_for_each_comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    FakeLab(lambda config: 5.0 + wobble(config)).install(monkeypatch)
+    names = ("sdd", "prenorm-qk", "peri")
+    assert run_study("length", tmp_path, Options(seeds=2, placements=names, lengths=LENGTHS[:1])) == 0
+    text = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert "at 0.1M tokens, mean and range of 2 seeds. Left of zero a method is ahead." in text
+    drawn = (tmp_path / "figures" / "lead.svg").read_text(encoding="utf-8")
+    assert all(f"{name} against {other}" in drawn for name, other in [("sdd", "peri"), ("peri", "prenorm-qk")])

@@ -44,7 +44,7 @@ class Definition:
         name: of the command.
         title: of its page.
         question: in one line, ends with a question mark.
-        method: three sentences.
+        method: three sentences; `{rates}` stands for the rates of the conditions that a page has.
         arms: the methods to compare.
         conditions: the settings under which they are compared; the first is the default.
         rates: how learning rates are decided.
@@ -184,12 +184,14 @@ class PlannedStudy:
     @property
     def method(self) -> tuple[str, ...]:
         """The study's sentences on its method, and one on the conditions that were not asked for."""
+        rates = _rates_words([each.rate_factor for each in self.own_conditions])
+        method = tuple(sentence.replace("{rates}", rates) for sentence in self.definition.method)
         missing = [each.name for each in self.definition.conditions if each not in self.own_conditions]
         if not missing:
-            return self.definition.method
+            return method
         what = "condition was" if len(missing) == 1 else "conditions were"
         part = f"This page is a part of its study, of which {len(missing)} {what} left out: {listed(missing)}."
-        return (*self.definition.method, part)
+        return (*method, part)
 
     @property
     def lattice(self) -> Lattice:
@@ -359,6 +361,14 @@ def _chosen_arms(definition: Definition, names: tuple[str, ...]) -> tuple[Arm, .
             near = config_io.nearest(name, list(known))
             raise UserError(f"the study {definition.name} has no {name!r}{near}; choose from {', '.join(known)}")
     return tuple(known[name] for name in names) or definition.arms
+
+
+def _rates_words(factors: Sequence[float]) -> str:
+    """Rates by their factors of the base rate, as `one rate` or `the base rate and x0.5 of it`."""
+    others = [f"x{factor:g}" for factor in dict.fromkeys(factors) if factor != 1]
+    if not others:
+        return "one rate"
+    return f"the base rate and {listed(others)} of it" if 1 in factors else f"{listed(others)} the base rate"
 
 
 def _chosen_conditions(definition: Definition, names: tuple[str, ...]) -> tuple[Condition, ...]:

@@ -142,7 +142,7 @@ def read(shape: OneAtATime, outcome: Outcome) -> Findings:
         conclusions=[*own.conclusions, *_conclusions(shape, outcome, found)],
         limits=[
             *own.limits,
-            *(chosen if shape.rates else []),
+            *(chosen if shape.rates and len(outcome.plan.own_conditions) > 1 else []),
             *(
                 []
                 if shape.rates

@@ -179,7 +179,7 @@ DEFINITION = define(
     (
         "SDD computes nothing from V but its direction, which turns by about lr / rms(V) a step; the study changes the "
         "decay on V, and on V alone.",
-        "All are trained at one rate and at its half, with the same data in the same order.",
+        "All are trained at {rates}, with the same data in the same order.",
         "The rms of V at the end, median over the SDD layers, is set beside what rate and decay give along the "
         "schedule.",
     ),

@@ -275,7 +275,7 @@ DEFINITION = Definition(
     method=(
         "The methods stand one change apart, from Pre-Norm with norms on q and k over Peri-LN to SDD, and from OLMo 2 "
         "to SDD; a few more vary SDD by one thing.",
-        "All are trained at one rate and at its half, with the same data in the same order.",
+        "All are trained at {rates}, with the same data in the same order.",
         "A step is the difference of the held-out losses of two neighbours, read at 0.3M tokens and at the end.",
     ),
     arms=tuple(

@@ -36,6 +36,11 @@ class Lead:
         """Of the comparison, in tables."""
         return f"{self.method} against {self.baseline}"
 
+    def by_seed(self, tokens: int) -> dict[int, float]:
+        """Held-out loss of the method minus the baseline's, for each seed; nan where one did not converge."""
+        ours, theirs = (cell.losses for cell in self.cells[tokens])
+        return {seed: loss - theirs.get(seed, math.nan) for seed, loss in ours.items()}
+
     def difference(self, tokens: int) -> Estimate:
         """Held-out loss of the method minus the baseline's at the end of runs of that length, paired by seed."""
         ours, theirs = self.cells[tokens]
@@ -233,33 +238,36 @@ def _ceiling(outcome: Outcome) -> float | None:
 
 
 def _picture(outcome: Outcome, found: Sequence[Lead]) -> Picture:
+    lengths = outcome.plan.lengths
     words = {
         lead.name: [f"{Interval(lead.difference(at), signed=True)} at {short_length(at)}" for at in lead.cells]
         for lead in found
     }
 
     def draw():
-        from sdd.lab.figures import Axis, Curve, CurvePanel, draw_curves, styles_of
+        from sdd.lab.figures import Axis, Curve, CurvePanel, draw_curves, draw_dots, styles_of
 
+        if len(lengths) == 1:  # no curve, but points
+            series = {short_length(lengths[0]): [lead.by_seed(lengths[0]) for lead in found]}
+            axis = Axis("loss minus the baseline's, nats a token")
+            return draw_dots([lead.name for lead in found], series, axis, "did not converge", zero=True)
         styles = styles_of([(arm.name, arm.placement) for arm in outcome.plan.arms])
         panels = []
         for baseline in dict.fromkeys(lead.baseline for lead in found):
             curves = []
             for lead in found:
                 if lead.baseline == baseline:
-                    apart = [
-                        [ours.losses[seed] - theirs.losses[seed] for ours, theirs in lead.cells.values()]
-                        for seed in range(outcome.plan.request.seeds)
-                    ]
+                    apart = [[lead.by_seed(at)[seed] for at in lengths] for seed in range(outcome.plan.request.seeds)]
                     curves.append(Curve(lead.method, styles[lead.method], [[float(at) for at in lead.cells]], apart))
             axes = Axis("tokens", log=True, counts=True), Axis("loss minus the baseline's, nats a token")
             panels.append(CurvePanel(f"against {baseline}", *axes, curves, levels={baseline: 0.0}))
         return draw_curves(panels)
 
-    caption = (
-        f"Held-out loss at the end minus that of the baseline against tokens, mean of "
-        f"{seeds_text(outcome.plan.request.seeds)}, the band their range. Below the line a method is ahead."
-    )
+    seeds = seeds_text(outcome.plan.request.seeds)
+    what, ahead = "Held-out loss at the end minus that of the baseline", "a method is ahead"
+    caption = f"{what} against tokens, mean of {seeds}, the band their range. Below the line {ahead}."
+    if len(lengths) == 1:
+        caption = f"{what} at {short_length(lengths[0])} tokens, mean and range of {seeds}. Left of zero {ahead}."
     return Picture("lead", caption, f"Differences in nats a token. {described(words)}", draw)
 
 

@@ -178,8 +178,7 @@ DEFINITION = define(
     (
         "Every variant differs from sdd by one thing; the rivals, Peri-LN and Pre-Norm with norms on q and k, are "
         "drawn at x1 and at x0.25 and count at the better.",
-        "All are trained at three rates a factor of two apart, with the same data in the same order, and count at the "
-        "best of the three.",
+        "All are trained at {rates}, with the same data in the same order, and count where their loss is lowest.",
         "Losses are read at 0.3M, at 1M tokens and at the end of one run.",
     ),
     length=3_000_000,
