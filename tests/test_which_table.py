@@ -75,6 +75,14 @@ def test_each_column_says_what_its_study_says(which, tmp_path):
     assert rows["keel"] == ["–"] * 5
 
 
+def test_a_placement_that_was_a_variant_is_found_under_that_name(which, tmp_path):
+    write(tmp_path, "lr", "sensitivity", [{"method": "mix-depth", "LR sensitivity": value(0.5)}])
+    assert cells(which.which_table(tmp_path))[1]["sdd-depth"] == ["0.500"]
+    own = [{"method": name, "LR sensitivity": value(x)} for name, x in (("mix-depth", 0.5), ("sdd-depth", 0.25))]
+    write(tmp_path, "lr", "sensitivity", own)
+    assert cells(which.which_table(tmp_path))[1]["sdd-depth"] == ["0.250"]
+
+
 def test_the_committed_results_fill_it(which):
     header, rows = cells(which.which_table(ROOT))
     assert sum("tokens" in title for title in header) >= 4

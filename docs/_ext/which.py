@@ -9,8 +9,10 @@ from sdd.placement import placements
 
 ROOT = Path(__file__).parents[2]
 BASELINE = "prenorm-qk"
-#: The folders of the study `length`; the first that has a length is read: 3M tokens have been run for three methods.
-LENGTHS = ("length", "length-3m")
+#: The folders of the study `length`; the first that has a length is read: 3M tokens have been run for four methods.
+LENGTHS = ("length", "better", "length-3m")
+#: Placements under the name that studies had for them as variants.
+FORMERLY = {"sdd-depth": "mix-depth"}
 #: Nothing was measured.
 NOTHING = "–"
 
@@ -21,9 +23,13 @@ def which_table(root: Path = ROOT) -> str:
     """One row a placement, one column a study or benchmark that has results; a dash where a placement has none."""
     columns = [column for make in COLUMNS for column in make(root)]
     header = ["placement", *(title for title, _ in columns)]
-    rows = [[f"`{name}`", *(cells.get(name, NOTHING) for _, cells in columns)] for name in placements]
+    rows = [[f"`{name}`", *(_cell(cells, name) for _, cells in columns)] for name in placements]
     lines = [header, ["---"] + ["---:"] * len(columns), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _cell(cells: Cells, name: str) -> str:
+    return cells.get(name) or cells.get(FORMERLY.get(name, ""), NOTHING)
 
 
 def rows_of(root: Path, study: str, table: str) -> list[dict[str, Any]]:

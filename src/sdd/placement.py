@@ -350,6 +350,12 @@ _PLACEMENTS: dict[str, Placement] = {
         init="base",
         source="this project: SDD where it matters, at the two projections that write to the residual stream",
     ),
+    "sdd-depth": Placement(
+        {**_POST, **_QK_HEAD, "attn_out": _ONE, "ffn_out": _ONE},
+        residual="sqrt(k/(k+1)) x + f/sqrt(k+1)",
+        init="base",
+        source="this project: SDD whose embedding and sublayers all have equal shares of the stream at first",
+    ),
     "sdd-paper": Placement(
         {**_POST, **_PAPER_SITES}, init="base", source="arXiv 2502.15499, figure 2: every fully-connected layer"
     ),

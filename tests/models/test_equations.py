@@ -238,12 +238,26 @@ def ngpt(tokens: Tensor, p: Weights, c: ModelConfig) -> Tensor:
     return p["logit_scale.weight"] * (1 / stored) * (h @ p["head.weight"].T)
 
 
+def equal_shares(tokens: Tensor, p: Weights, c: ModelConfig) -> Tensor:
+    """After sublayer k the stream is the norm of k + 1 terms of equal weight, the embedding among them."""
+    x, k = norm(p["embed.weight"][tokens], p["embed_norm.weight"]), 1
+    for i in range(c.n_layers):
+        w = block_weights(p, i)
+        for sublayer, post in (
+            (lambda h, w=w: default_attention(h, w, c), w["attn_post"]),
+            (lambda h, w=w: default_ffn(h, w), w["ffn_post"]),
+        ):
+            x, k = norm((k**0.5 * x + sublayer(x)) / (k + 1) ** 0.5, post), k + 1
+    return x @ p["head.weight"].T
+
+
 REFERENCES = {
     "lns": lns,
     "keel": keel,
     "peri-depth": peri_depth,
     "ngpt": ngpt,
     "sdd": released_wiring(default_attention, default_ffn),
+    "sdd-depth": equal_shares,
     "sdd-paper": released_wiring(paper_attention, paper_ffn),
     "sdd-released": released_wiring(released_attention, released_ffn),
     "sdd-prenorm": decoder(sdd_prenorm),

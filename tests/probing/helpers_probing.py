@@ -115,7 +115,7 @@ class Plain:
                 return (2 * L) ** 0.25 * x + f
             case "keel" if k > 2:
                 return 2 * L * x + f
-            case "peri-depth":
+            case "peri-depth" | "sdd-depth":
                 return (k / (k + 1)) ** 0.5 * x + f / (k + 1) ** 0.5
             case "ngpt":
                 a = abs(self.scale(f"{name}.rate", 0.05 * self.c.d_model**0.5))
