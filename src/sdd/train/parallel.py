@@ -332,7 +332,7 @@ def joined() -> Iterator[World]:
         if not (isinstance(error, dist.DistError) or "gloo" in str(error).lower()):
             raise
         reason = re.sub(r"\[/\S+\] ", "", str(error)).split(". ")[0]
-        raise RunFailed(f"another process of the job is gone, torchrun says which ({reason})") from None
+        raise RunFailed(f"another process of the job is gone: see what it and torchrun wrote ({reason})") from None
     if world.size > 1:
         dist.destroy_process_group()
 
