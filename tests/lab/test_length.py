@@ -154,6 +154,15 @@ def test_a_variant_is_set_beside_the_method_that_it_changes(tmp_path: Path, monk
     assert "v0.25 is a variant of the study variants" in text
 
 
+def test_sdd_depth_is_set_beside_sdd_without_a_baseline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    FakeLab(lambda config: 5.0 - 0.25 * (config.model.placement.name == "sdd-depth")).install(monkeypatch)
+    names = ("sdd", "sdd-depth")
+    assert run_study("length", tmp_path, Options(seeds=2, placements=names, lengths=LENGTHS[:1])) == 0
+    text = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert "sdd-depth ends 0.250 ± 0.000 nats below sdd." in text
+    assert "is a variant of the study variants" not in text
+
+
 def test_a_variant_does_not_look_like_the_placement_that_it_changes() -> None:
     arms = [("mix-depth", "sdd"), ("sdd", "sdd"), ("peri", "peri"), ("all0.25", "sdd"), ("sdd-muon", "sdd-prenorm")]
     styles = styles_of(arms)

@@ -364,11 +364,11 @@ def _chosen_arms(definition: Definition, names: tuple[str, ...]) -> tuple[Arm, .
 
 
 def _rates_words(factors: Sequence[float]) -> str:
-    """Rates by their factors of the base rate, as `one rate` or `the base rate and x0.5 of it`."""
-    others = [f"x{factor:g}" for factor in dict.fromkeys(factors) if factor != 1]
-    if not others:
+    """Rates by their factors of the base rate, as `one rate` or `the base rate and x0.5 the base rate`."""
+    distinct = list(dict.fromkeys(factors))
+    if distinct == [1]:
         return "one rate"
-    return f"the base rate and {listed(others)} of it" if 1 in factors else f"{listed(others)} the base rate"
+    return listed(["the base rate" if factor == 1 else f"x{factor:g} the base rate" for factor in distinct])
 
 
 def _chosen_conditions(definition: Definition, names: tuple[str, ...]) -> tuple[Condition, ...]:

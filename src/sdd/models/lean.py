@@ -182,12 +182,13 @@ def between(p: Product, x: Tensor, stream: Tensor, block: LeanBlock, left_out: b
     """The stream after the attention, `attn_post(mix(x, alpha * norm(z)))`, and what the feed-forward network reads."""
     mix, post, then = block.attn_mix, block.attn_post, block.ffn_in
     assert isinstance(mix, Mix)
-    z, alpha = branch(p, mix)
     options: dict[str, Any] = {"residual_scale": mix.c_x, "eps": p.eps, "dtype": product_dtype(x)}
     if isinstance(post, nn.Identity) and isinstance(then, RMSNorm) and not left_out:
+        z, alpha = branch(p, mix)
         x, h = kernels.residual_prenorm(z, x, alpha, weight_of(then), norm_eps=then.eps, **options)
         return x, Read(h)
     if isinstance(post, RMSNorm) and isinstance(then, nn.Identity):
+        z, alpha = branch(p, mix)
         x, h = kernels.residual_postnorm(z, x, alpha, weight_of(post), post_eps=post.eps, kept=stream, **options)
         return x, Read(h)
     x = added(p, x, stream, mix, post)

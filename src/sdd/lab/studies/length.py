@@ -15,6 +15,8 @@ from sdd.lab.studies.convergence import factor
 
 #: The methods that the others are compared with.
 BASELINES = ("prenorm-qk", "peri")
+#: The variant of SDD that is a placement by now.
+CHANGED = "sdd-depth"
 
 
 @dataclass(frozen=True)
@@ -120,10 +122,11 @@ def read(outcome: Outcome) -> Findings:
 
 
 def leads(outcome: Outcome) -> list[Lead]:
-    """Every method beside every baseline that the study has, and every variant beside the method that it changes."""
+    """Every method beside every baseline that the study has, and a changed SDD beside the one that it changes."""
     arms = [arm.name for arm in outcome.plan.arms]
     pairs = [(arm, baseline) for baseline in BASELINES for arm in arms]
-    pairs += [(arm.name, variants.SHAPE.base.name) for arm in _variants(outcome)]
+    changed = {*(arm.name for arm in _variants(outcome)), CHANGED}
+    pairs += [(arm, variants.SHAPE.base.name) for arm in arms if arm in changed]
     lengths = dict(zip(outcome.plan.lengths, outcome.plan.conditions, strict=True))
     return [
         Lead(
@@ -206,7 +209,7 @@ def _factor_table(outcome: Outcome, found: Sequence[Lead]) -> Table:
 
 def _answer(outcome: Outcome, found: Sequence[Lead]) -> str:
     if not found:
-        return f"Nothing to compare: that needs {listed(BASELINES)} or one of them, and another method."
+        return f"Nothing to compare: that needs {listed(BASELINES)} or one of them, or sdd and a variant of it."
     method = found[0].method
     at = outcome.plan.lengths[-1]
     parts = []
@@ -278,7 +281,7 @@ DEFINITION = Definition(
     method=(
         "Learning rate and init scale of every method are searched at each length, on a seed and held-out windows of "
         "their own, by the same steps for all.",
-        "With what was found each method is trained on fresh seeds, the same data in the same order for all; warm-up "
+        "With what was found each method is trained on other seeds, the same data in the same order for all; warm-up "
         "is 5% of a run and the schedule scales with it.",
         "The lead is the difference of the losses at the end of runs of one length, and the factor says how "
         "many times fewer tokens one needs to reach the other's loss.",

@@ -176,9 +176,10 @@ DEFINITION = define(
     "A better SDD?",
     "which single change of SDD lowers the loss most at this length, and is it then ahead of its rivals?",
     (
-        "Every variant differs from sdd by one thing; the rivals, Peri-LN and Pre-Norm with norms on q and k, are "
-        "drawn at x1 and at x0.25 and count at the better.",
-        "All are trained at {rates}, with the same data in the same order, and count where their loss is lowest.",
+        "Every variant differs from sdd by one thing; rivals that are shown, Peri-LN and Pre-Norm with norms on q and "
+        "k, count at the better of two inits, x1 and x0.25.",
+        "All are trained at {rates}, with the same data in the same order; of several rates the one with the lowest "
+        "loss counts.",
         "Losses are read at 0.3M, at 1M tokens and at the end of one run.",
     ),
     length=3_000_000,
