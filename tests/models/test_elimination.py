@@ -82,7 +82,7 @@ def test_outputs_and_every_gradient_are_the_same(case, init_scale, eps, tokens):
 
 #: Residual rules that scale f, with and without a norm on it, and norms with a factor by depth, kept and left out.
 FACTORS = {
-    "equal shares": replace(placements["sdd"], residual="sqrt(k/(k+1)) x + f/sqrt(k+1)"),
+    "sdd-depth": placements["sdd-depth"],
     "small branches": replace(placements["sdd-prenorm"], residual="x + f/sqrt(2L)"),
     "small plain branches": replace(placements["prenorm"], residual="x + f/sqrt(2L)"),
     "peri-depth": placements["peri-depth"],

@@ -254,7 +254,7 @@ DEFINITION = Definition(
     title="Do the gaps depend on the optimiser?",
     question="do the gaps between placements depend on the optimiser, when every pair of the two is tuned?",
     method=(
-        "Three placements are trained under AdamW and under Muon; learning rate and init scale of every pair are "
+        "Placements are trained under each optimiser; learning rate and init scale of every pair are "
         "searched on a seed and held-out windows of their own, by the same steps for all.",
         "With what was found each pair is trained on fresh seeds, the same data in the same order for all.",
         "A gap is the difference of two placements' losses under one optimiser; whether it depends on the optimiser is "

@@ -136,11 +136,10 @@ CHANGES = (
         residual=LEARNED_RESIDUAL,
         scales={"mix": Scale(factor=0.05, stored="1/sqrt(d)")},
     ),
-    _sites(
+    _placed(
         "mix-depth",
         "sqrt(k/(k+1)) x + f/sqrt(k+1), output alphas 1: every sublayer so far counts alike",
-        {"attn_out": _ONE, "ffn_out": _ONE},
-        residual="sqrt(k/(k+1)) x + f/sqrt(k+1)",
+        placements["sdd-depth"],
     ),
     _sites(
         "mix-2L",
