@@ -93,7 +93,7 @@ def test_a_name_stands_for_its_definition(name: str):
 
 def test_each_method_has_its_own_init_rule_and_eps():
     own = {"deepnorm": "deepnorm", "olmo2": "normal-0.02", "peri": "normal-0.02", "peri-depth": "normal-0.02"}
-    own |= {"keel": "base", "lns": "base", "ngpt": "1/sqrt(d)"}
+    own |= {"keel": "base", "lns": "base", "ngpt": "1/sqrt(d)", "sdd": "base/2"}
     for name, placement in placements.items():
         assert placement.init == own.get(name, "base" if name.startswith("sdd") else "megatron")
         assert {norm.eps for norm in placement.norms.values()} == {1e-5 if name == "sdd-released" else 1e-6}

@@ -87,8 +87,14 @@ def test_the_committed_results_fill_it(which):
     header, rows = cells(which.which_table(ROOT))
     assert sum("tokens" in title for title in header) >= 4
     assert sum("step" in title for title in header) == 2
-    assert "–" not in rows["sdd"]
+    assert "–" not in rows["sdd-v1"]
     assert "–" not in rows["prenorm-qk"]
+    assert rows["sdd"][:3] == rows["sdd-v1"][:3]  # searched over init scales
+
+
+def test_the_cost_of_sdd_is_that_of_the_former_default(which):
+    assert which.shared({"sdd": "0.94", "peri": "1"}) == {"sdd": "0.94", "sdd-v1": "0.94", "peri": "1"}
+    assert which.shared({"sdd": "-1", "sdd-v1": "-2"}) == {"sdd": "-1", "sdd-v1": "-2"}
 
 
 def test_a_length_is_read_from_the_first_folder_that_has_it(which, tmp_path):

@@ -13,6 +13,8 @@ BASELINE = "prenorm-qk"
 LENGTHS = ("length", "better", "length-3m")
 #: Placements under the name that studies had for them as variants.
 FORMERLY = {"sdd-depth": "mix-depth"}
+#: Placements that differ by the scale of their draw: where that was searched, and in what a step costs, they are one.
+DRAWN_ALIKE = {"sdd": "sdd-v1", "sdd-v1": "sdd"}
 #: Nothing was measured.
 NOTHING = "–"
 
@@ -46,6 +48,11 @@ def value_text(cell: Mapping[str, Any], signed: bool = False) -> str:
     return f"{cell['value']:{'+' if signed else ''}.3f}{half}"
 
 
+def shared(cells: Cells) -> Cells:
+    """The same, with what holds for either of two placements that are drawn alike but for the scale."""
+    return {**{name: cells[other] for name, other in DRAWN_ALIKE.items() if other in cells}, **cells}
+
+
 def lead_columns(root: Path) -> list[tuple[str, Cells]]:
     """Loss at each length minus that of the baseline, every method tuned."""
     found: dict[str, Cells] = {}
@@ -58,7 +65,7 @@ def lead_columns(root: Path) -> list[tuple[str, Cells]]:
                     for row in rows
                     if row["comparison"].endswith(f" against {BASELINE}")
                 }
-                found[length] = {BASELINE: "0", **cells}
+                found[length] = {BASELINE: "0", **shared(cells)}
     return [(f"loss minus `{BASELINE}`'s, {length}", cells) for length, cells in found.items()]
 
 
@@ -104,8 +111,8 @@ def cost_columns(root: Path) -> list[tuple[str, Cells]]:
     steps = {name: each["modes"]["compiled"] for name, each in shape["variants"].items() if name in placements}
     where = f"a step of `{shape['preset']}`, compiled, CPU"
     return [
-        (f"seconds, {where}", {name: f"{step['ratio']:.2f}" for name, step in steps.items()}),
-        (f"memory, {where}", {name: f"{step['peak_ratio']:.2f}" for name, step in steps.items()}),
+        (f"seconds, {where}", shared({name: f"{step['ratio']:.2f}" for name, step in steps.items()})),
+        (f"memory, {where}", shared({name: f"{step['peak_ratio']:.2f}" for name, step in steps.items()})),
     ]
 
 

@@ -5,7 +5,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-InitName = Literal["base", "base-unit-embed", "megatron", "deepnorm", "normal-0.02", "1/sqrt(d)", "1/d", "unit"]
+InitName = Literal[
+    "base", "base/2", "base-unit-embed", "megatron", "deepnorm", "normal-0.02", "1/sqrt(d)", "1/d", "unit"
+]
 #: The parts of a model that may be drawn apart: the matrices of the blocks, the embedding, and a head that is not tied
 #: to it.
 DrawnPart = Literal["blocks", "embed", "head"]

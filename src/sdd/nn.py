@@ -15,7 +15,7 @@ from sdd import probe_points
 from sdd.functional import Eps, Group, alpha_size, norm, resolve_group
 from sdd.kernels import expert_scaled_norm, scaled_norm
 from sdd.kernels.experts import Order, grouped_linear
-from sdd.parameters import held, keep_wide, new_alpha, paper_draw_, widen
+from sdd.parameters import draw_, held, keep_wide, new_alpha, widen
 
 Device = torch.device | str | None
 
@@ -59,7 +59,7 @@ class SDDLinear(nn.Module):
     Attributes:
         parts: `group` as consecutive `(width, group_width)` parts, resolved when the layer is built.
         matrix: V as `[out_features, in_features]`, also where a subclass stores its weight another way.
-        paper_draw: whether `reset_parameters` draws as the paper does, as for the layers that `sdd.convert` made.
+        paper_draw: whether `reset_parameters` draws as `sdd.convert` does, as for the layers that it made.
 
     Shapes:
         input `[..., in_features]`, output `[..., out_features]`, alpha `[out_features]` for one group.
@@ -130,7 +130,7 @@ class SDDLinear(nn.Module):
         return self.weight
 
     def reset_parameters(self) -> None:
-        """Draw V and b as `nn.Linear` does, or as the paper does if `sdd.convert` made the layer; reset alpha."""
+        """Draw V and b as `nn.Linear` does, or as `sdd.convert` does if it made the layer; reset alpha."""
         if self.paper_draw:
             self.draw()
         else:
@@ -138,8 +138,8 @@ class SDDLinear(nn.Module):
         nn.init.constant_(self.alpha, self.alpha_init)
 
     def draw(self, generator: torch.Generator | None = None) -> None:
-        """Draw V from the paper's distribution, see `paper_draw_`, and set b to zero; alpha stays."""
-        paper_draw_(self.weight, self.in_features, generator)
+        """Draw V as `sdd.convert` does, see `sdd.parameters.draw_`, and set b to zero; alpha stays."""
+        draw_(self.weight, self.in_features, generator)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 

@@ -347,8 +347,13 @@ _RELEASED_SITES: dict[Site, Norm] = {
 _PLACEMENTS: dict[str, Placement] = {
     "sdd": Placement(
         {**_POST, **_QK_HEAD, "attn_out": _OUT_2L, "ffn_out": _OUT_2L},
-        init="base",
+        init="base/2",
         source="this project: SDD where it matters, at the two projections that write to the residual stream",
+    ),
+    "sdd-v1": Placement(
+        {**_POST, **_QK_HEAD, "attn_out": _OUT_2L, "ffn_out": _OUT_2L},
+        init="base",
+        source="this project's first default: sdd drawn at twice its std",
     ),
     "sdd-depth": Placement(
         {**_POST, **_QK_HEAD, "attn_out": _ONE, "ffn_out": _ONE},

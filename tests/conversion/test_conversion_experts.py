@@ -184,13 +184,13 @@ def test_alphas_stay_float32_and_are_not_decayed():
     assert torch.isfinite(module.down_proj_alpha.grad).all()
 
 
-def test_reset_parameters_gives_the_papers_draw():
+def test_reset_parameters_draws_as_the_conversion_does():
     with torch.device("meta"):
         model = transformers.GptOssForCausalLM(transformers.GptOssConfig(**{**TINY, "hidden_size": 64}, head_dim=8))
     convert(model, output_alpha_init=0.25)
     module = experts_of(model).to_empty(device="cpu")
     module.reset_parameters()
-    std = (2.5 * 64) ** -0.5
+    std = 0.5 * (2.5 * 64) ** -0.5
     assert module.gate_up_proj.std().item() == pytest.approx(0.9866 * std, rel=0.02)
     assert module.gate_up_proj.abs().max() <= 3 * std
     assert not module.down_proj_bias.any()

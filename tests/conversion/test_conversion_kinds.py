@@ -116,7 +116,7 @@ def test_a_conv1d_computes_with_its_weight_transposed(n_in: int, n_out: int, see
 def test_a_conv1ds_draw_goes_by_its_input_features():
     model = nn.ModuleDict({"a": Conv1D(50, 400)})
     convert(model, generator=torch.Generator().manual_seed(0))
-    assert model["a"].weight.std().item() == pytest.approx(0.9866 * (2.5 * 400) ** -0.5, rel=0.02)
+    assert model["a"].weight.std().item() == pytest.approx(0.9866 * 0.5 * (2.5 * 400) ** -0.5, rel=0.02)
 
 
 def test_state_dicts_of_conv1d_map_both_ways():
@@ -161,7 +161,7 @@ def test_to_empty_and_reset_parameters_give_the_papers_draw():
     model.to_empty(device="cpu")
     for layer in model.values():
         layer.reset_parameters()
-        std = (2.5 * 400) ** -0.5
+        std = 0.5 * (2.5 * 400) ** -0.5
         assert layer.weight.std().item() == pytest.approx(0.9866 * std, rel=0.02)
         assert layer.weight.abs().max() <= 3 * std
         assert not layer.bias.any()

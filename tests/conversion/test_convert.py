@@ -179,10 +179,10 @@ def test_a_config_that_raises_errors_counts_as_none(projections):
     assert report(Refusing()) == report(None)
 
 
-def test_reinit_draws_the_papers_distribution():
+def test_reinit_draws_at_half_the_papers_std():
     model = nn.ModuleDict({"a": nn.Linear(40, 2000)})
     convert(model, generator=torch.Generator().manual_seed(0))
-    std = 1 / math.sqrt(2.5 * 40)
+    std = 0.5 / math.sqrt(2.5 * 40)
     weight = model["a"].weight.detach()
     tail = 3 * math.exp(-4.5) * math.sqrt(2 / math.pi) / math.erf(3 / math.sqrt(2))
     assert weight.abs().max() <= 3 * std

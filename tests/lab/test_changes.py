@@ -86,7 +86,7 @@ def test_every_variant_is_a_model_at_every_size(preset_name: str) -> None:
         assert config.model.n_layers == model_presets[preset_name].n_layers
 
 
-FEW = ("sdd", "v0.25", "v0.5", "pre", "peri", "peri0.25", "prenorm-qk", "prenorm-qk0.25")
+FEW = ("sdd-v1", "v0.25", "v0.5", "pre", "peri", "peri0.25", "prenorm-qk", "prenorm-qk0.25")
 
 
 def with_best(config: RunConfig) -> float:
@@ -98,19 +98,19 @@ def with_best(config: RunConfig) -> float:
 
 def test_variants_count_at_their_best_rate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = page("variants", tmp_path, with_best, monkeypatch, placements=FEW)
-    assert "v0.25 (matrices of the blocks x0.25) ends lowest at 3M tokens: 0.100 ± 0.000 nats below sdd, " in answer(
+    assert "v0.25 (matrices of the blocks x0.25) ends lowest at 3M tokens: 0.100 ± 0.000 nats below sdd-v1, " in answer(
         text
     )
     assert "0.150 ± 0.000 nats below peri and 0.300 ± 0.000 nats below prenorm-qk." in answer(text)
     assert "| v0.25 | matrices of the blocks x0.25 | 0.002 |" in text
     rows = [line.split(" | ")[0].strip("| ") for line in text.splitlines() if line.startswith("| ")]
-    assert rows.index("v0.25") < rows.index("sdd") < rows.index("prenorm-qk")
+    assert rows.index("v0.25") < rows.index("sdd-v1") < rows.index("prenorm-qk")
     assert (tmp_path / "figures" / "changes.png").exists()
 
 
 def test_where_no_variant_helps_the_page_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def loss(config: RunConfig) -> float:
-        is_base = config.model.placement.name == "sdd" and config.optim == replace(
+        is_base = config.model.placement.name == "sdd-v1" and config.optim == replace(
             OptimConfig(), lr=config.optim.lr, warmup=config.optim.warmup
         )
         return (5.0 if is_base and config.model.init_scale == 1 else 5.3) + wobble(config)
@@ -138,7 +138,7 @@ def test_a_part_of_a_study_is_read_without_base_and_rivals(
 
 
 def test_optional_variants_and_their_robustness_are_to_be_had_by_name(tmp_path: Path) -> None:
-    names = ("sdd", "v0.25", "released0.25")
+    names = ("sdd-v1", "v0.25", "released0.25")
     for study in ("variants", "robustness", "length"):
         plan = PlannedStudy(studies[study], Request(tmp_path, "nano", 1, names))
         assert [arm.name for arm in plan.arms] == list(names)
@@ -197,7 +197,9 @@ def with_probe(factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine.results, "harvest", harvest)
 
 
-@pytest.mark.parametrize(("factor", "word"), [(1.02, "Yes"), (0.9, "Yes"), (1.5, "Not within a quarter")])
+@pytest.mark.parametrize(
+    ("factor", "word"), [(1.02, "On the way there, yes"), (0.9, "On the way there, yes"), (1.5, "Not within a quarter")]
+)
 def test_v_is_measured_against_the_formula(
     factor: float, word: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -207,6 +209,22 @@ def test_v_is_measured_against_the_formula(
     text = (tmp_path / "README.md").read_text(encoding="utf-8")
     assert answer(text).startswith(f"**Answer:** {word}: after 1M tokens rms(V) is {factor:.2f} to {factor:.2f} times")
     assert (tmp_path / "figures" / "rms.png").exists()
+
+
+def test_v_at_rest_is_told_from_v_on_its_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    FakeLab(lambda config: 5.0 + wobble(config)).install(monkeypatch)
+    with_probe(1.0, monkeypatch)
+    arms, unrested = ("decay0.1", "decay0", "decay1"), "V has not come to rest: it ends at "
+    constant = {"optim.schedule": "constant"}
+    for name, length, word, said in (
+        ("rest", 20_000_000, "Yes", False),
+        ("way", 300_000, "On the way there, yes", True),
+    ):
+        options = Options(seeds=1, placements=arms, conditions=("default",), lengths=(length,), overrides=constant)
+        assert run_study("decay", tmp_path / name, options) == 0
+        text = (tmp_path / name / "README.md").read_text(encoding="utf-8")
+        assert answer(text).startswith(f"**Answer:** {word}: after ")
+        assert (unrested in text) == said
 
 
 def test_shares_of_eps_are_shown_beside_their_cost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -67,6 +67,14 @@ def test_the_page_of_depth_says_what_breaks_where(tmp_path: Path, monkeypatch: p
     assert (tmp_path / "figures" / "along.png").exists()
 
 
+def test_one_depth_alone_is_told_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    FakeLab(deep_loss, measured_of=fading).install(monkeypatch)
+    assert run_study("depth", tmp_path, Options(seeds=1, placements=DEEP["placements"], depths=(32,))) == 0
+    text = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert re.search(r"sdd trains with 32 blocks \(loss 5\.1\d+\); keel trains too; postnorm fails\.", text)
+    assert (tmp_path / "figures" / "curves.png").exists()
+
+
 def test_depth_where_nothing_trains_has_a_page_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     FakeLab(lambda _: math.nan).install(monkeypatch)
     assert run_study("depth", tmp_path, Options(seeds=1, **DEEP)) == 0

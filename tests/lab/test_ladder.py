@@ -15,7 +15,7 @@ from sdd.placement import placements
 from sdd.train import RunConfig
 
 #: The loss of each arm beside that of prenorm-qk.
-GAINS = {"qk+init": -0.01, "qk+embed": -0.05, "peri+qk": -0.15, "peri+qk+alpha": -0.12, "sdd": -0.2, "olmo2": 0.1}
+GAINS = {"qk+init": -0.01, "qk+embed": -0.05, "peri+qk": -0.15, "peri+qk+alpha": -0.12, "sdd-v1": -0.2, "olmo2": 0.1}
 
 
 def known(config: RunConfig) -> float:
@@ -33,23 +33,23 @@ def test_every_step_starts_from_an_arm_of_the_study() -> None:
 
 
 @pytest.mark.parametrize("way", [ladder.TO_SDD, ladder.FROM_OLMO])
-def test_a_way_is_unbroken_and_ends_at_sdd(way: tuple[ladder.Rung, ...]) -> None:
+def test_a_way_is_unbroken_and_ends_at_the_former_default(way: tuple[ladder.Rung, ...]) -> None:
     for below, above in itertools.pairwise(way):
         assert above.below == below.arm.name
-    assert way[-1].arm.name == "sdd"
+    assert way[-1].arm.name == "sdd-v1"
 
 
-def test_the_last_variant_of_each_way_is_one_kind_of_change_away_from_sdd(tmp_path: Path) -> None:
+def test_the_last_variant_of_each_way_is_one_kind_of_change_away_from_the_former_default(tmp_path: Path) -> None:
     plan = PlannedStudy(ladder.DEFINITION, Request(tmp_path, "nano", 1))
     for way in (ladder.TO_SDD, ladder.FROM_OLMO):
         last = plan.placement(way[-2].arm)
         differ = {
             site
-            for site in {*last.norms, *placements["sdd"].norms}
-            if last.norms.get(site) != placements["sdd"].norms.get(site)
+            for site in {*last.norms, *placements["sdd-v1"].norms}
+            if last.norms.get(site) != placements["sdd-v1"].norms.get(site)
         }
         assert differ <= {"attn_in", "ffn_in", "attn_post", "ffn_post", "final"}
-        assert last.init == placements["sdd"].init
+        assert last.init == placements["sdd-v1"].init
 
 
 def test_steps_are_the_differences_of_neighbours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,8 +58,8 @@ def test_steps_are_the_differences_of_neighbours(tmp_path: Path, monkeypatch: py
     assert late["prenorm-qk", "qk+init"].value == pytest.approx(-0.01)
     assert late["qk+embed", "peri+qk"].value == pytest.approx(-0.1)
     assert late["peri+qk", "peri+qk+alpha"].value == pytest.approx(0.03)
-    assert late["sdd", "sdd-decay"].value == pytest.approx(0.0)
-    assert late["sdd", "sdd-decay"].n == 2
+    assert late["sdd-v1", "sdd-v1-decay"].value == pytest.approx(0.0)
+    assert late["sdd-v1", "sdd-v1-decay"].n == 2
 
 
 def test_a_run_that_did_not_converge_leaves_its_steps_without_its_seed(

@@ -146,20 +146,23 @@ def test_what_is_still_to_do_follows_the_searches(tmp_path: Path, monkeypatch: p
 
 def test_a_variant_is_set_beside_the_method_that_it_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     FakeLab(lambda config: 5.0 - 0.25 * (config.model.placement.name == "v0.25") + wobble(config)).install(monkeypatch)
-    names = ("v0.25", "sdd", "peri")
+    names = ("v0.25", "sdd-v1", "peri")
     assert run_study("length", tmp_path, Options(seeds=2, placements=names, lengths=LENGTHS[:1])) == 0
     text = (tmp_path / "README.md").read_text(encoding="utf-8")
-    assert "- v0.25 against sdd: 0.250 ± 0.000 nats below at 0.1M tokens." in text
-    assert "peri against sdd" not in text
+    assert "- v0.25 against sdd-v1: 0.250 ± 0.000 nats below at 0.1M tokens." in text
+    assert "peri against sdd-v1" not in text
     assert "v0.25 is a variant of the study variants" in text
 
 
-def test_sdd_depth_is_set_beside_sdd_without_a_baseline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    FakeLab(lambda config: 5.0 - 0.25 * (config.model.placement.name == "sdd-depth")).install(monkeypatch)
-    names = ("sdd", "sdd-depth")
+@pytest.mark.parametrize("name", ["sdd", "sdd-depth"])
+def test_a_later_sdd_is_set_beside_the_first_without_a_baseline(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    FakeLab(lambda config: 5.0 - 0.25 * (config.model.placement.name == name)).install(monkeypatch)
+    names = ("sdd-v1", name)
     assert run_study("length", tmp_path, Options(seeds=2, placements=names, lengths=LENGTHS[:1])) == 0
     text = (tmp_path / "README.md").read_text(encoding="utf-8")
-    assert "sdd-depth ends 0.250 ± 0.000 nats below sdd." in text
+    assert f"{name} ends 0.250 ± 0.000 nats below sdd-v1." in text
     assert "is a variant of the study variants" not in text
 
 

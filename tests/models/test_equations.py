@@ -257,6 +257,7 @@ REFERENCES = {
     "peri-depth": peri_depth,
     "ngpt": ngpt,
     "sdd": released_wiring(default_attention, default_ffn),
+    "sdd-v1": released_wiring(default_attention, default_ffn),
     "sdd-depth": equal_shares,
     "sdd-paper": released_wiring(paper_attention, paper_ffn),
     "sdd-released": released_wiring(released_attention, released_ffn),

@@ -51,6 +51,8 @@ def expected_std(rule: str, role: str, weight: Tensor, c: ModelConfig) -> float:
             return 1.0
         case (("base" | "base-unit-embed"), _):
             return base
+        case "base/2", _:
+            return base * 0.5
         case "megatron", ("o_proj" | "down_proj"):
             return output
         case "megatron", _:
@@ -165,7 +167,7 @@ def test_the_default_device_decides_where_a_model_is_built():
 @pytest.mark.parametrize("L", [1, 2, 8])
 @pytest.mark.parametrize("name", placements)
 def test_alphas_start_where_the_tables_say(name: str, L: int):
-    output = {"sdd": 1 / math.sqrt(2 * L), "sdd-released": 1 / math.sqrt(2 * L)}
+    output = dict.fromkeys(("sdd", "sdd-v1", "sdd-released"), 1 / math.sqrt(2 * L))
     output |= {"sdd-paper": 1 / math.sqrt(L), "sdd-prenorm": 1 / math.sqrt(L)}
     for parameter_name, scale in scales(LanguageModel(tiny_config(name, n_layers=L))).items():
         outputs = parameter_name.endswith(("o_proj.alpha", "down_proj.alpha"))

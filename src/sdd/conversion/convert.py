@@ -54,10 +54,11 @@ def convert(
 
     Each converted layer computes `alpha * norm(V x) + b` where it computed `W x + b`. With in_features N,
 
-        V ~ N(0, 1/sqrt(2.5 N)) truncated at 3 std,    b = 0,    alpha = alpha_init, or output_alpha_init
+        V ~ N(0, 1/(2 sqrt(2.5 N))) truncated at 3 std,    b = 0,    alpha = alpha_init, or output_alpha_init
 
-    as arXiv 2502.15499 does. Embeddings, norms and the layers that stay keep their values: give a new model, and
-    convert it before building the optimiser, compiling, or sharding. `print(sdd.convert(model))` shows what was done.
+    as arXiv 2502.15499 does, but for the 2: our own default `sdd` draws at half too. Embeddings, norms and the
+    layers that stay keep their values: give a new model, and convert it before building the optimiser, compiling, or
+    sharding. `print(sdd.convert(model))` shows what was done.
 
     Converted are `nn.Linear`, its subclasses that compute `x W^T + b` (tried on a random input), transformers' Conv1D,
     and the stacked matrices of experts that go through transformers' experts interface. A layer stays, with the reason

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from sdd.conversion.kinds import unwritable
 from sdd.kernels.experts import Order, by_row, collect, dispatch, expert_scaled_norm, grouped_linear, sort_by_expert
 from sdd.nn import SDDLinear
-from sdd.parameters import keep_wide, new_alpha, paper_draw_, widen
+from sdd.parameters import draw_, keep_wide, new_alpha, widen
 
 #: What transformers' decorator notes on a module of the interface.
 _LAYOUT = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
@@ -46,7 +46,7 @@ class SDDExperts(nn.Module):
         """Draw the matrices that have an alpha as the paper does, and set their biases to zero."""
         for name in self.alpha_names:
             key = name.removesuffix("_alpha")
-            paper_draw_(getattr(self, key), expert_shape(self, key)[2], generator)
+            draw_(getattr(self, key), expert_shape(self, key)[2], generator)
             bias = self._parameters.get(f"{key}_bias")
             if bias is not None:
                 nn.init.zeros_(bias)

@@ -37,6 +37,7 @@ PLACEMENT_STYLES: Mapping[str, Style] = MappingProxyType(
         "peri": Style("#7a6fd0", "X"),
         "hybrid": Style("#8a8a8a", "p"),
         "qkv-norm": Style("#b5533c", "h"),
+        "sdd-v1": Style("#64788f", (4, 1, 45)),
         "sdd-depth": Style("#1a7fd4", (5, 1, 0)),
         "sdd-paper": Style("#2d8fc4", "<"),
         "sdd-released": Style("#4a78d8", ">"),

@@ -3,7 +3,9 @@
 All draws are normal, truncated at three standard deviations. The rules:
 
     base              1/sqrt(2.5 d_model) everywhere (arXiv 2502.15499)
-    base-unit-embed   the same with a standard normal embedding
+    base/2            half of it everywhere: under a norm the scale of a matrix says how far a step turns it, not
+                      what it puts out
+    base-unit-embed   base with a standard normal embedding
     megatron          base, with the output and down projections divided by sqrt(2L) (arXiv 1909.08053)
     normal-0.02       0.02 everywhere (arXiv 2501.00656, OLMo 2)
     deepnorm          Xavier, sqrt(2 / (fan_in + fan_out)), times the gain (8L)^(-1/4) on v, o, up and down
@@ -54,6 +56,8 @@ def _rule_std(rule: str, config: ModelConfig, role: str, fan_in: int, fan_out: i
     match rule:
         case "base":
             return base
+        case "base/2":
+            return base / 2
         case "base-unit-embed":
             return 1.0 if role == "embed" else base
         case "megatron":

@@ -9,26 +9,26 @@ from sdd.lab.studies import shared
 from sdd.lab.studies.changes import Change, OneAtATime, Own, View, define, end_words, spread_words
 from sdd.placement import placements
 
-_SDD = placements["sdd"]
+_SDD = placements["sdd-v1"]
 
 
 def _start(factor: float) -> Change:
     """SDD whose output alphas start at a multiple."""
     outputs = {site: replace(_SDD.norms[site], alpha_factor=factor) for site in ("attn_out", "ffn_out")}
-    variant = replace(_SDD, norms={**_SDD.norms, **outputs}, source="a variant of sdd in this study")
-    return Change(Arm(f"init{factor:g}", "sdd", variant=variant), f"output alphas from {factor:g}/sqrt(2L)")
+    variant = replace(_SDD, norms={**_SDD.norms, **outputs}, source="a variant of sdd-v1 in this study")
+    return Change(Arm(f"init{factor:g}", "sdd-v1", variant=variant), f"output alphas from {factor:g}/sqrt(2L)")
 
 
 def _decay(value: float) -> Change:
     return Change(
-        Arm(f"decay{value:g}", "sdd", {"optim.alpha_weight_decay": value}),
+        Arm(f"decay{value:g}", "sdd-v1", {"optim.alpha_weight_decay": value}),
         f"decay of {value:g} on all alphas and norms",
     )
 
 
 def _rate(factor: float) -> Change:
     return Change(
-        Arm(f"rate{factor:g}", "sdd", {"optim.alpha_lr": factor}), f"rate of all alphas and norms x{factor:g}"
+        Arm(f"rate{factor:g}", "sdd-v1", {"optim.alpha_lr": factor}), f"rate of all alphas and norms x{factor:g}"
     )
 
 
@@ -56,7 +56,7 @@ def _own(outcome: Outcome, views: Sequence[View]) -> Own:
 
 
 SHAPE = OneAtATime(
-    base=Arm("sdd", "sdd"),
+    base=Arm("sdd-v1", "sdd-v1"),
     changes=[change for changes in FACTORS.values() for change in changes],
     early=(300_000,),
     own=_own,
@@ -68,7 +68,7 @@ DEFINITION = define(
     "Does alpha matter?",
     "do the initial value, the decay or the learning rate of alpha matter?",
     (
-        "In sdd the alphas of the two output projections start at 1/sqrt(2L), all other alphas and norms at 1; none "
+        "In sdd-v1 the alphas of the two output projections start at 1/sqrt(2L), all other alphas and norms at 1; none "
         "decays, and all have the rate of the matrices.",
         "One of these is changed at a time; decay and rate are those of all alphas and norms.",
         "All are trained at one rate with the same data in the same order.",

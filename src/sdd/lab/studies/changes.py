@@ -295,9 +295,10 @@ def _answer(shape: OneAtATime, outcome: Outcome, view: View) -> str:
     best = min(names, key=view.mean)
     against = [base, *(arm for name in shape.rivals if (arm := _rival(shape, view, name)))]
     words = [f"{shared.difference_words(view.difference(best, other))} {other}" for other in against]
-    lead = f"Of {len(names)} changes to {base}, {best} ({_texts(shape)[best]}) ends lowest"
-    if view.difference(best, base).value >= 0:
-        lead = f"None of {len(names)} changes to {base} lowers its loss; {best} ({_texts(shape)[best]}) comes nearest"
+    best_words, alone = f"{best} ({_texts(shape)[best]})", len(names) == 1
+    lead = f"{best_words} ends" if alone else f"Of {len(names)} changes to {base}, {best_words} ends lowest"
+    if view.difference(best, base).value >= 0 and not alone:
+        lead = f"None of {len(names)} changes to {base} lowers its loss; {best_words} comes nearest"
     return f"{lead} at {end} tokens: {listed(words)}."
 
 
@@ -315,6 +316,7 @@ def _conclusions(shape: OneAtATime, outcome: Outcome, found: Sequence[View]) -> 
         higher = [name for name, one in moved.items() if one.low > 0]
         where = f", {view.title}" if view.title else f" at {end} tokens"
         chance = f" ({len(names)} were tried: at 95% about {len(names) / 20:.1f} would differ by chance)"
+        chance = chance if len(names) > 1 else ""
         for what, which in (("below", lower), ("above", higher)):
             if which:
                 texts.append(f"By more than seeds explain these end {what} {base}{where}: {listed(which)}{chance}.")

@@ -38,7 +38,7 @@ def read(outcome: Outcome) -> Findings:
             *shared.rates_table(outcome),
             shared.cost_table(outcome.under(outcome.plan.conditions[0]), outcome),
         ],
-        pictures=[_by_depth(outcome), _along(outcome)],
+        pictures=[_by_depth(outcome), _curves(outcome), _along(outcome)],
     )
 
 
@@ -160,18 +160,22 @@ def _answer(outcome: Outcome) -> str:
     others = [arm.name for arm in outcome.plan.arms if arm.name not in firm]
     losses = [Measured(cell.losses) for cell in _cells(outcome, ours)]
     broken = _broken(outcome, ours)
-    start = f"from {blocks[0]} to {blocks[-1]} blocks" if len(blocks) > 1 else f"with {blocks[0]} blocks"
-    own = (
-        f"{ours} trains at every depth {start} (loss {losses[0]} at the first, {losses[-1]} at the last)"
-        if not broken
-        else f"{ours} does not train with {listed([str(each) for each in broken])} blocks"
-    )
+    several = len(blocks) > 1
+    if broken:
+        own = f"{ours} does not train with {listed([str(each) for each in broken])} blocks"
+    elif several:
+        where = f"from {blocks[0]} to {blocks[-1]} blocks"
+        own = f"{ours} trains at every depth {where} (loss {losses[0]} at the first, {losses[-1]} at the last)"
+    else:
+        own = f"{ours} trains with {blocks[0]} blocks (loss {losses[0]})"
     parts = [own]
     if also := [name for name in firm if name != ours]:
+        where = " at every depth" if several else f" with {blocks[0]}" if broken else ""
         too = "" if broken else " too"
-        parts.append(f"{listed(also)} {'trains' if len(also) == 1 else 'train'} at every depth{too}")
+        parts.append(f"{listed(also)} {'trains' if len(also) == 1 else 'train'}{where}{too}")
     if lost := [name for name in others if name != ours]:
-        parts.append(f"{listed(lost)} {'fails' if len(lost) == 1 else 'fail'} at some depth")
+        where = " at some depth" if several else ""
+        parts.append(f"{listed(lost)} {'fails' if len(lost) == 1 else 'fail'}{where}")
     return "; ".join(parts) + "."
 
 
@@ -196,6 +200,12 @@ def _conclusions(outcome: Outcome) -> list[str]:
         numbered = ", ".join(f"{name} {losses[name]}" for name in ranked)
         texts.append(f"With {deepest.title}, from the lowest loss: {numbered}.")
     return texts
+
+
+def _curves(outcome: Outcome) -> Picture:
+    """Losses over training at the greatest depth: which method is slow there, and whether it catches up."""
+    deepest = outcome.plan.conditions[-1]
+    return shared.curves_picture("curves", {deepest.title: outcome.under(deepest)})
 
 
 def _by_depth(outcome: Outcome) -> Picture:

@@ -9,6 +9,7 @@ from sdd.lab.findings import Interval, Table, Value, listed, seeds_text
 from sdd.lab.studies.changes import Change, OneAtATime, Own, View, define, end_words
 from sdd.placement import placements
 
+_SDD = placements["sdd-v1"]
 VALUES = (1e-12, 1e-9, 1e-5, 1e-4, 1e-3, 1e-2)
 #: A share of eps in a norm from which on it bends the method, as the probe's checks have it.
 _BENDS = 0.01
@@ -83,9 +84,9 @@ def _name(value: float) -> str:
 
 
 SHAPE = OneAtATime(
-    base=Arm("eps1e-6", "sdd"),
+    base=Arm("eps1e-6", "sdd-v1"),
     changes=[
-        Change(Arm(_name(value), "sdd", variant=placements["sdd"].replace_eps(value)), f"eps of every norm {value:.0e}")
+        Change(Arm(_name(value), "sdd-v1", variant=_SDD.replace_eps(value)), f"eps of every norm {value:.0e}")
         for value in VALUES
     ],
     own=_own,
@@ -97,7 +98,7 @@ DEFINITION = define(
     "How large may eps be?",
     "how does the loss depend on the eps of the norms, at the usual init and at a tenth of it?",
     (
-        "Every norm of sdd has the same eps, which is changed over ten orders of magnitude.",
+        "Every norm of sdd-v1 has the same eps, which is changed over ten orders of magnitude.",
         "All are trained at one rate with the same data in the same order, drawn at the usual std and at a tenth "
         "of it, where mean squares are a hundredth.",
         "The probe gives the share of eps in each norm, eps / mean(z^2), at the first step and at the last.",

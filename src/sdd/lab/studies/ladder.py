@@ -43,11 +43,11 @@ def _variant(name: str, base: str, norms: Mapping[Site, Norm | None] | None = No
 
 _ONE, _OUT = Norm(), Norm(alpha_init="1/sqrt(2L)")
 _EMBED: dict[Site, Norm] = {"embed": _ONE}
-_QK: dict[Site, Norm] = {"q": placements["sdd"].norms["q"], "k": placements["sdd"].norms["k"]}
+_QK: dict[Site, Norm] = {"q": placements["sdd-v1"].norms["q"], "k": placements["sdd-v1"].norms["k"]}
 _OUTPUTS: dict[Site, Norm] = {"attn_out": _OUT, "ffn_out": _OUT}
-_SDD = Arm("sdd", "sdd")
+_SDD = Arm("sdd-v1", "sdd-v1")
 
-#: From Pre-Norm with norms on q and k over Peri-LN to SDD.
+#: From Pre-Norm with norms on q and k over Peri-LN to SDD as it was when the ladder was built.
 TO_SDD = (
     Rung("prenorm-qk", _variant("qk+init", "prenorm-qk"), "init 1/sqrt(2.5 d) at the outputs too"),
     Rung("qk+init", _variant("qk+embed", "prenorm-qk", _EMBED), "norm on the embedding"),
@@ -57,7 +57,7 @@ TO_SDD = (
         _variant("peri+qk+alpha", "peri", {**_QK, **_OUTPUTS}),
         "output alphas from 1/sqrt(2L) instead of 1",
     ),
-    Rung("peri+qk+alpha", _SDD, "norms after the additions instead of before the sublayers: sdd"),
+    Rung("peri+qk+alpha", _SDD, "norms after the additions instead of before the sublayers: sdd-v1"),
 )
 #: From OLMo 2 to SDD.
 FROM_OLMO = (
@@ -68,14 +68,14 @@ FROM_OLMO = (
         _variant("olmo2+alpha", "olmo2", {**_EMBED, **_QK, **_OUTPUTS}),
         "output alphas from 1/sqrt(2L) instead of 1",
     ),
-    Rung("olmo2+alpha", _SDD, "norms after the additions, none before the head: sdd"),
+    Rung("olmo2+alpha", _SDD, "norms after the additions, none before the head: sdd-v1"),
 )
 #: Single changes beside the ways.
 ASIDE = (
-    Rung("sdd", _variant("sdd+final", "sdd", {"final": _ONE}), "a norm before the head as well"),
-    Rung("sdd", _variant("sdd-qk", "sdd", {"q": None, "k": None}), "no norms on q and k"),
-    Rung("sdd", Arm("sdd-decay", "sdd", {"optim.alpha_weight_decay": 0.1}), "decay on alpha, as on matrices"),
-    Rung("sdd", Arm("sdd-init0.25", "sdd", {"model.init_scale": 0.25}), "init x0.25"),
+    Rung("sdd-v1", _variant("sdd-v1+final", "sdd-v1", {"final": _ONE}), "a norm before the head as well"),
+    Rung("sdd-v1", _variant("sdd-v1-qk", "sdd-v1", {"q": None, "k": None}), "no norms on q and k"),
+    Rung("sdd-v1", Arm("sdd-v1-decay", "sdd-v1", {"optim.alpha_weight_decay": 0.1}), "decay on alpha, as on matrices"),
+    Rung("sdd-v1", Arm("sdd-v1-init0.25", "sdd-v1", {"model.init_scale": 0.25}), "init x0.25"),
     Rung("peri+qk", Arm("peri", "peri"), "no norms on q and k: Peri-LN"),
     Rung("peri", Arm("peri-init0.25", "peri", {"model.init_scale": 0.25}), "init x0.25"),
     Rung("prenorm-qk", Arm("qk-init0.25", "prenorm-qk", {"model.init_scale": 0.25}), "init x0.25"),
@@ -210,7 +210,7 @@ def _answer(outcome: Outcome, steps: Sequence[Step]) -> str:
     late = min(way, key=lambda step: step.late.value)
     end = short_length(outcome.plan.lengths[-1])
     return (
-        f"From prenorm-qk to sdd the step that lowers the loss most at {short_length(EARLY_TOKENS)} tokens is: "
+        f"From prenorm-qk to sdd-v1 the step that lowers the loss most at {short_length(EARLY_TOKENS)} tokens is: "
         f"{early.rung.change} ({Interval(early.early, signed=True)} nats); at {end} tokens: {late.rung.change} "
         f"({Interval(late.late, signed=True)} nats)."
     )

@@ -15,8 +15,8 @@ from sdd.lab.studies.convergence import factor
 
 #: The methods that the others are compared with.
 BASELINES = ("prenorm-qk", "peri")
-#: The variant of SDD that is a placement by now.
-CHANGED = "sdd-depth"
+#: Variants of SDD that are placements by now.
+CHANGED = ("sdd", "sdd-depth")
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def leads(outcome: Outcome) -> list[Lead]:
     """Every method beside every baseline that the study has, and a changed SDD beside the one that it changes."""
     arms = [arm.name for arm in outcome.plan.arms]
     pairs = [(arm, baseline) for baseline in BASELINES for arm in arms]
-    changed = {*(arm.name for arm in _variants(outcome)), CHANGED}
+    changed = {*(arm.name for arm in _variants(outcome)), *CHANGED}
     pairs += [(arm, variants.SHAPE.base.name) for arm in arms if arm in changed]
     lengths = dict(zip(outcome.plan.lengths, outcome.plan.conditions, strict=True))
     return [

@@ -12,7 +12,6 @@ from sdd.lab.studies import shared
 
 #: Two decades around the base rate, seven rates.
 FACTORS = tuple(10 ** (step / 3) for step in range(-3, 4))
-REFERENCE = "sdd"
 
 #: The cells of one method by learning rate, ascending.
 Grid = Mapping[float, Cell]
@@ -28,8 +27,8 @@ def read(outcome: Outcome) -> Findings:
     return Findings(
         answer=_answer(sensitivity),
         conclusions=[
-            *_beside_reference("sensitivity", sensitivity),
-            *_beside_reference("loss at its best rate", best),
+            *_beside_reference("sensitivity", sensitivity, shared.ours(outcome)),
+            *_beside_reference("loss at its best rate", best, shared.ours(outcome)),
             *_breaking(grids),
         ],
         limits=[
@@ -81,7 +80,8 @@ def _without(cell: Cell, seed: int) -> Cell:
 
 def _summary(outcome: Outcome, grids: Mapping[str, Grid], sensitivity: Numbers, best: Numbers) -> Table:
     rates = list(next(iter(grids.values())))
-    reference = sensitivity.get(REFERENCE)
+    ours = shared.ours(outcome)
+    reference = sensitivity.get(ours)
     rows = []
     for name, grid in grids.items():
         trained = [rate for rate, cell in grid.items() if not cell.failed]
@@ -90,7 +90,7 @@ def _summary(outcome: Outcome, grids: Mapping[str, Grid], sensitivity: Numbers, 
             [
                 name,
                 Measured(sensitivity[name]),
-                "" if name == REFERENCE else other,
+                "" if name == ours else other,
                 f"{best_rate(grid):g}",
                 Measured(best[name]),
                 f"{max(trained):g}" if trained else "-",
@@ -103,7 +103,7 @@ def _summary(outcome: Outcome, grids: Mapping[str, Grid], sensitivity: Numbers, 
         [
             "method",
             "LR sensitivity",
-            f"minus that of {REFERENCE}",
+            f"minus that of {ours}",
             "best rate",
             "loss at the best rate",
             "highest rate",
@@ -132,17 +132,17 @@ def _answer(sensitivity: Numbers) -> str:
     return f"From the least sensitive to the most: {numbers} (nats a token)."
 
 
-def _beside_reference(what: str, numbers: Numbers) -> list[str]:
+def _beside_reference(what: str, numbers: Numbers, reference: str) -> list[str]:
     """One sentence on which methods lie above and below the reference; none if there is nothing to compare."""
-    if REFERENCE not in numbers or len(numbers) == 1:
+    if reference not in numbers or len(numbers) == 1:
         return []
     sides: dict[str, list[str]] = {"higher than": [], "lower than": [], "not told apart from": []}
     for name in numbers:
-        if name != REFERENCE:
-            change = paired_difference(numbers[name], numbers[REFERENCE])
+        if name != reference:
+            change = paired_difference(numbers[name], numbers[reference])
             side = "higher than" if change.value > 0 else "lower than"
             sides[side if change.excludes(0) else "not told apart from"].append(name)
-    parts = [f"{side} {REFERENCE}'s for {listed(names)}" for side, names in sides.items() if names]
+    parts = [f"{side} {reference}'s for {listed(names)}" for side, names in sides.items() if names]
     return [f"The {what} is {', '.join(parts)} (95% intervals of paired differences)."]
 
 

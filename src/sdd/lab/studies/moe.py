@@ -93,6 +93,7 @@ DEFINITION: Definition = replace(
         Arm("dense", "prenorm-qk", dense=True),
         Arm("dense-sdd", "sdd", dense=True),
     ),
+    optional=(Arm("sdd-v1", "sdd-v1"), Arm("dense-sdd-v1", "sdd-v1", dense=True)),
     conditions=(DEFAULT,),
     rates=Rates("tuned", (0.25, 0.5, 1.0, 2.0, 4.0), tuning_seeds=1),
     sizes={},

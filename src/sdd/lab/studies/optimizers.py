@@ -13,27 +13,29 @@ from sdd.lab.studies import shared
 #: Name of each optimiser in a config, with its title.
 OPTIMIZERS = {"adamw": "AdamW", "muon": "Muon", "stable-adamw": "StableAdamW"}
 PLACEMENTS = ("sdd", "peri", "prenorm-qk")
-#: The placement whose lead is read.
-OURS = "sdd"
+#: Placements that may be named beside them.
+OTHERS = ("sdd-v1",)
 
 
 @dataclass(frozen=True)
 class Gap:
-    """How far `OURS` lies below another placement, both under one optimiser.
+    """How far our placement lies below another one, both under one optimiser.
 
     Attributes:
         optimizer: its name in a config.
+        ours: our placement, see `shared.ours`.
         other: the other placement.
-        cells: of `OURS` and of the other.
+        cells: of ours and of the other.
     """
 
     optimizer: str
+    ours: str
     other: str
     cells: tuple[Cell, Cell]
 
     @property
     def estimate(self) -> Estimate:
-        """Held-out loss of `OURS` minus the other's at the end, paired by seed."""
+        """Held-out loss of ours minus the other's at the end, paired by seed."""
         ours, theirs = self.cells
         return paired_difference(ours.losses, theirs.losses)
 
@@ -74,14 +76,21 @@ def read(outcome: Outcome) -> Findings:
 
 
 def gaps(outcome: Outcome) -> list[Gap]:
-    """Every placement beside `OURS` under every optimiser, at the longest length."""
+    """Every placement beside ours under every optimiser, at the longest length."""
     there = {(optimizer_of(cell.arm), cell.arm.placement): cell for cell in _last(outcome)}
+    ours = shared.ours(outcome)
     return [
-        Gap(optimizer, other, (there[optimizer, OURS], there[optimizer, other]))
+        Gap(optimizer, ours, other, (there[optimizer, ours], there[optimizer, other]))
         for optimizer in OPTIMIZERS
-        for other in PLACEMENTS
-        if other != OURS and {(optimizer, OURS), (optimizer, other)} <= there.keys()
+        for other in _placements(outcome)
+        if other != ours and {(optimizer, ours), (optimizer, other)} <= there.keys()
     ]
+
+
+def _placements(outcome: Outcome) -> list[str]:
+    """Those that the study has, in the order of tables."""
+    trained = {arm.placement for arm in outcome.plan.arms}
+    return [name for name in (*PLACEMENTS, *OTHERS) if name in trained]
 
 
 def optimizer_of(arm: Arm) -> str:
@@ -103,7 +112,7 @@ def _by_optimizer(outcome: Outcome) -> dict[str, list[Cell]]:
 def _loss_table(outcome: Outcome) -> Table:
     groups = _by_optimizer(outcome)
     rows = []
-    for placement in PLACEMENTS:
+    for placement in _placements(outcome):
         losses = [[cell.losses for cell in cells if cell.arm.placement == placement] for cells in groups.values()]
         if any(losses):
             rows.append([placement, *(Measured(found[0]) if found else "" for found in losses)])
@@ -125,7 +134,7 @@ def _gap_table(outcome: Outcome, found: Sequence[Gap]) -> Table:
         here = [by.get((name, other)) for name in names]
         rows.append(
             [
-                f"{OURS} against {other}",
+                f"{shared.ours(outcome)} against {other}",
                 *(Interval(gap.estimate, signed=True) if gap else "" for gap in here),
                 *(Interval(_change(here[0], gap), signed=True) if gap and here[0] else "" for gap in here[1:]),
             ]
@@ -136,8 +145,8 @@ def _gap_table(outcome: Outcome, found: Sequence[Gap]) -> Table:
         "Held-out loss at the end minus the other method's, nats a token",
         ["comparison", *titles, *(f"{title} minus {titles[0]}" for title in titles[1:])],
         rows,
-        f"Negative: {OURS} is ahead. Paired by seed; ± is half of Student's 95% interval. The last columns say how far "
-        "a gap moves with the optimiser: the difference of two gaps, paired by seed too.",
+        f"Negative: {shared.ours(outcome)} is ahead. Paired by seed; ± is half of Student's 95% interval. The last "
+        "columns say how far a gap moves with the optimiser: the difference of two gaps, paired by seed too.",
     )
 
 
@@ -177,13 +186,14 @@ def _change(first: Gap, second: Gap) -> Estimate:
 
 def _answer(outcome: Outcome, found: Sequence[Gap]) -> str:
     if not found:
-        return f"Nothing to compare: that needs {OURS} and another method under one optimiser."
+        return f"Nothing to compare: that needs {shared.ours(outcome)} and another method under one optimiser."
     parts = []
     for optimizer, title in OPTIMIZERS.items():
         words = [f"{shared.difference_words(gap.estimate)} {gap.other}" for gap in found if gap.optimizer == optimizer]
         if words:
             parts.append(f"under {title} it ends {listed(words)}")
-    return f"At {_length(outcome)} tokens, {OURS} beside the others, every pair tuned: {'; '.join(parts)}."
+    ours = shared.ours(outcome)
+    return f"At {_length(outcome)} tokens, {ours} beside the others, every pair tuned: {'; '.join(parts)}."
 
 
 def _moves(outcome: Outcome, found: Sequence[Gap]) -> list[str]:
@@ -197,7 +207,7 @@ def _moves(outcome: Outcome, found: Sequence[Gap]) -> list[str]:
         change = _change(first, gap)
         told = "" if change.excludes(0) else ", not told apart from zero"
         texts.append(
-            f"From AdamW to {OPTIMIZERS[optimizer]} the gap of {OURS} to {other} moves by "
+            f"From AdamW to {OPTIMIZERS[optimizer]} the gap of {gap.ours} to {other} moves by "
             f"{Interval(change, signed=True)} nats{told}."
         )
     return texts
@@ -218,6 +228,7 @@ def _length(outcome: Outcome) -> str:
 
 
 def _picture(outcome: Outcome, found: Sequence[Gap]) -> Picture:
+    ours = shared.ours(outcome)
     words = {
         OPTIMIZERS[name]: [
             f"{Interval(gap.estimate, signed=True)} to {gap.other}" for gap in found if gap.optimizer == name
@@ -234,19 +245,19 @@ def _picture(outcome: Outcome, found: Sequence[Gap]) -> Picture:
             OPTIMIZERS[name]: [by.get((name, other), {}) for other in others]
             for name in dict.fromkeys(gap.optimizer for gap in found)
         }
-        rows = [f"{OURS} against {other}" for other in others]
+        rows = [f"{ours} against {other}" for other in others]
         return draw_dots(rows, series, Axis("loss minus the other's, nats a token"), "did not converge")
 
     caption = (
-        f"Held-out loss of {OURS} minus that of the others under each optimiser at {_length(outcome)} tokens, mean and "
-        f"range of {seeds_text(outcome.plan.request.seeds)}. Left of zero {OURS} is ahead."
+        f"Held-out loss of {ours} minus that of the others under each optimiser at {_length(outcome)} tokens, mean and "
+        f"range of {seeds_text(outcome.plan.request.seeds)}. Left of zero {ours} is ahead."
     )
     return Picture("gap", caption, f"Gaps in nats a token. {described(words)}", draw)
 
 
-def _arms(*names: str) -> tuple[Arm, ...]:
+def _arms(placements: Sequence[str], *names: str) -> tuple[Arm, ...]:
     """Every placement under the optimisers of these names."""
-    return tuple(Arm(f"{at}-{name}", at, {"optim.name": name}) for name in names for at in PLACEMENTS)
+    return tuple(Arm(f"{at}-{name}", at, {"optim.name": name}) for name in names for at in placements)
 
 
 DEFINITION = Definition(
@@ -260,13 +271,11 @@ DEFINITION = Definition(
         "A gap is the difference of two placements' losses under one optimiser; whether it depends on the optimiser is "
         "the difference of two gaps.",
     ),
-    arms=_arms("adamw", "muon"),
+    arms=_arms(PLACEMENTS, "adamw", "muon"),
     conditions=(DEFAULT,),
     rates=Rates("searched", (1.0, 2.0, 4.0), tuning_seeds=1, inits=(1.0, 0.5, 0.25, 0.1)),
     sizes={},
     read=read,
     lengths=(1_000_000,),
-    optional=tuple(
-        Arm(f"{placement}-stable-adamw", placement, {"optim.name": "stable-adamw"}) for placement in PLACEMENTS
-    ),
+    optional=(*_arms(PLACEMENTS, "stable-adamw"), *_arms(OTHERS, *OPTIMIZERS)),
 )

@@ -36,11 +36,11 @@ def _words(difference: Estimate) -> str:
 
 
 SHAPE = OneAtATime(
-    base=Arm(_FULL, "sdd", {"precision": "float32", "model.statistics": "float32"}),
+    base=Arm(_FULL, "sdd-v1", {"precision": "float32", "model.statistics": "float32"}),
     changes=[
-        Change(Arm(_HALF, "sdd", {"precision": "bfloat16", "model.statistics": "float32"}), "products in bfloat16"),
+        Change(Arm(_HALF, "sdd-v1", {"precision": "bfloat16", "model.statistics": "float32"}), "products in bfloat16"),
         Change(
-            Arm(_ALL, "sdd", {"precision": "bfloat16", "model.statistics": "bfloat16"}),
+            Arm(_ALL, "sdd-v1", {"precision": "bfloat16", "model.statistics": "bfloat16"}),
             "products, norms and residual stream in bfloat16, as released",
         ),
     ],

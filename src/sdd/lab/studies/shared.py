@@ -57,6 +57,12 @@ TRAINING = Quantity("Training loss", "nats a token", "training", "loss")
 GRAD_NORM = Quantity("Gradient norm", "before clipping", "training", "grad_norm", log=True)
 
 
+def ours(outcome: Outcome) -> str:
+    """The SDD that others are set beside: the placement `sdd`, or where a study has not trained it the first other."""
+    trained = [arm.placement for arm in outcome.plan.arms]
+    return "sdd" if "sdd" in trained else next((name for name in trained if name.startswith("sdd")), "sdd")
+
+
 def not_converged_text() -> str:
     """Table footnote: a dash marks runs that did not converge."""
     return (
@@ -207,16 +213,18 @@ def general_limits(outcome: Outcome) -> list[str]:
 
 
 def _redrawn(outcome: Outcome) -> list[str]:
-    """Name the methods that do not start from the init of their authors."""
+    """Name the methods that do not start from the init of their authors, and those that start smaller than others."""
     arms = [arm for arm in outcome.plan.arms if not arm.variant]
+    small = [arm.name for arm in arms if outcome.plan.placement(arm).init == "base/2"]
+    texts = [f"{listed(small)} starts from half the std 1/sqrt(2.5 d), by its definition."] if small else []
     names = [arm.name for arm in arms if outcome.plan.placement(arm) != placements[arm.placement]]
-    if not names:
-        return []
-    start, their = ("starts", "its") if len(names) == 1 else ("start", "their")
-    return [
-        f"{listed(names)} {start} from std 1/sqrt(2.5 d) like SDD, not from {their} authors' 0.02, which at the widths "
-        "of their models is about the same."
-    ]
+    if names:
+        start, their = ("starts", "its") if len(names) == 1 else ("start", "their")
+        texts.append(
+            f"{listed(names)} {start} from std 1/sqrt(2.5 d), not from {their} authors' 0.02, which at the widths of "
+            "their models is about the same."
+        )
+    return texts
 
 
 def curves_picture(

@@ -9,7 +9,7 @@ from sdd.lab.arms import DEFAULT, Arm, Condition
 from sdd.lab.studies.changes import Change, OneAtATime, define
 from sdd.placement import LEARNED_RESIDUAL, Norm, Placement, Scale, Site, placements
 
-_SDD = placements["sdd"]
+_SDD = placements["sdd-v1"]
 _ONE, _HEAD = Norm(), Norm(group="head")
 _SMALL = {"model.init_scale": 0.25}
 
@@ -29,17 +29,17 @@ def _sites(name: str, text: str, norms: Mapping[Site, Norm | None], **changes: A
 def _placed(
     name: str, text: str, placement: Placement, changes: Mapping[str, Any] | None = None, *, optional: bool = False
 ) -> Change:
-    own = replace(placement, source="a variant of sdd in this study")
-    return Change(Arm(name, "sdd", changes or {}, variant=own), text, optional)
+    own = replace(placement, source="a variant of sdd-v1 in this study")
+    return Change(Arm(name, "sdd-v1", changes or {}, variant=own), text, optional)
 
 
 def _run(name: str, text: str, optional: bool = False, **optim: Any) -> Change:
     """SDD with other numbers of the optimiser."""
-    return Change(Arm(name, "sdd", {f"optim.{field}": value for field, value in optim.items()}), text, optional)
+    return Change(Arm(name, "sdd-v1", {f"optim.{field}": value for field, value in optim.items()}), text, optional)
 
 
 def _scaled(name: str, text: str, scale: float) -> Change:
-    return Change(Arm(name, "sdd", {"model.init_scale": scale}), text)
+    return Change(Arm(name, "sdd-v1", {"model.init_scale": scale}), text)
 
 
 _PRE: dict[Site, Norm | None] = {
@@ -143,7 +143,7 @@ CHANGES = (
     ),
     _sites(
         "mix-2L",
-        "x + f/sqrt(2L), output alphas 1: as sdd at first, but those alphas move by a smaller share a step",
+        "x + f/sqrt(2L), output alphas 1: as sdd-v1 at first, but those alphas move by a smaller share a step",
         {"attn_out": _ONE, "ffn_out": _ONE},
         residual="x + f/sqrt(2L)",
     ),
@@ -152,13 +152,15 @@ CHANGES = (
     _prenorm_ones("pre-alpha1-0.5", 0.5),
     _prenorm_ones("pre-alpha1-0.25", 0.25),
     Change(
-        Arm("rows-all0.25", "sdd", {"optim.weights": "rows", **_SMALL}), "all x0.25, and rows keep those lengths", True
+        Arm("rows-all0.25", "sdd-v1", {"optim.weights": "rows", **_SMALL}),
+        "all x0.25, and rows keep those lengths",
+        True,
     ),
     Change(Arm("released0.25", "sdd-released", _SMALL), "the released sites, all x0.25", True),
 )
 
 SHAPE = OneAtATime(
-    base=Arm("sdd", "sdd"),
+    base=Arm("sdd-v1", "sdd-v1"),
     changes=CHANGES,
     rivals={
         "peri": (Arm("peri", "peri"), Arm("peri0.25", "peri", _SMALL)),
@@ -175,8 +177,8 @@ DEFINITION = define(
     "A better SDD?",
     "which single change of SDD lowers the loss most at this length, and is it then ahead of its rivals?",
     (
-        "Every variant differs from sdd by one thing; rivals that are shown, Peri-LN and Pre-Norm with norms on q and "
-        "k, count at the better of two inits, x1 and x0.25.",
+        "Every variant differs from sdd-v1 by one thing; rivals that are shown, Peri-LN and Pre-Norm with norms on q "
+        "and k, count at the better of two inits, x1 and x0.25.",
         "All are trained at {rates}, with the same data in the same order; of several rates the one with the lowest "
         "loss counts.",
         "Losses are read at 0.3M, at 1M tokens and at the end of one run.",
