@@ -136,7 +136,7 @@ def draw_dots(
     finite = [value for cells in series.values() for cell in cells for value in cell.values() if math.isfinite(value)]
     edges = _right_of(finite, axis.log)
     with look():
-        figure = Figure((1.5 * _WIDTH, 0.62 + 0.46 * len(rows)), layout="constrained")
+        figure = Figure((1.5 * _WIDTH, 0.62 + 0.46 * max(2, len(rows))), layout="constrained")
         axes = figure.subplots()
         for number, (name, cells) in enumerate(series.items()):
             offset = (number - (len(series) - 1) / 2) * 0.13
