@@ -326,6 +326,7 @@ _PRE: dict[Site, Norm] = {"attn_in": _ONE, "ffn_in": _ONE, "final": _ONE}
 _POST: dict[Site, Norm] = {"embed": _ONE, "attn_post": _ONE, "ffn_post": _ONE}
 _OUT_2L = Norm(alpha_init="1/sqrt(2L)")
 _OUT_L = Norm(alpha_init="1/sqrt(L)")
+_SDD_SITES: dict[Site, Norm] = {**_POST, **_QK_HEAD, "attn_out": _OUT_2L, "ffn_out": _OUT_2L}
 _PAPER_SITES: dict[Site, Norm] = {
     "q": _ONE,
     "k": _ONE,
@@ -346,12 +347,12 @@ _RELEASED_SITES: dict[Site, Norm] = {
 
 _PLACEMENTS: dict[str, Placement] = {
     "sdd": Placement(
-        {**_POST, **_QK_HEAD, "attn_out": _OUT_2L, "ffn_out": _OUT_2L},
+        _SDD_SITES,
         init="base/2",
         source="this project: SDD where it matters, at the two projections that write to the residual stream",
     ),
     "sdd-v1": Placement(
-        {**_POST, **_QK_HEAD, "attn_out": _OUT_2L, "ffn_out": _OUT_2L},
+        _SDD_SITES,
         init="base",
         source="this project's first default: sdd drawn at twice its std",
     ),

@@ -73,6 +73,7 @@ def test_one_depth_alone_is_told_as_one(tmp_path: Path, monkeypatch: pytest.Monk
     text = (tmp_path / "README.md").read_text(encoding="utf-8")
     assert re.search(r"sdd trains with 32 blocks \(loss 5\.1\d+\); keel trains too; postnorm fails\.", text)
     assert (tmp_path / "figures" / "curves.png").exists()
+    assert not (tmp_path / "figures" / "depth.png").exists()
 
 
 def test_depth_where_nothing_trains_has_a_page_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -97,6 +97,11 @@ def test_the_scale_of_the_init_reaches_matrices_and_not_alphas():
         torch.testing.assert_close(scales(small), scales(model), rtol=0, atol=0)
 
 
+def test_the_former_default_at_half_its_std_is_the_default():
+    former, today = seeded(tiny_config("sdd-v1", init_scale=0.5)), seeded(tiny_config("sdd"))
+    torch.testing.assert_close(former.state_dict(), today.state_dict(), rtol=0, atol=0)
+
+
 @given(
     st.dictionaries(
         st.sampled_from(get_args(DrawnPart)),

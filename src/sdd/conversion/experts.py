@@ -43,7 +43,7 @@ class SDDExperts(nn.Module):
         return sdd_experts_forward(self, hidden_states, top_k_index, top_k_weights)
 
     def draw(self, generator: torch.Generator | None = None) -> None:
-        """Draw the matrices that have an alpha as the paper does, and set their biases to zero."""
+        """Draw the matrices that have an alpha as `sdd.convert` does, and set their biases to zero."""
         for name in self.alpha_names:
             key = name.removesuffix("_alpha")
             draw_(getattr(self, key), expert_shape(self, key)[2], generator)

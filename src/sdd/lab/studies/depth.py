@@ -38,7 +38,7 @@ def read(outcome: Outcome) -> Findings:
             *shared.rates_table(outcome),
             shared.cost_table(outcome.under(outcome.plan.conditions[0]), outcome),
         ],
-        pictures=[_by_depth(outcome), _curves(outcome), _along(outcome)],
+        pictures=[*([_by_depth(outcome)] if len(_blocks(outcome)) > 1 else []), _curves(outcome), _along(outcome)],
     )
 
 

@@ -216,8 +216,11 @@ def _redrawn(outcome: Outcome) -> list[str]:
     """Name the methods that do not start from the init of their authors, and those that start smaller than others."""
     arms = [arm for arm in outcome.plan.arms if not arm.variant]
     small = [arm.name for arm in arms if outcome.plan.placement(arm).init == "base/2"]
-    texts = [f"{listed(small)} starts from half the std 1/sqrt(2.5 d), by its definition."] if small else []
     names = [arm.name for arm in arms if outcome.plan.placement(arm) != placements[arm.placement]]
+    texts = []
+    if small:
+        start = "starts" if len(small) == 1 else "start"
+        texts.append(f"{listed(small)} {start} from half the std 1/sqrt(2.5 d), by definition.")
     if names:
         start, their = ("starts", "its") if len(names) == 1 else ("start", "their")
         texts.append(
